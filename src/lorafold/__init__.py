@@ -1,0 +1,61 @@
+"""lorafold: everything you do with low-rank adapters after (and while) you train them.
+
+The public names are loaded on first use, so that `import lorafold` costs nothing and does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "Layout": "adapter",
+    "LowRank": "lowrank",
+    "load": "files",
+    "save": "files",
+    "fold": "fold",
+    "Library": "fold",
+    "Projection": "fold",
+    "LorafoldError": "errors",
+    "FileError": "errors",
+    "MismatchError": "errors",
+    "RefusedError": "errors",
+    "ToleranceError": "errors",
+    "UnknownNameError": "errors",
+    "MissingExtraError": "errors",
+}
+
+if TYPE_CHECKING:
+    from .adapter import Adapter as Adapter
+    from .adapter import Layout as Layout
+    from .errors import FileError as FileError
+    from .errors import LorafoldError as LorafoldError
+    from .errors import MismatchError as MismatchError
+    from .errors import MissingExtraError as MissingExtraError
+    from .errors import RefusedError as RefusedError
+    from .errors import ToleranceError as ToleranceError
+    from .errors import UnknownNameError as UnknownNameError
+    from .files import load as load
+    from .files import save as save
+    from .fold import Library as Library
+    from .fold import Projection as Projection
+    from .fold import fold as fold
+    from .lowrank import LowRank as LowRank
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (all of them are strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorafold' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,409 @@
+"""An adapter: module path → update, and whatever else its file held.
+
+Adapters over the same base form a vector space with the inner product ⟨a, b⟩ = Σ_modules
+tr(ΔW_aᵀ ΔW_b); a module that one of them lacks counts as zero there. All of it is computed on
+factors, module by module. `extras` and `config` ride along untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError, RefusedError, UnknownNameError, did_you_mean
+from .extras import apply_extras, check_bias_scales, check_replicated, refusal_reason
+from .layout import LINEAR, add_updates, weight_key
+from .layout import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
+from .lowrank import LowRank, from_svd
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(Mapping[str, LowRank]):
+    """A mapping of module path to `LowRank`, with vector-space arithmetic.
+
+    Args:
+        modules: {path in the base model's own names: update}; at least one.
+        extras: {file key: tensor}: everything the file held that is not a plain update (heads,
+            biases, DoRA magnitudes, trained tokens); stored exactly and carried along.
+        config: the adapter's configuration as in `adapter_config.json`.
+        base_model: name or path of the base; taken from the config when None.
+        layouts: {path: Layout} for modules that are not plain linear layers.
+
+    Raises:
+        MismatchError: nothing in it, or a value of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> u = LowRank(torch.randn(2, 8), torch.randn(4, 2))
+        >>> a = Adapter({"layers.0.q_proj": u})
+        >>> round((a - 0.5 * a).norm() / a.norm(), 6)
+        0.5
+    """
+
+    modules: Mapping[str, LowRank]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.modules and not self.extras:
+            raise MismatchError("an Adapter needs at least one module or extra tensor")
+        for path, u in self.modules.items():
+            if not isinstance(u, LowRank):
+                raise MismatchError(f"module {path!r} must be a LowRank, not {type(u).__name__}")
+        unknown = sorted(set(self.layouts) - set(self.modules))
+        if unknown:
+            raise MismatchError(f"layouts name modules that are not there: {unknown[:3]}")
+        base = self.base_model or self.config.get("base_model_name_or_path") or None
+        object.__setattr__(self, "base_model", base)
+        for name in ("modules", "extras", "config", "layouts"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapping proxies can be neither pickled nor deep-copied.
+        parts = (dict(self.modules), dict(self.extras), dict(self.config))
+        return Adapter, (*parts, self.base_model, dict(self.layouts))
+
+    # Equal means identical: `Mapping` would compare the modules alone and forget the extras.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    # A mapping
+
+    def __getitem__(self, path: str) -> LowRank:
+        try:
+            return self.modules[path]
+        except KeyError:
+            hint = did_you_mean(str(path), self.modules)
+            raise UnknownNameError(f"no module {path!r} in this adapter; {hint}") from None
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.modules  # `Mapping` would build the error message above for each miss
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __repr__(self) -> str:
+        extras = f", {len(self.extras)} extras" if self.extras else ""
+        size = f"{len(self)} modules, rank {self.rank}, {self.num_parameters:,} parameters"
+        return f"Adapter({size}{extras})"
+
+    # What it is
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module (0 without modules)."""
+        return max((u.rank for u in self.modules.values()), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all factors together; extras do not count."""
+        return sum(u.num_parameters for u in self.modules.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors and what scales them, whatever their order in the file."""
+        modules = (module_digest(p, u, self.layout(p)) for p, u in self.modules.items())
+        extras = (tensor_digest(key, t) for key, t in self.extras.items())
+        return combined_digest([*modules, *extras])
+
+    def layout(self, path: str) -> Layout:
+        """How the module's weight relates to its update."""
+        return self.layouts.get(path, LINEAR)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why ΔW algebra would be wrong for this adapter, with the remedy; None if it is right."""
+        return refusal_reason(self.config, self.extras)
+
+    def _algebra(self) -> Mapping[str, LowRank]:
+        reason = self.refusal
+        if reason is not None:
+            raise RefusedError(reason)
+        return self.modules
+
+    # Geometry
+
+    def norm(self) -> float:
+        """‖ΔW‖_F over all modules."""
+        return math.hypot(*(u.norm() for u in self._algebra().values()))
+
+    def inner(self, other: Adapter) -> float:
+        """⟨ΔW, ΔW'⟩ summed over the modules both have."""
+        mine, theirs = self._pair(other)
+        return math.fsum(u.inner(theirs[p]) for p, u in mine.items() if p in theirs)
+
+    def cosine(self, other: Adapter) -> float:
+        """Cosine between the two updates; 0 when either is zero."""
+        scale = self.norm() * other.norm()
+        return max(-1.0, min(1.0, self.inner(other) / scale)) if scale > 0 else 0.0
+
+    def distance(self, other: Adapter) -> float:
+        """‖ΔW − ΔW'‖_F, from the QR of the concatenated factors (not from inner products)."""
+        mine, theirs = self._pair(other)
+        paths = dict.fromkeys([*mine, *theirs])
+        parts = []
+        for p in paths:
+            if p in mine and p in theirs:
+                parts.append((mine[p] - theirs[p]).norm())
+            else:
+                parts.append((mine[p] if p in mine else theirs[p]).norm())
+        return math.hypot(*parts)
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """Module path → singular values of ΔW, descending."""
+        return {p: u.spectrum() for p, u in self._algebra().items()}
+
+    # Vector space
+
+    # NumPy would take a Mapping for an array; its scalars leave `c * adapter` to `__rmul__`.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Exact sum: factors concatenated, ranks add, no cross terms between A and B."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        mine, theirs = self._pair(other)
+        modules = {p: u + theirs[p] if p in theirs else u for p, u in mine.items()}
+        modules |= {p: u for p, u in theirs.items() if p not in mine}
+        config = _merged_config(self.config, other.config)
+        for one in (self, other):
+            check_bias_scales(one.extras, one.config, config)
+        return Adapter(
+            modules,
+            _merged_extras(self.extras, other.extras),
+            config,
+            self.base_model or other.base_model,
+            {**other.layouts, **self.layouts},
+        )
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return self + (-other)
+
+    def __mul__(self, c: float) -> Adapter:
+        """c · ΔW: scales change, factors and extras do not."""
+        if not isinstance(c, Real):
+            return NotImplemented
+        return self._with({p: float(c) * u for p, u in self._algebra().items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    # Other sizes and gauges
+
+    def resize(
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        tolerance: float | None = None,
+        budget: int | None = None,
+    ) -> Adapter:
+        """The best adapter of lower rank, module by module (Eckart–Young). Exactly one of:
+
+        Args:
+            rank, energy, tolerance: as in `LowRank.truncate`, for each module.
+            budget: numbers in all factors together; directions are kept over all modules by
+                σ² per number (water-filling), at least one a module.
+
+        Returns:
+            An `Adapter` in balanced gauge, with the same extras.
+
+        Raises:
+            MismatchError: not exactly one option, one out of range, or a budget below rank 1.
+            RefusedError: ΔW algebra would be wrong for this adapter.
+        """
+        modules = self._algebra()
+        options = {"rank": rank, "energy": energy, "tolerance": tolerance, "budget": budget}
+        named = [name for name, value in options.items() if value is not None]
+        if len(named) != 1:
+            found = " and ".join(named) if named else "none"
+            raise MismatchError(f"give exactly one of {', '.join(options)}; found {found}")
+        if budget is None:
+            return self._with({p: u.truncate(rank, energy, tolerance) for p, u in modules.items()})
+        parts = {p: u.svd() for p, u in modules.items()}
+        ranks = _water_filled({p: S for p, (_, S, _) in parts.items()}, modules, budget)
+        return self._with(
+            {
+                p: from_svd(U[:, : ranks[p]], S[: ranks[p]], Vh[: ranks[p]])
+                for p, (U, S, Vh) in parts.items()
+            }
+        )
+
+    def nested(self) -> Adapter:
+        """The same update, re-gauged so that every rank prefix is the best one of that rank."""
+        return self._with({p: u.balanced() for p, u in self._algebra().items()})
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
+        """A copy on `device` with the factors in `dtype`; extras move but keep their dtype."""
+        modules = {p: u.to(device, dtype) for p, u in self.modules.items()}
+        extras = {key: t.to(device=device) for key, t in self.extras.items()}
+        return replace(self, modules=modules, extras=extras)
+
+    def apply_to(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base's state dict with ΔW added, and the extras that stand for weights put in.
+
+        Args:
+            state_dict: the base's tensors under its own names; not changed, and the untouched
+                tensors are shared with the result.
+
+        Returns:
+            A new dict with the same keys; changed tensors keep their dtype.
+
+        Raises:
+            MismatchError: no module matches, or a shape does not fit. Modules without a weight
+                are listed in a warning.
+        """
+        modules = self._algebra()
+        state = dict(state_dict)
+        check_replicated(state, self.config, modules)
+        missing = [p for p in modules if weight_key(state, p, self.layout(p)) is None]
+        if modules and len(missing) == len(modules):
+            raise MismatchError(
+                f"none of the adapter's {len(modules)} modules is in the state dict: "
+                f"expected e.g. {missing[0] + '.weight'!r}, found e.g. {next(iter(state), None)!r}"
+            )
+        # First what replaces: an update adds to the weight that the file itself may hold.
+        unused = apply_extras(state, self.extras, self.config)
+        add_updates(state, modules, self.layouts, bool(self.config.get("fan_in_fan_out")))
+        if not modules and len(unused) == len(self.extras):
+            raise MismatchError(
+                f"none of the adapter's {len(unused)} tensors has a place in the state dict: "
+                f"e.g. {unused[0]!r}, found e.g. {next(iter(state), None)!r}"
+            )
+        if missing or unused:
+            names = ", ".join(repr(n) for n in [*missing, *unused][:5])
+            warnings.warn(
+                f"{len(missing) + len(unused)} parts of the adapter have no place in "
+                f"the state dict: {names}",
+                stacklevel=2,
+            )
+        return state
+
+    def _with(self, modules: Mapping[str, LowRank]) -> Adapter:
+        return replace(self, modules=modules)
+
+    def _pair(self, other: Adapter) -> tuple[Mapping[str, LowRank], Mapping[str, LowRank]]:
+        mine, theirs = self._algebra(), other._algebra()
+        if self.base_model and other.base_model and self.base_model != other.base_model:
+            raise MismatchError(
+                f"the adapters belong to different bases: {self.base_model!r} and "
+                f"{other.base_model!r}; if these are one, use "
+                "dataclasses.replace(adapter, base_model=…)"
+            )
+        for p in mine.keys() & theirs.keys():
+            if mine[p].shape != theirs[p].shape:
+                raise MismatchError(
+                    f"module {p!r} is {mine[p].shape} in one adapter and "
+                    f"{theirs[p].shape} in the other"
+                )
+        return mine, theirs
+
+
+def module_digest(path: str, u: LowRank, layout: Layout = LINEAR) -> bytes:
+    """SHA-256 of one update: its path, layout, scale and the bytes of both factors."""
+    head = f"{path}\0{layout.kind}\0{layout.kernel}\0{float(u.scale).hex()}"
+    return hashlib.sha256(
+        head.encode("utf-8", "surrogatepass") + tensor_digest("A", u.A) + tensor_digest("B", u.B)
+    ).digest()
+
+
+def tensor_digest(key: str, t: Tensor) -> bytes:
+    """SHA-256 of a tensor's key, dtype, shape and bytes."""
+    h = hashlib.sha256(f"{key}\0{t.dtype}\0{tuple(t.shape)}\0".encode("utf-8", "surrogatepass"))
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        h.update(flat.view(torch.uint8).numpy().data)
+    return h.digest()
+
+
+def combined_digest(parts: Iterable[bytes]) -> str:
+    """One hexadecimal digest of many, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
+
+
+def map_modules(adapter: Adapter, change: Callable[[LowRank], LowRank]) -> Adapter:
+    """The adapter with `change` applied to every update; everything else as it is."""
+    return adapter._with({p: change(u) for p, u in adapter._algebra().items()})
+
+
+def _water_filled(
+    spectra: Mapping[str, Tensor], modules: Mapping[str, LowRank], budget: int
+) -> dict[str, int]:
+    """Ranks that keep the most energy within `budget` numbers: best σ² per number first."""
+    cost = {p: sum(u.shape) for p, u in modules.items()}
+    floor = sum(cost.values())
+    if budget < floor:
+        raise MismatchError(f"budget {budget} is below rank 1 everywhere, which takes {floor}")
+    ranks = dict.fromkeys(spectra, 1)
+    left = budget - floor
+    # Within a module σ descends, so taking steps in order of gain takes each prefix in order.
+    steps = [
+        (float(s) ** 2 / cost[p], p) for p, S in spectra.items() for s in S.tolist()[1:] if s > 0
+    ]
+    for _, p in sorted(steps, key=lambda step: (-step[0], step[1])):
+        if cost[p] <= left:
+            ranks[p] += 1
+            left -= cost[p]
+    return ranks
+
+
+def _merged_extras(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for key in a.keys() & b.keys():
+        if a[key].dtype != b[key].dtype or not torch.equal(a[key], b[key]):
+            raise MismatchError(
+                f"both adapters carry {key!r} with different values; drop it from one of them "
+                "(dataclasses.replace(adapter, extras={…}))"
+            )
+    return {**b, **a}
+
+
+_TARGETS = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+
+
+def _merged_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Both configs as one: lists and mappings are joined, `a` decides where they contradict.
+
+    A side that says nothing (None, False, "none", empty) yields to the other, so that a head or
+    bias carried from one adapter keeps the setting that makes readers look for it. Where the
+    targets differ they are left for `save` to name.
+    """
+    kept = {key: _merged_value(a.get(key), b.get(key)) for key in [*b, *a]}
+    if any(a.get(key) != b.get(key) for key in _TARGETS):
+        for key in _TARGETS:
+            kept.pop(key, None)
+    return kept
+
+
+def _merged_value(x: Any, y: Any) -> Any:
+    if x == y or not y or y == "none":
+        return y if x is None else x
+    if not x or x == "none":
+        return y
+    if isinstance(x, list) and isinstance(y, list):
+        return x + [item for item in y if item not in x]
+    if isinstance(x, dict) and isinstance(y, dict):
+        return {**y, **x}
+    return x

@@ -1,0 +1,46 @@
+"""The command line: `lorafold VERB …`, one file per verb, named like it.
+
+A verb's file is imported when the verb is called, and torch when it runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from ._command import Verbs
+
+VERBS = {
+    "info": "Say what adapters, or a library, hold.",
+    "diff": "Compare two adapters by what they do to the weights.",
+    "resize": "Write an adapter at another size, with the error it costs.",
+    "check": "Check an adapter's names and shapes against its base.",
+    "fold": "Fold many adapters into one library with a bounded error.",
+    "ls": "List the adapters of a library.",
+    "unfold": "Write adapters of a library back as PEFT directories.",
+    "add": "Add adapters to a library.",
+    "rm": "Remove adapters from a library.",
+    "verify": "Check a library's checksums, and its errors against the sources.",
+    "bench": "Time a library: open, rebuild, project, add.",
+    "demo": "Fold the packaged adapters and measure what that costs their tasks.",
+}
+
+
+@click.group(
+    cls=Verbs,
+    verbs=VERBS,
+    package=__name__,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExample:\n  lorafold fold adapters/* -o lib --tolerance 0.1",
+)
+@click.version_option(__version__, prog_name="lorafold", message="%(prog)s %(version)s")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Low-rank adapters after training: fold many into one library, compare, resize, check.
+
+    An adapter is a PEFT directory, its safetensors file, an id on the Hub, or LIB:NAME for one in
+    a library. Exit status: 0, 1 when a check failed, 2 for bad usage or input.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,0 +1,212 @@
+"""What every command shares: its flags, how its help ends, and how a failure is told.
+
+`--json`, `--verbose` and `--debug` are understood before and after the command's name. Nothing
+here, or at the top of a command's file, imports torch: help must not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import LorafoldError, ToleranceError, did_you_mean
+
+CHECK_FAILED, BAD_INPUT = 1, 2
+
+# What messages call as the Python API does, and the command line has as a flag.
+_KEYWORDS = re.compile(
+    r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
+    r"|base_model|form|name)=(True\b|'?…'?|(?=[\s;,:)]|$))"
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Settings:
+    """The flags that hold for any command."""
+
+    json: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+
+def settings() -> Settings:
+    """Those of the command that is running."""
+    return click.get_current_context().find_root().ensure_object(Settings)
+
+
+class CheckFailed(click.ClickException):
+    """A check found what it looks for: what it says goes to stderr, and the status is 1."""
+
+    exit_code = CHECK_FAILED
+
+
+class Command(click.Command):
+    """A command with the shared flags, whose help ends in an example that can be run.
+
+    Args:
+        example: the whole line, from `lorafold` on.
+    """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        kwargs["epilog"] = f"\b\nExample:\n  {example}"
+        super().__init__(*args, **kwargs)
+        self.example = example
+        self.params += shared_flags()
+
+
+def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
+    """Decorate a function to be the command `name`."""
+    return click.command(name, cls=Command, example=example)
+
+
+def shared_flags() -> list[click.Parameter]:
+    """The flags of `Settings`; a flag given anywhere counts."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(ctx.find_root().ensure_object(Settings), str(param.name), True)
+
+    def flag(name: str, text: str) -> click.Option:
+        # Eager, so that --debug is known when another option is found to be wrong.
+        return click.Option(
+            [f"--{name}"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=remember,
+            help=text,
+        )
+
+    return [
+        flag("json", "Print one JSON value, and nothing else, on stdout."),
+        flag("verbose", "Print more: tables of every module."),
+        flag("debug", "Show the traceback of an error."),
+    ]
+
+
+class Verbs(click.Group):
+    """A group whose commands each live in a file of their own, imported when called.
+
+    Args:
+        verbs: {command: its one-line help}.
+        package: the package of their files.
+    """
+
+    def __init__(self, *args: Any, verbs: dict[str, str], package: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.verbs, self._package = verbs, package
+        self.params += shared_flags()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.verbs:
+            return None
+        import importlib
+
+        module = importlib.import_module(f".{cmd_name}", self._package)
+        found: click.Command = getattr(module, cmd_name)
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.verbs and name[:1].isalnum():
+            ctx.fail(f"there is no command {name!r}; {did_you_mean(name, self.verbs)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table, so that help loads no command.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.verbs.items()))
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run a command line and exit with its status: 0, 1 (a check failed) or 2."""
+        standalone = extra.pop("standalone_mode", True)
+        extra["standalone_mode"] = False
+        if not standalone:
+            return super().main(args, *more, **extra)
+        chosen = extra.setdefault("obj", Settings())
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a failure is told once, in one line
+        run = super().main
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that lacks a letter is no failure
+                stream.reconfigure(errors="backslashreplace")
+        sys.exit(_status(lambda: run(args, *more, **extra), chosen))
+
+
+def _status(run: Callable[[], Any], chosen: Settings) -> int:
+    try:
+        with _one_line_warnings():
+            result = run()
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort) as e:
+        return _failed(e, "interrupted", chosen, BAD_INPUT)
+    except click.ClickException as e:
+        return _failed(None, _usage_line(e), chosen, e.exit_code)
+    except ToleranceError as e:
+        return _failed(e, str(e), chosen, CHECK_FAILED)
+    except LorafoldError as e:
+        return _failed(e, str(e), chosen, BAD_INPUT)
+    except OSError as e:
+        if e.errno == errno.EPIPE:
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        return _failed(e, f"{where}{e.strerror or e}", chosen, BAD_INPUT)
+    except Exception as e:  # noqa: BLE001  (told in a line; --debug has the rest)
+        text = f"unexpected {type(e).__name__}: {e} (--debug shows where)"
+        return _failed(e, text, chosen, BAD_INPUT)
+
+
+def _failed(error: BaseException | None, text: str, chosen: Settings, status: int) -> int:
+    if chosen.debug and error is not None:
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    else:
+        click.echo(f"error: {one_line(as_flags(text))}", err=True)
+    return status
+
+
+def _usage_line(error: click.ClickException) -> str:
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f" (see '{ctx.command_path} --help')" if ctx else ""
+    return error.format_message().rstrip(".") + hint
+
+
+def as_flags(text: str) -> str:
+    """A message with `overwrite=True` and the like said as the command line has them."""
+    return _KEYWORDS.sub(lambda match: "--" + match[1].replace("_", "-"), text)
+
+
+def one_line(text: str) -> str:
+    """The text on one line, control characters escaped."""
+    lines = text.strip("\n").splitlines()
+    return escaped(" ".join(map(str.strip, lines)) if len(lines) > 1 else text.strip("\n"))
+
+
+def escaped(text: str) -> str:
+    """The text with control characters, line breaks too, shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"warning: {one_line(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,253 @@
+"""What commands print: one JSON value, or tables that people read.
+
+Numbers for people are rounded and have units (bytes in powers of 1024, errors in percent); JSON
+holds them unrounded. Where stdout is no terminal nothing is cut to its width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._command import escaped, one_line, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+    from rich.text import Text
+
+DELAY = 1.0  # seconds of work before a progress bar appears
+_UNBOUNDED = 100_000  # columns, where no terminal sets a limit
+NOTHING = "–"
+
+Advance = Callable[[int, int, str], None]
+
+
+# Reports
+
+
+def report(data: Any, show: Callable[[Console], None]) -> None:
+    """Print `data` as JSON where that is asked for, else let `show` print it for people."""
+    if settings().json:
+        # ASCII, so that any terminal and any name (lone surrogates too) can be written.
+        click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+    else:
+        show(console())
+
+
+def console() -> Console:
+    """Where tables go: stdout, unstyled text taken as it is."""
+    from rich.console import Console
+
+    bounded = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = None if bounded else _UNBOUNDED
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def facts(out: Console, pairs: Iterable[tuple[str, object]]) -> None:
+    """Print names and values in two columns, leaving out values that are None or empty."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        if value is not None and value != "":
+            grid.add_row(Text(name, "bold"), Text(shown(value)))
+    _print(out, grid)
+
+
+def table(out: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under headings.
+
+    Args:
+        columns: headings; ">x" aligns to the right and is never cut, "x…" is cut to keep rows on
+            one line, others wrap.
+        rows: cells; None prints a dash.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        right, cut = column.startswith(">"), column.endswith("…")
+        grid.add_column(
+            column.strip(">…"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="ellipsis" if cut else "fold",
+        )
+    for row in rows:
+        grid.add_row(*(Text(NOTHING if cell is None else shown(cell)) for cell in row))
+    _print(out, grid)
+
+
+def _print(out: Console, what: Table | Text) -> None:
+    with out.capture() as captured:
+        out.print(what)
+    # Rich fills every line up to the table's width.
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    click.echo("\n".join(lines))
+
+
+def say(out: Console, text: str = "") -> None:
+    """Print a paragraph."""
+    from rich.text import Text
+
+    _print(out, Text("\n".join(one_line(line) for line in text.split("\n"))))
+
+
+def _finite(value: Any) -> Any:
+    """The value with what JSON lacks (NaN, infinity) as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+# Numbers and names for people
+
+
+def shown(value: object) -> str:
+    """A name or other value as text; control characters are shown escaped."""
+    return escaped(value) if isinstance(value, str) else str(value)
+
+
+def count(number: int, noun: str = "") -> str:
+    """1,234, or "1,234 modules"; the noun is given for one."""
+    if not noun:
+        return f"{number:,}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def digits(number: float | None, wanted: int = 3) -> str:
+    """1.20, 12.0, 120, 1,200: with that many digits, so that a column reads evenly."""
+    if number is None:
+        return NOTHING
+    if abs(number) >= 10 ** (wanted - 1):
+        return f"{number:,.0f}"
+    return f"{number:#.{wanted}g}"
+
+
+def size(number: float) -> str:
+    """12.3 KiB."""
+    if abs(number) < 1000:
+        return f"{number:,.0f} B"
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    number /= 1024
+    while abs(number) >= 1000 and len(units) > 1:
+        number /= 1024
+        units.pop(0)
+    return f"{digits(number)} {units[0]}"
+
+
+def percent(share: float | None) -> str:
+    """9.98 %."""
+    if share is None or not math.isfinite(share):
+        return NOTHING
+    if share and abs(share) < 1e-5:
+        return f"{100 * share:.1e} %"
+    return f"{digits(100 * share) if share else 0} %"
+
+
+def duration(seconds: float) -> str:
+    """1.2 ms."""
+    for unit, length in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{digits(seconds / length)} {unit}"
+    return f"{digits(seconds / 1e-6)} µs"
+
+
+def span(numbers: Iterable[int]) -> str:
+    """4, or 4–16."""
+    found = sorted(set(numbers))
+    if not found:
+        return NOTHING
+    return str(found[0]) if len(found) == 1 else f"{found[0]}–{found[-1]}"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """a, b, c and 5 more."""
+    every = list(names)
+    rest = len(every) - most
+    return ", ".join(every) if rest <= 0 else f"{', '.join(every[:most])} and {rest:,} more"
+
+
+# Progress
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Advance]:
+    """A callback (done, total, stage) that draws a bar: on a terminal, after a second of work."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, stage: None
+        return
+    bar = Bar(what)
+    timer = threading.Timer(DELAY, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield bar.advance
+    finally:
+        timer.cancel()
+        bar.stop()
+
+
+class Bar:
+    """A progress bar on stderr that is drawn from `start` on and gone after `stop`."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._state = what, (0, 0, "")
+        self._lock = threading.Lock()
+        self._drawn: tuple[Progress, TaskID] | None = None
+        self._ended = False
+
+    def start(self) -> None:
+        """Draw it, unless the work has ended meanwhile."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with self._lock:
+            if self._ended:
+                return
+            drawn = Progress(console=Console(stderr=True), transient=True)
+            self._drawn = drawn, drawn.add_task(self._what, total=None)
+            drawn.start()
+            self._update()
+
+    def advance(self, done: int, total: int, stage: str) -> None:
+        """Say how far the work is."""
+        with self._lock:
+            self._state = done, total, stage
+            self._update()
+
+    def stop(self) -> None:
+        """Take it away."""
+        with self._lock:
+            self._ended = True
+            if self._drawn is not None:
+                self._drawn[0].stop()
+
+    def _update(self) -> None:
+        from rich.markup import escape
+
+        if self._drawn is not None:
+            done, total, stage = self._state
+            drawn, task = self._drawn
+            text = one_line(f"{self._what}: {stage}" if stage else self._what)
+            drawn.update(task, completed=done, total=total or None, description=escape(text))

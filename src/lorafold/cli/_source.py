@@ -1,0 +1,144 @@
+"""From what stands on a command line to adapters: a path, a Hub id, LIB:NAME, NAME=PATH."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import FileError
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..files import AdapterFile
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = [
+    click.option("--alpha", type=float, help="α, for an adapter without adapter_config.json."),
+    click.option("--revision", help="Branch, tag or commit, for an id on the Hub."),
+    click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too."),
+]
+
+
+def adapter_options(function: F) -> F:
+    """The options of a command that reads adapters: what `opened` takes."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def is_library(path: str | Path) -> bool:
+    """Whether the folder holds a library."""
+    from ..fold.store_manifest import MANIFEST
+
+    return (Path(path) / MANIFEST).is_file()
+
+
+def in_library(text: str) -> tuple[str, str] | None:
+    """Library and name of LIB:NAME; None where the text is a path, or no library is there.
+
+    A path that exists is a path, whatever colons are in it.
+    """
+    if Path(text).exists():
+        return None
+    colons = (at for at, letter in enumerate(text) if letter == ":")
+    return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
+
+
+def opened(text: str, **options: Any) -> AdapterFile:
+    """The adapter at a path or Hub id, or LIB:NAME.
+
+    Args:
+        options: alpha, revision, allow_pickle, as `open_adapter` takes them.
+
+    Raises:
+        FileError: a library without a name after it, or what `open_adapter` says.
+        UnknownNameError: the library has no such name.
+    """
+    from ..files import AdapterFile, open_adapter
+    from ..files.locate import SUBSPACE_NAME
+    from ..fold import Library
+
+    found = in_library(text)
+    if found is not None:
+        with Library.open(found[0]) as lib:
+            entry = lib.entry(found[1])
+            return AdapterFile.of(lib[found[1]], Path(text), int(entry["file_bytes"]))
+    if is_library(text):
+        raise FileError(f"{text} is a library; name one of its adapters, as {text}:NAME")
+    if Path(text, SUBSPACE_NAME).is_file():
+        raise FileError(
+            f"{text} is a vLoRA folder of many adapters; fold it: "
+            f"lorafold fold {text} -o LIB --alpha α"
+        )
+    if not Path(text).exists() and Path(text).parent.exists() and not options.get("revision"):
+        # A slip in a path, most likely, and the Hub would be asked in vain.
+        hint = "" if text.count("/") != 1 else " (for an id on the Hub, give --revision main)"
+        raise FileError(f"no such file or directory: {text!r}{hint}")
+    return open_adapter(text, **options)
+
+
+def loaded(text: str, **options: Any) -> Adapter:
+    """The adapter that `opened` finds, in memory."""
+    return opened(text, **options).load()
+
+
+def named_sources(paths: Iterable[str], pairs: Iterable[str], alpha: float | None = None) -> Any:
+    """Sources for `fold` and `verify` from paths and NAME=PATH.
+
+    Args:
+        alpha: α of the adapters of vLoRA folders.
+
+    Raises:
+        BadParameter: no `=` in a pair, or a name given twice.
+        FileError: a path without an adapter.
+    """
+    named: dict[str, Any] = {}
+    paths, subspaces = _without_subspaces(paths, alpha)
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise click.BadParameter(f"{pair!r} is not NAME=PATH", param_hint="--name")
+        if name in named:
+            raise click.BadParameter(f"{name!r} is given twice", param_hint="--name")
+        named[name] = path
+    if not named and not subspaces:
+        return paths
+    unnamed = subspaces | (paths_by_name(paths) if paths else {})
+    twice = sorted(unnamed.keys() & named.keys())
+    if twice:
+        raise click.BadParameter(f"{twice[0]!r} is also a source's own name", param_hint="--name")
+    return unnamed | named
+
+
+def _without_subspaces(
+    paths: Iterable[str], alpha: float | None
+) -> tuple[list[str], dict[str, Any]]:
+    """The other paths, and the adapters of vLoRA folders among them by name."""
+    from ..files import load_many
+    from ..files.locate import SUBSPACE_NAME
+
+    others: list[str] = []
+    found: dict[str, Any] = {}
+    for path in paths:
+        if Path(path, SUBSPACE_NAME).is_file():
+            found |= load_many(path, alpha=alpha)
+        else:
+            others.append(path)
+    return others, found
+
+
+def paths_by_name(sources: Iterable[str]) -> dict[str, str]:
+    """{default name: path} of every adapter that paths, folders of adapters and globs stand for.
+
+    Raises:
+        FileError: one that stands for none.
+        MismatchError: two with one name.
+    """
+    from ..fold.collection import named_handles
+
+    handles: Mapping[str, Any] = named_handles(list(sources))  # all of them `AdapterFile`s
+    return {name: str(handle.path) for name, handle in handles.items()}

@@ -1,0 +1,62 @@
+"""What commands that write adapters share: the dtype, and folder names for adapters' names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ["float32", "float16", "bfloat16"]
+NAMES_FILE = "names.json"
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
+_LONGEST = 60  # letters of a name that its folder keeps
+
+dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="Of the factors written.")
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name."""
+    import torch
+
+    if name is None:
+        return None
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def folder_names(names: Iterable[str]) -> dict[str, str]:
+    """{name: folder}: a name is data and may be any text; its folder is one plain component.
+
+    A name that is one already keeps it. Any other becomes its plain letters and a part of its
+    hash, so that it does not depend on what else is there. No two folders differ in case alone.
+
+    Example:
+        >>> folder_names(["sql", "../etc"])
+        {'sql': 'sql', '../etc': 'etc-f7f9121f'}
+    """
+    names = list(names)
+    folders: dict[str, str] = {}
+    taken = {NAMES_FILE}
+    for name in names:
+        if _PLAIN.fullmatch(name) and name[-1] != "." and name.lower() not in taken:
+            folders[name] = name
+            taken.add(name.lower())
+    for name in names:
+        if name not in folders:
+            folders[name] = _hashed(name, taken)
+            taken.add(folders[name].lower())
+    return {name: folders[name] for name in names}
+
+
+def _hashed(name: str, taken: set[str]) -> str:
+    letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST] or "adapter"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    lengths = range(8, len(digest) + 1)
+    return next(f for n in lengths if (f := f"{letters}-{digest[:n]}").lower() not in taken)

@@ -1,0 +1,122 @@
+"""`lorafold fold`: many adapters into one library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import _output as output
+from ._command import command, settings
+from ._library import library_facts, library_table
+from ._source import named_sources
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
+
+
+@command("fold", example="lorafold fold adapters/* -o lib --tolerance 0.1")
+@click.argument("sources", nargs=-1, metavar="DIR...")
+@click.option("-o", "--output", "path", required=True, metavar="LIB", help="Folder to write.")
+@click.option(
+    "--name",
+    "named",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A source under a name of your own; can be given again.",
+)
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Bound on every adapter's ‖ΔŴ − ΔW‖ / ‖ΔW‖; 0 keeps every bit. [default: 0.1]",
+)
+@click.option(
+    "--form",
+    type=click.Choice(FORMS),
+    default="auto",
+    show_default=True,
+    help="How updates are stored; auto takes the smallest, module by module.",
+)
+@click.option("--rank", type=int, help="Directions kept, instead of a tolerance.")
+@click.option("--energy", type=float, help="Share of ‖ΔW‖² kept, instead of a tolerance.")
+@click.option("--bits", type=float, help="Bits a number: 32, 16, or an average up to 8.")
+@click.option("--retention", type=float, help="Share of each adapter's lift to keep, by --score.")
+@click.option(
+    "--score",
+    metavar="MODULE:FUNCTION",
+    help="fn(name, adapter, or None for the base) → higher is better; found from here.",
+)
+@click.option(
+    "--memory",
+    default="1GiB",
+    show_default=True,
+    help="Limit for what is held of the adapters at once.",
+)
+@click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
+@click.option("--alpha", type=float, help="α of the adapters in a vLoRA folder.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at LIB.")
+def fold(
+    sources: tuple[str, ...],
+    path: str,
+    named: tuple[str, ...],
+    score: str | None,
+    alpha: float | None,
+    **options: Any,
+) -> None:
+    """Fold many adapters into one library with a bounded error.
+
+    Each DIR is an adapter, a folder of adapters (vLoRA's too), or a glob. An adapter's name is the
+    last part of its path; two alike need --name. The error is measured on what was written,
+    adapter by adapter.
+    """
+    if not sources and not named:
+        raise click.UsageError("give the adapters to fold", click.get_current_context())
+    function = None if score is None else score_function(score)
+    from ..fold.folding import fold as fold_sources
+
+    with output.progress("folding") as advance:
+        lib = fold_sources(
+            named_sources(sources, named, alpha), path, score=function, progress=advance, **options
+        )
+    with lib:
+        stats = {"path": path, **lib.stats()}
+    if score is not None:
+        stats["options"] = {**stats["options"], "retention": options["retention"], "score": score}
+
+    def show(out: Console) -> None:
+        library_facts(out, stats)
+        if settings().verbose:
+            library_table(out, stats)
+
+    output.report(stats, show)
+
+
+def score_function(text: str) -> Callable[..., float]:
+    """The function that MODULE:FUNCTION names, found from the working directory.
+
+    Raises:
+        BadParameter: no such module or function.
+    """
+    import importlib
+
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise click.BadParameter(f"{text!r} is not MODULE:FUNCTION", param_hint="--score")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as e:
+        raise click.BadParameter(f"{text!r}: {e}", param_hint="--score") from e
+    if not callable(found):
+        raise click.BadParameter(f"{text!r} is not a function", param_hint="--score")
+    function: Callable[..., float] = found
+    return function

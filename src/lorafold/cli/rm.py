@@ -1,0 +1,37 @@
+"""`lorafold rm`: adapters out of a library."""
+
+from __future__ import annotations
+
+import click
+
+from . import _output as output
+from ._command import command
+
+
+@command("rm", example="lorafold rm lib law")
+@click.argument("lib", metavar="LIB")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def rm(lib: str, names: tuple[str, ...]) -> None:
+    """Remove adapters from a library.
+
+    Their names are free again. What others share with them stays, and the bytes of a shard are
+    freed when most of it is unused.
+    """
+    from ..fold import Library
+
+    with Library.open(lib) as opened:
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            opened.entry(name)  # an unknown one is told before anything is removed
+        before = opened.nbytes
+        with output.progress("removing") as advance:
+            for k, name in enumerate(wanted):
+                advance(k, len(wanted), name)
+                opened.remove(name)
+        sizes = [before, opened.nbytes]
+        left = len(opened)
+    data = {"path": lib, "removed": wanted, "adapters": left, "bytes": sizes}
+    gone = output.listed(map(repr, wanted))
+    words = f"{gone} removed; {output.count(left, 'adapter')} left"
+    change = f"{output.size(sizes[0])} → {output.size(sizes[1])}"
+    output.report(data, lambda out: output.say(out, f"{words}\n{lib}: {change}"))

@@ -1,0 +1,58 @@
+"""One tree of errors: every mistake a user can make is a `LorafoldError` with a one-line message.
+
+A message names the thing (file, key, module, name), says what was expected and found, and what to
+do about it. The command line prints that line and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class LorafoldError(Exception):
+    """The root of all errors that lorafold raises on purpose."""
+
+
+class FileError(LorafoldError, ValueError):
+    """A file or directory can't be read, or won't be overwritten."""
+
+
+class MismatchError(LorafoldError, ValueError):
+    """Two things that must fit together do not: shapes, ranks, bases, options."""
+
+
+class RefusedError(MismatchError):
+    """A step that would be wrong for this adapter, refused with the reason and the remedy."""
+
+
+class ToleranceError(LorafoldError, ValueError):
+    """A stated error bound cannot be met, or was found broken."""
+
+
+class UnknownNameError(LorafoldError, KeyError):
+    """A name that is not there; the message lists the near ones."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would put the sentence in quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingExtraError(LorafoldError, ImportError):
+    """A feature whose optional dependency is not installed; the message names the command."""
+
+
+def did_you_mean(name: str, known: object) -> str:
+    """The tail of an unknown-name message: the near names, or how many there are.
+
+    Args:
+        name: what was asked for.
+        known: an iterable of the names there are.
+    """
+    import difflib
+
+    names = [str(n) for n in known]  # type: ignore[attr-defined]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if not names:
+        return "there are no names at all"
+    shown = ", ".join(repr(n) for n in sorted(names)[:5])
+    return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"

@@ -1,0 +1,421 @@
+"""Directories and files that appear whole or not at all.
+
+What is written goes to a hidden sibling on the same file system, is flushed to the disk, and only
+then takes its name in one rename: a process killed at any moment leaves the old state or the new
+one. Where something is replaced, the two names are exchanged in one step (renameat2 with
+RENAME_EXCHANGE), so that no moment exists without the one or the other. File systems that can't
+exchange get two renames; a kill between them leaves the old state set aside under a hidden name,
+which `set_aside` finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import FileError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the one is POSIX, the other not
+READ_FLAGS = os.O_RDONLY | _PLAIN
+CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN  # for a file that mustn't be there yet
+
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+_STAGING = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_swept: set[Path] = set()  # folders already cleared of what killed writers left, in this process
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory to fill, which takes the name `path` when the block ends well.
+
+    On normal exit every file in it is flushed to the disk and the directory renamed into place; on
+    an exception it is removed and whatever is at `path` stays untouched. Missing parents are
+    created. A symbolic link at `path` is followed: what it points to is replaced, not the link.
+
+    Args:
+        path: the directory to appear.
+        overwrite: replace a file or directory that is there (all of it).
+
+    Returns:
+        A context manager giving the staging directory, an empty sibling of `path`.
+
+    Raises:
+        FileError: something is there and `overwrite` is False, or it is (or holds) the current
+            directory; before the block is entered, except for what appeared meanwhile.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with new_directory(folder / "out") as staging:
+        ...     _ = (staging / "a.txt").write_text("whole")
+        >>> (folder / "out" / "a.txt").read_text()
+        'whole'
+    """
+    target = _resolved(path)
+    if os.path.lexists(target):
+        if not overwrite:
+            raise FileError(f"{path} exists already; give overwrite=True to replace it")
+        here = Path.cwd()
+        if here == target or target in here.parents:
+            # Nearly always a slip, and it would pull the ground from under the caller's shell.
+            raise FileError(f"{path} is or holds the current directory; it won't be overwritten")
+    created = _make_parents(target.parent)
+    try:
+        _remove_dead_staging(target.parent)
+        staging, lock = _new_staging(target)
+        try:
+            yield staging
+            _sync_tree(staging)
+            _move_into_place(staging, target, overwrite)
+        except BaseException:
+            _remove(staging)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+    except BaseException:
+        for parent in reversed(created):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    for parent in (target.parent, *(p.parent for p in reversed(created))):
+        sync_directory(parent)
+    # After the exchange the old state lies under the staging name. It goes last: had the flush
+    # above failed, the disk could still need it.
+    _remove(staging)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, new or in place of the old one, so that a reader sees the one or the other.
+
+    The permissions of a file that is replaced are kept, and a symbolic link is followed.
+
+    Args:
+        path: the file.
+        data: all of its content.
+    """
+    target = _resolved(path)
+    temporary = _sibling(target, "tmp")
+    descriptor = os.open(temporary, CREATE_FLAGS, 0o666)
+    try:
+        try:
+            if hasattr(os, "fchmod"):
+                with contextlib.suppress(OSError):
+                    os.fchmod(descriptor, stat.S_IMODE(os.stat(target).st_mode))
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(target.parent)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Flush a directory's entries to the disk, so that names given or taken survive a power cut.
+
+    Args:
+        path: the directory.
+    """
+    if os.name == "nt":  # Windows can't open a directory, and flushes names by itself
+        return
+    descriptor = os.open(path, READ_FLAGS)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path, timeout: float) -> Iterator[None]:
+    """Hold the lock file `path`, alone among all processes; it ends with the process at the latest.
+
+    Args:
+        path: the lock file; created where missing, never removed.
+        timeout: seconds to wait for the present holder.
+
+    Raises:
+        FileError: it is held by someone else for longer than `timeout`, or can't be locked.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.001
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
+        except OSError as e:
+            raise FileError(f"{path.parent} can't be changed: {e.strerror}") from e
+        try:
+            held = _try_lock(descriptor)
+        except OSError as e:
+            os.close(descriptor)
+            raise FileError(f"{path.parent} can't be locked: {e.strerror}") from e
+        if held and _is_still_at(descriptor, path):
+            break
+        os.close(descriptor)
+        if held:  # of a directory that was replaced as we waited: lock the new one
+            continue
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise FileError(
+                f"{path.parent} is being changed by another process (or by another transaction of "
+                f"this one); waited {timeout:g} s"
+            )
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, 0.05)
+    try:
+        yield
+    finally:
+        # Closing alone would leave the lock with a child process forked meanwhile.
+        _unlock(descriptor)
+        os.close(descriptor)
+
+
+def set_aside(path: str | os.PathLike[str]) -> list[Path]:
+    """Old states of `path` left under a hidden name by an overwrite killed between two renames.
+
+    Args:
+        path: what was being overwritten.
+    """
+    target = Path(os.path.abspath(path))
+    pattern = re.compile(re.escape(f".{_short(target)}.") + r"[0-9a-f]{16}\.old")
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return []
+    return [target.parent / name for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data`, however many calls it takes (Linux writes 2 GiB at most in one)."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+# Names
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Absolute, and what a symbolic link at `path` points to."""
+    target = Path(os.path.abspath(path))
+    if target.is_symlink():
+        try:
+            target = target.resolve()
+        except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links, before Python 3.13
+            raise FileError(f"{path} is a symbolic link that leads nowhere: {e}") from e
+    if not target.name:
+        raise FileError(f"{path} is the root of a file system, not a place to write to")
+    return target
+
+
+def _short(target: Path) -> str:
+    return target.name[:40]  # 40 characters of 4 bytes and our own stay below the usual limit, 255
+
+
+def _sibling(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.{suffix}")
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create what is missing above a target; the ones created, outermost first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    missing.reverse()
+    try:
+        for path in missing:
+            path.mkdir(exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise FileError(f"{e.filename} is in the way: it is not a directory") from e
+    return missing
+
+
+# Staging directories. A writer locks its own, so that the ones without a living writer are known.
+
+
+def _new_staging(target: Path) -> tuple[Path, int | None]:
+    while True:
+        staging = _sibling(target, "tmp")
+        try:
+            os.mkdir(staging)  # not tempfile.mkdtemp, whose 0700 would stay with the result
+        except NotADirectoryError as e:
+            raise FileError(f"{target.parent} is not a directory") from e
+        if fcntl is None:
+            return staging, None
+        lock = None
+        try:
+            lock = os.open(staging, READ_FLAGS)
+            if _try_lock(lock) and _is_still_at(lock, staging):
+                return staging, lock
+        except FileNotFoundError:
+            pass
+        except OSError:  # no locks on this file system; nobody will take the staging for dead
+            if lock is not None:
+                os.close(lock)
+            return staging, None
+        # Another process took it for dead between the two calls above. Once more.
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_dead_staging(parent: Path) -> None:
+    """Remove what killed writers left in `parent`; once per process, as a folder may be long."""
+    if fcntl is None or parent in _swept:
+        return
+    _swept.add(parent)
+    try:
+        names = os.listdir(parent)
+    except OSError:  # one may write to a folder without the right to list it
+        return
+    for name in names:
+        path = parent / name
+        if not _STAGING.fullmatch(name) or path.is_symlink() or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(path, READ_FLAGS)
+            try:
+                if _try_lock(lock):
+                    _remove(path)
+            finally:
+                os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a tree, as far as it goes: what remains is hidden, and in nobody's way."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _sync_tree(top: Path) -> None:
+    """Flush all files and directories under `top`, innermost first."""
+    for folder, _, names in os.walk(top, topdown=False):
+        for name in names:
+            path = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                # Windows flushes only what is open for writing; elsewhere a file may be read-only.
+                flags = os.O_RDWR | _PLAIN if os.name == "nt" else READ_FLAGS
+                descriptor = os.open(path, flags)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        sync_directory(folder)
+
+
+# Renames
+
+
+def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
+    """Give `staging` the name `target`; what was there takes the staging name."""
+    if not os.path.lexists(target):
+        try:
+            if not _rename_with(staging, target, _RENAME_NOREPLACE):
+                # A directory takes the place of an empty one only: nothing is lost in a race.
+                os.rename(staging, target)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise FileError(f"{target} appeared while it was being written") from e
+    elif not overwrite:
+        raise FileError(f"{target} appeared while it was being written; give overwrite=True")
+    elif not _rename_with(staging, target, _RENAME_EXCHANGE):
+        old = _sibling(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        with contextlib.suppress(OSError):  # the new one is in place: too late to fail
+            os.rename(old, staging)
+
+
+def _rename_with(source: Path, target: Path, flags: int) -> bool:
+    """Rename by renameat2; False where the system or the file system doesn't have it."""
+    number = _renameat2(os.fsencode(source), os.fsencode(target), flags)
+    if number in _CANNOT:
+        return False
+    if number:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+    return True
+
+
+def _renameat2(source: bytes, target: bytes, flags: int) -> int:
+    """The system call: 0, or the error's number."""
+    if not sys.platform.startswith("linux"):
+        return errno.ENOSYS
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return errno.ENOSYS
+    here = -100  # AT_FDCWD; the paths are absolute
+    done: int = library.renameat2(here, source, here, target, flags)
+    return ctypes.get_errno() if done else 0
+
+
+# Locks
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock without waiting; False when someone else holds it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    elif sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    elif sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file (Windows doesn't let an open one go)."""
+    if os.name == "nt":
+        return True
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

@@ -1,0 +1,97 @@
+"""`adapter_config.json`: reading it, checking that it is a LoRA's, and making it plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, MismatchError
+
+CONFIG_NAME = "adapter_config.json"
+
+
+def read_text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        FileError: it can't be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise FileError(f"{path}: not UTF-8 text ({e})") from e
+    except OSError as e:
+        raise FileError(f"{path}: {e.strerror or e}") from e
+
+
+def parsed(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config in a JSON text, checked as `checked` does.
+
+    Raises:
+        FileError: not JSON, not an object, or not a LoRA's.
+    """
+    if not text.strip():
+        raise FileError(f"{where}: the file is empty; fetch it again")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{where}: not valid JSON ({e})") from e
+    if not isinstance(config, dict):
+        raise FileError(f"{where}: must hold a JSON object, found a {type(config).__name__}")
+    return checked(config, where)
+
+
+def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config, if it is one of a LoRA adapter with a rank and α.
+
+    Raises:
+        FileError: another method, or r or lora_alpha missing; naming file and field.
+    """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise FileError(
+            f"{where}: peft_type is {kind!r}, but only LORA adapters are read; "
+            "convert it to LoRA first (newer releases of PEFT have convert_to_lora)"
+        )
+    for field in ("r", "lora_alpha"):
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FileError(f"{where}: {field!r} must be a number, found {value!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise FileError(f"{where}: {field!r} must be an object, found {config[field]!r}")
+    return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config given in memory as what JSON would hold: PEFT's own object, or a mapping.
+
+    Raises:
+        MismatchError: neither of them.
+    """
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise MismatchError(
+            f"config must be a mapping or a LoraConfig, not {type(config).__name__}"
+        )
+    return {str(key): _plain(value) for key, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,63 @@
+"""Adapters on the Hugging Face Hub, through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import FileError
+from .config import CONFIG_NAME
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
+    """The folder in the Hub's cache that holds the adapter `name`, fetched where needed.
+
+    Raises:
+        FileError: no such path, and no such adapter on the Hub (or no huggingface_hub).
+    """
+    from .locate import PICKLE_NAME, WEIGHTS_NAME
+
+    if not _ID.fullmatch(name):
+        raise FileError(f"no such file or directory: {name!r}")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError:
+        raise FileError(
+            f"no such file or directory: {name!r} (if it is an id on the Hub: "
+            "pip install 'lorafold[hub]')"
+        ) from None
+
+    def fetched(filename: str) -> Path:
+        return Path(hf_hub_download(name, filename, revision=revision))
+
+    weights = [WEIGHTS_NAME, PICKLE_NAME] if allow_pickle else [WEIGHTS_NAME]
+    missing: Exception | None = None
+    try:
+        for filename in weights:
+            try:
+                folder = fetched(filename).parent
+            except EntryNotFoundError as e:
+                missing = e
+                continue
+            try:
+                fetched(CONFIG_NAME)
+            except LocalEntryNotFoundError:
+                raise  # it may exist, but can't be fetched now
+            except EntryNotFoundError:
+                pass  # then alpha= is asked for, as with a local folder
+            return folder
+    except (OSError, HFValidationError) as e:
+        # What the Hub's client raises is an OSError, whatever library it speaks HTTP with.
+        missing = e
+    reason = str(missing).strip().partition("\n")[0]
+    raise FileError(
+        f"no such file or directory: {name!r}, and the Hub has no adapter of that id "
+        f"to give: {reason}"
+    ) from missing

@@ -1,0 +1,375 @@
+"""Reading adapters in PEFT's format: the header first, tensors when they are asked for.
+
+`open_adapter` gives an `AdapterFile`: what is in the file, by its header and config alone, and
+`read(path)` for the factors of one module. `load` reads everything. Files with equal headers and
+equal configs (a collection trained by one script) share everything but their path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Layout
+from ..errors import FileError, MismatchError, UnknownNameError, did_you_mean
+from ..extras import refusal_reason
+from ..lowrank import LowRank
+from . import ranges
+from .config import checked, parsed, plain, read_text
+from .locate import Location, locate
+from .plan import Plan, Slot, make_plan
+
+
+class _Record:
+    """What the header and the config say; shared by all files in which they are the same."""
+
+    def __init__(
+        self, config: Mapping[str, Any], plan: Plan, entries: Mapping[str, ranges.Entry], size: int
+    ) -> None:
+        self.config = MappingProxyType(dict(config))
+        self.slots = plan.slots
+        self.entries = entries
+        self.size = size
+        self.extra_keys = plan.extra_keys
+        self.refusal = refusal_reason(config, plan.extra_keys)
+        self.shapes = MappingProxyType({p: (*s.shape, s.rank) for p, s in plan.slots.items()})
+        self.scales = MappingProxyType({p: s.scale for p, s in plan.slots.items()})
+        self.dtypes = MappingProxyType({p: s.dtype for p, s in plan.slots.items()})
+        self.layouts = MappingProxyType(
+            {p: s.layout for p, s in plan.slots.items() if s.layout != Layout()}
+        )
+
+
+_records: weakref.WeakValueDictionary[bytes, _Record] = weakref.WeakValueDictionary()
+
+
+class AdapterFile:
+    """An adapter of which only the header has been read.
+
+    Not made directly: see `open_adapter`. It holds no open file; every read opens the file anew.
+
+    Attributes:
+        path: the folder or file it was opened from; None for an adapter in memory.
+        config: the configuration ({} where there is none).
+        base_model: name or path of the base, if the config says.
+        shapes: {module path: (out, in, rank)}.
+        scales: {module path: scale}.
+        layouts: {module path: Layout} of the modules that are not plain linear layers.
+        dtypes: {module path: dtype of the factors}.
+        extra_keys: the file's keys that belong to no module.
+        refusal: why ΔW algebra would be wrong, with the remedy; None if it is right.
+        nbytes: bytes of its files on the disk (of its tensors, in memory).
+    """
+
+    __slots__ = ("_adapter", "_file", "_record", "nbytes", "path")
+
+    def __init__(
+        self,
+        path: Path | None,
+        record: _Record,
+        nbytes: int,
+        file: str | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.path, self.nbytes = path, nbytes
+        self._record, self._file, self._adapter = record, file, adapter
+
+    @classmethod
+    def of(
+        cls, adapter: Adapter, path: Path | None = None, nbytes: int | None = None
+    ) -> AdapterFile:
+        """The same interface on an adapter in memory."""
+        slots = {
+            p: Slot("", "", u.shape, u.rank, u.scale, adapter.layout(p), u.A.dtype)
+            for p, u in adapter.modules.items()
+        }
+        record = _Record(adapter.config, Plan(slots, tuple(adapter.extras)), {}, 0)
+        if nbytes is None:
+            tensors = [t for u in adapter.modules.values() for t in (u.A, u.B)]
+            nbytes = sum(t.nbytes for t in [*tensors, *adapter.extras.values()])
+        return cls(path, record, nbytes, adapter=adapter)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else repr(str(self.path))
+        return f"AdapterFile({where}, {len(self.shapes)} modules)"
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._record.config
+
+    @property
+    def base_model(self) -> str | None:
+        if self._adapter is not None:
+            return self._adapter.base_model
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        return self._record.shapes
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        return self._record.scales
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._record.layouts
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return self._record.dtypes
+
+    @property
+    def extra_keys(self) -> tuple[str, ...]:
+        return self._record.extra_keys
+
+    @property
+    def refusal(self) -> str | None:
+        return self._record.refusal
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of the file, in its order; the extras' only, for an adapter in memory."""
+        return tuple(self._record.entries) or self.extra_keys
+
+    def read(self, path: str, dtype: torch.dtype | None = None) -> LowRank:
+        """The update of one module, read into memory of its own.
+
+        Args:
+            path: the module path.
+            dtype: convert the factors to it.
+
+        Raises:
+            UnknownNameError: no such module.
+            FileError: the file is gone or was changed.
+            MismatchError: the factors hold NaN or infinity, or a dtype that needs `dtype=`.
+        """
+        slot = self._record.slots.get(path)
+        if slot is None:
+            hint = did_you_mean(path, self._record.slots)
+            raise UnknownNameError(f"{self._where}: no module {path!r}; {hint}")
+        if self._adapter is not None:
+            return _moved(self._adapter[path], None, dtype)
+        A, B = self._tensors([slot.A, slot.B])
+        return _update(A, B, path, slot, self._where, dtype)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        """{file key: tensor} of everything that is no module's factor."""
+        if self._adapter is not None:
+            return dict(self._adapter.extras)
+        return dict(zip(self.extra_keys, self._tensors(self.extra_keys), strict=True))
+
+    def load(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
+        """The whole adapter.
+
+        Args:
+            device: where the tensors go.
+            dtype: of the factors; extras keep theirs.
+        """
+        if self._adapter is not None:
+            adapter = self._adapter
+            return adapter if device is None and dtype is None else adapter.to(device, dtype)
+        tensors = dict(zip(self.keys, self._tensors(self.keys), strict=True))
+        return _assembled(tensors, self._record, self._where, device, dtype)
+
+    @property
+    def _where(self) -> str:
+        return self._file or str(self.path or "adapter")
+
+    def _tensors(self, keys: Iterable[str]) -> list[Tensor]:
+        assert self._file is not None
+        entries = self._record.entries
+        with ranges.open_file(self._file) as f:
+            size = os.fstat(f.fileno()).st_size
+            if size != self._record.size:
+                raise FileError(f"{self._file}: the file was changed since it was opened")
+            return ranges.read_tensors(f, ((k, entries[k]) for k in keys), self._file)
+
+
+def open_adapter(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    alpha: float | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> AdapterFile:
+    """Open an adapter without reading its tensors.
+
+    Args:
+        source: a PEFT directory, one holding a single such directory, a safetensors file, a Hub id
+            (when huggingface_hub is installed), or an `Adapter` in memory.
+        alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
+        revision: a branch, tag or commit, for a Hub id.
+        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
+
+    Raises:
+        FileError: nothing there, or no adapter of a kind that is read; naming file and key.
+        MismatchError: the file contradicts itself or its config; naming file and key.
+    """
+    if isinstance(source, Adapter):
+        return AdapterFile.of(source)
+    place = locate(source, revision=revision, allow_pickle=allow_pickle)
+    text = None if place.config is None else read_text(place.config)
+    _check_alpha(alpha, text is not None, str(place.path))
+    nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
+    if place.weights.suffix != ".safetensors":
+        config = None if text is None else parsed(text, str(place.config))
+        tensors = _unpickled(place.weights)
+        record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
+        return AdapterFile.of(_assembled(tensors, record, where), place.path, nbytes)
+    return _open_safetensors(place, text, alpha, nbytes)
+
+
+def load(
+    source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor],
+    *,
+    alpha: float | None = None,
+    config: Any = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Read an adapter.
+
+    Args:
+        source: what `open_adapter` takes, or the state dict of an adapter in memory (copied).
+        alpha: α, where there is no config.
+        config: of a state dict: a mapping, or PEFT's LoraConfig.
+        revision: a branch, tag or commit, for a Hub id.
+        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`).
+        device, dtype: where the tensors go, and in what dtype the factors.
+
+    Returns:
+        An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
+
+    Raises:
+        FileError: nothing there, or nothing that is read; naming file and key.
+        MismatchError: the file contradicts itself, or holds NaN; naming file, module and tensor.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import lorafold as lf
+        >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> lf.save(a, folder)
+        >>> lf.load(folder).digest == a.digest
+        True
+    """
+    if isinstance(source, Mapping) and not isinstance(source, Adapter):
+        where = "state dict"
+        _check_alpha(alpha, config is not None, where)
+        tensors = {k: _copied(k, t) for k, t in source.items()}
+        checked_config = None if config is None else checked(plain(config), where)
+        record = _record_of(tensors, checked_config, alpha, where)
+        return _assembled(tensors, record, where, device, dtype)
+    if config is not None:
+        raise MismatchError("config= goes with a state dict; a file has its own")
+    opened = open_adapter(source, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
+    return opened.load(device, dtype)
+
+
+def _open_safetensors(
+    place: Location, text: str | None, alpha: float | None, nbytes: int
+) -> AdapterFile:
+    where = str(place.weights)
+    with ranges.open_file(where) as f:
+        header, size = ranges.header_bytes(f, where)
+    digest = hashlib.sha256(header)
+    digest.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
+    record = _records.get(digest.digest())
+    if record is None:
+        entries = ranges.entries(header, size, where)
+        config = None if text is None else parsed(text, str(place.config))
+        shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+        record = _Record(config or {}, make_plan(shapes, config, alpha, where), entries, size)
+        _check_something(record, where)
+        _records[digest.digest()] = record
+    return AdapterFile(place.path, record, nbytes, file=where)
+
+
+def _record_of(
+    tensors: Mapping[str, Tensor], config: dict[str, Any] | None, alpha: float | None, where: str
+) -> _Record:
+    shapes = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
+    record = _Record(config or {}, make_plan(shapes, config, alpha, where), {}, 0)
+    _check_something(record, where)
+    return record
+
+
+def _check_something(record: _Record, where: str) -> None:
+    if not record.slots and not record.extra_keys:
+        raise FileError(f"{where}: there are no tensors in it")
+
+
+def _check_alpha(alpha: float | None, has_config: bool, where: str) -> None:
+    if has_config and alpha is not None:
+        raise MismatchError(f"{where}: there is a config, which has its own α; leave out alpha=")
+    if not has_config and alpha is None:
+        raise FileError(
+            f"{where}: there is no adapter_config.json, so the scale is unknown; give alpha= "
+            "(the α it was trained with; the rank is the factors' own)"
+        )
+
+
+def _assembled(
+    tensors: dict[str, Tensor],
+    record: _Record,
+    where: str,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    modules = {}
+    for path, slot in record.slots.items():
+        u = _update(tensors[slot.A], tensors[slot.B], path, slot, where, dtype)
+        modules[path] = _moved(u, device, None)
+    extras = {k: tensors[k].to(device=device) for k in record.extra_keys}
+    return Adapter(modules, extras, record.config, layouts=record.layouts)
+
+
+def _update(
+    A: Tensor, B: Tensor, path: str, slot: Slot, where: str, dtype: torch.dtype | None
+) -> LowRank:
+    layout = slot.layout
+    if layout.kind == "expert":
+        assert layout.expert is not None
+        e, count = layout.expert
+        if count > 1:
+            # Contiguous copies, so that one expert does not keep all of them alive.
+            A = A[e * slot.rank : (e + 1) * slot.rank].clone()
+            B = B[:, e::count].contiguous()
+    A, B = A.flatten(1), B.flatten(1)
+    try:
+        return LowRank(A.to(dtype or A.dtype), B.to(dtype or B.dtype), slot.scale)
+    except MismatchError as e_:
+        hint = "; give dtype=torch.float32" if A.dtype.itemsize == 1 else ""
+        raise MismatchError(f"{where}: module {path!r}: {e_}{hint}") from e_
+
+
+def _moved(u: LowRank, device: Any, dtype: torch.dtype | None) -> LowRank:
+    return u if device is None and dtype is None else u.to(device, dtype)
+
+
+def _copied(key: str, t: Tensor) -> Tensor:
+    if not isinstance(t, Tensor):
+        raise MismatchError(f"state dict: {key!r} must be a tensor, not {type(t).__name__}")
+    return t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    loader: Callable[..., Any] = torch.load
+    try:
+        tensors = loader(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged pickle can raise anything
+        raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise FileError(f"{path}: must hold a dict of tensors")
+    return {str(k): _copied(k, t) for k, t in tensors.items()}

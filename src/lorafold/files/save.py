@@ -1,0 +1,309 @@
+"""Writing adapters in PEFT's format.
+
+What to write follows from the adapter alone. Where the rank and scale of every module are what its
+config says, tensors and config are written as they are. Otherwise the scale is baked into B and
+α = r: plain LoRA, which every reader understands alike. Modules that PEFT cannot keep apart (the
+experts of one parameter, the two projections of a MultiheadAttention) share one rank, the smaller
+ones padded with zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import MismatchError, RefusedError
+from ..extras import PREFIX, extra_kind, lora_bias_path, scaling
+from ..lowrank import LowRank
+from .atomic import new_directory
+from .config import CONFIG_NAME, plain
+from .locate import WEIGHTS_NAME
+from .plan import OUT_PROJ_TIMES, is_out_proj, parameter_order, pattern_key, stem_scaling
+from .targets import exact_pattern, finds_module, parameters_of
+
+# What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
+_DEFAULTS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "auto_mapping": None,
+    "inference_mode": True,
+    "r": 1,
+    "lora_alpha": 1,
+    "lora_dropout": 0.0,
+    "target_modules": None,
+    "exclude_modules": None,
+    "target_parameters": None,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "layer_replication": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "use_rslora": False,
+    "use_dora": False,
+}
+
+# What described how the factors came about; a rewritten adapter has other factors.
+_ORIGINS = ("eva_config", "corda_config", "lora_ga_config", "monteclora_config")
+
+
+def save(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    pad: bool = False,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write an adapter as a directory that PEFT reads, whole or not at all.
+
+    An adapter as it was loaded comes out bit for bit, with every field of its config. One whose
+    ranks or scales changed is written with the scale baked into B, α = r, and modules of other
+    ranks named in `rank_pattern`.
+
+    Args:
+        adapter: what to write.
+        path: the directory to make.
+        pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
+            llama.cpp's converter agree on.
+        overwrite: replace what is at `path`.
+        dtype: of the factors; by default their own (float32 where baking the scale would round).
+        base_model: name or path of the base; by default the adapter's.
+
+    Raises:
+        FileError: something is at `path` and `overwrite` is False.
+        RefusedError: a change was asked of an adapter that ΔW algebra is refused for.
+        MismatchError: modules that can't be in one file.
+    """
+    tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
+    try:
+        text = json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
+    except TypeError as e:
+        raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
+    with new_directory(path, overwrite=overwrite) as staging:
+        save_file(_separate(tensors), staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def peft_form(
+    adapter: Adapter,
+    *,
+    pad: bool = False,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and config that `save` writes."""
+    config = dict(adapter.config)
+    base = base_model or adapter.base_model
+    if base and base != config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = base
+    modules, extras = dict(adapter.modules), dict(adapter.extras)
+    if pad or not _as_configured(adapter):
+        if adapter.refusal is not None:
+            raise RefusedError(f"the adapter can only be saved as it was loaded: {adapter.refusal}")
+        modules, ranks = _baked(adapter, pad)
+        extras = _baked_biases(extras, config)
+        config = _rewritten(config, ranks)
+    if not config or "peft_type" not in config:
+        config = {**_DEFAULTS, **config}
+    if dtype is not None:
+        modules = {p: u.to(dtype=dtype) for p, u in modules.items()}
+    tensors = _factor_tensors(adapter, modules)
+    twice = sorted(tensors.keys() & extras.keys())
+    if twice:
+        raise MismatchError(f"{twice[0]!r} is both a module's factor and an extra; drop the extra")
+    return {**tensors, **extras}, _retargeted(config, adapter)
+
+
+def _as_configured(adapter: Adapter) -> bool:
+    """Whether the config gives every module the rank and scale it has."""
+    if "r" not in adapter.config or "lora_alpha" not in adapter.config:
+        return not adapter.modules
+    groups: Counter[str] = Counter()
+    for p, u in adapter.modules.items():
+        layout = adapter.layout(p)
+        if (u.rank, u.scale) != stem_scaling(adapter.config, layout, p):
+            return False
+        if layout.expert is not None:
+            groups[pattern_key(layout, p)] += 1
+    # An expert that is missing has to be filled in, which is no longer the file as it was.
+    return all(groups[k] == n for k, n in _expert_counts(adapter).items())
+
+
+def _expert_counts(adapter: Adapter) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for p in adapter.modules:
+        layout = adapter.layout(p)
+        if layout.expert is None:
+            continue
+        key = pattern_key(layout, p)
+        if counts.setdefault(key, layout.expert[1]) != layout.expert[1]:
+            raise MismatchError(f"the modules of {key!r} disagree on the number of experts")
+    return counts
+
+
+def _baked(adapter: Adapter, pad: bool) -> tuple[dict[str, LowRank], dict[str, int]]:
+    """Modules of scale 1, padded to one rank per pattern key; and those ranks."""
+    ranks: dict[str, int] = {}
+    for p, u in adapter.modules.items():
+        key = pattern_key(adapter.layout(p), p)
+        ranks[key] = max(ranks.get(key, 1), u.rank)
+    if pad and ranks:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    modules = {}
+    for p, u in adapter.modules.items():
+        layout = adapter.layout(p)
+        scale = u.scale / OUT_PROJ_TIMES if is_out_proj(layout) else u.scale
+        modules[p] = _padded(u.A, _scaled(u.B, scale), ranks[pattern_key(layout, p)])
+    return modules, ranks
+
+
+def _scaled(t: Tensor, scale: float) -> Tensor:
+    """scale · t, in t's dtype where no entry is rounded, else in float32 at least."""
+    exact = t.double() * scale
+    result = exact.to(t.dtype)
+    if torch.equal(result.double(), exact):
+        return result
+    return exact.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> LowRank:
+    more = rank - A.shape[0]
+    if more:
+        A = torch.cat([A, A.new_zeros(more, A.shape[1])])
+        B = torch.cat([B, B.new_zeros(B.shape[0], more)], 1)
+    return LowRank(A, B)
+
+
+def _baked_biases(extras: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """LoRA biases times the scale that the config gave them, which is 1 from now on."""
+    result = dict(extras)
+    for key, value in extras.items():
+        if extra_kind(key, config) == "lora bias":
+            result[key] = _scaled(value, scaling(config, lora_bias_path(key))[1])
+    return result
+
+
+def _rewritten(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The config of the baked modules: α = r, patterns only where ranks differ."""
+    new = {**_DEFAULTS, **config}
+    # The most frequent rank is the rule, the rest are the exceptions.
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    # A bare path is matched as the end of a name, so it would also hit other modules.
+    patterns = {"^" + re.escape(key): rank for key, rank in ranks.items() if rank != r}
+    new.update(r=r, lora_alpha=r, rank_pattern=patterns, alpha_pattern=dict(patterns))
+    new.update(use_rslora=False, init_lora_weights=True)
+    if new.get("loftq_config"):
+        new["loftq_config"] = {}
+    new.update({field: None for field in _ORIGINS if new.get(field)})
+    return new
+
+
+def _retargeted(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The config, with targets that find every module of the adapter."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    for p in adapter.modules:
+        layout = adapter.layout(p)
+        key = pattern_key(layout, p)
+        (parameters if layout.kind == "expert" else modules).append(key)
+    new = dict(config)
+    if not all(finds_module(config, m) for m in modules):
+        pattern = exact_pattern(dict.fromkeys(modules))
+        new.update(target_modules=pattern, exclude_modules=None)
+        new.update(layers_to_transform=None, layers_pattern=None)
+    elif not modules and parameters and config.get("target_modules") is None:
+        new["target_modules"] = []  # None would mean PEFT's own choice for the architecture
+    parameters = list(dict.fromkeys(parameters))
+    owners = {name.rpartition(".")[0] for name in parameters}
+    named = {f"{owner}.{name}" for owner in owners for name in parameters_of(config, owner)}
+    # One named too many would nest PEFT's wrappers, and so the keys, in another way.
+    if named != set(parameters):
+        new["target_parameters"] = parameters
+    return new
+
+
+def _factor_tensors(adapter: Adapter, modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """{file key: factor}, experts joined."""
+    tensors: dict[str, Tensor] = {}
+    stems = _wrapper_stems(adapter)
+    experts: dict[str, list[tuple[int, LowRank]]] = {}
+    for p, u in modules.items():
+        layout = adapter.layout(p)
+        if layout.expert is not None:
+            experts.setdefault(pattern_key(layout, p), []).append((layout.expert[0], u))
+            continue
+        stem, A, B = PREFIX + (layout.stem or p), u.A, u.B
+        if layout.kind == "embedding":
+            tensors[f"{stem}.lora_embedding_A"], tensors[f"{stem}.lora_embedding_B"] = A, B
+            continue
+        if layout.kind == "conv":
+            A = A.reshape(-1, *layout.kernel)
+            B = B.reshape(*B.shape, *[1] * (len(layout.kernel) - 1))
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = A, B
+    counts = _expert_counts(adapter)
+    for key, parts in experts.items():
+        A, B = _joined(dict(parts), counts[key])
+        stem = PREFIX + stems[key]
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = A, B
+    return tensors
+
+
+def _joined(experts: Mapping[int, LowRank], count: int) -> tuple[Tensor, Tensor]:
+    """A (E·r, in) and B (out, E·r) of one parameter; experts that are not there are zero."""
+    some = next(iter(experts.values()))
+    none = LowRank(torch.zeros_like(some.A), torch.zeros_like(some.B))
+    parts = [experts.get(e, none) for e in range(count)]
+    # The expert varies slowest in A's rows and fastest in B's columns.
+    return torch.cat([u.A for u in parts]), torch.stack([u.B for u in parts], 2).flatten(1)
+
+
+def _wrapper_stems(adapter: Adapter) -> dict[str, str]:
+    """{parameter: stem in the file}: PEFT nests the wrappers of one module's parameters."""
+    owners: dict[str, dict[str, int]] = {}
+    for p in adapter.modules:
+        layout = adapter.layout(p)
+        if layout.kind == "expert":
+            owner, _, name = pattern_key(layout, p).rpartition(".")
+            depth = (layout.stem or "").removeprefix(owner).count(".base_layer")
+            owners.setdefault(owner, {})[name] = depth
+    stems = {}
+    for owner, depths in owners.items():
+        names = list(depths)
+        if len(set(depths.values())) == len(names):
+            order = sorted(names, key=lambda name: -depths[name])  # as they were in the file
+        else:
+            order = parameter_order(names)
+        for outside, name in enumerate(reversed(order)):
+            stems[f"{owner}.{name}"] = owner + ".base_layer" * outside
+    return stems
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two sharing memory, as the format wants them."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        storage = t.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != t.nbytes
+        result[key] = t.clone() if shared else t
+        seen.add(result[key].untyped_storage().data_ptr())
+    return result

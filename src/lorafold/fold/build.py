@@ -1,0 +1,477 @@
+"""Writing a collection into shards: budgets, then one pass over the modules.
+
+First pass: every module's singular values (r×r work), the digests, and where sharing may pay the
+fitted sides. From all of them each adapter's bits are water-filled over all of its modules, which
+fixes what each module may lose. Second pass: every module is coded to its budget and measured on
+what was written; what a module leaves of its budget goes to the next, and one that overshoots is
+coded again. So the sum holds, and nothing but one module's block is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapter import Layout
+from ..errors import ToleranceError
+from . import flat
+from .allocate import bits_for_bytes, bits_for_error, predicted_error
+from .collection import Collection
+from .groups import init_groups, probes
+from .plan import ModulePlan, Options, Planner, basis_at, side_pairs
+from .record import NOTHING, Coded, Target, code_block, exact_record
+from .shard import ShardWriter
+from .stack import Block, Factors, Stack, decompose, singular_values, squared_residuals
+from .store import Transaction
+
+SLACK = 0.005  # share of the squared tolerance kept back for modules that overshoot by a little
+_PROBES = 4  # modules on which all forms are tried before the others follow the winners
+_NEAR = 1.15  # plans predicted within this factor of the smallest are written out and compared
+_CHUNK = 256  # adapters whose bits are allocated at once
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Written:
+    """A collection in one shard.
+
+    Args:
+        shard: its name. squared_error, squared_norm: (N,) over the folded adapters.
+        payload: (N,) bytes of packed codes. modules: what the manifest says of each module.
+        nbytes: of the shard.
+    """
+
+    shard: str
+    squared_error: np.ndarray
+    squared_norm: np.ndarray
+    payload: np.ndarray
+    modules: list[dict[str, Any]]
+    nbytes: int = 0
+    extras: dict[int, dict[str, str]] = field(default_factory=dict)
+
+
+class Builder:
+    """Folds a collection.
+
+    Args:
+        collection: the adapters. options: how. tolerances: (folded,) each adapter's own bound.
+        progress: called with (done, total, stage).
+    """
+
+    def __init__(
+        self, collection: Collection, options: Options, tolerances: np.ndarray, progress: Progress | None = None
+    ) -> None:
+        self.collection = collection
+        self.options = options
+        self.tolerances = tolerances
+        self.groups: dict[str, np.ndarray] = {}
+        self._progress = progress or (lambda done, total, stage: None)
+        stacks = {p: collection.stack(p) for p in collection.paths}
+        self.stacks = {p: s for p, s in stacks.items() if s is not None}
+        self.singular_values: dict[str, np.ndarray] = {}
+        self.planner = Planner(options, tolerances**2)
+
+    def write(self, transaction: Transaction) -> Written:
+        """Plan, write, and keep the smallest of the plans that were predicted to be near."""
+        self.measure()
+        written: list[tuple[ShardWriter, Written]] = []
+        for plans in self._plans():
+            writer = transaction.new_shard(header_capacity=self._header_capacity())
+            written.append((writer, self.write_plans(writer, plans)))
+        best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
+        for k, (writer, _) in enumerate(written):
+            if k != best:
+                writer.abort()
+        return written[best][1]
+
+    # First pass
+
+    def measure(self) -> None:
+        """Init groups and every module's singular values."""
+        count = self.collection.folded
+        if count > 1:
+            stacks = list(self.stacks.values())
+            self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
+            self.planner.groups = self.groups
+        for k, (path, stack) in enumerate(self.stacks.items()):
+            self._progress(k, 2 * len(self.stacks), "measuring")
+            S = [singular_values(f).cpu().numpy() for f in stack.factors()]
+            stack.forget()
+            width = max(s.shape[1] for s in S)
+            self.singular_values[path] = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S])
+
+    def _plans(self) -> Iterator[dict[str, ModulePlan]]:
+        """The plans worth writing, the cheapest by prediction first."""
+        forms = self._forms()
+        if len(forms) == 1 or not self.stacks:
+            yield self._each(forms)
+            return
+        paths = list(self.stacks)
+        won: dict[str, float] = {}
+        totals: dict[str, float] = {}
+        for j in probes(len(paths), _PROBES):
+            plans = self._candidates(paths[j], forms)
+            for plan in plans:
+                totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
+            won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
+        smallest = min(totals.values())
+        worth = [f for f in forms if f in won or totals.get(f, np.inf) < _NEAR * smallest]
+        tables = {p: {plan.form: plan for plan in self._candidates(p, worth)} for p in paths}
+        mix = {p: min(table.values(), key=lambda plan: plan.nbytes) for p, table in tables.items()}
+        yield mix
+        cost = sum(plan.nbytes for plan in mix.values())
+        for form in worth:
+            uniform = {p: table.get(form, table.get("svd") or mix[p]) for p, table in tables.items()}
+            differs = any(uniform[p] is not mix[p] for p in paths)
+            if differs and sum(plan.nbytes for plan in uniform.values()) < _NEAR * cost:
+                yield uniform
+
+    def _forms(self) -> list[str]:
+        form = self.options.form
+        if form != "auto":
+            return [form]
+        if self.options.tolerance is None or self.collection.folded < 2:
+            return ["svd"]
+        return ["svd", "input", "output", "shared", "flat"]
+
+    def _each(self, forms: list[str]) -> dict[str, ModulePlan]:
+        plans = {}
+        for path, stack in self.stacks.items():
+            found = self._candidates(path, forms)
+            plans[path] = found[0] if found else self.planner.svd(stack, self.singular_values[path])
+        return plans
+
+    def _candidates(self, path: str, forms: list[str]) -> list[ModulePlan]:
+        stack = self.stacks[path]
+        plans = self.planner.candidates(stack, self.singular_values[path], forms)
+        stack.forget()
+        return plans
+
+    def plain_svd_nbytes(self) -> int:
+        """Bytes that truncated SVD of each adapter in float16 takes at the same tolerance.
+
+        Directions are kept over all modules by energy per byte, the best a truncation can do.
+        """
+        if self.options.tolerance is None:
+            return 0
+        total = 0
+        for i, tolerance in enumerate(self.tolerances):
+            energy, width = [], []
+            for path, stack in self.stacks.items():
+                row = np.searchsorted(stack.members, i)
+                if row < len(stack) and stack.members[row] == i:
+                    energy.append(self.singular_values[path][row] ** 2)
+                    width.append(np.full(len(energy[-1]), sum(stack.shape)))
+            if not energy:
+                continue
+            e, w = np.concatenate(energy), np.concatenate(width)
+            order = np.argsort(-e / w, kind="stable")
+            left = e.sum() - np.cumsum(e[order])
+            kept = 1 + int((left > tolerance**2 * e.sum()).sum())
+            total += 2 * int(w[order][:kept].sum())
+        return total
+
+    # Budgets
+
+    def _budgets(self, plans: Mapping[str, ModulePlan]) -> dict[str, Target]:
+        """What each module may lose (or take) of each adapter, water-filled over its modules."""
+        o = self.options
+        if o.tolerance is None and not o.coded:
+            amount = float(o.bits or 32)
+            return {p: Target("bits", np.full(len(s), amount)) for p, s in self.stacks.items()}
+        amounts = {p: np.zeros(len(s)) for p, s in self.stacks.items()}
+        rows = {p: _row_of(s, self.collection.folded) for p, s in self.stacks.items()}
+        for start in range(0, self.collection.folded, _CHUNK):
+            members = np.arange(start, min(start + _CHUNK, self.collection.folded))
+            self._fill(members, plans, rows, amounts)
+        return {p: Target("bytes" if o.coded else "error", a) for p, a in amounts.items()}
+
+    def _fill(
+        self, members: np.ndarray, plans: Mapping[str, ModulePlan], rows: Mapping[str, np.ndarray], amounts: dict[str, np.ndarray]
+    ) -> None:
+        energy, widths, spans, total = [], [], {}, np.zeros(len(members))
+        at = 0
+        for path, plan in plans.items():
+            row = rows[path][members]
+            there = row >= 0
+            piece = np.zeros((len(members), plan.energy.shape[1]))
+            piece[there] = plan.energy[row[there]]
+            total[there] += (self.singular_values[path][row[there]] ** 2).sum(1)
+            energy.append(piece)
+            widths.append(plan.widths)
+            spans[path] = slice(at, at + piece.shape[1])
+            at += piece.shape[1]
+        if not plans:
+            return
+        E, cost = np.concatenate(energy, 1), np.concatenate(widths) / 8
+        pair = np.ones(len(cost), bool)
+        if self.options.coded:
+            assert self.options.bits is not None
+            bits = bits_for_bytes(E, cost, pair, self.options.bits * ((E > 0) * cost).sum(1))
+            spread = np.ones(len(members))
+        else:
+            allowed = (1 - SLACK) * self.tolerances[members] ** 2 * total
+            bits = bits_for_error(E, cost, pair, allowed)
+            # What the levels leave of the budget is spread in proportion, so that the sum is it.
+            spent = np.asarray(predicted_error(E, pair, bits))
+            spread = np.divide(allowed, spent, out=np.ones_like(spent), where=spent > 0)
+        for path, span in spans.items():
+            row = rows[path][members]
+            if self.options.coded:
+                value = (bits[:, span] * cost[span]).sum(1)
+            else:
+                value = np.asarray(predicted_error(E[:, span], True, bits[:, span]))
+            amounts[path][row[row >= 0]] = (value * spread)[row >= 0]
+
+    # Second pass
+
+    def write_plans(self, writer: ShardWriter, plans: Mapping[str, ModulePlan]) -> Written:
+        """Code every module as planned into one shard, measured as it is written."""
+        c, n = self.collection, self.collection.folded
+        ledger = _Ledger(self._budgets(plans), self.tolerances, self._totals())
+        at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
+        result = Written(writer.name, np.zeros(n), ledger.total, np.zeros(n), [])
+        for j, path in enumerate(c.paths):
+            self._progress(len(c.paths) + j, 2 * len(c.paths), "writing")
+            plan, stack = plans.get(path), self.stacks.get(path)
+            sizes = np.zeros(len(c.names), np.int64)
+            with writer.stream(f"m{j}") as stream:
+                if plan is not None and stack is not None:
+                    for members, coded in self._coded(stack, plan, ledger):
+                        result.squared_error[members] += coded.squared_error
+                        result.payload[members] += coded.payload
+                        for i, record in zip(members.tolist(), coded.records, strict=True):
+                            stream.write(record or bytes([NOTHING]))
+                            sizes[i] = len(record) or 1
+                    stack.forget()
+                for i in range(n, len(c.names)):
+                    if path in c.handles[i].shapes:
+                        record = exact_record(c.read(i, path))
+                        stream.write(record)
+                        sizes[i] = len(record)
+            at[j, 1:] = np.cumsum(sizes)
+            result.modules.append(self._module_entry(j, path, plan, writer))
+        writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
+        self._write_extras(writer, result)
+        result.nbytes = writer.close().nbytes
+        return result
+
+    def _totals(self) -> np.ndarray:
+        total = np.zeros(self.collection.folded)
+        for path, stack in self.stacks.items():
+            total[stack.members] += (self.singular_values[path] ** 2).sum(1)
+        return total
+
+    def _coded(self, stack: Stack, plan: ModulePlan, ledger: _Ledger) -> Iterator[tuple[np.ndarray, Coded]]:
+        start = 0
+        for f in stack.factors():
+            rows = np.arange(start, start + len(f.members))
+            start += len(f.members)
+            target = ledger.target(stack.path, rows, f.members)
+            if plan.flat is not None:
+                coded = _code_flat(f, plan, target)
+            else:
+                block = Block(f.members, *decompose(f.B, f.A))
+                coded = _code_own_or_shared(self._cut(block), rows, plan, target, f)
+            if target.kind == "error":
+                coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
+            yield f.members, coded
+
+    def _cut(self, block: Block) -> Block:
+        """The block without the directions that a rank or an energy drops."""
+        o = self.options
+        if o.form != "svd" and o.form != "auto" or o.rank is None and o.energy is None:
+            return block
+        S = block.S.cpu().numpy()
+        keep = self.planner._kept(S)
+        return Block(block.members, block.U, torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0), block.V)
+
+    def _enforced(
+        self, f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, coded: Coded, ledger: _Ledger, path: str
+    ) -> Coded:
+        """Code again what overshot; at last store it exactly."""
+        raw = f.B.shape[1] + f.A.shape[2]
+        ranks = self.stacks[path].ranks[rows]
+        for attempt in range(5):
+            over = np.flatnonzero(coded.squared_error > ledger.limit(path, rows, f.members))
+            if not len(over):
+                break
+            if attempt == 4:
+                coded = self._exact_rows(f, over, path, coded)
+                break
+            aim = ledger.limit(path, rows, f.members)[over] / np.maximum(coded.squared_error[over], 1e-300)
+            again = f.take(over)
+            smaller = target.take(over, np.minimum(aim, 1.0) * 0.97 ** (attempt + 1))
+            if plan.flat is not None:
+                redone = _code_flat(again, plan, smaller)
+            else:
+                block = Block(again.members, *decompose(again.B, again.A))
+                redone = _code_own_or_shared(block, rows[over], plan, smaller, again)
+            coded = _replaced(coded, over, redone)
+        itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
+        bulky = np.array([len(r) for r in coded.records]) > itemsize * raw * ranks
+        if bulky.any():
+            coded = self._exact_rows(f, np.flatnonzero(bulky), path, coded, only_smaller=True)
+        ledger.book(path, rows, f.members, coded.squared_error)
+        return coded
+
+    def _exact_rows(self, f: Factors, rows: np.ndarray, path: str, coded: Coded, only_smaller: bool = False) -> Coded:
+        records, error, payload = list(coded.records), coded.squared_error.copy(), coded.payload.copy()
+        for k in rows.tolist():
+            record = exact_record(self.collection.read(int(f.members[k]), path))
+            if not only_smaller or len(record) < len(records[k]):
+                records[k], error[k], payload[k] = record, 0.0, len(record)
+        return Coded(records, error, payload)
+
+    # Manifest and extras
+
+    def _module_entry(self, j: int, path: str, plan: ModulePlan | None, writer: ShardWriter) -> dict[str, Any]:
+        c = self.collection
+        entry: dict[str, Any] = {"path": path, "shape": list(c.shapes[path]), "form": plan.form if plan else "exact"}
+        if path in c.layouts:
+            entry["layout"] = layout_entry(c.layouts[path])
+        if plan is None:
+            return entry
+        if (available := self._clamped(path, plan)) is not None:
+            entry["clamped"] = available
+        if plan.certificate:
+            entry["certificate"] = {k: round(v, 9) for k, v in plan.certificate.items()}
+        bases: dict[str, list[list[Any]]] = {}
+        for side, shared in (("U", plan.U), ("V", plan.V)):
+            for g, basis in (shared.bases.items() if shared else ()):
+                if basis.fresh:
+                    write_basis(writer, f"b{j}.{side}{g}", basis.record, bases, f"{side}{g}", basis.fresh)
+        if plan.flat is not None:
+            for side, half in (("A", plan.flat.A), ("B", plan.flat.B)):
+                if not half.record:
+                    continue
+                write_basis(writer, f"b{j}.{side}0", half.record, bases, f"{side}0", half.count + 1)
+            entry["wide"] = plan.flat.wide
+        if bases:
+            entry["bases"] = bases
+        return entry
+
+    def _clamped(self, path: str, plan: ModulePlan) -> int | None:
+        """How many directions there are, where a rank asks for more."""
+        if plan.flat is not None:
+            available = max(plan.flat.A.count, plan.flat.B.count)
+        elif plan.U is not None or plan.V is not None:
+            available = max(b.rank for s in (plan.U, plan.V) if s is not None for b in s.bases.values())
+        else:
+            available = min(int(self.stacks[path].ranks.max()), *self.stacks[path].shape)
+        asked = self.options.rank
+        return available if asked is not None and asked > available else None
+
+    def _write_extras(self, writer: ShardWriter, result: Written) -> None:
+        for i, handle in enumerate(self.collection.handles):
+            extras = handle.read_extras()
+            names = {}
+            for k, (key, tensor) in enumerate(extras.items()):
+                names[key] = f"x{i}.{k}"
+                writer.add(names[key], tensor)
+            result.extras[i] = names
+
+    def _header_capacity(self) -> int:
+        c = self.collection
+        groups = sum(int(g.max(initial=-1)) + 2 for g in self.groups.values())
+        extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
+        return 4096 + 110 * (len(c.paths) * (1 + min(groups, 8) + 2) + extras)
+
+
+class _Ledger:
+    """What each adapter may still lose: the budgets of its modules, and what is carried over."""
+
+    def __init__(self, targets: dict[str, Target], tolerances: np.ndarray, total: np.ndarray) -> None:
+        self.total = total
+        self._targets = targets
+        self._carry = np.zeros(len(total))
+        self._slack = 0.9 * SLACK * tolerances**2 * total
+
+    def target(self, path: str, rows: np.ndarray, members: np.ndarray) -> Target:
+        target = self._targets[path].take(rows)
+        if target.kind != "error":
+            return target
+        return Target("error", np.maximum(target.amount + self._carry[members], 0.3 * target.amount))
+
+    def limit(self, path: str, rows: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """The most a module may lose so that the adapter's sum can still hold."""
+        return self._targets[path].amount[rows] + self._carry[members] + self._slack[members]
+
+    def book(self, path: str, rows: np.ndarray, members: np.ndarray, error: np.ndarray) -> None:
+        self._carry[members] += self._targets[path].amount[rows] - error
+
+
+def _code_own_or_shared(block: Block, rows: np.ndarray, plan: ModulePlan, target: Target, whole: Factors) -> Coded:
+    """Code a block, each adapter with the sides it has; errors against `whole`."""
+    n = len(rows)
+    result = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
+        U, V = basis_at(plan.U, u), basis_at(plan.V, v)
+        ids = (u if U else None, v if V else None)
+        part = code_block(block.take(members), target.take(members), ids, U, V, whole.take(members))
+        result = _replaced(result, members, part)
+    return result
+
+
+def _code_flat(f: Factors, plan: ModulePlan, target: Target) -> Coded:
+    """Flat parts, and where these miss the target a residual of the adapter's own."""
+    assert plan.flat is not None
+    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide)
+    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
+    coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
+    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
+    if len(over):
+        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
+        block = Block(f.members[over], *decompose(B, A))
+        rest = code_block(block, target.take(over), against=Factors(block.members, B[over], A[over]))
+        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
+        coded = _replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+    return coded
+
+
+def _replaced(coded: Coded, rows: np.ndarray, by: Coded) -> Coded:
+    records = list(coded.records)
+    error, payload = coded.squared_error.copy(), coded.payload.copy()
+    for k, record in zip(rows.tolist(), by.records, strict=True):
+        records[k] = record
+    error[rows], payload[rows] = by.squared_error, by.payload
+    return Coded(records, error, payload)
+
+
+def write_basis(
+    writer: ShardWriter, key: str, record: bytes, bases: dict[str, list[list[Any]]], name: str, columns: int
+) -> None:
+    """Write a basis as a tensor and enter it: name → [[shard, tensor, columns], …]."""
+    with writer.stream(key) as stream:
+        stream.write(record)
+    bases.setdefault(name, []).append([writer.name, key, columns])
+
+
+def layout_entry(layout: Layout) -> dict[str, Any]:
+    """A layout's fields that are not the default's."""
+    default = asdict(Layout())
+    return {k: v for k, v in asdict(layout).items() if v != default[k]}
+
+
+def read_layout(entry: Mapping[str, Any]) -> Layout:
+    """The inverse of `layout_entry`."""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return Layout(**given)
+
+
+def check_contract(names: list[str], error: np.ndarray, tolerances: np.ndarray) -> None:
+    """Before anything is committed: every measured error within its bound."""
+    for name, e, t in zip(names, error, tolerances, strict=True):
+        if e > t * (1 + 1e-9):
+            raise ToleranceError(f"{name!r} came out at error {e:.4g}, above its tolerance {t:.4g}")
+
+
+def _row_of(stack: Stack, count: int) -> np.ndarray:
+    rows = np.full(count, -1)
+    rows[stack.members] = np.arange(len(stack))
+    return rows

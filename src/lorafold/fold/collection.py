@@ -1,0 +1,245 @@
+"""The adapters to be folded: named, opened by their headers, and seen module by module."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Layout, combined_digest, module_digest, tensor_digest
+from ..errors import FileError, MismatchError
+from ..lowrank import LowRank
+from .stack import Stack
+
+
+class Handle(Protocol):
+    """An adapter whose tensors are read one by one (`lorafold.files.open_adapter` gives one)."""
+
+    shapes: Mapping[str, tuple[int, int, int]]
+    layouts: Mapping[str, Layout]
+    config: Mapping[str, Any]
+    base_model: str | None
+    nbytes: int
+
+    @property
+    def refusal(self) -> str | None: ...
+
+    def read(self, path: str) -> LowRank: ...
+
+    def read_extras(self) -> dict[str, Tensor]: ...
+
+
+Source = Any  # a path, a glob, or an Adapter
+
+
+def named_handles(sources: Any) -> dict[str, Handle]:
+    """Open every source by its header.
+
+    Args:
+        sources: one source, several, or {name: source}; a source is an adapter's path, a glob, a
+            folder of adapters, or an `Adapter`.
+
+    Raises:
+        FileError: a path that is not there, a glob or folder without adapters.
+        MismatchError: no source at all, or two with one name.
+    """
+    if isinstance(sources, Mapping) and not isinstance(sources, Adapter):
+        handles = {}
+        for name, source in sources.items():
+            found = _opened(source, 0)
+            if len(found) != 1:
+                raise MismatchError(f"source {name!r} stands for {len(found)} adapters; a named source must be one")
+            handles[_checked_name(name)] = found[0][1]
+    else:
+        single = isinstance(sources, str | os.PathLike | Adapter)
+        items: Iterable[Source] = [sources] if single else sources
+        pairs = [pair for k, source in enumerate(items) for pair in _opened(source, k)]
+        handles = {}
+        for name, handle in pairs:
+            if name in handles:
+                raise MismatchError(
+                    f"two sources are both named {name!r}: give names, {{name: source}}, to tell them apart"
+                )
+            handles[name] = handle
+    if not handles:
+        raise MismatchError("there is nothing to fold: the list of sources is empty")
+    return handles
+
+
+def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
+    from ..files import open_adapter
+
+    if isinstance(source, Adapter):
+        return [(f"task_{position}", open_adapter(source))]
+    if not isinstance(source, str | os.PathLike):
+        raise MismatchError(f"a source must be a path or an Adapter, not {type(source).__name__}")
+    text = os.fspath(source)
+    path = Path(text)
+    if not path.exists() and glob.has_magic(text):
+        found = sorted(glob.glob(text))
+        if not found:
+            raise FileError(f"no adapter matches {text!r}")
+        return [pair for p in found for pair in _opened(p, position)]
+    inside = adapter_folders(path)
+    if inside is not None:
+        return [(p.name, open_adapter(p)) for p in inside]
+    if (path / "subspace_meta.json").is_file():
+        raise FileError(
+            f"{text} is a vLoRA subspace: fold(lorafold.files.load_many({text!r}, alpha=…)) takes its adapters"
+        )
+    return [(_name_of(path), open_adapter(path))]
+
+
+def _name_of(path: Path) -> str:
+    resolved = path if path.name not in ("", "..") else path.resolve()
+    return resolved.parent.name if resolved.suffix in (".safetensors", ".bin") else resolved.name
+
+
+def adapter_folders(path: Path) -> list[Path] | None:
+    """The adapters in a folder that is not itself one; None where it is, or holds none."""
+    if not path.is_dir() or _is_adapter(path):
+        return None
+    inside = sorted(p for p in path.iterdir() if _is_adapter(p))
+    # PEFT writes a named adapter as <path>/<name>/, so a single one is still a folder of one.
+    return inside or None
+
+
+def _is_adapter(path: Path) -> bool:
+    return path.is_dir() and (path / "adapter_config.json").is_file()
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise MismatchError(f"a name must be a non-empty text, found {name!r}")
+    return name
+
+
+class Collection:
+    """Opened adapters, checked against one another.
+
+    Args:
+        handles: name → handle. exact: names to be stored as they are, beside the refused ones.
+        block_bytes: see `Stack`. device: where the algebra runs.
+
+    Attributes:
+        names: those to be folded first, then those to be stored exactly.
+        folded: how many of the names are folded.
+        paths: every module's path, sorted. shapes: (out, in) of each. layouts: of each.
+
+    Raises:
+        MismatchError: two adapters that disagree on a module's shape or on the base.
+    """
+
+    def __init__(
+        self, handles: Mapping[str, Handle], *, exact: bool, block_bytes: int, device: Any = None
+    ) -> None:
+        refused = {name for name, h in handles.items() if exact or h.refusal is not None}
+        self.names = [n for n in handles if n not in refused] + [n for n in handles if n in refused]
+        self.folded = len(handles) - len(refused)
+        self.handles = [handles[name] for name in self.names]
+        self.base_model = _common_base(self.names, self.handles)
+        first: dict[str, int] = {}
+        for i, h in enumerate(self.handles):
+            for path, shape in h.shapes.items():
+                other = self.handles[first.setdefault(path, i)].shapes[path]
+                if shape[:2] != other[:2]:
+                    raise MismatchError(
+                        f"module {path!r} is {other[:2]} in {self.names[first[path]]!r} and "
+                        f"{shape[:2]} in {self.names[i]!r}: they belong to different bases"
+                    )
+        self.paths = sorted(first)
+        self.shapes = {p: self.handles[first[p]].shapes[p][:2] for p in self.paths}
+        self.layouts = {p: self.handles[first[p]].layouts[p] for p in self.paths if p in self.handles[first[p]].layouts}
+        self._block_bytes, self._device = block_bytes, device
+        self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
+
+    def stack(self, path: str) -> Stack | None:
+        """The folded adapters that have the module; None if there is none."""
+        members = [i for i in range(self.folded) if path in self.handles[i].shapes]
+        if not members:
+            return None
+        ranks = np.array([self.handles[i].shapes[path][2] for i in members])
+
+        def read(i: int) -> tuple[Tensor, Tensor, float]:
+            u = self.read(i, path)
+            return u.B, u.A, u.scale
+
+        return Stack(path, self.shapes[path], np.array(members), ranks, read, self._block_bytes, self._device)
+
+    def read(self, i: int, path: str) -> LowRank:
+        """Adapter i's update at a module; its digest is taken on the way."""
+        h = self.handles[i]
+        try:
+            u = h.read(path)
+        except MismatchError as e:
+            raise MismatchError(f"adapter {self.names[i]!r}: {e}") from e
+        if path not in self._digests[i]:
+            self._digests[i][path] = module_digest(path, u, h.layouts.get(path, Layout()))
+        return u
+
+    def digest(self, i: int, extras: Mapping[str, Tensor]) -> str:
+        """Adapter i's digest, from what `read` has seen of it (the rest is read now)."""
+        for path in self.handles[i].shapes:
+            if path not in self._digests[i]:
+                self.read(i, path)
+        return combined_digest([*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())])
+
+
+def _common_base(names: list[str], handles: list[Handle]) -> str | None:
+    base, owner = None, ""
+    for name, h in zip(names, handles, strict=True):
+        if h.base_model and base and h.base_model != base:
+            raise MismatchError(
+                f"the adapters belong to different bases: {owner!r} to {base!r}, {name!r} to {h.base_model!r}"
+            )
+        if h.base_model and not base:
+            base, owner = h.base_model, name
+    return base
+
+
+def block_bytes(memory: str | int) -> int:
+    """Bytes of factors a block may hold under a memory limit such as "1GiB" or a number of bytes.
+
+    Decompositions, their coded copies and float64 temporaries take several times a block, and a
+    few blocks are alive at once.
+    """
+    return max(1 << 16, min(memory_bytes(memory) // 48, 16 << 20))
+
+
+def memory_bytes(memory: str | int) -> int:
+    """A limit in bytes from "1GiB", "512 MB", "2e9" or a number.
+
+    Raises:
+        MismatchError: not a size.
+    """
+    if isinstance(memory, int) and memory > 0:
+        return memory
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    text = str(memory).strip().lower()
+    digits = text.rstrip("abcdfghijklmnopqrstuvwxyz ")
+    unit = text[len(digits) :].strip()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise MismatchError(f"memory must be a size such as '1GiB', found {memory!r}")
+    return size
+
+
+def torch_device(device: Any) -> torch.device | None:
+    """The device asked for; a `MismatchError` names one that is not there."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise MismatchError(f"device {device!r} can't be used: {str(e).splitlines()[0]}") from e
+    return found

@@ -1,0 +1,113 @@
+"""What the manifest says: one entry an adapter, one a module, and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Layout
+from .build import Builder, Written, layout_entry
+from .collection import Collection
+from .library import config_difference
+from .plan import Options
+
+
+def adapter_entries(
+    collection: Collection,
+    written: Written,
+    tolerances: np.ndarray,
+    options: Options,
+    common: Mapping[str, Any],
+    old_errors: Mapping[str, float] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """name → entry, for a collection that has been written.
+
+    Args:
+        tolerances: (folded,) each one's stated bound. common: the config that entries differ from.
+        old_errors: errors that the sources themselves had; they are added.
+    """
+    entries = {}
+    for i, (name, handle) in enumerate(zip(collection.names, collection.handles, strict=True)):
+        parameters = sum(r * (out + inner) for out, inner, r in handle.shapes.values())
+        entry: dict[str, Any] = {
+            "shard": written.shard,
+            "row": i,
+            "digest": getattr(handle, "original_digest", None) or collection.digest(i, handle.read_extras()),
+            "file_bytes": handle.nbytes,
+            "parameters": parameters,
+        }
+        if i < collection.folded:
+            norm = float(written.squared_norm[i]) ** 0.5
+            error = float(written.squared_error[i]) ** 0.5 / norm if norm > 0 else 0.0
+            # ‖ΔŴ‖ ≤ (1 + old) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
+            old = (old_errors or {}).get(name, 0.0)
+            entry["error"] = old + (1 + old) * error
+            entry["norm"] = norm
+            entry["bits"] = round(8 * float(written.payload[i]) / max(parameters, 1), 4)
+            if options.tolerance is not None and tolerances[i] != options.tolerance:
+                entry["tolerance"] = float(tolerances[i])
+        else:
+            entry["error"] = (old_errors or {}).get(name, 0.0)
+            entry["exact"] = True
+            if handle.refusal:
+                entry["refusal"] = handle.refusal
+        if difference := config_difference(common, handle.config):
+            entry["config"] = difference
+        if written.extras.get(i):
+            entry["extras"] = written.extras[i]
+        layouts = {
+            path: layout_entry(layout)
+            for path, layout in handle.layouts.items()
+            if layout != collection.layouts.get(path, Layout())
+        }
+        layouts |= {p: {} for p in handle.shapes if p in collection.layouts and p not in handle.layouts}
+        if layouts:
+            entry["layouts"] = layouts
+        entries[name] = entry
+    return entries
+
+
+def option_entry(options: Options) -> dict[str, Any]:
+    """The options that are set."""
+    return {k: v for k, v in asdict(options).items() if v is not None}
+
+
+def group_entry(builder: Builder, names: list[str]) -> dict[str, list[list[str]]]:
+    """Init groups by side ("in": the same A, "out": the same B): lists of names."""
+    found = {}
+    for side, word in (("V", "in"), ("U", "out")):
+        groups = builder.groups.get(side)
+        if groups is not None and (groups >= 0).any():
+            found[word] = [
+                [names[i] for i in np.flatnonzero(groups == g)] for g in range(int(groups.max()) + 1)
+            ]
+    return found
+
+
+def new_manifest(
+    collection: Collection,
+    builder: Builder,
+    written: Written,
+    order: list[str],
+    tolerances: np.ndarray,
+    old_errors: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a library that consists of one freshly written collection.
+
+    Args:
+        order: the names as they shall be listed. tolerances: as for `adapter_entries`.
+    """
+    common = dict(collection.handles[0].config)
+    entries = adapter_entries(collection, written, tolerances, builder.options, common, old_errors)
+    return {
+        "base_model": collection.base_model,
+        "options": option_entry(builder.options),
+        "groups": group_entry(builder, collection.names),
+        "plain_svd_bytes": builder.plain_svd_nbytes(),
+        "config": common,
+        "modules": written.modules,
+        "adapters": {name: entries[name] for name in order},
+    }

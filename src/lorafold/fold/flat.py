@@ -1,0 +1,217 @@
+"""The form `flat`: a mean and k directions of the flattened factors, k numbers a side.
+
+With x_i = vec(A_i) (and the same for scale · B_i) the N×N Gram of the centred x_i gives both the
+directions and every loading; no (N, D) matrix is ever decomposed. It describes adapters in one
+gauge well (one run's checkpoints, small steps from one start), and nothing else: a change of gauge
+that leaves ΔW alone changes every x_i.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .allocate import bits_for_error
+from .coder import code_rows, read_rows, rounded_coefficients, write_rows
+from .stack import Factors, Stack
+
+_SEEDS = {"A": 3, "B": 2}
+# kind, basis, rank, loadings of A and of B, 1 where they are float32, the largest of A and of B
+_HEAD = struct.Struct("<BHHHHBff")
+_KIND = 3
+
+
+@dataclass(frozen=True)
+class FlatSpectrum:
+    """One side's directions and every adapter's loadings.
+
+    Args:
+        mean: (D,). directions: (K, D) orthonormal rows. energies: (K,) squared singular values.
+        loadings: (N, K). total: Σ‖x_i‖² over the stack, mean included.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    energies: np.ndarray
+    loadings: np.ndarray
+    total: float
+
+
+@dataclass(frozen=True)
+class FlatSide:
+    """One side as stored: row 0 the mean, then unit directions.
+
+    Args:
+        rows: (1 + k, D) float32 as decoded. record: the bytes. gram: (k, k) float64 of the rows.
+    """
+
+    rows: Tensor
+    record: bytes
+
+    @property
+    def count(self) -> int:
+        """Directions beside the mean."""
+        return len(self.rows) - 1
+
+    def loadings(self, X: Tensor) -> Tensor:
+        """Least-squares loadings (n, k) of the flattened factors X (n, D)."""
+        D = self.rows[1:]
+        if not len(D):
+            return X.new_zeros(len(X), 0)
+        wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
+        return torch.linalg.solve(wide, ((X - self.rows[0]) @ D.T).double().T).T.to(X.dtype)
+
+    def rebuilt(self, loadings: Tensor) -> Tensor:
+        """(n, D) from loadings (n, k)."""
+        return torch.addmm(self.rows[0], loadings, self.rows[1:])
+
+
+def flattened(f: Factors, side: str) -> Tensor:
+    """(n, r·in) of A or (n, out·r) of B, row-major as in the file."""
+    return (f.A if side == "A" else f.B).reshape(len(f.members), -1)
+
+
+def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpectrum:
+    """The leading directions of one flattened side.
+
+    Args:
+        most: directions wanted at most; all N − 1 when None.
+    """
+
+    def pieces() -> Iterator[tuple[slice, Tensor]]:
+        at = 0
+        for f in stack.factors():
+            yield slice(at, at + len(f.members)), flattened(f, side)
+            at += len(f.members)
+
+    n = len(stack)
+    center = torch.stack([X.sum(0) for _, X in pieces()]).sum(0) / n
+    gram = np.zeros((n, n))
+    for here, X in pieces():
+        left = X - center
+        for there, Y in pieces():
+            if there.start >= here.start:
+                right = left if there == here else Y - center
+                gram[here, there] = (left @ right.T).cpu().numpy()
+                gram[there, here] = gram[here, there].T
+    values, vectors = np.linalg.eigh(gram)
+    most = n - 1 if most is None else min(most, n - 1)
+    values, vectors = values[::-1][:most], vectors[:, ::-1][:, :most]
+    # Float32 products leave noise of about 1e-7 of the largest; nothing below it is a direction.
+    alive = values > 1e-7 * max(float(values.max(initial=0.0)), 1e-300)
+    values, vectors = values[alive], vectors[:, alive]
+    mix = torch.as_tensor((vectors / np.sqrt(values)).T, dtype=torch.float32).to(center)
+    directions = torch.zeros(len(values), len(center), device=center.device)
+    for here, X in pieces():
+        directions.addmm_(mix[:, here], X)
+    directions.addr_(mix.sum(1), center, alpha=-1.0)
+    total = float(np.trace(gram)) + n * float(center.double().square().sum())
+    return FlatSpectrum(center, directions, values, vectors * np.sqrt(values), total)
+
+
+def coded_side(
+    s: FlatSpectrum, side: str, *, count: int | None = None, bits: int | None = None, budget: float | None = None
+) -> FlatSide:
+    """A side coded at `count` directions and `bits` each, or within `budget`.
+
+    Args:
+        budget: allowed share of Σ‖x_i‖², for dropping and rounding together.
+    """
+    mean_energy = float((s.mean.double() ** 2).sum())
+    n = len(s.loadings)
+    energies = np.concatenate([[n * mean_energy], s.energies]) / max(s.total, 1e-300)
+    if budget is not None:
+        cost = np.full(len(energies), s.directions.shape[1] / 8)
+        levels = bits_for_error(energies, cost, np.zeros(len(energies), bool), budget)
+    else:
+        assert bits is not None
+        keep = len(energies) if count is None else min(count, len(s.energies)) + 1
+        levels = np.where(np.arange(len(energies)) < keep, bits, 0)
+    kept = np.flatnonzero(levels[1:] > 0) + 1
+    rows = torch.cat([s.mean[None], s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]])
+    return code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
+
+
+def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
+    """Code row 0 (the mean, at its own length) and unit rows; a dropped mean becomes zero."""
+    levels = np.maximum(levels, 1)
+    coded = code_rows(rows, levels, _SEEDS[side])
+    lengths = rows.double().norm(dim=1)
+    c = (lengths / coded.hat.double().norm(dim=1).clamp_min(1e-300)).cpu().numpy()
+    record = write_rows([coded], np.arange(len(rows)), rounded_coefficients(c, levels))
+    return read_side(record, rows.shape[1], side, rows.device)
+
+
+def read_side(record: bytes, d: int, side: str, device: torch.device | str | None = None) -> FlatSide:
+    """Decode a flat side of rows of length d."""
+    (rows,), c, _ = read_rows(record, 0, [d], [_SEEDS[side]], device)
+    return FlatSide(rows * c[:, None], record)
+
+
+@dataclass(frozen=True)
+class FlatParts:
+    """Flat parts of a block: their records, and the factors they decode to.
+
+    Args:
+        records: n byte strings. B: (n, out, r), A: (n, r, in) as decoded.
+    """
+
+    records: list[bytes]
+    B: Tensor
+    A: Tensor
+
+
+def code_parts(f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool) -> FlatParts:
+    """Project a block on the coded sides.
+
+    Args:
+        number: the basis's number at its module. wide: keep loadings in float32.
+    """
+    kind = torch.float32 if wide else torch.float16
+    r = f.A.shape[1]
+    tops, loads, rebuilt = [], [], []
+    for side, name in ((A, "A"), (B, "B")):
+        x = side.loadings(flattened(f, name))
+        top = x.abs().amax(1, keepdim=True) if side.count else x.new_zeros(len(x), 1)
+        relative = (x / top.clamp_min(1e-30)).to(kind)
+        tops.append(top[:, 0].tolist())
+        loads.append(relative.cpu().numpy())
+        rebuilt.append(side.rebuilt(relative.to(x.dtype) * top))
+    records = [
+        _HEAD.pack(_KIND, number, r, A.count, B.count, wide, tops[0][i], tops[1][i])
+        + loads[0][i].tobytes()
+        + loads[1][i].tobytes()
+        for i in range(len(f.members))
+    ]
+    return FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
+
+
+def part_nbytes(A: FlatSide, B: FlatSide, wide: bool) -> int:
+    """Bytes of one adapter's flat part."""
+    return _HEAD.size + (4 if wide else 2) * (A.count + B.count)
+
+
+def decode_part(
+    record: bytes,
+    start: int,
+    shape: tuple[int, int],
+    basis: Callable[[str, int, int], Tensor],
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Left (out, r) and right (r, in) factors of a flat part, and where it ends."""
+    _, number, r, k_A, k_B, wide, *tops = _HEAD.unpack_from(record, start)
+    start += _HEAD.size
+    kind = np.dtype(np.float32 if wide else np.float16)
+    sides = []
+    for name, k, top in zip("AB", (k_A, k_B), tops, strict=True):
+        loads = np.frombuffer(record, kind, k, start).astype(np.float32) * np.float32(top)
+        start += k * kind.itemsize
+        rows = basis(name, number, r)  # (1 + k, r·in) or (1 + k, out·r)
+        sides.append(torch.addmv(rows[0], rows[1 : k + 1].T, torch.from_numpy(loads).to(device)))
+    out, inner = shape
+    return sides[1].reshape(out, r), sides[0].reshape(r, inner), start

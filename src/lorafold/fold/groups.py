@@ -1,0 +1,146 @@
+"""Which adapters started from the same factors.
+
+Two adapters trained from one initial A keep nearly the same row space at every module; two of
+different seeds overlap only as chance has it. With orthonormal bases Q of the row spaces the
+overlap is o = ‖Q_iᵀ Q_j‖²_F / r (r the smaller rank); chance gives r/d, so
+
+    (o − r/d) / (1 − r/d) > 0.25
+
+marks a pair, and connected pairs make a group. The same on the column spaces finds shared B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .stack import Stack, gram
+
+THRESHOLD = 0.25
+_WIDTH = 512  # longer vectors are folded down to this many coordinates
+_PROBES = 3  # modules looked at
+_PIECE = 2048  # directions a side of one piece of the overlap matrix
+
+
+def probes(count: int, most: int) -> list[int]:
+    """Up to `most` evenly spaced numbers out of 0 … count − 1."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / (most - 1)) for k in range(most)})
+
+
+def init_groups(stacks: Sequence[Stack], count: int, side: str) -> np.ndarray:
+    """Groups of adapters whose A (side "V") or B (side "U") span nearly the same space.
+
+    Args:
+        stacks: all modules; a few evenly spaced ones are looked at.
+        count: adapters in the collection.
+
+    Returns:
+        (count,) group number, −1 for adapters that are alone; groups are numbered by their first
+        member.
+    """
+    score = _Pairs(count)
+    for j in probes(len(stacks), _PROBES):
+        score.add(*_directions(stacks[j], side))
+    return score.groups()
+
+
+def _directions(stack: Stack, side: str) -> tuple[np.ndarray, list[Tensor], int]:
+    """Members, an orthonormal basis (m, r_i) for each, and the dimension m that chance refers to."""
+    d = stack.shape[0 if side == "U" else 1]
+    m = min(d, _WIDTH)
+    bases: list[Tensor] = []
+    for f in stack.factors():
+        X = f.B if side == "U" else f.A.mT
+        if d > m:
+            X = _folded(X, m)
+        lam, W = torch.linalg.eigh(gram(X))
+        live = lam > 1e-8 * lam[:, -1:].clamp_min(1e-300)
+        Q = X @ (W / lam.clamp_min(1e-300).sqrt()[:, None, :]).to(X.dtype)
+        bases += [Q[i, :, keep].float() for i, keep in enumerate(live)]
+    stack.forget()
+    return stack.members, bases, m
+
+
+def _folded(X: Tensor, m: int) -> Tensor:
+    """(n, d, r) → (n, m, r): shuffled coordinates with random signs, summed m at a time.
+
+    A count sketch (Charikar et al. 2002): it keeps the geometry of a few directions and costs one
+    pass.
+    """
+    d = X.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(d, generator=generator).to(X.device)
+    signs = (2 * torch.randint(2, (d,), generator=generator) - 1).to(X)
+    shuffled = X[:, order] * signs[:, None]
+    shuffled = torch.nn.functional.pad(shuffled, (0, 0, 0, -d % m))
+    return shuffled.reshape(len(X), -1, m, X.shape[2]).sum(1)
+
+
+class _Pairs:
+    """Mean overlap of pairs over the modules looked at, thresholded into connected groups."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._score: dict[tuple[int, int], list[float]] = {}
+        self._looks = np.zeros(count, np.int64)
+
+    def add(self, members: np.ndarray, bases: list[Tensor], m: int) -> None:
+        keep = [k for k, Q in enumerate(bases) if Q.shape[1]]
+        members = members[keep]
+        bases = [bases[k] for k in keep]
+        if not bases:
+            return
+        self._looks[members] += 1
+        ranks = np.array([Q.shape[1] for Q in bases])
+        starts = np.concatenate([[0], np.cumsum(ranks)])
+        pieces = _pieces(ranks)
+        for a, (lo, hi) in enumerate(pieces):
+            left = torch.cat(bases[lo:hi], 1)
+            for lo2, hi2 in pieces[a:]:
+                square = (left.T @ torch.cat(bases[lo2:hi2], 1)).square_()
+                o = np.add.reduceat(square.cpu().numpy(), starts[lo:hi] - starts[lo], axis=0)
+                o = np.add.reduceat(o, starts[lo2:hi2] - starts[lo2], axis=1)
+                r = np.minimum(ranks[lo:hi, None], ranks[None, lo2:hi2])
+                chance = np.minimum(r / m, 0.999)
+                excess = (o / r - chance) / (1 - chance)
+                for i, j in zip(*np.nonzero(excess > THRESHOLD), strict=True):
+                    if lo + i < lo2 + j:
+                        pair = (int(members[lo + i]), int(members[lo2 + j]))
+                        self._score.setdefault(pair, []).append(float(excess[i, j]))
+
+    def groups(self) -> np.ndarray:
+        parent = np.arange(self._count)
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = int(parent[i])
+            return i
+
+        for (i, j), scores in self._score.items():
+            # A pair counts where it agrees at most of the modules that both were seen at.
+            if 2 * len(scores) > min(self._looks[i], self._looks[j]):
+                a, b = sorted((root(i), root(j)))
+                parent[b] = a
+        roots = np.array([root(i) for i in range(self._count)], np.int64)
+        numbers = np.full(self._count, -1, np.int64)
+        firsts, sizes = np.unique(roots, return_counts=True)
+        for number, first in enumerate(firsts[sizes > 1]):
+            numbers[roots == first] = number
+        return numbers
+
+
+def _pieces(ranks: np.ndarray) -> list[tuple[int, int]]:
+    pieces, start, width = [], 0, 0
+    for k, r in enumerate(ranks):
+        if width and width + r > _PIECE:
+            pieces.append((start, k))
+            start, width = k, 0
+        width += int(r)
+    pieces.append((start, len(ranks)))
+    return pieces

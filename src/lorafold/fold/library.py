@@ -1,0 +1,449 @@
+"""A library: many adapters on shared bases, each with its stated error.
+
+What is on the disk is described in docs/formats.md. A `Library` reads adapters back one by one;
+`add`, `remove` and `refold` change the folder in one atomic step and this object with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, map_modules
+from ..errors import FileError, MismatchError, RefusedError, ToleranceError, UnknownNameError, did_you_mean
+from ..lowrank import LowRank
+from .build import read_layout
+from .collection import named_handles
+from .flat import read_side
+from .record import decode
+from .shard import Shard
+from .sides import Basis, projected, read_basis, residual
+from .stack import Block, decompose, squared_norms
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What the present bases make of an adapter.
+
+    Args:
+        loadings: module path → coordinates in the shared sides: (R_U, R_V) where both are shared,
+            (out, R_V) or (R_U, in) where one is; modules without shared bases are left out.
+        error: ‖ΔŴ − ΔW‖ / ‖ΔW‖ over all modules.
+    """
+
+    loadings: dict[str, Tensor]
+    error: float
+
+
+class Library(Mapping[str, Adapter]):
+    """Adapters in one folder (or in memory), by name. Made by `fold` and `Library.open`.
+
+    `lib["sql"]` gives the adapter back, its factors float32 with scale 1 unless it is stored
+    exactly. Reading is safe while other processes change the folder: this object keeps the state
+    it opened until it changes the library itself or is opened anew.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> u = lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))
+        >>> lib = lf.fold({"sql": lf.Adapter({"q_proj": u})}, tolerance=0.1)
+        >>> lib.names, lib.error("sql") <= 0.1
+        (['sql'], True)
+    """
+
+    def __init__(self, store: Store, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        self._store = store
+        self._device, self._dtype = device, dtype
+        self._refresh()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None) -> Library:
+        """Open a folder that `fold` wrote.
+
+        Args:
+            path: the folder. device, dtype: of the adapters it gives.
+
+        Raises:
+            FileError: no library there, or a damaged one.
+        """
+        return cls(Store.open(path), device, dtype)
+
+    def _refresh(self) -> None:
+        self._manifest: dict[str, Any] = self._store.manifest
+        self._shards: dict[str, Shard] = self._store.shards
+        self._modules: list[dict[str, Any]] = self._manifest["modules"]
+        self._number = {m["path"]: j for j, m in enumerate(self._modules)}
+        self._indices: dict[str, np.ndarray] = {}
+        self._bases: dict[tuple[int, str, int], Tensor] = {}
+        self.__dict__.pop("_known_nbytes", None)
+
+    # What is in it
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, in the order in which they came."""
+        return list(self._manifest["adapters"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest["adapters"])
+
+    def __len__(self) -> int:
+        return len(self._manifest["adapters"])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._manifest["adapters"]
+
+    def __repr__(self) -> str:
+        where = f" at {self.path}" if self.path else ""
+        return f"Library({len(self)} adapters, {self.nbytes:,} bytes{where})"
+
+    @property
+    def path(self) -> str | None:
+        """The folder; None in memory."""
+        return None if self._store.path is None else str(self._store.path)
+
+    @property
+    def base_model(self) -> str | None:
+        """The base that the adapters belong to."""
+        base = self._manifest.get("base_model")
+        return None if base is None else str(base)
+
+    @property
+    def tolerance(self) -> float | None:
+        """The bound that every adapter keeps unless it has its own; None when folded by size."""
+        value = self._manifest["options"].get("tolerance")
+        return None if value is None else float(value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the library on disk (or as it would be written)."""
+        return self._store.nbytes
+
+    def error(self, name: str) -> float:
+        """‖ΔŴ − ΔW‖ / ‖ΔW‖ of an adapter, measured on what was written."""
+        return float(self._entry(name)["error"])
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the manifest says of an adapter (a copy)."""
+        return copy.deepcopy(self._entry(name))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        try:
+            entry: dict[str, Any] = self._manifest["adapters"][name]
+        except (KeyError, TypeError):
+            raise UnknownNameError(f"no adapter {name!r} in the library; {did_you_mean(str(name), self)}") from None
+        return entry
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes, errors and forms, in total and per module; see docs/fold.md."""
+        from .stats import library_stats
+
+        return library_stats(self)
+
+    # Reading
+
+    def __getitem__(self, name: str) -> Adapter:
+        entry = self._entry(name)
+        modules = {self._modules[j]["path"]: self._update(j, entry) for j in self._present(entry)}
+        layouts = {m["path"]: read_layout(m["layout"]) for m in self._modules if "layout" in m and m["path"] in modules}
+        layouts |= {path: read_layout(fields) for path, fields in entry.get("layouts", {}).items()}
+        adapter = Adapter(modules, self.extras(name), config_of(self._manifest["config"], entry), self.base_model, layouts)
+        return adapter if self._dtype is None else adapter.to(dtype=self._dtype)
+
+    def update(self, name: str, path: str) -> LowRank:
+        """One module of one adapter, read alone.
+
+        Raises:
+            UnknownNameError: no such adapter, or it does not have the module.
+        """
+        entry = self._entry(name)
+        j = self._number.get(path)
+        if j is None or j not in self._present(entry):
+            hint = did_you_mean(path, [self._modules[k]["path"] for k in self._present(entry)])
+            raise UnknownNameError(f"{name!r} has no module {path!r}; {hint}")
+        u = self._update(j, entry)
+        return u if self._dtype is None else u.to(dtype=self._dtype)
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """What the adapter's file held beside its factors, bit for bit."""
+        entry = self._entry(name)
+        shard = self._shards[entry["shard"]]
+        return {key: shard.read_tensor(t).to(self._device) for key, t in entry.get("extras", {}).items()}
+
+    def _present(self, entry: Mapping[str, Any]) -> list[int]:
+        at = self._index(entry["shard"])
+        row = entry["row"]
+        return np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()  # type: ignore[no-any-return]
+
+    def _index(self, shard: str) -> np.ndarray:
+        if shard not in self._indices:
+            self._indices[shard] = self._shards[shard].read("at").astype(np.int64)
+        return self._indices[shard]
+
+    def record(self, j: int, entry: Mapping[str, Any]) -> bytes:
+        """An adapter's bytes at module number j."""
+        at, row = self._index(entry["shard"]), entry["row"]
+        return self._shards[entry["shard"]].read_bytes(f"m{j}", int(at[j, row]), int(at[j, row + 1]))
+
+    def record_size(self, j: int, entry: Mapping[str, Any]) -> int:
+        """Bytes of an adapter at module number j; 0 where it lacks the module."""
+        at, row = self._index(entry["shard"]), entry["row"]
+        return int(at[j, row + 1] - at[j, row]) if j < len(at) else 0
+
+    def basis_size(self, shard: str, tensor: str) -> int:
+        """Bytes of one stored piece of a basis."""
+        return int(self._shards[shard].shape(tensor)[0])
+
+    def _update(self, j: int, entry: Mapping[str, Any]) -> LowRank:
+        out, inner = self._modules[j]["shape"]
+
+        def basis(side: str, number: int, count: int) -> Tensor:
+            return self.basis(j, side, number, count)
+
+        return decode(self.record(j, entry), (out, inner), basis, self._device)
+
+    def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
+        """A shared basis of module number j: (d, R) for "U" and "V", (1 + k, D) for "A" and "B".
+
+        Args:
+            count: its first columns only (for "A", "B": the factor's rank).
+        """
+        key = (j, side, number)
+        if key not in self._bases:
+            self._bases[key] = self._read_basis(j, side, number, count)
+        columns = self._bases[key]
+        return columns if side in "AB" or count is None else columns[:, :count]
+
+    def _read_basis(self, j: int, side: str, number: int, rank: int | None) -> Tensor:
+        out, inner = self._modules[j]["shape"]
+        pieces = []
+        for shard, tensor, _ in self._modules[j]["bases"][f"{side}{number}"]:
+            record = self._shards[shard].read_bytes(tensor)
+            if side in "AB":
+                assert rank is not None
+                d = rank * (inner if side == "A" else out)
+                pieces.append(read_side(record, d, side, self._device).rows)
+            else:
+                pieces.append(read_basis(record, out if side == "U" else inner, side, self._device).columns)
+        return torch.cat(pieces, 0 if side in "AB" else 1)
+
+    def sides(self, j: int) -> dict[str, list[Basis]]:
+        """The shared bases of module number j by side, "U" and "V", in the order of their numbers."""
+        found: dict[str, list[Basis]] = {"U": [], "V": []}
+        for name in self._modules[j].get("bases", {}):
+            if name[0] in found:
+                found[name[0]].append(Basis(self.basis(j, name[0], int(name[1:])), b"", 0))
+        return found
+
+    # Comparing
+
+    def project(self, adapter: Any) -> Projection:
+        """The adapter in the coordinates of the present bases; nothing is stored.
+
+        Args:
+            adapter: an `Adapter` or a path.
+
+        Raises:
+            MismatchError: it has a module of another shape. RefusedError: ΔW algebra would be wrong.
+        """
+        from .change import nearest_sides, one_handle
+
+        _, handle = one_handle(adapter)
+        if handle.refusal:
+            raise RefusedError(handle.refusal)
+        loadings: dict[str, Tensor] = {}
+        lost = total = 0.0
+        for path in handle.shapes:
+            u = handle.read(path).to(self._device)
+            self.check_shape(path, u.shape)
+            block = block_of(u)
+            norm = float((block.S**2).sum())
+            total += norm
+            sides = nearest_sides(self, self._number[path], block) if path in self._number else None
+            if sides is None:
+                lost += norm
+                continue
+            (_, U), (_, V) = sides
+            left, right = projected(block, U, V)
+            lost += float(squared_norms(*residual(block, left, right, U, V)))
+            loadings[path] = (left @ right)[0]
+        return Projection(loadings, (lost / total) ** 0.5 if total > 0 else 0.0)
+
+    def check_shape(self, path: str, shape: tuple[int, int]) -> None:
+        """Raise a `MismatchError` if the library has the module in another shape."""
+        j = self._number.get(path)
+        if j is not None and tuple(self._modules[j]["shape"]) != tuple(shape):
+            raise MismatchError(
+                f"module {path!r} is {tuple(self._modules[j]['shape'])} in the library and {tuple(shape)} in the adapter"
+            )
+
+    def verify(self, sources: Any = None) -> dict[str, float]:
+        """Check the shards' checksums, and the errors against the sources where these are given.
+
+        Args:
+            sources: as for `fold`; each name must be in the library.
+
+        Returns:
+            name → error: measured against the sources, or as stored.
+
+        Raises:
+            FileError: a damaged shard. ToleranceError: an error above its bound, or an exactly
+                stored adapter that is not the source's.
+        """
+        self._store.verify()
+        if sources is None:
+            return {name: self.error(name) for name in self.names}
+        from .change import checked_error
+
+        return {name: checked_error(self, name, handle) for name, handle in named_handles(sources).items()}
+
+    # Changing
+
+    def add(
+        self,
+        adapter: Any,
+        name: str | None = None,
+        *,
+        replace: bool = False,
+        tolerance: float | None = None,
+        form: str | None = None,
+    ) -> float:
+        """Add an adapter; what is stored of the others does not change by a bit.
+
+        Within the tolerance its coordinates in the present bases are all that is stored; otherwise
+        the bases get new directions, shared from then on, or it keeps a residual of its own,
+        whichever takes fewer bytes. In a library folded by size it is only projected.
+
+        Args:
+            adapter: an `Adapter` or a path. name: its name; the path's last component when None.
+            replace: take the place of an adapter with that name.
+            tolerance: its own bound; the library's when None.
+            form: "svd" keeps it off the shared bases, "exact" keeps its tensors untouched.
+
+        Returns:
+            The error it came out at.
+
+        Raises:
+            MismatchError: the name is taken, or shapes or bases disagree.
+        """
+        from .change import add_to
+
+        return add_to(self, adapter, name, replace=replace, tolerance=tolerance, form=form)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; its name is free again.
+
+        Raises:
+            UnknownNameError: no such name.
+        """
+        from .change import remove_from
+
+        remove_from(self, name)
+
+    def refold(self, tolerance: float | None = None, sources: Any = None, **options: Any) -> None:
+        """Fold everything anew, from the sources or from what is stored.
+
+        Args:
+            tolerance: the new bound; the library's own when no option is given.
+            sources: {name: source} or paths for every name in the library. Without them the old
+                error counts: the new and the old one together must keep the bound.
+            options: as for `fold` (form, rank, energy, bits, memory, device, progress).
+
+        Raises:
+            ToleranceError: a bound that can't be met without the sources; nothing has changed.
+        """
+        from .change import refold_all
+
+        refold_all(self, tolerance, sources, options)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Library:
+        """Write the library to a folder (a copy, where it already has one).
+
+        Returns:
+            The library opened from there.
+
+        Raises:
+            FileError: something is at `path` and `overwrite` is False.
+        """
+        return Library(self._store.save(path, overwrite=overwrite), self._device, self._dtype)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Library:
+        """The same library, giving its adapters on `device` in `dtype`."""
+        return Library(self._store, device or self._device, dtype or self._dtype)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._store.close()
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # For the other files of this folder
+
+    @property
+    def store(self) -> Store:
+        """The shards and the manifest."""
+        return self._store
+
+    @property
+    def modules(self) -> list[dict[str, Any]]:
+        """The manifest's module entries, in order (not to be changed)."""
+        return self._modules
+
+    @cached_property
+    def _known_nbytes(self) -> int:
+        return sum(int(e["file_bytes"]) for e in self._manifest["adapters"].values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the adapters' files as they were when folded."""
+        return self._known_nbytes
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Any]:
+        """A transaction on the store; this object follows it when it commits."""
+        with self._store.transaction() as t:
+            self._refresh()
+            yield t
+        self._refresh()
+
+
+def block_of(u: LowRank) -> Block:
+    """One update as a block."""
+    B, A = (u.scale * u.B.float())[None], u.A.float()[None]
+    return Block(np.zeros(1, np.int64), *decompose(B, A))
+
+
+def split_config(configs: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One common config, and how each differs from it: {"set": …, "drop": […]}."""
+    common: dict[str, Any] = dict(configs[0]) if configs else {}
+    return common, [config_difference(common, c) for c in configs]
+
+
+def config_difference(common: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What turns `common` into `config`."""
+    changed = {k: v for k, v in config.items() if k not in common or common[k] != v or type(common[k]) is not type(v)}
+    dropped = [k for k in common if k not in config]
+    return {**({"set": changed} if changed else {}), **({"drop": dropped} if dropped else {})}
+
+
+def config_of(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's config from the common one and its entry."""
+    difference = entry.get("config", {})
+    kept = {k: copy.deepcopy(v) for k, v in common.items() if k not in difference.get("drop", ())}
+    return {**kept, **copy.deepcopy(difference.get("set", {}))}
+
+
+__all__ = ["FileError", "Library", "Projection", "ToleranceError", "map_modules"]

@@ -1,0 +1,288 @@
+"""One adapter at one module as bytes: parts that add up to ΔŴ.
+
+A part is a list of pairs in the coordinates of two sides, each the update's own or a shared basis
+(ΔŴ = U P diag(c) Qᵀ Vᵀ), the file's tensors untouched, or loadings of flattened factors. The byte
+layout is described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from ..lowrank import LowRank
+from .allocate import bits_for_bytes, bits_for_error
+from .coder import (
+    LEFT_SEED,
+    RIGHT_SEED,
+    CodedRows,
+    code_rows,
+    read_rows,
+    rounded_coefficients,
+    rows_nbytes,
+    write_rows,
+)
+from .sides import Basis, core_svd, projected, residual
+from .stack import Block, Factors, decompose, squared_differences, squared_norms
+
+NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
+_PAIRS = struct.Struct("<BB")
+_SIDE = struct.Struct("<HH")  # basis, how many of its columns
+_EXACT_HEAD = struct.Struct("<BI")
+
+Sides = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a coded block must meet, one number an adapter.
+
+    Args:
+        kind: "error": squared error at most `amount`; "bytes": payload at most `amount` bytes;
+            "bits": every kept component at `amount` bits (16 or 32).
+        amount: (n,) float64.
+        keep: (n, r) True for the own components that may be stored; None for all.
+    """
+
+    kind: str
+    amount: np.ndarray
+
+    def bits(self, energy: np.ndarray, cost: np.ndarray) -> np.ndarray:
+        """(n, k) bits for components of these energies (n, k) at these bytes a bit (k,)."""
+        pair = np.ones(energy.shape[1], bool)
+        if self.kind == "bits":
+            return np.where(energy > 0, self.amount[:, None], 0).astype(np.int64)
+        rule = bits_for_error if self.kind == "error" else bits_for_bytes
+        return rule(energy, cost, pair, self.amount)
+
+    def take(self, rows: np.ndarray, factor: np.ndarray | float = 1.0) -> Target:
+        return Target(self.kind, self.amount[rows] * factor)
+
+
+@dataclass(frozen=True)
+class _Part:
+    left: Tensor  # (n, du, k) orthonormal
+    S: Tensor  # (n, k)
+    right: Tensor  # (n, dv, k)
+    U: Basis | None
+    V: Basis | None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.left.shape[1], self.right.shape[1]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A coded block.
+
+    Args:
+        records: n byte strings. squared_error: (n,) measured on what the records decode to.
+        payload: (n,) bytes of packed codes alone.
+    """
+
+    records: list[bytes]
+    squared_error: np.ndarray
+    payload: np.ndarray
+
+
+def code_block(
+    block: Block,
+    target: Target,
+    ids: Sides = (None, None),
+    U: Basis | None = None,
+    V: Basis | None = None,
+    against: Factors | None = None,
+) -> Coded:
+    """Code a block whose adapters all use the same sides.
+
+    Args:
+        block: n updates. target: what each must meet.
+        ids: the numbers of the shared bases U and V (None where the side is the update's own).
+        against: the updates as they came, which the error is measured against; the block when
+            None. In a bad gauge the decomposition itself is off by more than a small tolerance.
+    """
+    parts = _parts(block, target, U, V)
+    energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
+    cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
+    bits = target.bits(energy, cost)
+    if against is None:
+        own_B, own_A = block.U * block.S.to(block.U.dtype)[:, None, :], block.V.mT
+    else:
+        own_B, own_A = against.B, against.A
+    lefts, rights = [], []
+    records = [b""] * len(block.members)
+    payload = (bits * cost).sum(1)
+    start = 0
+    for p in parts:
+        stop = start + p.S.shape[1]
+        left, right, coded = _code_part(p, bits[:, start:stop], ids)
+        lefts.append(left)
+        rights.append(right)
+        records = [a + b for a, b in zip(records, coded, strict=True)]
+        start = stop
+    error = squared_differences(own_B, own_A, torch.cat(lefts, 2), torch.cat(rights, 1))
+    return Coded(records, error.cpu().numpy(), payload)
+
+
+def _parts(block: Block, target: Target, U: Basis | None, V: Basis | None) -> list[_Part]:
+    if U is None and V is None:
+        return [_Part(block.U, block.S, block.V, None, None)]
+    left, right = projected(block, U, V)
+    P, S, Q = core_svd(left, right)
+    parts = [_Part(P, S, Q, U, V)]
+    if target.kind == "error":
+        B, A = residual(block, left, right, U, V)
+        if bool((squared_norms(B, A).cpu().numpy() > 0.25 * target.amount).any()):
+            parts.append(_Part(*decompose(B, A), None, None))
+    return parts
+
+
+def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, list[bytes]]:
+    """Code one part of every adapter; its factors as decoded, and a record each."""
+    n, k = bits.shape
+    flat = bits.reshape(-1)
+    coded = [
+        code_rows(X.mT.reshape(n * k, -1), flat, seed)
+        for X, seed in ((p.left, LEFT_SEED), (p.right, RIGHT_SEED))
+    ]
+    scale = (coded[0].scale * coded[1].scale).reshape(n, k)
+    c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
+    hats = [side.hat.reshape(n, k, -1) for side in coded]
+    left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
+    right = hats[1]
+    if p.U is not None:
+        left = p.U.columns @ left
+    if p.V is not None:
+        right = right @ p.V.columns.T
+    return left, right, [_pairs_record(coded, bits, c, i, p, ids) for i in range(n)]
+
+
+def _pairs_record(coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, ids: Sides) -> bytes:
+    kept = np.flatnonzero(bits[i] > 0)
+    if not len(kept):
+        return b""
+    head = _PAIRS.pack(PAIRS, (p.U is not None) | (p.V is not None) << 1)
+    for basis, number in zip((p.U, p.V), ids, strict=True):
+        if basis is not None:
+            head += _SIDE.pack(number, basis.rank)
+    return head + write_rows(coded, kept + i * bits.shape[1], c[i, kept])
+
+
+def predicted_nbytes(energy: np.ndarray, widths: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """(n,) bytes that pairs of these energies take within a squared-error budget each.
+
+    Args:
+        energy: (n, k). widths: (k,) numbers a pair. budget: (n,).
+    """
+    bits = Target("error", budget).bits(energy, widths / 8)
+    return rows_nbytes(bits, 0) + (bits * widths).sum(1) / 8
+
+
+def exact_record(u: LowRank) -> bytes:
+    """The update's own tensors, bit for bit."""
+    from safetensors.torch import save
+
+    # Cloned, as factors may be views of one tensor, which safetensors refuses.
+    factors = {"A": u.A, "B": u.B}
+    body = save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in factors.items()})
+    scale = json.dumps(u.scale).encode()
+    return _EXACT_HEAD.pack(EXACT, len(body)) + struct.pack("<B", len(scale)) + scale + body
+
+
+def exact_nbytes(u_nbytes: np.ndarray) -> np.ndarray:
+    """Bytes of an exact record, given those of its tensors."""
+    return u_nbytes + 150
+
+
+BasisOf = Callable[[str, int, int], Tensor]
+
+
+def decode(
+    record: bytes, shape: tuple[int, int], basis: BasisOf, device: torch.device | str | None = None
+) -> LowRank:
+    """The update that a record stands for.
+
+    Args:
+        record: the bytes. shape: (out, in).
+        basis: (side "U", "V" or "flat", number, columns) → the decoded basis, (d, R).
+        device: where the factors shall be.
+
+    Returns:
+        The file's own tensors for an exact record; else float32 factors with scale 1. A record
+        without any component gives a zero update of rank 1.
+    """
+    from . import flat
+
+    out, inner = shape
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    start = 0
+    while start < len(record):
+        kind = record[start]
+        if kind == NOTHING:
+            start += 1
+            continue
+        if kind == EXACT:
+            return _decode_exact(record, start, device)
+        if kind == PAIRS:
+            left, right, start = _decode_pairs(record, start, shape, basis, device)
+        elif kind == FLAT:
+            left, right, start = flat.decode_part(record, start, shape, basis, device)
+        else:
+            raise FileError(f"a record of the library has a part of unknown kind {kind}")
+        lefts.append(left)
+        rights.append(right)
+    if not lefts:
+        return LowRank(torch.zeros(1, inner, device=device), torch.zeros(out, 1, device=device))
+    return LowRank(torch.cat(rights), torch.cat(lefts, 1))
+
+
+def _decode_pairs(
+    record: bytes, start: int, shape: tuple[int, int], basis: BasisOf, device: torch.device | str | None
+) -> tuple[Tensor, Tensor, int]:
+    _, flags = _PAIRS.unpack_from(record, start)
+    start += _PAIRS.size
+    dims, columns = list(shape), [None, None]  # type: list[int], list[Tensor | None]
+    for side, name in enumerate("UV"):
+        if flags >> side & 1:
+            number, rank = _SIDE.unpack_from(record, start)
+            start += _SIDE.size
+            columns[side] = basis(name, number, rank)
+            dims[side] = rank
+    (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
+    # √|c| on either side keeps A and B of one size, as after training.
+    root = c.abs().sqrt()
+    left, right = (P * (root * c.sign())[:, None]).T, Q * root[:, None]
+    if columns[0] is not None:
+        left = columns[0] @ left
+    if columns[1] is not None:
+        right = right @ columns[1].T
+    return left, right, start
+
+
+def _decode_exact(record: bytes, start: int, device: torch.device | str | None) -> LowRank:
+    from safetensors.torch import load
+
+    _, size = _EXACT_HEAD.unpack_from(record, start)
+    start += _EXACT_HEAD.size
+    length = record[start]
+    scale = float(json.loads(record[start + 1 : start + 1 + length]))
+    start += 1 + length
+    t = load(record[start : start + size])
+    return LowRank(t["A"].to(device), t["B"].to(device), scale)
+
+
+def same_sides(ids: Sequence[Sides]) -> dict[Sides, np.ndarray]:
+    """Rows of a block by the pair of bases they use."""
+    rows: dict[Sides, list[int]] = {}
+    for row, pair in enumerate(ids):
+        rows.setdefault(pair, []).append(row)
+    return {pair: np.array(members) for pair, members in rows.items()}

@@ -1,0 +1,209 @@
+"""A seeded rotation that makes the coordinates of a vector look Gaussian, and its inverse.
+
+With `H` the Hadamard matrix of size p (entries ±1, `H Hᵀ = p I`) and `s` a vector of random signs,
+
+    y = H (s ⊙ x) / √p,        x = s ⊙ (H y) / √p.
+
+Every coordinate of y is a sum of all coordinates of x under random signs, so that one codebook,
+made for the normal distribution, fits every vector (Ailon and Chazelle 2009, "The fast
+Johnson-Lindenstrauss transform"; Tseng et al. 2024, QuIP#, arXiv:2402.04396). H exists for powers
+of two only. For any other length d, with p the largest power of two below it, the first p
+coordinates are rotated, then the last p with signs of their own: both maps are orthogonal, so
+their product is.
+
+The rotation is part of a file format, therefore it is the same for ever:
+
+- The sign of coordinate i in stage t (0, and 1 for the second of two) is the top bit of
+  `mix(mix(seed + (t + 1) γ) + (i + 1) γ)` modulo 2⁶⁴, where mix and γ are those of splitmix64
+  (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"); a set bit is -1.
+- H is applied by additions and subtractions in a fixed order, coordinates far apart first. So the
+  result is the same bit for bit on every machine and device, alone or in a batch. Matrix products
+  with Kronecker factors of H can be twice as fast on a core of its own, but they round as shapes
+  and library please, and `torch.set_float32_matmul_precision` would reach into them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# splitmix64: the step between states, and the two multipliers of its mixing function.
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+# On the CPU rows pass in blocks that stay in the cache. Above this many elements torch would also
+# split each addition over threads, whose meeting costs more than the addition on shared cores.
+_CPU_BLOCK = 1 << 15
+_DEVICE_BLOCK = 1 << 24
+
+# H is split into Kronecker factors up to this size: a factor's block keeps long runs of neighbours.
+_LONGEST = 128
+
+
+def rotate(x: Tensor, seed: int) -> Tensor:
+    """The rotation of every vector along the last axis.
+
+    Args:
+        x: `(..., d)`, float32 or float64, d ≥ 1, on any device; it is not changed.
+        seed: 0 ≤ seed < 2⁶⁴; names the rotation.
+
+    Returns:
+        `(..., d)`, a new tensor of the same type and device, detached from any graph.
+
+    Raises:
+        TypeError: x is of another type.
+        ValueError: x has no axis, its last axis is empty or the seed is out of range.
+
+    Example:
+        >>> x = torch.tensor([3.0, 4.0])
+        >>> round(float(rotate(x, seed=0).norm()), 4)
+        5.0
+    """
+    return _apply(x, seed, inverse=False)
+
+
+def unrotate(y: Tensor, seed: int) -> Tensor:
+    """What `rotate` with the same seed made y from, up to rounding.
+
+    Args:
+        y: `(..., d)`, float32 or float64, d ≥ 1, on any device; it is not changed.
+        seed: the one given to `rotate`.
+
+    Returns:
+        `(..., d)`, a new tensor of the same type and device, detached from any graph.
+
+    Raises:
+        TypeError: y is of another type.
+        ValueError: y has no axis, its last axis is empty or the seed is out of range.
+
+    Example:
+        >>> x = torch.tensor([3.0, 4.0, 5.0])
+        >>> bool(torch.allclose(unrotate(rotate(x, seed=7), seed=7), x))
+        True
+    """
+    return _apply(y, seed, inverse=True)
+
+
+def _apply(x: Tensor, seed: int, *, inverse: bool) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a rotation needs float32 or float64, not {x.dtype}: convert first")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"a rotation needs vectors along the last axis, not shape {tuple(x.shape)}"
+        )
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"the seed of a rotation lies in [0, 2**64), not {seed}")
+    d = x.shape[-1]
+    size = 1 << (d.bit_length() - 1)
+    with torch.no_grad():
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows_in, rows_out = x.reshape(-1, d), y.view(-1, d)
+        if size == d:
+            _stage(rows_in, rows_out, _signs(size, seed, 0, x.dtype, x.device), inverse)
+            return y
+        # What the first of the two stages leaves alone is copied with everything else.
+        rows_out.copy_(rows_in)
+        for stage in (1, 0) if inverse else (0, 1):
+            part = rows_out[:, d - size :] if stage else rows_out[:, :size]
+            _stage(part, part, _signs(size, seed, stage, x.dtype, x.device), inverse)
+    return y
+
+
+@lru_cache(maxsize=32)
+def _signs(size: int, seed: int, stage: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The signs of one stage over √size: `(size,)`, shared by all calls, never written to."""
+    index = np.arange(1, size + 1, dtype=np.uint64)
+    start = np.array([seed], dtype=np.uint64)
+    step = np.full(1, _GAMMA)
+    words = _mix(_mix(start + np.uint64(stage + 1) * step) + index * step)
+    negative = torch.from_numpy((words >> np.uint64(63)).astype(np.float64))
+    return ((1 - 2 * negative) / math.sqrt(size)).to(device, dtype)
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The mixing function of splitmix64. Arrays only: numpy warns when a scalar wraps around."""
+    z = (z ^ (z >> np.uint64(30))) * _MIX[0]
+    z = (z ^ (z >> np.uint64(27))) * _MIX[1]
+    return z ^ (z >> np.uint64(31))
+
+
+def _stage(x: Tensor, y: Tensor, signs: Tensor, inverse: bool) -> None:
+    """Write `H (s ⊙ x)` or `s ⊙ (H x)` for all rows of x `(n, p)` to y `(n, p)`, maybe x itself.
+
+    The signs `(p,)` bring the factor 1/√p with them.
+    """
+    count, size = x.shape
+    room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
+    rows = min(count, max(1, room // size))
+    factors = [_Factor(x, length, min(room, rows * size)) for length in _lengths(size) if rows]
+    for start in range(0, count, rows or 1):
+        block = y[start : start + rows]
+        if inverse:
+            block.copy_(x[start : start + rows])
+        else:
+            torch.mul(x[start : start + rows], signs, out=block)
+        inner = size
+        for factor in factors:
+            inner //= factor.length
+            factor.apply(block.view(len(block), -1, factor.length, inner))
+        if inverse:
+            block.mul_(signs)
+
+
+def _lengths(size: int) -> list[int]:
+    """The fewest, nearly equal powers of two up to `_LONGEST` whose product is `size`."""
+    left = size.bit_length() - 1
+    most = _LONGEST.bit_length() - 1
+    lengths = []
+    for remaining in range(-(-left // most), 0, -1):
+        lengths.append(1 << -(-left // remaining))
+        left -= -(-left // remaining)
+    return lengths
+
+
+class _Factor:
+    """H of one length, over the middle axis of whatever it is given, through two cached buffers.
+
+    H of size a·b is H_a over the far coordinates, then H_b over the near ones. Every view that the
+    additions need is made once, here: making one takes as long as a thousand additions.
+    """
+
+    def __init__(self, like: Tensor, length: int, elements: int) -> None:
+        self.length = length
+        self.width = elements // length
+        now, other = like.new_empty(2, elements)
+        self.source = now.view(length, self.width)
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        half = length // 2
+        while half:
+            shape = (length // (2 * half), 2, half * self.width)
+            old, new = now.view(shape), other.view(shape)
+            self.steps.append((old[:, 0], old[:, 1], new[:, 0], new[:, 1]))
+            now, other = other, now
+            half //= 2
+        self.target = now.view(length, self.width)
+
+    def apply(self, x: Tensor) -> None:
+        """Replace x `(rows, lead, length, inner)` by H times it."""
+        _, lead, _, inner = x.shape
+        across = min(inner, self.width)
+        many = self.width // across
+        x = x.permute(2, 0, 1, 3)
+        # More rows than one come only where all of them fit at once.
+        for first in range(0, lead, many):
+            for column in range(0, inner, across):
+                self._transform(x[:, :, first : first + many, column : column + across])
+
+    def _transform(self, part: Tensor) -> None:
+        # A part may be smaller than the buffers. What else they hold is added up in vain.
+        used = part[0].numel()
+        self.source[:, :used].view(part.shape).copy_(part)
+        for one, two, total, difference in self.steps:
+            torch.add(one, two, out=total)
+            torch.sub(one, two, out=difference)
+        part.copy_(self.target[:, :used].view(part.shape))

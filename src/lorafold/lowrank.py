@@ -1,0 +1,304 @@
+"""One update in factored form, ΔW = scale · B A, and its exact algebra.
+
+Nothing here builds the (out, in) matrix except `dense`. Everything follows from two thin QRs,
+B = Q_B R_B and Aᵀ = Q_A R_A, which turn any question on ΔW into one on the small core
+scale · R_B R_Aᵀ: O((out + in) r²) instead of O(out · in · r). (Golub & Van Loan, Matrix
+Computations, ch. 5; optimality of truncation: Eckart & Young 1936.)
+
+A and B by themselves mean nothing: (B G, G⁻¹ A) is the same update for every invertible G.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MismatchError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An update ΔW = scale · B @ A of shape (out, in), kept as its factors.
+
+    Args:
+        A: (r, in), float16, bfloat16, float32 or float64.
+        B: (out, r), same device as A.
+        scale: the number that multiplies the product, α/r for a plain LoRA.
+
+    Raises:
+        MismatchError: factors that are not 2-D, disagree on r or device, are of another dtype, or
+            hold NaN or infinity; a scale that is no finite number.
+
+    Example:
+        >>> import torch
+        >>> u = LowRank(torch.ones(1, 3), torch.ones(2, 1), scale=2.0)
+        >>> u.shape, u.rank, round(u.norm(), 3)
+        ((2, 3), 1, 4.899)
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        A, B = self.A, self.B
+        for letter, t in (("A", A), ("B", B)):
+            if not isinstance(t, Tensor):
+                raise MismatchError(f"{letter} must be a torch tensor, not {type(t).__name__}")
+            if t.ndim != 2 or 0 in t.shape:
+                raise MismatchError(
+                    f"{letter} must be a non-empty matrix (A (r, in), B (out, r)), "
+                    f"found shape {tuple(t.shape)}"
+                )
+            if t.dtype not in _DTYPES:
+                raise MismatchError(
+                    f"{letter} must be float16, bfloat16, float32 or float64, found {t.dtype}; "
+                    "convert it first"
+                )
+        if A.shape[0] != B.shape[1]:
+            raise MismatchError(
+                f"ranks disagree: A {tuple(A.shape)} has {A.shape[0]} rows, "
+                f"B {tuple(B.shape)} has {B.shape[1]} columns"
+            )
+        if A.device != B.device:
+            raise MismatchError(f"A is on {A.device}, B on {B.device}; move one of them")
+        if not isinstance(self.scale, Real | Tensor) or not math.isfinite(self.scale):
+            raise MismatchError(f"scale must be a finite number, found {self.scale!r}")
+        for letter, t in (("A", A), ("B", B)):
+            if not t.is_meta and not bool(torch.isfinite(t).all()):
+                raise MismatchError(f"{letter} holds NaN or infinite values")
+        object.__setattr__(self, "scale", float(self.scale))
+
+    # What it is
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A and columns of B (an upper bound on the rank of ΔW)."""
+        return int(self.A.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return int(self.B.shape[0]), int(self.A.shape[1])
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in A and B together."""
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def _work_dtype(self) -> torch.dtype:
+        dtype = torch.promote_types(self.A.dtype, self.B.dtype)
+        return torch.promote_types(dtype, torch.float32)
+
+    def __repr__(self) -> str:
+        dtype = str(self.A.dtype).removeprefix("torch.")
+        size = f"{self.shape[0]}×{self.shape[1]}, rank {self.rank}"
+        return f"LowRank({size}, scale {self.scale:g}, {dtype})"
+
+    # Measures
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW."""
+        return float(torch.linalg.matrix_norm(self._core()[1]).item())
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product ⟨ΔW, ΔW'⟩ = tr(ΔWᵀ ΔW').
+
+        Raises:
+            MismatchError: shapes differ.
+        """
+        _same_shape(self, other)
+        dtype = torch.promote_types(self._work_dtype, other._work_dtype)
+        BB = (self.B.to(dtype).T @ other.B.to(dtype)).double()
+        AA = (self.A.to(dtype) @ other.A.to(dtype).T).double()
+        return self.scale * other.scale * float((BB * AA).sum().item())
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition of ΔW from its factors.
+
+        Returns:
+            U (out, k), S (k,) descending, Vh (k, in), with k = min(r, out, in); float32, or
+            float64 where a factor is.
+        """
+        (Q_B, Q_A), core = self._core()
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        dtype = self._work_dtype
+        return Q_B @ U.to(dtype), S.to(dtype), Vh.to(dtype) @ Q_A.T
+
+    def spectrum(self) -> Tensor:
+        """Singular values of ΔW, (min(r, out, in),), descending."""
+        S: Tensor = torch.linalg.svdvals(self._core()[1])
+        return S.to(self._work_dtype)
+
+    def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Q_B (out, p), Q_A (in, q) and the float64 core (p, q) with ΔW = Q_B core Q_Aᵀ."""
+        dtype = self._work_dtype
+        Q_B, R_B = torch.linalg.qr(self.B.to(dtype))
+        Q_A, R_A = torch.linalg.qr(self.A.to(dtype).T)
+        return (Q_B, Q_A), self.scale * (R_B.double() @ R_A.double().T)
+
+    # Other forms of the same update, and lower-rank ones
+
+    def truncate(
+        self,
+        rank: int | None = None,
+        energy: float | None = None,
+        tolerance: float | None = None,
+    ) -> LowRank:
+        """The best update of lower rank (Eckart–Young), balanced. Give exactly one of:
+
+        Args:
+            rank: keep this many directions, at least 1; more than there are keeps all.
+            energy: keep the fewest directions with this share of ‖ΔW‖², in (0, 1].
+            tolerance: keep the fewest directions with ‖ΔŴ − ΔW‖ ≤ tolerance · ‖ΔW‖, in [0, 1).
+
+        Returns:
+            A `LowRank` with scale 1 and rank at least 1.
+
+        Raises:
+            MismatchError: not exactly one option, or one out of range.
+        """
+        U, S, Vh = self.svd()
+        k = kept_directions(S, rank=rank, energy=energy, tolerance=tolerance)
+        return from_svd(U[:, :k], S[:k], Vh[:k])
+
+    def balanced(self) -> LowRank:
+        """The same update in the gauge A Aᵀ = Bᵀ B = diag(S): every rank prefix is the best one.
+
+        Returns:
+            A `LowRank` with scale 1 and rank min(r, out, in).
+        """
+        return from_svd(*self.svd())
+
+    def prefix(self, rank: int) -> LowRank:
+        """The first `rank` rows of A and columns of B, at the same scale.
+
+        Raises:
+            MismatchError: rank not in 1 … r.
+        """
+        if not 1 <= rank <= self.rank:
+            raise MismatchError(f"rank prefix must lie in 1 … {self.rank}, found {rank}")
+        return LowRank(self.A[:rank], self.B[:, :rank], self.scale)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> LowRank:
+        """A copy on `device` in `dtype` (each left as it is when None)."""
+        A = self.A.to(device=device, dtype=dtype)
+        B = self.B.to(device=device, dtype=dtype)
+        return LowRank(A, B, self.scale)
+
+    def dense(self) -> Tensor:
+        """ΔW itself, (out, in), float32 at least: the one place where the full matrix is built."""
+        dtype = self._work_dtype
+        return self.scale * (self.B.to(dtype) @ self.A.to(dtype))
+
+    # Algebra
+
+    # NumPy scalars leave `c * update` to `__rmul__`.
+    __array_ufunc__ = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x ΔWᵀ through the factors.
+
+        Args:
+            x: (..., in), floating point.
+
+        Returns:
+            (..., out) in x's dtype; computed in float32 at least.
+
+        Raises:
+            MismatchError: x does not end in `in` entries, or is not floating point.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.A.shape[1]:
+            raise MismatchError(f"x {tuple(x.shape)} must end in {self.A.shape[1]} entries")
+        if not x.is_floating_point():  # the result would be cut to whole numbers
+            raise MismatchError(f"x must be floating point, found {x.dtype}")
+        dtype = torch.promote_types(self._work_dtype, x.dtype)
+        y = (x.to(dtype) @ self.A.to(dtype).T) @ self.B.to(dtype).T
+        return (self.scale * y).to(x.dtype)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """Exact sum: the factors are concatenated, so ranks add and no cross terms appear."""
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        _same_shape(self, other)
+        dtype = torch.promote_types(self._work_dtype, other._work_dtype)
+        A = torch.cat([self.A.to(dtype), other.A.to(dtype)])
+        if self.scale == other.scale:
+            return LowRank(A, torch.cat([self.B.to(dtype), other.B.to(dtype)], 1), self.scale)
+        B = [self.scale * self.B.to(dtype), other.scale * other.B.to(dtype)]
+        return LowRank(A, torch.cat(B, 1))
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        return self + (-other)
+
+    def __mul__(self, c: float) -> LowRank:
+        """c · ΔW: only the scale changes."""
+        if not isinstance(c, Real):
+            return NotImplemented
+        return LowRank(self.A, self.B, self.scale * float(c))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LowRank:
+        return self * -1.0
+
+
+def from_svd(U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
+    """The balanced update U diag(S) Vh with √S on either side.
+
+    Args:
+        U: (out, k) orthonormal columns. S: (k,) ≥ 0. Vh: (k, in) orthonormal rows.
+    """
+    root = S.clamp_min(0).sqrt()
+    return LowRank(root[:, None] * Vh, U * root)
+
+
+def kept_directions(
+    S: Tensor,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    tolerance: float | None = None,
+) -> int:
+    """How many leading directions of the spectrum S a truncation keeps: between 1 and len(S).
+
+    Args:
+        S: (k,) singular values, descending.
+        rank, energy, tolerance: as in `LowRank.truncate`; exactly one.
+    """
+    given = {"rank": rank, "energy": energy, "tolerance": tolerance}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = " and ".join(named) if named else "none"
+        raise MismatchError(f"give exactly one of rank, energy, tolerance; found {found}")
+    if rank is not None:
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+            raise MismatchError(f"rank must be a whole number of at least 1, found {rank!r}")
+        return min(int(rank), len(S))
+    square = S.double() ** 2
+    tail = square.flip(0).cumsum(0).flip(0)  # tail[k] = Σ_{i ≥ k} σ², summed from the small end
+    if energy is not None:
+        if not 0 < energy <= 1:
+            raise MismatchError(f"energy must lie in (0, 1], found {energy}")
+        allowed = (1 - energy) * tail[0]
+    else:
+        assert tolerance is not None
+        if not 0 <= tolerance < 1:
+            raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance}")
+        allowed = tolerance**2 * tail[0]
+    return max(1, int((tail > allowed).sum()))
+
+
+def _same_shape(u: LowRank, v: LowRank) -> None:
+    if u.shape != v.shape:
+        raise MismatchError(f"shapes differ: {u.shape} and {v.shape}")

@@ -1,0 +1,73 @@
+"""Adapters, a base and a library as files, and the command line run on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.cli import main
+
+LAYERS = 3
+SHAPES = {"q_proj": (24, 16), "v_proj": (8, 16)}
+PATHS = {
+    f"model.layers.{n}.self_attn.{name}": shape
+    for n in range(LAYERS)
+    for name, shape in SHAPES.items()
+}
+
+
+class Ran:
+    """What a command line gave."""
+
+    def __init__(self, result):
+        self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
+        self.exception = result.exception
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """cli("info", path, …, columns=100) -> Ran; a traceback is never what a user may see."""
+
+    def run(*args, columns=100, **extra):
+        env = {"COLUMNS": str(columns), **extra.pop("env", {})}
+        result = CliRunner().invoke(main, [str(a) for a in args], env=env, **extra)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return Ran(result)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, make_adapter):
+    """A folder with adapters/{sql,poems,law}, base/ and lib/; not to be changed."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, (name, rank) in enumerate({"sql": 4, "poems": 4, "law": 2}.items()):
+        adapter = make_adapter(PATHS, rank, seed=seed, base_model="base")
+        lf.save(adapter, folder / "adapters" / name)
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{p}.weight": torch.randn(shape, generator=generator) for p, shape in PATHS.items()}
+    state["model.embed_tokens.weight"] = torch.randn(32, 16, generator=generator)
+    state["model.norm.weight"] = torch.ones(16)
+    (folder / "base").mkdir()
+    save_file(state, folder / "base" / "model.safetensors")
+    lf.fold([folder / "adapters"], folder / "lib", tolerance=0.1).close()
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of `world` to work in, as the current directory."""
+    folder = tmp_path / "here"
+    shutil.copytree(world, folder)
+    monkeypatch.chdir(folder)
+    return folder

@@ -1,0 +1,246 @@
+"""`check`: an adapter against a base's headers, each kind of misfit found and no false alarm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+from lorafold.cli import _base, check
+from lorafold.extras import ExtraKind
+from lorafold.lowrank import LowRank
+
+PREFIX = "base_model.model."
+Q = "model.layers.{}.self_attn.q_proj"
+
+
+@pytest.fixture
+def base(here):
+    """Change the base: base(fn) rewrites its tensors by fn(state)."""
+    path = here / "base" / "model.safetensors"
+
+    def change(function):
+        save_file(function(load_file(path)), path)
+
+    return change
+
+
+def save(adapter, name="a"):
+    lf.save(adapter, name)
+    return name
+
+
+def test_an_adapter_that_fits(here, cli):
+    ran = cli("check", "adapters/sql", "--base", "base")
+    assert ran.code == 0
+    assert "adapters/sql fits base" in ran.out
+    assert "6 of 6 match by name and shape" in ran.out
+    found = cli("check", "lib:sql", "--base", "base/model.safetensors", "--json").json
+    assert found["ok"]
+    assert found["untouched"] == found["unmatched"] == found["ignored"] == []
+
+
+def test_no_weights_are_read(here, cli, monkeypatch):
+    from lorafold.files import ranges
+
+    read = []
+    original = ranges.read_tensors
+    monkeypatch.setattr(
+        ranges, "read_tensors", lambda f, w, p: (read.append(str(p)), original(f, w, p))[1]
+    )
+    assert cli("check", "adapters/sql", "--base", "base").code == 0
+    assert not [p for p in read if "base" in p]
+
+
+def test_a_layer_left_out_is_named_by_kind(here, make_adapter, cli):
+    save(make_adapter({Q.format(n): (24, 16) for n in (0, 2)}, 2))
+    ran = cli("check", "a", "--base", "base")
+    assert ran.code == 0
+    assert "model.layers.#.self_attn.q_proj  # = 1" in ran.out
+    assert "v_proj" not in ran.out  # another kind
+    assert (
+        "  model.layers.1.self_attn.q_proj" in cli("check", "a", "--base", "base", "--verbose").out
+    )
+    assert cli("check", "a", "--base", "base", "--json").json["untouched"] == [Q.format(1)]
+
+
+def test_names_that_match_nothing_and_wrong_shapes(here, make_adapter, cli):
+    save(make_adapter({Q.format(0): (24, 16), Q.format(9): (24, 16), Q.format(1): (24, 15)}, 2))
+    ran = cli("check", "a", "--base", "base")
+    assert ran.code == 1
+    assert ran.err == "error: 1 without a match in base, 1 of the wrong shape\n"
+    assert "a does not fit base" in ran.out
+    assert "1 of 3 match by name and shape" in ran.out
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["unmatched"] == [Q.format(9)]
+    assert found["wrong_shape"] == [{"name": Q.format(1), "expected": [24, 15], "found": [24, 16]}]
+
+
+def test_nothing_matches(here, make_adapter, cli):
+    save(make_adapter({"a.b.c": (4, 4)}, 2))
+    assert cli("check", "a", "--base", "base").code == 1
+
+
+@pytest.mark.parametrize("longer", ["adapter", "base"])
+def test_the_name_of_the_body_may_be_left_out(longer, here, base, make_adapter, cli):
+    shapes = {f"h.{n}.attn": (4, 4) for n in range(3)}
+    prefix = {"adapter": "transformer.", "base": ""}[longer]
+    other = {"adapter": "", "base": "transformer."}[longer]
+    save(make_adapter({prefix + p: s for p, s in shapes.items()}, 2))
+    base(lambda _: {f"{other}{p}.weight": torch.zeros(s) for p, s in shapes.items()})
+    ran = cli("check", "a", "--base", "base")
+    assert ran.code == 0
+    words = {"adapter": "names less 'transformer.'", "base": "names after 'transformer.'"}[longer]
+    assert words in ran.out
+    base(lambda s: {**s, f"{other}h.3.attn.weight": torch.zeros(4, 4)})
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["untouched"] == [f"{prefix}h.3.attn"]
+
+
+def test_shards_with_an_index(here, cli):
+    state = load_file("base/model.safetensors")
+    keys = sorted(state)
+    parts = {"model-1.safetensors": keys[:3], "model-2.safetensors": keys[3:]}
+    for name, part in parts.items():
+        save_file({k: state[k] for k in part}, here / "base" / name)
+    (here / "base" / "model.safetensors").unlink()
+    weight_map = {k: name for name, part in parts.items() for k in part}
+    index = here / "base" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert cli("check", "adapters/sql", "--base", "base").code == 0
+    (here / "base" / "model-2.safetensors").unlink()
+    ran = cli("check", "adapters/sql", "--base", "base")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "names 'model-2.safetensors', which is not there" in ran.err
+    index.write_text("[]")
+    assert "not an index" in cli("check", "adapters/sql", "--base", "base").err
+
+
+def test_a_base_in_another_format_or_damaged(here, cli):
+    shutil.rmtree("base")
+    (here / "base").mkdir()
+    assert "no safetensors file" in cli("check", "adapters/sql", "--base", "base").err
+    (here / "base" / "model.safetensors").write_bytes(b"\xff" * 20)
+    ran = cli("check", "adapters/sql", "--base", "base")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+
+
+def test_transposed_and_quantised_weights(here, base, cli):
+    key = Q.format(0) + ".weight"
+    base(lambda s: {**s, key: s[key].T.contiguous()})
+    assert cli("check", "adapters/sql", "--base", "base").code == 0
+    base(lambda s: {**s, key: torch.zeros(7, 1, dtype=torch.uint8)})
+    found = cli("check", "adapters/sql", "--base", "base", "--json").json
+    assert [u["name"] for u in found["unchecked"]] == [Q.format(0)]
+    base(
+        lambda s: {
+            **{k: t for k, t in s.items() if k != key},
+            Q.format(0) + ".qweight": torch.zeros(2, 2, dtype=torch.int32),
+        }
+    )
+    ran = cli("check", "adapters/sql", "--base", "base")
+    assert ran.code == 0
+    assert "not checked" in ran.out
+    assert "5 of 6 match" in ran.out
+
+
+def test_a_tied_head_is_the_embedding(here, make_adapter, cli):
+    save(make_adapter({"lm_head": (32, 16)}, 2))
+    assert cli("check", "a", "--base", "base").code == 0
+    save(make_adapter({"lm_head": (33, 16)}, 2), "b")
+    assert cli("check", "b", "--base", "base").code == 1
+
+
+def test_replicated_layers_are_those_of_the_file(here, make_adapter, cli):
+    config = {"layer_replication": [[0, 2], [1, 3]], "r": 2, "lora_alpha": 4}
+    save(make_adapter({Q.format(n): (24, 16) for n in range(4)}, 2, config=config))
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["ok"]
+    assert found["untouched"] == []
+
+
+def test_what_a_plain_reader_ignores(here, make_adapter, cli):
+    config = {
+        "r": 2,
+        "lora_alpha": 4,
+        "bias": "lora_only",
+        "modules_to_save": ["score"],
+        "alpha_pattern": {"layers.0.*": 4},
+        "peft_type": "LORA",
+    }
+    extras = {
+        f"{PREFIX}{Q.format(0)}.bias": torch.zeros(24),
+        f"{PREFIX}score.weight": torch.zeros(2, 16),
+        f"{PREFIX}model.norm.weight": torch.zeros(16),
+    }
+    save(make_adapter({Q.format(0): (24, 16)}, 2, extras=extras, config=config))
+    found = cli("check", "a", "--base", "base", "--json").json
+    ignored = {row["what"]: row["count"] for row in found["ignored"]}
+    assert ignored == {"bias": 1, "saved module": 1, "unknown": 1, "alpha_pattern": 1}
+    # A bias that the base lacks has no place; a new head is nothing wrong.
+    assert found["unmatched"] == [f"{PREFIX}{Q.format(0)}.bias"]
+    assert found["new"] == [f"{PREFIX}score.weight"]
+
+
+def test_every_kind_of_extra_has_its_word():
+    assert set(check._IGNORED) == set(get_args(ExtraKind))
+
+
+def test_extras_of_the_wrong_shape(here, make_adapter, cli):
+    extras = {f"{PREFIX}model.norm.weight": torch.zeros(17)}
+    save(make_adapter({Q.format(0): (24, 16)}, 2, extras=extras))
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert [w["expected"] for w in found["wrong_shape"]] == [[17]]
+
+
+def test_trained_tokens_and_embeddings(here, cli):
+    layout = lf.Layout(kind="embedding")
+    u = LowRank(torch.randn(2, 32), torch.randn(16, 2))
+    name = "model.embed_tokens"
+    adapter = lf.Adapter({name: u}, layouts={name: layout})
+    save(adapter)
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["ok"]
+    assert [row["what"] for row in found["ignored"]] == ["embedding"]
+    config = {"r": 1, "lora_alpha": 1, "trainable_token_indices": [3, 4]}
+    for width, code in ((16, 0), (15, 1)):
+        key = f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"
+        q = LowRank(torch.randn(1, 16), torch.randn(24, 1))
+        save(lf.Adapter({Q.format(0): q}, {key: torch.zeros(2, width)}, config), f"t{width}")
+        assert cli("check", f"t{width}", "--base", "base").code == code
+
+
+def test_experts_and_convolutions(here, base, cli):
+    path, owner = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts"
+    modules = {f"{path}[{e}]": LowRank(torch.randn(1, 4), torch.randn(6, 1)) for e in range(2)}
+    layouts = {
+        f"{path}[{e}]": lf.Layout(
+            kind="expert", parameter="gate_up_proj", stem=owner, expert=(e, 2)
+        )
+        for e in range(2)
+    }
+    modules["conv"] = LowRank(torch.randn(1, 12), torch.randn(5, 1))
+    layouts["conv"] = lf.Layout(kind="conv", kernel=(3, 2, 2))
+    save(lf.Adapter(modules, layouts=layouts))
+    weights = {path: torch.zeros(2, 4, 6), "conv.weight": torch.zeros(5, 3, 2, 2)}
+    base(lambda s: s | weights)
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["ok"], found
+    assert {row["what"] for row in found["ignored"]} == {"expert", "conv"}
+    base(lambda s: {**s, path: torch.zeros(3, 4, 6)})
+    assert cli("check", "a", "--base", "base").code == 1
+    one_by_one = {f"{owner}.{e}.gate_proj.weight": torch.zeros(3, 4) for e in range(2)}
+    base(lambda s: {**{k: t for k, t in s.items() if k != path}, **one_by_one})
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert found["ok"]
+    assert len(found["unchecked"]) == 2
+
+
+def test_kinds_leave_out_whole_numbers_only():
+    assert _base.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
+    assert _base.by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}

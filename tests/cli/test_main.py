@@ -1,0 +1,321 @@
+"""What holds for every command: help, flags, exit status, errors in a line, the documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import lorafold
+from lorafold.cli import VERBS, main
+from lorafold.cli._command import Settings, as_flags, one_line
+
+ROOT = Path(lorafold.__file__).parents[2]
+DOCS = ROOT / "docs" / "cli.md"
+OURS = [verb for verb in VERBS if verb != "demo"]  # its own tests run it
+RUN = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from lorafold.cli import main; "
+
+
+def loaded(verb):
+    return main.get_command(click.Context(main), verb)
+
+
+def sections():
+    """{verb: its text in the documentation}, what comes before under ""."""
+    parts = re.split(r"^## (\w+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def documented_lines():
+    for verb, text in sections().items():
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+            yield from ((verb, line) for line in block.splitlines())
+
+
+def fresh(code, *args, **extra):
+    """A new Python that runs `code` with the arguments."""
+    command = [sys.executable, "-c", RUN + code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **extra)
+
+
+# Help
+
+
+def test_help_lists_every_command_in_order(cli):
+    ran = cli("--help")
+    assert ran.code == 0
+    listed = re.findall(r"^  (\w+)  +\S", ran.out.partition("Commands:")[2], re.MULTILINE)
+    assert listed == list(VERBS)
+    assert cli().out == ran.out  # no command at all is a question, not a mistake
+
+
+def test_every_command_lives_in_a_file_of_its_name():
+    files = {p.stem for p in Path(lorafold.__file__).parent.glob("cli/[a-z]*.py")}
+    assert files - {"demo"} == set(OURS)
+
+
+@pytest.mark.parametrize("verb", OURS)
+def test_help_of_a_command_ends_in_an_example(verb, cli):
+    ran = cli(verb, "--help")
+    assert ran.code == 0
+    assert ran.out == cli(verb, "-h").out
+    title, example = ran.out.rstrip().splitlines()[-2:]
+    assert title.strip() == "Example:"
+    assert example.strip() == loaded(verb).example
+    assert example.strip().startswith(f"lorafold {verb} ")
+
+
+@pytest.mark.parametrize("verb", OURS)
+def test_the_list_says_what_the_command_says(verb):
+    assert loaded(verb).help.partition("\n")[0] == VERBS[verb]
+
+
+@pytest.mark.parametrize("verb", OURS)
+def test_the_example_runs(verb, here, cli):
+    line = shlex.split(loaded(verb).example)[1:]
+    if verb == "fold":
+        line += ["--overwrite"]
+    if verb == "add":
+        assert cli("rm", "lib", "law").code == 0
+    line = [str(p) for word in line for p in (sorted(here.glob(word)) if "*" in word else [word])]
+    ran = cli(*line)
+    assert ran.code == 0, ran.err
+    assert ran.out.strip()
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_and_option_is_documented(verb):
+    if verb not in OURS:
+        pytest.importorskip(f"lorafold.cli.{verb}")
+    text = sections()[verb]
+    shared = {"--json", "--verbose", "--debug"}
+    for parameter in loaded(verb).params:
+        if isinstance(parameter, click.Option):
+            names = set(parameter.opts) - shared
+            assert all(f"`{name}" in text for name in names), parameter.opts
+    assert all(f"`{name}`" in sections()[""] for name in shared)
+
+
+def test_no_option_is_documented_that_is_not_there():
+    for verb, text in sections().items():
+        if verb in OURS:
+            known = {name for p in loaded(verb).params for name in p.opts}
+            assert set(re.findall(r"--[a-z][a-z-]*", text)) <= known, verb
+
+
+def test_the_documented_lines_run(here, cli):
+    count = 0
+    for verb, line in documented_lines():
+        words = shlex.split(line)
+        assert words[:2] == ["lorafold", verb]
+        if verb == "demo":
+            continue
+        words = [p for w in words[1:] for p in (sorted(here.glob(w)) if "*" in w else [w])]
+        ran = cli(*words)
+        assert ran.code == 0, f"{line}: {ran.err}"
+        count += 1
+    assert count > len(OURS)
+
+
+# Flags before and after
+
+
+def test_flags_count_wherever_they_stand(world, cli):
+    before = cli("--json", "ls", world / "lib")
+    after = cli("ls", "--json", world / "lib")
+    assert before.json == after.json
+    assert before.code == after.code == 0
+
+
+def test_version(cli):
+    assert cli("--version").out == f"lorafold {lorafold.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info adapters/sql",
+        "info adapters",
+        "info lib",
+        "diff adapters/sql lib:sql",
+        "resize adapters/sql out --rank 1",
+        "check adapters/sql --base base",
+        "fold adapters -o other",
+        "ls lib",
+        "unfold lib -o out",
+        "add lib adapters/sql --name again",
+        "rm lib sql",
+        "verify lib",
+        "verify lib adapters",
+        "bench lib --repeat 1",
+    ],
+)
+def test_json_is_alone_on_stdout(line, here, cli):
+    ran = cli(*line.split(), "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json
+    assert ran.err == ""
+    json.dumps(ran.json, allow_nan=False)
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("infoo x", "did you mean 'info'"),
+        ("info", "Missing argument 'PATH...'"),
+        ("info nowhere", "no such file or directory: 'nowhere'"),
+        ("info adapters/sqk", "no such file or directory: 'adapters/sqk' (for an id on the Hub"),
+        ("ls nowhere", "nowhere does not exist"),
+        ("ls adapters/sql", "is not a library"),
+        ("diff adapters/sql lib:sqk", "did you mean 'sql'"),
+        ("diff adapters/sql lib", "name one of its adapters, as lib:NAME"),
+        ("fold -o other", "give the adapters to fold"),
+        ("fold adapters", "Missing option '-o'"),
+        ("fold adapters -o lib", "give --overwrite to replace it"),
+        ("fold adapters -o other --tolerance 0.1 --rank 2", "exclude each other"),
+        ("fold adapters -o other --form odd", "'odd' is not one of"),
+        ("fold adapters -o other --bits 9", "bits must be"),
+        ("fold adapters -o other --memory much", "memory must be"),
+        ("fold adapters -o other --name sql", "is not NAME=PATH"),
+        ("fold adapters --name sql=adapters/law -o other", "is also a source's own name"),
+        ("fold adapters --name a=adapters/sql --name a=adapters/law -o x", "given twice"),
+        ("fold adapters -o other --retention 0.9", "--retention needs --score"),
+        ("fold adapters -o x --retention 0.9 --score json", "is not MODULE:FUNCTION"),
+        ("fold adapters -o x --retention 0.9 --score json:nope", "has no attribute 'nope'"),
+        ("fold adapters -o x --retention 0.9 --score json:__name__", "is not a function"),
+        ("resize adapters/sql out", "give exactly one of"),
+        ("resize adapters/sql adapters/law --rank 1", "give --overwrite to replace it"),
+        ("check adapters/sql --base nowhere", "no such folder: 'nowhere'"),
+        ("unfold lib sqk -o out", "did you mean 'sql'"),
+        ("add lib adapters/sql", "use --replace or another name"),
+        ("add lib adapters --name one", "--name is for one adapter"),
+        ("rm lib law nothing", "no adapter 'nothing'"),
+        ("verify lib adapters/sql --name odd=adapters/law", "no adapter 'odd'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(line, says, here, cli):
+    state = sorted(str(p) for p in here.rglob("*"))
+    ran = cli(*line.split())
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert says in ran.err
+    assert sorted(str(p) for p in here.rglob("*")) == state  # nothing was written
+
+
+def test_debug_shows_the_traceback(world, cli):
+    for line in (["--debug", "ls", "nowhere"], ["ls", "nowhere", "--debug"]):
+        ran = cli(*line)
+        assert ran.code == 2
+        assert "Traceback" in ran.err
+        assert "FileError" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file"),
+        (ZeroDivisionError("by\nzero"), "unexpected ZeroDivisionError: by zero (--debug"),
+        (MemoryError(), "unexpected MemoryError"),
+    ],
+)
+def test_any_error_is_one_line(error, says, cli, monkeypatch):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(loaded("ls"), "callback", fail)
+    ran = cli("ls", "lib")
+    assert ran.code == 2
+    assert says in ran.err
+    assert ran.err.strip().count("\n") == 0
+
+
+def test_a_warning_is_one_line(cli, monkeypatch):
+    import warnings
+
+    def warn(**_):
+        warnings.simplefilter("always")
+        warnings.warn("two\nlines", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(loaded("ls"), "callback", warn)
+    assert cli("ls", "lib").err == "warning: two lines\n"
+
+
+def test_messages_name_flags_as_the_command_line_has_them():
+    assert as_flags("give overwrite=True or alpha= (…)") == "give --overwrite or --alpha (…)"
+    assert as_flags("use allow_pickle=True") == "use --allow-pickle"
+    assert as_flags("a path/with=equals, x=1") == "a path/with=equals, x=1"
+
+
+def test_one_line_shows_control_characters_escaped():
+    assert one_line("a\nb\x1b[31m\t") == "a b\\x1b[31m"
+    assert one_line("żółw 🐢 ΔW") == "żółw 🐢 ΔW"
+
+
+def test_used_as_a_library_the_group_raises(world):
+    assert main.main(["ls", str(world / "lib")], standalone_mode=False, obj=Settings()) is None
+    with pytest.raises(lorafold.FileError):
+        main.main(["ls", "nowhere"], standalone_mode=False)
+
+
+# Real processes
+
+
+def test_help_is_quick_because_it_imports_no_torch():
+    code = (
+        "main(['--help'], standalone_mode=False); "
+        "print({'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = fresh(code)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "set()"
+    assert "Commands:" in done.stdout
+    for verb in OURS:
+        main_code = f"main([{verb!r}, '--help'], standalone_mode=False); "
+        assert "'torch'" not in fresh(main_code + "print(set(sys.modules))").stdout
+
+
+def test_a_process_ends_with_the_status_and_one_line():
+    done = fresh("main()", "ls", "nowhere")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.endswith("nowhere does not exist\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_into_a_pipe_nothing_is_cut_and_no_progress_shown(world):
+    import os
+
+    env = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    code = "import lorafold.cli._output as o; o.DELAY = 0; main()"
+    done = fresh(code, "info", world / "lib", "--verbose", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "model.layers.0.self_attn.q_proj" in done.stdout
+    assert "\x1b" not in done.stdout
+    out = fresh(code, "verify", world / "lib", world / "adapters", env=env)
+    assert (out.returncode, out.stderr) == (0, "")
+
+
+def test_output_survives_a_terminal_without_the_letters(world):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN + "main()", "info", str(world / "adapters" / "sql")],
+        capture_output=True,
+        env={"PYTHONIOENCODING": "latin-1", "PATH": ""},
+        check=False,
+    )
+    assert done.returncode == 0
+    assert b"norm \\u2016\\u0394W\\u2016" in done.stdout

@@ -1,0 +1,189 @@
+"""Bad input in PEFT's format: a FileError or MismatchError of one line, naming file and key."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.errors import FileError, MismatchError
+from lorafold.files import open_adapter
+
+P = "base_model.model."
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}
+
+
+def pair(stem, out=4, inn=3, rank=2, seed=0, prefix=P):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        f"{prefix}{stem}.lora_A.weight": torch.randn(rank, inn, generator=g),
+        f"{prefix}{stem}.lora_B.weight": torch.randn(out, rank, generator=g),
+    }
+
+
+def written(folder, tensors, config=CONFIG):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def raw(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ONE = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+BROKEN_FILES = {
+    "0 bytes": (b"", "0 bytes are too few"),
+    "7 bytes": (b"\1" * 7, "7 bytes are too few"),
+    "absurd header length": (b"\xff" * 8 + b"{}", "claims 18446744073709551615 bytes"),
+    "header longer than the file": (struct.pack("<Q", 50) + b"{}", "ends after 10"),
+    "header is no JSON": (raw(b"{nope"), "not valid JSON"),
+    "header is no UTF-8": (raw(b'{"\xff"}'), "not valid JSON"),
+    "header nests without end": (raw(b"[" * 100_000), "not valid JSON"),
+    "header is a list": (raw(b"[]"), "JSON object"),
+    "key twice": (raw(b'{"x":{},"x":{}}'), "'x' appears twice"),
+    "entry is no object": (raw({"x": 3}), "entry for 'x'"),
+    "unknown dtype": (raw({"x": {**ONE["x"], "dtype": "F31"}}, b"0000"), "'x'.*'F31'"),
+    "dtype is a list": (raw({"x": {**ONE["x"], "dtype": []}}, b"0000"), "'x'.*dtype"),
+    "negative shape": (raw({"x": {**ONE["x"], "shape": [-1]}}, b"0000"), "'x'.*shape"),
+    "huge shape": (raw({"x": {**ONE["x"], "shape": [2**70]}}, b"0000"), "'x'.*shape"),
+    "backward range": (raw({"x": {**ONE["x"], "data_offsets": [4, 0]}}, b"0000"), "'x'.*range"),
+    "size and shape differ": (raw({"x": {**ONE["x"], "shape": [2]}}, b"0000"), "'x'.*8 bytes"),
+    "cut off in the data": (raw(ONE, b"000"), "'x' reaches to byte"),
+    "bytes left over": (raw(ONE, b"00000"), "1 bytes after the last"),
+    "hole": (raw({"x": {**ONE["x"], "data_offsets": [4, 8]}}, b"0" * 8), "'x' do not follow"),
+    "overlap": (raw({**ONE, "y": ONE["x"]}, b"0000"), "do not follow"),
+    "no tensors": (raw({}), "no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_safetensors(name, tmp_path):
+    data, match = BROKEN_FILES[name]
+    folder = written(tmp_path / "a", pair("q"))
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    for call in (open_adapter, lf.load):
+        with pytest.raises(FileError, match=rf"adapter_model\.safetensors.*{match}"):
+            call(folder)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    folder = written(tmp_path / "a", pair("q"))
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        with pytest.raises(FileError, match=r"adapter_model\.safetensors"):
+            open_adapter(folder)
+    file.write_bytes(whole)
+    lf.load(folder)
+
+
+A, B = f"{P}q.lora_A.weight", f"{P}q.lora_B.weight"
+BROKEN_TENSORS = {
+    "A without B": ({A: torch.ones(2, 3)}, rf"{A}'.*partner lora_B"),
+    "B without A": ({B: torch.ones(4, 2)}, rf"{B}'.*partner lora_A"),
+    "ranks disagree": ({A: torch.ones(2, 3), B: torch.ones(4, 3)}, f"ranks disagree: '{A}'"),
+    "rank against the config": ({A: torch.ones(3, 3), B: torch.ones(4, 3)}, f"'{A}'.*rank 2"),
+    "integers": ({A: torch.ones(2, 3).int(), B: torch.ones(4, 2)}, f"'{A}' must be floating"),
+    "one dimension": ({A: torch.ones(6), B: torch.ones(4, 2)}, f"'{A}' has shape"),
+    "empty shard": ({A: torch.ones(0, 3), B: torch.ones(4, 0)}, f"'{A}' has shape.*gathered"),
+    "A is a conv": ({A: torch.ones(2, 3, 3), B: torch.ones(4, 2)}, "ranks disagree"),
+    "one module twice": (
+        {**pair("q"), **pair("q", prefix="")},
+        r"base_model\.model\.q\.lora_. ?.*'q\.lora_.\.weight' are the same module",
+    ),
+    "two adapters": (
+        {**pair("q"), **{k.replace(".weight", ".b.weight"): v for k, v in pair("q").items()}},
+        "are the same module",
+    ),
+    "embedding and linear": (
+        {
+            **pair("q"),
+            P + "q.lora_embedding_A": torch.ones(2, 9),
+            P + "q.lora_embedding_B": torch.ones(4, 2),
+        },
+        "are the same module",
+    ),
+    "unnamed parameter": (pair("q.base_layer"), "target_parameters"),
+    "NaN": ({A: torch.ones(2, 3), B: torch.full((4, 2), math.nan)}, "module 'q': B holds NaN"),
+    "infinity": ({A: torch.full((2, 3), math.inf), B: torch.ones(4, 2)}, "module 'q': A holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TENSORS)
+def test_tensors_that_contradict_each_other(name, tmp_path):
+    tensors, match = BROKEN_TENSORS[name]
+    folder = written(tmp_path / "a", tensors)
+    with pytest.raises(MismatchError, match=rf"(?s)adapter_model\.safetensors: .*{match}"):
+        lf.load(folder)
+    with pytest.raises(MismatchError, match=rf"(?s)state dict: .*{match}"):
+        lf.load(tensors, config=CONFIG)
+
+
+BROKEN_CONFIGS = {
+    "not JSON": ("{", "not valid JSON"),
+    "empty": ("", "empty"),
+    "a list": ("[]", "JSON object"),
+    "not UTF-8": (b"\xff\xfe", "UTF-8"),
+    "no r": ({**CONFIG, "r": None}, "'r' must be a number"),
+    "r is text": ({**CONFIG, "r": "8"}, "'r' must be a number"),
+    "no alpha": ({"r": 2}, "'lora_alpha' must be a number"),
+    "AdaLoRA": ({**CONFIG, "peft_type": "ADALORA"}, "'ADALORA'.*only LORA"),
+    "LoHa": ({**CONFIG, "peft_type": "LOHA"}, "'LOHA'"),
+    "IA3": ({"peft_type": "IA3"}, "'IA3'"),
+    "patterns are a list": ({**CONFIG, "rank_pattern": ["q"]}, "'rank_pattern' must be an object"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CONFIGS)
+def test_broken_configs(name, tmp_path):
+    config, match = BROKEN_CONFIGS[name]
+    folder = written(tmp_path / "a", pair("q"))
+    data = config if isinstance(config, str | bytes) else json.dumps(config)
+    data = data.encode() if isinstance(data, str) else data
+    (folder / "adapter_config.json").write_bytes(data)
+    with pytest.raises(FileError, match=rf"adapter_config\.json.*{match}"):
+        lf.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"r": 0}, "at least 1"),
+        ({"r": 2.5}, "whole number"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern key '\\('"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern.*'x'"),
+    ],
+)
+def test_configs_that_give_no_scale(config, match, tmp_path):
+    folder = written(tmp_path / "a", pair("q"), {**CONFIG, **config})
+    with pytest.raises(MismatchError, match=rf"adapter_model\.safetensors: .*{match}"):
+        lf.load(folder)
+
+
+def test_places_without_an_adapter(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileError, match="neither is"):
+        lf.load(empty)
+    (empty / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"only adapter_config\.json"):
+        lf.load(empty)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileError, match=r"notes\.txt"):
+        lf.load(tmp_path / "notes.txt")
+    with pytest.raises(FileError, match="no such file"):
+        lf.load(tmp_path / "nowhere")
+    with pytest.raises(FileError, match="given as a path, not as int"):
+        lf.load(3)
+    with pytest.raises(MismatchError, match="must be a tensor"):
+        lf.load({A: [1.0]}, alpha=1)
+    with pytest.raises(MismatchError, match="config must be a mapping"):
+        lf.load(pair("q"), config=3)
