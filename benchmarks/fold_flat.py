@@ -12,13 +12,15 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import vlora
 from _common import arguments, report, seconds
 
 import lorafold as lf
-from lorafold.fold.collection import Collection, block_bytes, named_handles
+from lorafold.fold.collection import block_bytes
 from lorafold.fold.flat import flat_spectrum
+from lorafold.fold.stack import Stack
 
 QUESTION = "16 shared directions of 128 adapters × 4 modules (4096×4096, rank 16): time"
 COUNT, MODULES, D, RANK, K = 128, 4, 4096, 16, 16
@@ -54,11 +56,15 @@ def as_vlora(adapter: lf.Adapter) -> vlora.LoRAWeights:
 
 
 def fit(sources: dict[str, lf.Adapter]) -> None:
-    """The directions and every loading, as `fold` computes them; nothing is stored."""
-    c = Collection(named_handles(sources), exact=False, block_bytes=block_bytes("1GiB"))
-    for path in c.paths:
-        stack = c.stack(path)
-        assert stack is not None
+    """The directions and every loading, as `fold` computes them; no digests, nothing is stored."""
+    for path in next(iter(sources.values())):
+
+        def read(i: int, path: str = path) -> tuple[torch.Tensor, torch.Tensor, float]:
+            u = sources[f"a{i}"][path]
+            return u.B, u.A, u.scale
+
+        ranks = np.full(COUNT, RANK)
+        stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), keep=True)
         for side in "AB":
             flat_spectrum(stack, side, K)
 

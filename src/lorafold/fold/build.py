@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..adapter import Layout
-from ..errors import ToleranceError
+from ..errors import MismatchError, ToleranceError
 from . import flat
 from .allocate import bits_for_bytes, bits_for_error, predicted_error
 from .collection import Collection
@@ -81,7 +81,7 @@ class Builder:
         self.measure()
         written: list[tuple[ShardWriter, Written]] = []
         for plans in self._plans():
-            writer = transaction.new_shard(header_capacity=self._header_capacity())
+            writer = transaction.new_shard(header_capacity=self._header_capacity(plans))
             written.append((writer, self.write_plans(writer, plans)))
         best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
         for k, (writer, _) in enumerate(written):
@@ -94,13 +94,14 @@ class Builder:
     def measure(self) -> None:
         """Init groups and every module's singular values."""
         count = self.collection.folded
-        if count > 1:
+        if count > 1 and self.options.form != "flat":
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
             self.planner.groups = self.groups
         for k, (path, stack) in enumerate(self.stacks.items()):
             self._progress(k, 2 * len(self.stacks), "measuring")
-            S = [singular_values(f).cpu().numpy() for f in stack.factors()]
+            exact = self.options.tolerance is not None and self.options.tolerance < 0.01
+            S = [singular_values(f, exact).cpu().numpy() for f in stack.factors()]
             stack.forget()
             width = max(s.shape[1] for s in S)
             self.singular_values[path] = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S])
@@ -143,7 +144,12 @@ class Builder:
         plans = {}
         for path, stack in self.stacks.items():
             found = self._candidates(path, forms)
-            plans[path] = found[0] if found else self.planner.svd(stack, self.singular_values[path])
+            if not found:
+                raise MismatchError(
+                    f"form 'flat' needs one rank at each module; {path!r} has ranks "
+                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take another form"
+                )
+            plans[path] = found[0]
         return plans
 
     def _candidates(self, path: str, forms: list[str]) -> list[ModulePlan]:
@@ -274,7 +280,7 @@ class Builder:
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
             if plan.flat is not None:
-                coded = _code_flat(f, plan, target)
+                coded = _code_flat(f, rows, plan, target)
             else:
                 block = Block(f.members, *decompose(f.B, f.A))
                 coded = _code_own_or_shared(self._cut(block), rows, plan, target, f)
@@ -308,7 +314,7 @@ class Builder:
             again = f.take(over)
             smaller = target.take(over, np.minimum(aim, 1.0) * 0.97 ** (attempt + 1))
             if plan.flat is not None:
-                redone = _code_flat(again, plan, smaller)
+                redone = _code_flat(again, rows[over], plan, smaller)
             else:
                 block = Block(again.members, *decompose(again.B, again.A))
                 redone = _code_own_or_shared(block, rows[over], plan, smaller, again)
@@ -376,11 +382,12 @@ class Builder:
                 writer.add(names[key], tensor)
             result.extras[i] = names
 
-    def _header_capacity(self) -> int:
+    def _header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
         c = self.collection
-        groups = sum(int(g.max(initial=-1)) + 2 for g in self.groups.values())
+        bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
+        bases += 2 * sum(p.flat is not None for p in plans.values())
         extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
-        return 4096 + 110 * (len(c.paths) * (1 + min(groups, 8) + 2) + extras)
+        return 256 + 110 * (len(c.paths) + bases + extras)
 
 
 class _Ledger:
@@ -418,17 +425,17 @@ def _code_own_or_shared(block: Block, rows: np.ndarray, plan: ModulePlan, target
     return result
 
 
-def _code_flat(f: Factors, plan: ModulePlan, target: Target) -> Coded:
+def _code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
     """Flat parts, and where these miss the target a residual of the adapter's own."""
     assert plan.flat is not None
-    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide)
+    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
     coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
         block = Block(f.members[over], *decompose(B, A))
-        rest = code_block(block, target.take(over), against=Factors(block.members, B[over], A[over]))
+        rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
         coded = _replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
     return coded

@@ -93,7 +93,7 @@ def _write_added(
     bounds = np.full(collection.folded, bound or 0.0)
     builder = Builder(collection, options, bounds)
     plans = _plans_for(lib, builder, options, own_sides=form == "svd")
-    writer = t.new_shard(header_capacity=4096 + 200 * len(collection.paths))
+    writer = t.new_shard(header_capacity=builder._header_capacity(plans))
     written = builder.write_plans(writer, plans)
     entries = adapter_entries(collection, written, bounds, Options(**manifest["options"]), manifest["config"])
     if bound is not None and collection.folded:
@@ -336,7 +336,7 @@ def _merge(t: Transaction, manifest: dict[str, Any], old: Mapping[str, Shard]) -
     modules = manifest["modules"]
     extras = sum(len(e.get("extras", {})) for e in entries.values())
     bases = sum(len(s) for m in modules for s in m.get("bases", {}).values())
-    writer = t.new_shard(header_capacity=4096 + 110 * (len(modules) + extras + bases))
+    writer = t.new_shard(header_capacity=256 + 110 * (len(modules) + extras + bases))
     index = {name: shard.read("at").astype(np.int64) for name, shard in old.items()}
     at = np.zeros((len(modules), len(entries) + 1), np.int64)
     for j, module in enumerate(modules):

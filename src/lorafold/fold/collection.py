@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +37,8 @@ class Handle(Protocol):
     def read_extras(self) -> dict[str, Tensor]: ...
 
 
+_HASHED_AT_ONCE = 64  # tensors that wait for their digest
+_KEPT = 64  # a collection of no more blocks, a quarter of the memory limit, is read once and kept
 Source = Any  # a path, a glob, or an Adapter
 
 
@@ -157,7 +161,12 @@ class Collection:
         self.shapes = {p: self.handles[first[p]].shapes[p][:2] for p in self.paths}
         self.layouts = {p: self.handles[first[p]].layouts[p] for p in self.paths if p in self.handles[first[p]].layouts}
         self._block_bytes, self._device = block_bytes, device
+        numbers = sum(r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values())
+        self._keep = 4 * numbers <= _KEPT * block_bytes
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
+        # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
+        self._pool = ThreadPoolExecutor(2, "digest")
+        self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
 
     def stack(self, path: str) -> Stack | None:
         """The folded adapters that have the module; None if there is none."""
@@ -170,7 +179,9 @@ class Collection:
             u = self.read(i, path)
             return u.B, u.A, u.scale
 
-        return Stack(path, self.shapes[path], np.array(members), ranks, read, self._block_bytes, self._device)
+        return Stack(
+            path, self.shapes[path], np.array(members), ranks, read, self._block_bytes, self._device, self._keep
+        )
 
     def read(self, i: int, path: str) -> LowRank:
         """Adapter i's update at a module; its digest is taken on the way."""
@@ -180,14 +191,24 @@ class Collection:
         except MismatchError as e:
             raise MismatchError(f"adapter {self.names[i]!r}: {e}") from e
         if path not in self._digests[i]:
-            self._digests[i][path] = module_digest(path, u, h.layouts.get(path, Layout()))
+            self._digests[i][path] = b""  # to come
+            layout = h.layouts.get(path, Layout())
+            self._hashing.append((i, path, self._pool.submit(module_digest, path, u, layout)))
+            self._collect(_HASHED_AT_ONCE)
         return u
+
+    def _collect(self, left: int = 0) -> None:
+        """Take in digests that are done, waiting until no more than `left` are under way."""
+        while len(self._hashing) > left:
+            i, path, future = self._hashing.popleft()
+            self._digests[i][path] = future.result()
 
     def digest(self, i: int, extras: Mapping[str, Tensor]) -> str:
         """Adapter i's digest, from what `read` has seen of it (the rest is read now)."""
         for path in self.handles[i].shapes:
             if path not in self._digests[i]:
                 self.read(i, path)
+        self._collect()
         return combined_digest([*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())])
 
 
@@ -209,7 +230,7 @@ def block_bytes(memory: str | int) -> int:
     Decompositions, their coded copies and float64 temporaries take several times a block, and a
     few blocks are alive at once.
     """
-    return max(1 << 16, min(memory_bytes(memory) // 48, 16 << 20))
+    return max(1 << 16, memory_bytes(memory) // 256)
 
 
 def memory_bytes(memory: str | int) -> int:

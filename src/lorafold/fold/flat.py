@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,19 +47,27 @@ class FlatSide:
     """One side as stored: row 0 the mean, then unit directions.
 
     Args:
-        rows: (1 + k, D) float32 as decoded. record: the bytes. gram: (k, k) float64 of the rows.
+        rows: (1 + k, D) float32 as decoded. record: the bytes.
+        known: (N, k) loadings by row of the stack, where the directions were not rounded.
     """
 
     rows: Tensor
     record: bytes
+    known: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Directions beside the mean."""
         return len(self.rows) - 1
 
-    def loadings(self, X: Tensor) -> Tensor:
-        """Least-squares loadings (n, k) of the flattened factors X (n, D)."""
+    def loadings(self, X: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        """Least-squares loadings (n, k) of the flattened factors X (n, D).
+
+        Args:
+            rows: (n,) which rows of the fitted stack they are.
+        """
+        if self.known is not None and rows is not None:
+            return self.known[torch.as_tensor(rows, device=X.device)]
         D = self.rows[1:]
         if not len(D):
             return X.new_zeros(len(X), 0)
@@ -83,21 +91,14 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
         most: directions wanted at most; all N − 1 when None.
     """
 
-    def pieces() -> Iterator[tuple[slice, Tensor]]:
-        at = 0
-        for f in stack.factors():
-            yield slice(at, at + len(f.members)), flattened(f, side)
-            at += len(f.members)
-
     n = len(stack)
-    center = torch.stack([X.sum(0) for _, X in pieces()]).sum(0) / n
+    parts = _Centred(stack, side)
+    center = parts.center
     gram = np.zeros((n, n))
-    for here, X in pieces():
-        left = X - center
-        for there, Y in pieces():
+    for here, X in parts:
+        for there, Y in parts:
             if there.start >= here.start:
-                right = left if there == here else Y - center
-                gram[here, there] = (left @ right.T).cpu().numpy()
+                gram[here, there] = (X @ Y.T).cpu().numpy()
                 gram[there, here] = gram[here, there].T
     values, vectors = np.linalg.eigh(gram)
     most = n - 1 if most is None else min(most, n - 1)
@@ -107,11 +108,33 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     values, vectors = values[alive], vectors[:, alive]
     mix = torch.as_tensor((vectors / np.sqrt(values)).T, dtype=torch.float32).to(center)
     directions = torch.zeros(len(values), len(center), device=center.device)
-    for here, X in pieces():
+    for here, X in parts:
         directions.addmm_(mix[:, here], X)
-    directions.addr_(mix.sum(1), center, alpha=-1.0)
     total = float(np.trace(gram)) + n * float(center.double().square().sum())
     return FlatSpectrum(center, directions, values, vectors * np.sqrt(values), total)
+
+
+class _Centred:
+    """The flattened factors less their mean, in pieces; kept where the stack keeps its factors."""
+
+    def __init__(self, stack: Stack, side: str) -> None:
+        self._stack, self._side = stack, side
+        self.center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(0) / len(stack)
+        self._kept: list[tuple[slice, Tensor]] | None = None
+        if stack.in_memory:
+            size = max(1, -(-len(stack) // 4))
+            whole = torch.cat([flattened(f, side) for f in stack.factors()]).sub_(self.center)
+            self._kept = [(slice(at, at + size), whole[at : at + size]) for at in range(0, len(whole), size)]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        at = 0
+        for f in self._stack.factors():
+            X = flattened(f, self._side) - self.center
+            yield slice(at, at + len(X)), X
+            at += len(X)
 
 
 def coded_side(
@@ -134,7 +157,11 @@ def coded_side(
         levels = np.where(np.arange(len(energies)) < keep, bits, 0)
     kept = np.flatnonzero(levels[1:] > 0) + 1
     rows = torch.cat([s.mean[None], s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]])
-    return code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
+    coded = code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
+    if (levels[kept] < 32).any():
+        return coded
+    known = torch.as_tensor(s.loadings[:, kept - 1], dtype=torch.float32, device=s.mean.device)
+    return replace(coded, known=known)
 
 
 def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
@@ -166,17 +193,20 @@ class FlatParts:
     A: Tensor
 
 
-def code_parts(f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool) -> FlatParts:
+def code_parts(
+    f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool, rows: np.ndarray | None = None
+) -> FlatParts:
     """Project a block on the coded sides.
 
     Args:
         number: the basis's number at its module. wide: keep loadings in float32.
+        rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
     """
     kind = torch.float32 if wide else torch.float16
     r = f.A.shape[1]
     tops, loads, rebuilt = [], [], []
     for side, name in ((A, "A"), (B, "B")):
-        x = side.loadings(flattened(f, name))
+        x = side.loadings(flattened(f, name), rows)
         top = x.abs().amax(1, keepdim=True) if side.count else x.new_zeros(len(x), 1)
         relative = (x / top.clamp_min(1e-30)).to(kind)
         tops.append(top[:, 0].tolist())

@@ -20,8 +20,8 @@ from torch import Tensor
 from .stack import Stack, gram
 
 THRESHOLD = 0.25
-_WIDTH = 512  # longer vectors are folded down to this many coordinates
-_PROBES = 3  # modules looked at
+_WIDTH = 256  # longer vectors are folded down to this many coordinates
+_PROBES = 2  # modules looked at
 _PIECE = 2048  # directions a side of one piece of the overlap matrix
 
 
@@ -97,15 +97,16 @@ class _Pairs:
             return
         self._looks[members] += 1
         ranks = np.array([Q.shape[1] for Q in bases])
-        starts = np.concatenate([[0], np.cumsum(ranks)])
-        pieces = _pieces(ranks)
-        for a, (lo, hi) in enumerate(pieces):
-            left = torch.cat(bases[lo:hi], 1)
-            for lo2, hi2 in pieces[a:]:
-                square = (left.T @ torch.cat(bases[lo2:hi2], 1)).square_()
-                o = np.add.reduceat(square.cpu().numpy(), starts[lo:hi] - starts[lo], axis=0)
-                o = np.add.reduceat(o, starts[lo2:hi2] - starts[lo2], axis=1)
-                r = np.minimum(ranks[lo:hi, None], ranks[None, lo2:hi2])
+        top = int(ranks.max())
+        whole = torch.stack([torch.nn.functional.pad(Q, (0, top - Q.shape[1])) for Q in bases])
+        size = max(1, _PIECE // top)
+        for lo in range(0, len(whole), size):
+            left = whole[lo : lo + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
+            for lo2 in range(lo, len(whole), size):
+                right = whole[lo2 : lo2 + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
+                square = (left.T @ right).square_().reshape(-1, top, right.shape[1] // top, top)
+                o = square.sum((1, 3)).cpu().numpy()
+                r = np.minimum(ranks[lo : lo + size, None], ranks[None, lo2 : lo2 + size])
                 chance = np.minimum(r / m, 0.999)
                 excess = (o / r - chance) / (1 - chance)
                 for i, j in zip(*np.nonzero(excess > THRESHOLD), strict=True):
@@ -133,14 +134,3 @@ class _Pairs:
         for number, first in enumerate(firsts[sizes > 1]):
             numbers[roots == first] = number
         return numbers
-
-
-def _pieces(ranks: np.ndarray) -> list[tuple[int, int]]:
-    pieces, start, width = [], 0, 0
-    for k, r in enumerate(ranks):
-        if width and width + r > _PIECE:
-            pieces.append((start, k))
-            start, width = k, 0
-        width += int(r)
-    pieces.append((start, len(ranks)))
-    return pieces

@@ -324,7 +324,7 @@ class Planner:
     def _flat(self, stack: Stack, S: np.ndarray) -> list[ModulePlan]:
         """The form `flat` in one plan, or none where ranks differ."""
         o = self.options
-        if len(set(stack.ranks.tolist())) > 1 or len(stack) < 2:
+        if len(set(stack.ranks.tolist())) > 1:
             return []
         spectra = {side: flat.flat_spectrum(stack, side, o.rank) for side in "AB"}
         if o.tolerance is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
-_KEPT_BLOCKS = 4  # a stack of no more blocks is kept between passes
+_KEPT_BLOCKS = 16  # a stack of no more blocks is kept between passes
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
 
@@ -77,6 +77,7 @@ class Stack:
         read: position → (B (out, r), A (r, in), scale), copied tensors.
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
+        keep: the whole collection fits under the memory limit: what is read stays.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Stack:
         read: Callable[[int], tuple[Tensor, Tensor, float]],
         block_bytes: int,
         device: torch.device | str | None = None,
+        keep: bool = False,
     ) -> None:
         self.path = path
         self.shape = shape
@@ -96,6 +98,7 @@ class Stack:
         self.device = device
         self._read = read
         self._block_bytes = block_bytes
+        self._keep = keep
         self._read_already: list[Factors] | None = None
         self._decomposed: Block | None = None
 
@@ -112,7 +115,8 @@ class Stack:
         if self._read_already is not None:
             yield from self._read_already
             return
-        keep: list[Factors] | None = [] if self.nbytes <= _KEPT_BLOCKS * self._block_bytes else None
+        small = self._keep or self.nbytes <= _KEPT_BLOCKS * self._block_bytes
+        keep: list[Factors] | None = [] if small else None
         for rows in self._split():
             f = self._load(rows)
             if keep is not None:
@@ -131,9 +135,16 @@ class Stack:
                 self._decomposed = block
             yield block
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the factors are kept now."""
+        return self._read_already is not None
+
     def forget(self) -> None:
-        """Drop what is kept in memory."""
-        self._read_already = self._decomposed = None
+        """Drop what is kept in memory, unless all of the collection may be."""
+        self._decomposed = None
+        if not self._keep:
+            self._read_already = None
 
     def _split(self) -> Iterator[np.ndarray]:
         width = 4 * sum(self.shape)
@@ -236,7 +247,7 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     """‖B_i A_i − B̂_i Â_i‖² for factors in one gauge and of one rank, (n,) float64.
 
     B A − B̂ Â = (B − B̂) Â + B (A − Â): both parts are as small as the error, so that float32 Grams
-    do.
+    do. Where the parts cancel, as in a bad gauge, `squared_differences` is asked.
     """
     E_B, E_A = B - B_hat, A - A_hat
 
@@ -244,14 +255,38 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
         return ((X.mT @ Y).double() * (Z @ W.mT).double()).sum((1, 2))
 
     square = product(E_B, E_B, A_hat, A_hat) + product(B, B, E_A, E_A)
-    return (square + 2 * product(E_B, B, A_hat, E_A)).clamp_min(0)
+    square += 2 * product(E_B, B, A_hat, E_A)
+    parts = _energy(E_B) * _energy(A_hat) + _energy(B) * _energy(E_A)
+    poor = torch.nonzero(~((square > 1e-4 * parts) | (parts == 0)))[:, 0]
+    if len(poor):
+        square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
+    return square.clamp_min(0)
 
 
-def singular_values(factors: Factors) -> Tensor:
-    """(n, r) float64 singular values, descending, without the vectors."""
-    lam, W = _eigh(gram(factors.A.mT))
+def _energy(X: Tensor) -> Tensor:
+    """Σ x² of each member of a batch, (n,) float64."""
+    return torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64).square()
+
+
+def singular_values(factors: Factors, exact: bool = True) -> Tensor:
+    """(n, r) float64 singular values, descending, without the vectors.
+
+    Args:
+        exact: take the Grams in float64; in float32, half the work, values below 3e-4 of the
+            largest are lost in rounding. Factors far larger than their product (a bad gauge) or
+            than float32 squares may be are taken in float64 all the same.
+    """
+    right, left = factors.A.mT, factors.B
+    G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
+    if not exact:
+        largest = G_B.diagonal(0, 1, 2).sum(1) * G_A.diagonal(0, 1, 2).sum(1)
+        size = (G_B * G_A).sum((1, 2))
+        small = torch.finfo(torch.float32).tiny ** 0.5
+        if not bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all()):
+            return singular_values(factors)
+    lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]
-    return torch.linalg.eigvalsh(WR.mT @ gram(factors.B) @ WR).clamp_min(0).sqrt().flip(1)
+    return torch.linalg.eigvalsh(WR.mT @ G_B @ WR).clamp_min(0).sqrt().flip(1)
 
 
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
