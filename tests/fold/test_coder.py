@@ -41,7 +41,9 @@ def coded_pairs(bits, dims, seed=0):
 @pytest.mark.parametrize("dims", [(37,), (64, 48), (5, 129)], ids=str)
 def test_what_is_read_is_what_was_said_to_the_bit(bits, dims):
     _, sides, kept, c, record = coded_pairs(bits, dims)
-    rows, coefficients, end = read_rows(b"xyz" + record, 3, dims, (LEFT_SEED, RIGHT_SEED)[: len(dims)])
+    rows, coefficients, end = read_rows(
+        b"xyz" + record, 3, dims, (LEFT_SEED, RIGHT_SEED)[: len(dims)]
+    )
     assert end == len(record) + 3
     for side, found in zip(sides, rows, strict=True):
         assert torch.equal(found, side.hat[kept])
@@ -49,7 +51,7 @@ def test_what_is_read_is_what_was_said_to_the_bit(bits, dims):
 
 
 def test_the_bytes_of_a_record_do_not_change():
-    """Part of the file format: count, width, largest coefficient, bit codes, coefficients, codes."""
+    """Part of the file format: head, bit codes, coefficients, codes."""
     bits = np.array([3, 1])
     X = torch.tensor([[1.0, 2.0, -1.0, 0.5], [0.5, 0.5, -0.5, 0.5]])
     coded = code_rows(X, bits, seed=0)

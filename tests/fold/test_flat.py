@@ -50,7 +50,7 @@ def test_the_spectrum_is_the_dense_pca(updates, side, block_bytes):
     X = flattened(updates, side)
     s = flat.flat_spectrum(stack_of(updates, block_bytes), side)
     centred = X - X.mean(0)
-    U, S, Vh = torch.linalg.svd(centred, full_matrices=False)
+    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
     torch.testing.assert_close(s.mean.double(), X.mean(0), atol=1e-6, rtol=0)
     assert len(s.energies) == N - 1  # the mean takes one
     np.testing.assert_allclose(s.energies, (S**2)[: N - 1].numpy(), rtol=1e-3)  # float32 Gram
@@ -68,7 +68,11 @@ def test_identical_adapters_are_their_mean(updates):
     side = flat.coded_side(s, "A", bits=32)
     assert side.count == 0
     parts = flat.code_parts(
-        factors([updates[0]] * 4), side, flat.coded_side(flat.flat_spectrum(stack_of([updates[0]] * 4), "B"), "B", bits=32), 0, True
+        factors([updates[0]] * 4),
+        side,
+        flat.coded_side(flat.flat_spectrum(stack_of([updates[0]] * 4), "B"), "B", bits=32),
+        0,
+        True,
     )
     W = updates[0].scale * updates[0].B @ updates[0].A
     torch.testing.assert_close(parts.B[0] @ parts.A[0], W, atol=1e-5, rtol=1e-5)
@@ -140,6 +144,8 @@ def test_a_gauge_breaks_it(updates):
 
 
 def test_factors_are_flattened_row_by_row():
-    f = Factors(np.zeros(1, int), torch.arange(6.0).reshape(1, 3, 2), torch.arange(8.0).reshape(1, 2, 4))
+    f = Factors(
+        np.zeros(1, int), torch.arange(6.0).reshape(1, 3, 2), torch.arange(8.0).reshape(1, 2, 4)
+    )
     assert flat.flattened(f, "A").tolist() == [list(range(8))]
     assert flat.flattened(f, "B").tolist() == [list(range(6))]

@@ -33,7 +33,9 @@ def block_of(updates):
 
 def random_basis(d, rank, side, bits=6):
     g = torch.Generator().manual_seed(d + rank)
-    return basis_of(torch.linalg.qr(torch.randn(d, rank, generator=g))[0], np.full(rank, bits), side)
+    return basis_of(
+        torch.linalg.qr(torch.randn(d, rank, generator=g))[0], np.full(rank, bits), side
+    )
 
 
 @pytest.fixture
@@ -95,13 +97,16 @@ def test_floats_lose_only_what_the_sides_miss(updates, bases, dense, bits, which
                 Q = torch.linalg.qr(basis.columns.double())[0]
                 best = Q @ (Q.T @ best) if side == 0 else best @ Q @ Q.T
         back = decode(coded.records[k], (OUT, INN), lookup(bases))
-        assert dense_error(back, best) < (1e-3 if bits == 16 else 1e-5) ** 2 * float(W.square().sum())
+        assert dense_error(back, best) < (1e-3 if bits == 16 else 1e-5) ** 2 * float(
+            W.square().sum()
+        )
 
 
 def test_more_bytes_never_mean_more_error(updates):
     block = block_of(updates)
     errors = [
-        code_block(block, Target("bytes", np.full(3, b))).squared_error for b in (40.0, 120.0, 400.0)
+        code_block(block, Target("bytes", np.full(3, b))).squared_error
+        for b in (40.0, 120.0, 400.0)
     ]
     assert (np.diff(errors, axis=0) <= 0).all()
 

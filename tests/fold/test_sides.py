@@ -64,9 +64,7 @@ def test_the_sketch_agrees_with_the_exact_path(monkeypatch, count):
     for k in range(K):
         assert same_spaces(sketched.directions[:, : k + 1], exact.directions[:, : k + 1], 1e-3)
     eye = torch.eye(K)
-    torch.testing.assert_close(
-        sketched.directions.T @ sketched.directions, eye, atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(sketched.directions.T @ sketched.directions, eye, atol=1e-4, rtol=0)
 
 
 def test_the_sketch_never_claims_more_than_there_is(monkeypatch):
@@ -151,9 +149,7 @@ def test_hooi_improves_on_its_start_where_there_is_something_to_gain(kin, dense)
 @pytest.mark.parametrize("bits", [1, 3, 8, 16, 32])
 def test_coordinates_on_a_coded_basis_are_least_squares(kin, dense, bits):
     block = block_of(kin)
-    found = leading_directions(
-        lambda: side_columns([block], np.ones(7), "V"), 28, 21, 10
-    )
+    found = leading_directions(lambda: side_columns([block], np.ones(7), "V"), 28, 21, 10)
     basis = basis_of(found.directions, np.full(10, bits), "V")
     again = read_basis(basis.record, 28, "V")
     assert torch.equal(again.columns, basis.columns)
@@ -161,9 +157,7 @@ def test_coordinates_on_a_coded_basis_are_least_squares(kin, dense, bits):
     X = torch.stack([u.A.T for u in kin])
     expected = torch.linalg.lstsq(basis.columns.double().expand(7, -1, -1), X.double()).solution
     torch.testing.assert_close(basis.coordinates(X).double(), expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(
-        basis.columns.norm(dim=0), torch.ones(10), atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(basis.columns.norm(dim=0), torch.ones(10), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("which", ["U", "V", "both"])
@@ -171,7 +165,9 @@ def test_core_plus_residual_is_the_update(kin, dense, which):
     block = block_of(kin)
     bases = {}
     for side, d in (("U", 40), ("V", 28)):
-        directions = torch.linalg.qr(torch.randn(d, 4, generator=torch.Generator().manual_seed(d)))[0]
+        directions = torch.linalg.qr(torch.randn(d, 4, generator=torch.Generator().manual_seed(d)))[
+            0
+        ]
         bases[side] = basis_of(directions, np.full(4, 3), side)
     U = bases["U"] if which != "V" else None
     V = bases["V"] if which != "U" else None

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from lorafold.fold.stack import (
-    Block,
     Factors,
     Stack,
-    concatenated,
     decompose,
     singular_values,
     squared_differences,
@@ -56,7 +54,8 @@ def test_decompose_is_the_dense_svd(out, inn, rank):
 
 
 @pytest.mark.parametrize(
-    "spectrum", [[1.0, 1.0, 1.0, 1.0], [1e3, 1.0, 1e-1, 1e-2], [1.0, 1e-3, 1e-3, 0.0], [5.0, 0, 0, 0]]
+    "spectrum",
+    [[1.0, 1.0, 1.0, 1.0], [1e3, 1.0, 1e-1, 1e-2], [1.0, 1e-3, 1e-3, 0.0], [5.0, 0, 0, 0]],
 )
 def test_prescribed_spectra_come_back(make_update, spectrum):
     u = make_update(40, 24, 4, seed=3, spectrum=spectrum)
@@ -135,19 +134,14 @@ def test_small_stacks_are_read_once_until_forgotten(make_update):
     assert len(reads) == 6
 
 
-def test_taking_and_joining_blocks(make_update):
-    updates = [make_update(12, 10, 2, seed=i) for i in range(3)]
-    stack, _ = stack_of([*updates, make_update(12, 10, 5, seed=9)], block_bytes=1)
-    blocks = list(stack.blocks())
-    whole = concatenated(blocks)
-    assert whole.S.shape == (4, 5)
-    assert whole.members.tolist() == [0, 1, 2, 3]
-    taken = whole.take(np.array([2, 0]))
-    assert isinstance(taken, Block)
-    torch.testing.assert_close(taken.S[1, :2], blocks[0].S[0])
-    f = next(iter(stack_of(updates)[0].factors()))
-    assert f.take(np.array([1])).members.tolist() == [1]
-    torch.testing.assert_close(f.take(np.array([1])).B[0], f.B[1])
+def test_taking_some_of_a_block(make_update):
+    stack, _ = stack_of([make_update(12, 10, 2, seed=i) for i in range(3)])
+    (f,), (block,) = stack.factors(), stack.blocks()
+    taken = f.take(np.array([1])), block.take(np.array([1]))
+    assert [t.members.tolist() for t in taken] == [[1], [1]]
+    assert torch.equal(taken[0].B[0] @ taken[0].A[0], f.B[1] @ f.A[1])
+    assert torch.equal(taken[1].U[0] * taken[1].S[0], block.U[1] * block.S[1])
+    assert torch.equal(taken[1].V[0], block.V[1])
 
 
 @pytest.mark.parametrize("relative", [1e-1, 1e-3, 1e-5])

@@ -20,7 +20,7 @@ from ..adapter import Layout
 from ..errors import MismatchError, ToleranceError
 from . import flat
 from .allocate import bits_for_bytes, bits_for_error, predicted_error
-from .collection import Collection
+from .collection import Collection, few_threads
 from .groups import init_groups, probes
 from .plan import ModulePlan, Options, Planner, basis_at, side_pairs
 from .record import NOTHING, Coded, Target, code_block, exact_record
@@ -30,7 +30,7 @@ from .store import Transaction
 
 SLACK = 0.005  # share of the squared tolerance kept back for modules that overshoot by a little
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
-_NEAR = 1.15  # plans predicted within this factor of the smallest are written out and compared
+_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
 _CHUNK = 256  # adapters whose bits are allocated at once
 
 Progress = Callable[[int, int, str], None]
@@ -78,11 +78,16 @@ class Builder:
 
     def write(self, transaction: Transaction) -> Written:
         """Plan, write, and keep the smallest of the plans that were predicted to be near."""
-        self.measure()
+        small = self.collection.small
+        with few_threads(small):
+            self.measure()
+            plans = list(self._plans())
         written: list[tuple[ShardWriter, Written]] = []
-        for plans in self._plans():
-            writer = transaction.new_shard(header_capacity=self._header_capacity(plans))
-            written.append((writer, self.write_plans(writer, plans)))
+        for chosen in plans:
+            writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
+            # Only flat sides are large products; all else is thin.
+            with few_threads(small or all(plan.flat is None for plan in chosen.values())):
+                written.append((writer, self.write_plans(writer, chosen)))
         best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
         for k, (writer, _) in enumerate(written):
             if k != best:
@@ -122,15 +127,20 @@ class Builder:
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
         smallest = min(totals.values())
         worth = [f for f in forms if f in won or totals.get(f, np.inf) < _NEAR * smallest]
-        tables = {p: {plan.form: plan for plan in self._candidates(p, worth)} for p in paths}
-        mix = {p: min(table.values(), key=lambda plan: plan.nbytes) for p, table in tables.items()}
+        mix: dict[str, ModulePlan] = {}
+        sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
+        for path in paths:
+            plans = self._candidates(path, worth)
+            mix[path] = plans[0]
+            by_form = {plan.form: plan.nbytes for plan in plans}
+            for form in worth:
+                sizes[form] += by_form.get(form, by_form.get("svd", plans[0].nbytes))
         yield mix
         cost = sum(plan.nbytes for plan in mix.values())
         for form in worth:
-            uniform = {p: table.get(form, table.get("svd") or mix[p]) for p, table in tables.items()}
-            differs = any(uniform[p] is not mix[p] for p in paths)
-            if differs and sum(plan.nbytes for plan in uniform.values()) < _NEAR * cost:
-                yield uniform
+            differs = any(plan.form != form for plan in mix.values())
+            if differs and sizes[form] < _NEAR * cost:
+                yield self._each([form, "svd"] if form == "flat" else [form])
 
     def _forms(self) -> list[str]:
         form = self.options.form
@@ -155,6 +165,8 @@ class Builder:
     def _candidates(self, path: str, forms: list[str]) -> list[ModulePlan]:
         stack = self.stacks[path]
         plans = self.planner.candidates(stack, self.singular_values[path], forms)
+        for plan in plans:
+            plan.release()
         stack.forget()
         return plans
 
@@ -261,6 +273,8 @@ class Builder:
                         stream.write(record)
                         sizes[i] = len(record)
             at[j, 1:] = np.cumsum(sizes)
+            if plan is not None:
+                plan.release()
             result.modules.append(self._module_entry(j, path, plan, writer))
         writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
         self._write_extras(writer, result)
@@ -382,7 +396,8 @@ class Builder:
                 writer.add(names[key], tensor)
             result.extras[i] = names
 
-    def _header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
+    def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
+        """Bytes to reserve for a shard's header."""
         c = self.collection
         bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
         bases += 2 * sum(p.flat is not None for p in plans.values())

@@ -20,7 +20,7 @@ from ..errors import MismatchError, ToleranceError, UnknownNameError, did_you_me
 from ..files import open_adapter
 from ..lowrank import LowRank
 from .build import Builder, check_contract, layout_entry
-from .collection import Collection, Handle, block_bytes, named_handles, torch_device
+from .collection import Collection, Handle, block_bytes, few_threads, named_handles, torch_device
 from .entries import adapter_entries, new_manifest
 from .plan import FlatBases, ModulePlan, Options, Planner, Shared
 from .shard import Shard, ShardWriter
@@ -85,16 +85,17 @@ def _write_added(
     exact = form == "exact" or options.form == "exact" or bound == 0
     if bound is not None:
         options = Options(options.form if form is None else form, bound)
-    collection = Collection({name: handle}, exact=exact, block_bytes=block_bytes("1GiB"), device=lib._device)
+    collection = Collection({name: handle}, exact={name} if exact else (), block_bytes=block_bytes("1GiB"), device=lib._device)
     known = [m["path"] for m in manifest["modules"]]
     collection.paths = known + [p for p in collection.paths if p not in set(known)]
     for m in manifest["modules"]:
         collection.shapes.setdefault(m["path"], tuple(m["shape"]))
     bounds = np.full(collection.folded, bound or 0.0)
     builder = Builder(collection, options, bounds)
-    plans = _plans_for(lib, builder, options, own_sides=form == "svd")
-    writer = t.new_shard(header_capacity=builder._header_capacity(plans))
-    written = builder.write_plans(writer, plans)
+    with few_threads(collection.small):
+        plans = _plans_for(lib, builder, options, own_sides=form == "svd")
+        writer = t.new_shard(header_capacity=builder.header_capacity(plans))
+        written = builder.write_plans(writer, plans)
     entries = adapter_entries(collection, written, bounds, Options(**manifest["options"]), manifest["config"])
     if bound is not None and collection.folded:
         check_contract([name], np.array([entries[name]["error"]]), bounds)
@@ -198,9 +199,12 @@ def _extended(
 
 def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Basis | None:
     """The basis with the missing directions of X that matter; None if none does."""
+    total = float((S**2).sum())
+    if not total > 0:
+        return None
     missing = ((X - basis.columns @ basis.coordinates(X)) * S.to(X.dtype)[:, None, :])[0]
     directions, strength, _ = torch.linalg.svd(missing, full_matrices=False)
-    energy = (strength.double() ** 2).cpu().numpy() / float((S**2).sum())
+    energy = (strength.double() ** 2).cpu().numpy() / total
     tail = energy[::-1].cumsum()[::-1]
     count = int((tail > share / 2).sum())
     if count == 0:

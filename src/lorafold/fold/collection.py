@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ class Handle(Protocol):
     def read_extras(self) -> dict[str, Tensor]: ...
 
 
+_FEW = 16_000_000  # numbers in a collection that one thread is enough for, whatever is done
 _HASHED_AT_ONCE = 64  # tensors that wait for their digest
 _KEPT = 64  # a collection of no more blocks, a quarter of the memory limit, is read once and kept
 Source = Any  # a path, a glob, or an Adapter
@@ -141,9 +143,9 @@ class Collection:
     """
 
     def __init__(
-        self, handles: Mapping[str, Handle], *, exact: bool, block_bytes: int, device: Any = None
+        self, handles: Mapping[str, Handle], *, exact: Container[str], block_bytes: int, device: Any = None
     ) -> None:
-        refused = {name for name, h in handles.items() if exact or h.refusal is not None}
+        refused = {name for name, h in handles.items() if name in exact or h.refusal is not None}
         self.names = [n for n in handles if n not in refused] + [n for n in handles if n in refused]
         self.folded = len(handles) - len(refused)
         self.handles = [handles[name] for name in self.names]
@@ -161,12 +163,17 @@ class Collection:
         self.shapes = {p: self.handles[first[p]].shapes[p][:2] for p in self.paths}
         self.layouts = {p: self.handles[first[p]].layouts[p] for p in self.paths if p in self.handles[first[p]].layouts}
         self._block_bytes, self._device = block_bytes, device
-        numbers = sum(r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values())
-        self._keep = 4 * numbers <= _KEPT * block_bytes
+        self.num_parameters = sum(r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values())
+        self._keep = 4 * self.num_parameters <= _KEPT * block_bytes
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
         self._pool = ThreadPoolExecutor(2, "digest")
         self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
+
+    @property
+    def small(self) -> bool:
+        """Whether one thread is enough for whatever is done."""
+        return self.num_parameters < _FEW
 
     def stack(self, path: str) -> Stack | None:
         """The folded adapters that have the module; None if there is none."""
@@ -252,6 +259,22 @@ def memory_bytes(memory: str | int) -> int:
     if size <= 0:
         raise MismatchError(f"memory must be a size such as '1GiB', found {memory!r}")
     return size
+
+
+@contextmanager
+def few_threads(few: bool) -> Iterator[None]:
+    """One torch thread while `few` holds.
+
+    Operations on thin blocks take microseconds, and handing each to a second thread costs more
+    than it saves: milliseconds where another process uses that core.
+    """
+    before = torch.get_num_threads()
+    if few and before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def torch_device(device: Any) -> torch.device | None:

@@ -54,6 +54,8 @@ def adapter_entries(
             entry["exact"] = True
             if handle.refusal:
                 entry["refusal"] = handle.refusal
+            elif options.tolerance != 0:
+                entry["tolerance"] = 0.0  # its own bound, which folding anew shall keep
         if difference := config_difference(common, handle.config):
             entry["config"] = difference
         if written.extras.get(i):
@@ -77,7 +79,7 @@ def option_entry(options: Options) -> dict[str, Any]:
 
 def group_entry(builder: Builder, names: list[str]) -> dict[str, list[list[str]]]:
     """Init groups by side ("in": the same A, "out": the same B): lists of names."""
-    found = {}
+    found: dict[str, list[list[str]]] = {}
     for side, word in (("V", "in"), ("U", "out")):
         groups = builder.groups.get(side)
         if groups is not None and (groups >= 0).any():
@@ -105,7 +107,8 @@ def new_manifest(
     return {
         "base_model": collection.base_model,
         "options": option_entry(builder.options),
-        "groups": group_entry(builder, collection.names),
+        # Where all is `flat`, every adapter is kin, and the names would be most of the manifest.
+        "groups": {} if {m["form"] for m in written.modules} <= {"flat"} else group_entry(builder, collection.names),
         "plain_svd_bytes": builder.plain_svd_nbytes(),
         "config": common,
         "modules": written.modules,

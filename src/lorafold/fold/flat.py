@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,23 +42,32 @@ class FlatSpectrum:
     total: float
 
 
-@dataclass(frozen=True)
 class FlatSide:
     """One side as stored: row 0 the mean, then unit directions.
 
     Args:
-        rows: (1 + k, D) float32 as decoded. record: the bytes.
+        rows: (1 + k, D) float32 as decoded. record: the bytes, or none.
         known: (N, k) loadings by row of the stack, where the directions were not rounded.
+        side: "A" or "B" where `record` decodes to the rows, which then can be let go.
     """
 
-    rows: Tensor
-    record: bytes
-    known: Tensor | None = None
+    def __init__(self, rows: Tensor, record: bytes, known: Tensor | None = None, side: str = "") -> None:
+        self.record, self.known = record, known
+        self.count = len(rows) - 1  # directions beside the mean
+        self._rows: Tensor | None = rows
+        self._side, self._d, self._device = side, int(rows.shape[1]), rows.device
 
     @property
-    def count(self) -> int:
-        """Directions beside the mean."""
-        return len(self.rows) - 1
+    def rows(self) -> Tensor:
+        """(1 + k, D) float32, decoded again after a `release`."""
+        if self._rows is None:
+            self._rows = read_side(self.record, self._d, self._side, self._device).rows
+        return self._rows
+
+    def release(self) -> None:
+        """Keep the record only."""
+        if self._side:
+            self._rows = None
 
     def loadings(self, X: Tensor, rows: np.ndarray | None = None) -> Tensor:
         """Least-squares loadings (n, k) of the flattened factors X (n, D).
@@ -145,23 +154,32 @@ def coded_side(
     Args:
         budget: allowed share of Σ‖x_i‖², for dropping and rounding together.
     """
-    mean_energy = float((s.mean.double() ** 2).sum())
-    n = len(s.loadings)
-    energies = np.concatenate([[n * mean_energy], s.energies]) / max(s.total, 1e-300)
     if budget is not None:
-        cost = np.full(len(energies), s.directions.shape[1] / 8)
-        levels = bits_for_error(energies, cost, np.zeros(len(energies), bool), budget)
+        levels = _levels(s, budget)
     else:
         assert bits is not None
-        keep = len(energies) if count is None else min(count, len(s.energies)) + 1
-        levels = np.where(np.arange(len(energies)) < keep, bits, 0)
+        keep = len(s.energies) if count is None else min(count, len(s.energies))
+        levels = np.where(np.arange(len(s.energies) + 1) <= keep, bits, 0)
     kept = np.flatnonzero(levels[1:] > 0) + 1
     rows = torch.cat([s.mean[None], s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]])
     coded = code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
     if (levels[kept] < 32).any():
         return coded
     known = torch.as_tensor(s.loadings[:, kept - 1], dtype=torch.float32, device=s.mean.device)
-    return replace(coded, known=known)
+    return FlatSide(coded.rows, coded.record, known, side)
+
+
+def _levels(s: FlatSpectrum, budget: float) -> np.ndarray:
+    """Bits of the mean and of each direction within a share of Σ‖x_i‖²."""
+    mean = len(s.loadings) * float((s.mean.double() ** 2).sum())
+    energies = np.concatenate([[mean], s.energies]) / max(s.total, 1e-300)
+    cost = np.full(len(energies), s.directions.shape[1] / 8)
+    return bits_for_error(energies, cost, np.zeros(len(energies), bool), budget)
+
+
+def predicted_nbytes(s: FlatSpectrum, budget: float) -> float:
+    """Bytes of a side within a budget, as `coded_side` will find, without coding it."""
+    return float(_levels(s, budget).sum()) * s.directions.shape[1] / 8
 
 
 def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
@@ -177,7 +195,7 @@ def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
 def read_side(record: bytes, d: int, side: str, device: torch.device | str | None = None) -> FlatSide:
     """Decode a flat side of rows of length d."""
     (rows,), c, _ = read_rows(record, 0, [d], [_SEEDS[side]], device)
-    return FlatSide(rows * c[:, None], record)
+    return FlatSide(rows * c[:, None], record, side=side)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ import numpy as np
 
 from ..errors import MismatchError, ToleranceError
 from .build import Builder, Progress, check_contract
-from .collection import Collection, Handle, block_bytes, named_handles, torch_device
+from .collection import (
+    Collection,
+    Handle,
+    block_bytes,
+    named_handles,
+    torch_device,
+)
 from .entries import new_manifest
 from .library import Library
 from .plan import FORMS, Options
@@ -182,19 +188,20 @@ def folded(
         ToleranceError: a source's own error leaves nothing of its bound.
     """
     options = settings.options
+    own = tolerances or {}
     collection = Collection(
         handles,
-        exact=options.tolerance == 0,
+        exact={name for name in handles if own.get(name, options.tolerance) == 0},
         block_bytes=block_bytes(settings.memory),
         device=settings.device,
     )
     names = collection.names[: collection.folded]
     common = options.tolerance or 0.0
-    stated = np.array([(tolerances or {}).get(name, common) for name in names])
+    stated = np.array([own.get(name, common) for name in names])
     bounds = stated
     if old_errors and options.tolerance is not None:
         bounds = np.array([_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)])
-        _refuse_unmet(collection.names[collection.folded :], tolerances or {}, common, old_errors)
+        _refuse_unmet(collection.names[collection.folded :], own, common, old_errors)
     builder = Builder(collection, options, bounds, settings.progress)
     written = builder.write(transaction)
     if options.tolerance is not None:

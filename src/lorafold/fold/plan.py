@@ -24,6 +24,7 @@ from .stack import Block, Stack, squared_norms, squared_residuals
 
 FORMS = ("auto", "svd", "input", "output", "shared", "flat", "exact")
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
+_HOPELESS = 1.1  # times the size without sharing
 _FLAT_THETAS = (0.9, 0.5, 0.25)
 
 
@@ -32,7 +33,7 @@ class Options:
     """How a library is folded; see `fold`."""
 
     form: str = "auto"
-    tolerance: float | None = 0.1
+    tolerance: float | None = None
     rank: int | None = None
     energy: float | None = None
     bits: float | None = None
@@ -86,6 +87,15 @@ class ModulePlan:
     certificate: dict[str, Any] | None = None
     fixed: float = 0.0  # bytes an adapter pays whatever its bits
 
+    def release(self) -> None:
+        """Keep the bases as the bytes that will be written, until they are needed."""
+        for shared in (self.U, self.V):
+            for basis in shared.bases.values() if shared else ():
+                basis.release()
+        if self.flat is not None:
+            self.flat.A.release()
+            self.flat.B.release()
+
 @dataclass
 class Planner:
     """Chooses among the forms at each module.
@@ -98,6 +108,7 @@ class Planner:
     options: Options
     budgets: np.ndarray
     groups: dict[str, np.ndarray] = field(default_factory=dict)
+    _spectra_found: dict[tuple[str, bytes], dict[int, Spectrum]] = field(default_factory=dict)
 
     def svd(self, stack: Stack, S: np.ndarray) -> ModulePlan:
         """Own sides: the plan that is always there."""
@@ -112,15 +123,22 @@ class Planner:
         Args:
             S: (N, r) singular values by row of the stack.
         """
-        plans = []
+        self._spectra_found.clear()
+        plans: list[ModulePlan] = []
+        limit = np.inf
+        if len(forms) > 1:
+            # What is predicted to be far above the plan without sharing isn't worth fitting.
+            plans.append(self.svd(stack, S))
+            limit = _HOPELESS * plans[0].nbytes
         for form in forms:
-            if form == "svd" or len(stack) < 2 and form != "flat":
-                plans.append(self.svd(stack, S))
+            if form == "svd" or (len(stack) < 2 and form != "flat"):
+                if not plans:
+                    plans.append(self.svd(stack, S))
             elif form == "flat":
-                plans += self._flat(stack, S)
+                plans += self._flat(stack, S, limit)
             else:
-                plans += self._sharing(stack, S, form)
-        return sorted(plans, key=lambda plan: plan.nbytes)
+                plans += self._sharing(stack, S, form, limit)
+        return sorted((p for p in plans if p.form in forms or len(stack) < 2), key=lambda p: p.nbytes)
 
     # Helpers on budgets
 
@@ -146,7 +164,7 @@ class Planner:
 
     # Shared sides
 
-    def _sharing(self, stack: Stack, S: np.ndarray, form: str) -> list[ModulePlan]:
+    def _sharing(self, stack: Stack, S: np.ndarray, form: str, limit: float) -> list[ModulePlan]:
         """The best fitted plan of one form, or none where nothing is shared."""
         choices = {
             "U": self._partitions(stack, "U") if form in ("output", "shared") else [None],
@@ -167,7 +185,9 @@ class Planner:
                 if best is None or size < best[0]:
                     best = (size, theta, a, b)
         assert best is not None
-        _, theta, a, b = best
+        size, theta, a, b = best
+        if size > limit:
+            return []
         return [
             self._fitted(stack, S, weights, form, theta, (choices["U"][a], spectra["U"][a]), (choices["V"][b], spectra["V"][b]))
         ]
@@ -187,7 +207,11 @@ class Planner:
     def _spectra(self, stack: Stack, weights: np.ndarray, groups: np.ndarray, side: str) -> dict[int, Spectrum]:
         d = stack.shape[0 if side == "U" else 1]
         most = d if self.options.rank is None else self.options.rank
-        found = {}
+        known = self._spectra_found.get((side, groups.tobytes()))
+        if known is not None:
+            return known
+        found: dict[int, Spectrum] = {}
+        self._spectra_found[side, groups.tobytes()] = found
         for g in np.unique(groups[groups >= 0]):
             rows = groups == g
             inside = np.zeros(len(weights))
@@ -321,7 +345,7 @@ class Planner:
 
     # Flattened factors
 
-    def _flat(self, stack: Stack, S: np.ndarray) -> list[ModulePlan]:
+    def _flat(self, stack: Stack, S: np.ndarray, limit: float) -> list[ModulePlan]:
         """The form `flat` in one plan, or none where ranks differ."""
         o = self.options
         if len(set(stack.ranks.tolist())) > 1:
@@ -332,13 +356,16 @@ class Planner:
             counts = {side: o.rank if o.energy is None else flat_count(s, o.energy) for side, s in spectra.items()}
             sides = {side: flat.coded_side(s, side, count=counts[side], bits=bits) for side, s in spectra.items()}
             return [self.flat_plan(stack, S, FlatBases(sides["A"], sides["B"], bits > 8))]
-        plans = []
+        plans: list[ModulePlan] = []
         for theta in _FLAT_THETAS:
+            size = sum(flat.predicted_nbytes(s, theta * o.tolerance**2 / 2) for s in spectra.values())
+            if size > min([limit, *(plan.nbytes for plan in plans)]):
+                continue
             sides = {
                 side: flat.coded_side(s, side, budget=theta * o.tolerance**2 / 2) for side, s in spectra.items()
             }
             plans.append(self.flat_plan(stack, S, FlatBases(sides["A"], sides["B"], False)))
-        return [min(plans, key=lambda plan: plan.nbytes)]
+        return sorted(plans, key=lambda plan: plan.nbytes)[:1]
 
     def flat_plan(self, stack: Stack, S: np.ndarray, bases: FlatBases) -> ModulePlan:
         """The plan of a stack on flat sides that are there."""

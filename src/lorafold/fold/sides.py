@@ -46,7 +46,6 @@ class Spectrum:
         return max(0.0, 1.0 - float(self.energies[:rank].sum()))
 
 
-@dataclass(frozen=True)
 class Basis:
     """A shared side as stored: unit columns, nearly orthonormal (they were rounded).
 
@@ -54,15 +53,26 @@ class Basis:
         columns: (d, R) float32.
         record: the bytes to be written; none where the library holds them already.
         fresh: how many of the last columns `record` decodes to.
+        side: "U" or "V" where `record` decodes to all columns, which then can be let go.
     """
 
-    columns: Tensor
-    record: bytes
-    fresh: int
+    def __init__(self, columns: Tensor, record: bytes, fresh: int, side: str = "") -> None:
+        self.record, self.fresh = record, fresh
+        self.rank = int(columns.shape[1])
+        self._columns: Tensor | None = columns
+        self._side, self._d, self._device = side, int(columns.shape[0]), columns.device
 
     @property
-    def rank(self) -> int:
-        return int(self.columns.shape[1])
+    def columns(self) -> Tensor:
+        """(d, R) float32, decoded again after a `release`."""
+        if self._columns is None:
+            self._columns = read_basis(self.record, self._d, self._side, self._device).columns
+        return self._columns
+
+    def release(self) -> None:
+        """Keep the record only, which is several times smaller."""
+        if self._side:
+            self._columns = None
 
     def coordinates(self, X: Tensor) -> Tensor:
         """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""
@@ -238,7 +248,7 @@ def basis_of(directions: Tensor, levels: np.ndarray, side: str) -> Basis:
 def read_basis(record: bytes, d: int, side: str, device: torch.device | str | None = None) -> Basis:
     """Decode a basis of columns of length d."""
     (rows,), c, _ = read_rows(record, 0, [d], [SEEDS[side]], device)
-    return Basis((rows * c[:, None]).T.contiguous(), record, len(rows))
+    return Basis((rows * c[:, None]).T.contiguous(), record, len(rows), side)
 
 
 def projected(block: Block, U: Basis | None, V: Basis | None) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class Stack:
         self._block_bytes = block_bytes
         self._keep = keep
         self._read_already: list[Factors] | None = None
-        self._decomposed: Block | None = None
+        self._decomposed: list[Block] | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -125,15 +125,18 @@ class Stack:
         self._read_already = keep
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks decomposed, in order; kept like `factors` where they are one block."""
+        """The blocks decomposed, in order; a stack of a few blocks stays in memory until `forget`."""
         if self._decomposed is not None:
-            yield self._decomposed
+            yield from self._decomposed
             return
+        small = self.nbytes <= _KEPT_BLOCKS * self._block_bytes
+        keep: list[Block] | None = [] if small else None
         for f in self.factors():
             block = Block(f.members, *decompose(f.B, f.A))
-            if len(f.members) == len(self):
-                self._decomposed = block
+            if keep is not None:
+                keep.append(block)
             yield block
+        self._decomposed = keep
 
     @property
     def in_memory(self) -> bool:

@@ -1,0 +1,339 @@
+"""The demo: fold the packaged adapters, run the model with what comes back, and compare with SVD.
+
+Retention of a task is (base − folded) / (base − adapter), in loss on the task's held-out text. Each
+text is cut in two at a line. The first part is what `fold(retention=…)` may look at when it chooses
+tolerances; every number reported comes from the second. Truncated SVD is given its best form:
+directions are kept over all modules by energy per byte, and only their float16 numbers are counted,
+no file around them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import FileError
+from ..files import load, save
+from ..files.atomic import new_directory
+from ..fold import Library, fold
+from ..lowrank import LowRank, from_svd
+from .model import data_dir, heldout_loss, load_base
+
+TOLERANCES = (0.05, 0.1, 0.2)
+DEFAULT = 0.1  # fold's own; this library is called `lib`, and is unfolded
+RETENTION = 0.98
+REPORT = "report.json"
+
+Progress = Callable[[int, int, str], None]
+Svd = dict[str, tuple[Tensor, Tensor, Tensor]]
+Row = dict[str, Any]
+
+
+class Judge:
+    """Runs the base model with adapters on the tasks' held-out texts.
+
+    Args:
+        names: the tasks.
+        advance: called before every run of the model with the task's name.
+    """
+
+    def __init__(self, names: list[str], advance: Callable[[str], None]) -> None:
+        self._config, self._state = load_base()
+        texts = {n: (data_dir() / "heldout" / f"{n}.txt").read_bytes() for n in names}
+        self._parts = {name: halves(text) for name, text in texts.items()}
+        self._advance = advance
+        self._base: dict[tuple[str, int], float] = {}
+
+    def loss(self, name: str, adapter: Adapter | None, part: int = 1) -> float:
+        """Nats per byte on the first (0) or second (1) part of a task's text; None: the base."""
+        if adapter is None:
+            if (name, part) not in self._base:
+                self._base[name, part] = self._run(name, self._state, part)
+            return self._base[name, part]
+        return self._run(name, adapter.apply_to(self._state), part)
+
+    def score(self, name: str, adapter: Adapter | None) -> float:
+        """What `fold(retention=…)` maximises: minus the loss on the first part."""
+        return -self.loss(name, adapter, part=0)
+
+    def _run(self, name: str, state: dict[str, Tensor], part: int) -> float:
+        self._advance(name)
+        return heldout_loss(self._config, state, self._parts[name][part])
+
+
+def halves(text: bytes) -> tuple[bytes, bytes]:
+    """A text cut in two at the line break nearest behind its middle."""
+    cut = text.find(b"\n", len(text) // 2) + 1 or len(text) // 2
+    return text[:cut], text[cut:]
+
+
+def run_demo(
+    folder: Path,
+    *,
+    adapters: Path | None = None,
+    tolerances: tuple[float, ...] = TOLERANCES,
+    retention: float | None = RETENTION,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Copy adapters out, fold and unfold them, and measure everything by running the model.
+
+    Args:
+        folder: to be made: `adapters/`, the libraries, `unfolded/` and `report.json`.
+        adapters: the adapters, named like the packaged tasks; those of the package when None.
+        tolerances: one library each; the one at 0.1 is unfolded.
+        retention: one more library, as small as this share of each lift allows; None for none.
+        overwrite: replace `folder`, if an earlier demo made it.
+        progress: called with (done, total, what).
+
+    Returns:
+        What is written to `report.json`: `adapters`, `lift`, `files`, `rows`, `forms`,
+        `init_groups`, `next`, …
+
+    Raises:
+        FileError: something is at `folder`.
+    """
+    if overwrite and folder.exists() and not (folder / REPORT).is_file():
+        raise FileError(f"{folder} was not made by the demo: remove it yourself, or name another")
+    with new_directory(folder, overwrite=overwrite) as staging:
+        shutil.copytree(adapters or data_dir() / "adapters", staging / "adapters")
+        with _one_thread_each():
+            report = _Demo(staging, tolerances, retention, progress).report()
+        report = {"folder": str(folder), **report, "next": _next(folder, report)}
+        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Small operations on shared cores wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Demo:
+    """One run, in the folder that holds a copy of the adapters."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tolerances: tuple[float, ...],
+        retention: float | None,
+        progress: Progress | None,
+    ) -> None:
+        self.folder, self.sources = folder, folder / "adapters"
+        self.names = sorted(p.name for p in self.sources.iterdir())
+        # The base, the adapters, each library, two peers of some, and a search of eight at most.
+        peers = 2 * (DEFAULT in tolerances) + (2 + 1 + 8) * (retention is not None)
+        self._total = len(self.names) * (2 + len(tolerances) + peers)
+        self._done = 0
+        self._stopped = Event()
+        self._progress = progress or (lambda done, total, what: None)
+        self._tolerances, self._retention = tolerances, retention
+        self.judge = Judge(self.names, self._advance)
+        self.adapters = {name: load(self.sources / name) for name in self.names}
+        self.svds = {name: svd_of(a) for name, a in self.adapters.items()}
+        self.base = {name: self.judge.loss(name, None) for name in self.names}
+        self.full = {name: self.judge.loss(name, a) for name, a in self.adapters.items()}
+
+    def _advance(self, what: str) -> None:
+        if self._stopped.is_set():
+            raise CancelledError
+        self._progress(min(self._done, self._total - 1), self._total, what)
+        self._done += 1
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the folder."""
+        numbers = sum(a.num_parameters for a in self.adapters.values())
+        files = file_bytes(self.sources, self.names)
+        measured = self._libraries()
+        rows = [row for _, rows in measured for row in rows]
+        stats = next((s for s, rows in measured if rows[0]["library"] == "lib"), measured[0][0])
+        for row in rows:
+            row["bits"] = 8 * row.pop("payload") / numbers
+            row["times_float16"] = files["packaged"] / row["bytes"]
+            row["times_float32"] = files["float32"] / row["bytes"]
+        lifts = [1 - self.full[name] / self.base[name] for name in self.names]
+        return {
+            "adapters": len(self.names),
+            "parameters": numbers,
+            "base_loss": self.base,
+            "adapter_loss": self.full,
+            "lift": {"mean": statistics.mean(lifts), "least": min(lifts)},
+            "files": files,
+            "rows": rows,
+            "forms": stats["forms"],
+            "options": stats["options"],
+            "init_groups": stats["init_groups"],
+        }
+
+    def _libraries(self) -> list[tuple[dict[str, Any], list[Row]]]:
+        """Every library folded and measured, two at a time: most of the work is torch's."""
+        jobs: list[tuple[str, str, dict[str, Any]]] = []
+        for tolerance in self._tolerances:
+            name = "lib" if tolerance == DEFAULT else f"lib-{tolerance:g}"
+            jobs.append((name, f"tolerance {tolerance:g}", {"tolerance": tolerance}))
+        if self._retention is not None:
+            options = {"retention": self._retention, "score": self.judge.score}
+            by = f"retention {self._retention:g}"
+            jobs.append((f"lib-retention-{self._retention:g}", by, options))
+        with ThreadPoolExecutor(2) as pool:
+            # The last is the longest: it goes first.
+            futures = [pool.submit(self._folded, *job) for job in reversed(jobs)]
+            try:
+                return [future.result() for future in reversed(futures)]
+            except BaseException:
+                self._stopped.set()
+                raise
+
+    def _folded(
+        self, name: str, by: str, options: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[Row]]:
+        fold([self.sources], self.folder / name, **options).close()
+        return self._measured(self.folder / name, by)
+
+    def _measured(self, path: Path, by: str) -> tuple[dict[str, Any], list[Row]]:
+        """A library's statistics, and its row; with those of its peers where these are wanted."""
+        with Library.open(path) as lib:
+            errors = lib.verify([self.sources])  # measured against the files, and the bounds checked
+            stats, nbytes = lib.stats(), lib.nbytes
+            sizes = {name: _own_bytes(lib, name) for name in self.names}
+            back = {name: lib[name] for name in self.names}
+        if path.name == "lib":
+            back = self._unfolded(back)
+        row = {"by": by, "form": "fold", "library": path.name, "bytes": nbytes}
+        row["payload"] = stats["bits"] * stats["parameters"] / 8
+        rows = [{**row, **self._kept(back), **_spread("error", errors)}]
+        if path.name == "lib" or by.startswith("retention"):
+            shared = (nbytes - sum(sizes.values())) / len(self.names)
+            fair = {name: size + shared for name, size in sizes.items()}
+            rows += self._peers(by, errors, fair)
+        return stats, rows
+
+    def _peers(self, by: str, errors: Mapping[str, float], sizes: Mapping[str, float]) -> list[Row]:
+        """Truncated SVD of each adapter at the same error, and at the same bytes."""
+        cut = {
+            "svd, same error": {n: truncated(s, error=errors[n]) for n, s in self.svds.items()},
+            "svd, same bytes": {n: truncated(s, nbytes=sizes[n]) for n, s in self.svds.items()},
+        }
+        rows = []
+        for form, peers in cut.items():
+            size = sum(2 * a.num_parameters for a in peers.values())
+            off = {n: a.distance(peers[n]) / a.norm() for n, a in self.adapters.items()}
+            row = {"by": by, "form": form, "library": None, "bytes": size, "payload": size}
+            rows.append({**row, **self._kept(peers), **_spread("error", off)})
+        return rows
+
+    def _unfolded(self, back: Mapping[str, Adapter]) -> dict[str, Adapter]:
+        """Adapters written as PEFT directories and read again."""
+        for name, adapter in back.items():
+            save(adapter, self.folder / "unfolded" / name)
+        return {name: load(self.folder / "unfolded" / name) for name in back}
+
+    def _kept(self, back: Mapping[str, Adapter]) -> Row:
+        kept = {}
+        for name, adapter in back.items():
+            lift = self.base[name] - self.full[name]
+            kept[name] = (self.base[name] - self.judge.loss(name, adapter)) / lift
+        worst = min(kept, key=lambda name: kept[name])
+        return {**_spread("retention", kept), "worst_task": worst, "retention": kept}
+
+
+def _spread(what: str, values: Mapping[str, float]) -> Row:
+    numbers = list(values.values())
+    return {
+        f"{what}_mean": statistics.mean(numbers),
+        f"{what}_max": max(numbers),
+        f"{what}_min": min(numbers),
+    }
+
+
+def _own_bytes(lib: Library, name: str) -> int:
+    """Bytes of an adapter's records, beside what it shares with others."""
+    entry = lib.entry(name)
+    return sum(lib.record_size(j, entry) for j in range(len(lib.modules)))
+
+
+def file_bytes(folder: Path, names: list[str]) -> dict[str, int]:
+    """Bytes of the adapters' directories as packaged, and as PEFT writes them by default."""
+    found = {"packaged": 0, "float32": 0}
+    for name in names:
+        for path in (folder / name).iterdir():
+            size = path.stat().st_size
+            found["packaged"] += size
+            if path.suffix == ".safetensors":
+                wide = {key: tensor.float() for key, tensor in load_file(path).items()}
+                size = len(as_safetensors(wide, {"format": "pt"}))
+            found["float32"] += size
+    return found
+
+
+def svd_of(adapter: Adapter) -> Svd:
+    """Module path → U, S, Vh of its update."""
+    return {path: u.svd() for path, u in adapter.items()}
+
+
+def truncated(svd: Svd, *, error: float | None = None, nbytes: float | None = None) -> Adapter:
+    """The best truncation in float16: directions over all modules by energy per byte.
+
+    Args:
+        svd: of every module. error: keep the fewest bytes within this relative error.
+        nbytes: or as much as fits, two bytes a number; at least one direction.
+    """
+    steps = [
+        (float(s) ** 2, U.shape[0] + Vh.shape[1], path)
+        for path, (U, S, Vh) in svd.items()
+        for s in S.double().tolist()
+    ]
+    steps.sort(key=lambda step: -step[0] / step[1])
+    left = sum(energy for energy, _, _ in steps)
+    allowed = 0.0 if error is None else error**2 * left
+    ranks: dict[str, int] = {}
+    used = 0
+    for energy, width, path in steps:
+        if nbytes is None and left <= allowed:
+            break
+        # Within a module energies fall, so that each prefix is taken in order. What does not fit
+        # is passed over, for a narrower module may fit.
+        if nbytes is not None and ranks and used + 2 * width > nbytes:
+            continue
+        ranks[path] = ranks.get(path, 0) + 1
+        used += 2 * width
+        left -= energy
+    return Adapter({path: _cut(*svd[path], rank) for path, rank in ranks.items()})
+
+
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> LowRank:
+    return from_svd(U[:, :rank], S[:rank], Vh[:rank]).to(dtype=torch.float16)
+
+
+def _next(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """Three commands that work on what was written."""
+    first = next(row for row in report["rows"] if row["form"] == "fold")
+    row = next((r for r in report["rows"] if r["library"] == "lib"), first)
+    lib = shlex.quote(str(folder / row["library"]))
+    name = row["worst_task"]
+    source = shlex.quote(str(folder / "adapters" / name))
+    return [
+        f"lorafold info {lib}",
+        f"lorafold diff {source} {lib}:{name}",
+        f"lorafold add {lib} {source} --name {name}-fine --tolerance 0.02",
+    ]
