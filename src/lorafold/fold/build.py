@@ -105,7 +105,7 @@ class Builder:
             self.planner.groups = self.groups
         for k, (path, stack) in enumerate(self.stacks.items()):
             self._progress(k, 2 * len(self.stacks), "measuring")
-            exact = self.options.tolerance is not None and self.options.tolerance < 0.01
+            exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
             S = [singular_values(f, exact).cpu().numpy() for f in stack.factors()]
             stack.forget()
             width = max(s.shape[1] for s in S)
@@ -289,14 +289,14 @@ class Builder:
 
     def _coded(self, stack: Stack, plan: ModulePlan, ledger: _Ledger) -> Iterator[tuple[np.ndarray, Coded]]:
         start = 0
-        for f in stack.factors():
+        flat_only = plan.flat is not None
+        for f, block in ((f, None) for f in stack.factors()) if flat_only else stack.pairs():
             rows = np.arange(start, start + len(f.members))
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
-            if plan.flat is not None:
+            if block is None:
                 coded = _code_flat(f, rows, plan, target)
             else:
-                block = Block(f.members, *decompose(f.B, f.A))
                 coded = _code_own_or_shared(self._cut(block), rows, plan, target, f)
             if target.kind == "error":
                 coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)

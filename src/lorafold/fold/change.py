@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _MOST_SHARDS = 7  # more are copied together, so that opening a library opens few files
 _KEPT_SHARDS = 3  # the largest ones, which are left alone then
+_CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
 _NEW_BITS = 5  # of directions that `add` appends to a shared basis
 
 
@@ -123,11 +124,11 @@ def _own_layouts(modules: list[dict[str, Any]], handle: Handle) -> dict[str, Any
 
 def _plans_for(lib: Library, builder: Builder, options: Options, own_sides: bool) -> dict[str, ModulePlan]:
     """How each module of one new adapter is stored in the present bases."""
-    builder.measure()
     plans = {}
     numbers = {m["path"]: j for j, m in enumerate(lib.modules)}
     for path, stack in builder.stacks.items():
-        S = builder.singular_values[path]
+        block = next(iter(stack.blocks()))
+        S = builder.singular_values[path] = block.S.cpu().numpy()
         svd = builder.planner.svd(stack, S)
         plans[path] = svd
         j = numbers.get(path)
@@ -136,16 +137,16 @@ def _plans_for(lib: Library, builder: Builder, options: Options, own_sides: bool
         if "A0" in lib.modules[j].get("bases", {}):
             plans[path] = _flat_plan(lib, j, builder.planner, stack, S) or svd
             continue
-        block = next(iter(stack.blocks()))
         sides = nearest_sides(lib, j, block)
         if sides is None:
             continue
-        candidates = [_shared_plan(builder.planner, lib.modules[j]["form"], stack, S, *sides)]
-        if options.tolerance is not None:
+        shared = _shared_plan(builder.planner, lib.modules[j]["form"], stack, S, *sides)
+        candidates = [shared]
+        # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
+        if options.tolerance is not None and shared.nbytes > _CLOSE * svd.nbytes:
             candidates.append(svd)
             candidates += _extended(builder.planner, lib.modules[j]["form"], stack, S, block, sides, options.tolerance)
         plans[path] = min(candidates, key=lambda plan: plan.nbytes)
-        stack.forget()
     return plans
 
 

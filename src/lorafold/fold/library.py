@@ -63,6 +63,8 @@ class Library(Mapping[str, Adapter]):
     def __init__(self, store: Store, device: Any = None, dtype: torch.dtype | None = None) -> None:
         self._store = store
         self._device, self._dtype = device, dtype
+        self._indices: dict[str, np.ndarray] = {}
+        self._pieces: dict[tuple[str, str], Tensor] = {}
         self._refresh()
 
     @classmethod
@@ -82,8 +84,9 @@ class Library(Mapping[str, Adapter]):
         self._shards: dict[str, Shard] = self._store.shards
         self._modules: list[dict[str, Any]] = self._manifest["modules"]
         self._number = {m["path"]: j for j, m in enumerate(self._modules)}
-        self._indices: dict[str, np.ndarray] = {}
-        self._bases: dict[tuple[int, str, int], Tensor] = {}
+        # Shards never change, so what was decoded of one stays right while the library names it.
+        self._indices = {n: at for n, at in self._indices.items() if n in self._shards}
+        self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in self._shards}
         self.__dict__.pop("_known_nbytes", None)
 
     # What is in it
@@ -217,24 +220,19 @@ class Library(Mapping[str, Adapter]):
         Args:
             count: its first columns only (for "A", "B": the factor's rank).
         """
-        key = (j, side, number)
-        if key not in self._bases:
-            self._bases[key] = self._read_basis(j, side, number, count)
-        columns = self._bases[key]
-        return columns if side in "AB" or count is None else columns[:, :count]
-
-    def _read_basis(self, j: int, side: str, number: int, rank: int | None) -> Tensor:
         out, inner = self._modules[j]["shape"]
+        d = {"U": out, "V": inner, "A": inner * (count or 0), "B": out * (count or 0)}[side]
         pieces = []
         for shard, tensor, _ in self._modules[j]["bases"][f"{side}{number}"]:
-            record = self._shards[shard].read_bytes(tensor)
-            if side in "AB":
-                assert rank is not None
-                d = rank * (inner if side == "A" else out)
-                pieces.append(read_side(record, d, side, self._device).rows)
-            else:
-                pieces.append(read_basis(record, out if side == "U" else inner, side, self._device).columns)
-        return torch.cat(pieces, 0 if side in "AB" else 1)
+            if (shard, tensor) not in self._pieces:
+                record = self._shards[shard].read_bytes(tensor)
+                read = read_side(record, d, side, self._device).rows if side in "AB" else None
+                self._pieces[shard, tensor] = (
+                    read_basis(record, d, side, self._device).columns if read is None else read
+                )
+            pieces.append(self._pieces[shard, tensor])
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 0 if side in "AB" else 1)
+        return whole if side in "AB" or count is None else whole[:, :count]
 
     def sides(self, j: int) -> dict[str, list[Basis]]:
         """The shared bases of module number j by side, "U" and "V", in the order of their numbers."""

@@ -299,7 +299,7 @@ class Planner:
         (_, sU), (_, sV) = sides
         ranks = [max(1, int((levels[k][0] > 0).sum())) for k in range(2)]
         U, V, kept = alternate(
-            stack.blocks, weights, sU[0].directions[:, : ranks[0]], sV[0].directions[:, : ranks[1]], int(stack.ranks.sum())
+            stack.blocks, weights, sU[0].directions[:, : ranks[0]], sV[0].directions[:, : ranks[1]]
         )
         tails = sU[0].tail(ranks[0]), sV[0].tail(ranks[1])
         directions[0][0], directions[1][0] = U, V

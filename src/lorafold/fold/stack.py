@@ -138,6 +138,12 @@ class Stack:
             yield block
         self._decomposed = keep
 
+    def pairs(self) -> Iterator[tuple[Factors, Block]]:
+        """The blocks as read and decomposed, in order."""
+        known = self._decomposed
+        for k, f in enumerate(self.factors()):
+            yield f, known[k] if known is not None else Block(f.members, *decompose(f.B, f.A))
+
     @property
     def in_memory(self) -> bool:
         """Whether the factors are kept now."""

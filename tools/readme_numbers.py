@@ -1,0 +1,200 @@
+"""Fill the README's measured parts from benchmarks/results, or check that they are what is there.
+
+    python tools/readme_numbers.py --write
+    python tools/readme_numbers.py --check        # exit status 1 where the README differs
+
+Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
+measurements. Each row of the table comes from one result file. Where that is missing the row is
+left out; where it lacks a number that the row needs, this script fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+WIDTH = 88
+
+Result = dict[str, Any]
+Cells = tuple[str, str, str]
+
+
+def _size(number: float) -> str:
+    from lorafold.cli._output import size
+
+    return size(number)
+
+
+def _demo(r: Result) -> list[Cells]:
+    at = next(k for k, row in enumerate(r["rows"]) if row["library"] == "lib")
+    ours, same_error, same_bytes = r["rows"][at : at + 3]
+    kept, worst = ours["retention_mean"], ours["retention_min"]
+    what = f"{r['adapters']} trained adapters at 10 % error"
+    return [
+        (
+            f"{what}: bytes",
+            f"{_size(ours['bytes'])}: {ours['times_float16']:.2f}× below float16 files, "
+            f"{ours['times_float32']:.2f}× below float32",
+            f"truncated SVD, same error: {_size(same_error['bytes'])}",
+        ),
+        (
+            f"{what}: share of the lift kept",
+            f"{kept:.1%} on average, {worst:.1%} at worst",
+            f"truncated SVD, same bytes: {same_bytes['retention_mean']:.1%}, "
+            f"{same_bytes['retention_min']:.1%}",
+        ),
+    ]
+
+
+def _fold_bytes(r: Result) -> list[Cells]:
+    rows = []
+    for key, sizes in r.items():
+        if not key.endswith(", 10%"):
+            continue
+        peer = sizes["vLoRA"]
+        them = f"vLoRA: {_size(peer)}" if peer else "vLoRA: does not reach the error"
+        ours = f"{_size(sizes['auto'])}: {sizes['float16'] / sizes['auto']:.1f}× below float16"
+        rows.append((f"48 made-up adapters, {key.partition(',')[0]}, at 10 % error", ours, them))
+    return rows
+
+
+def _fold_flat(r: Result) -> list[Cells]:
+    what = "16 shared directions of 128 adapters × 4 modules, 4096×4096, rank 16"
+    peer = f"vLoRA: {r['seconds: vLoRA from_adapters']:.1f} s"
+    fit, fold = r["seconds: lorafold fit"], r["seconds: lorafold fold"]
+    return [
+        (f"{what}: the fit", f"{fit:.2f} s, {r['fit_times_faster']:.0f}× faster", peer),
+        (
+            f"{what}: with errors, digests and writing",
+            f"{fold:.2f} s, {r['fold_times_faster']:.0f}× faster",
+            f"{peer}, the fit alone",
+        ),
+    ]
+
+
+def _coder(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for key, found in r.items():
+        if key.startswith("packaged adapters") and key.endswith((" 4 bits", " 2 bits")):
+            bits = key.rpartition(", ")[2]
+            rows.append(
+                (
+                    f"error of the trained adapters at {bits} a number",
+                    f"{found['error']:.1%}",
+                    f"absmax rounding, same bytes: {found['absmax']:.1%}",
+                )
+            )
+    rate = f"{r['bytes_per_second'] / 1e6:.0f} MB/s"
+    return [*rows, ("coding 100 MB of adapters, two cores", rate, "")]
+
+
+def _fold_memory(r: Result) -> list[Cells]:
+    ours = f"{r['share']:.0%} of the collection, {_size(r['peak_above_import_bytes'])}"
+    return [(f"peak memory of folding {_size(r['collection_bytes'])} from disk", ours, "")]
+
+
+def _library_ops(r: Result) -> list[Cells]:
+    return [
+        (
+            "`add` to a library of 1,000",
+            f"{r['ratio']:.2f}× the time of",
+            "reading the adapter and projecting it",
+        ),
+        ("files opened for a library of 10,000", f"{r['opens']}", ""),
+    ]
+
+
+def _lowrank_svd(r: Result) -> list[Cells]:
+    return [
+        (
+            "SVD of a 4096×4096 update of rank 16",
+            f"{1e3 * r['seconds_factored_4096']:.0f} ms",
+            f"dense SVD of a 1024×1024 matrix: {1e3 * r['seconds_dense_1024']:.0f} ms",
+        )
+    ]
+
+
+ROWS: dict[str, Callable[[Result], list[Cells]]] = {
+    "demo": _demo,
+    "coder": _coder,
+    "fold_bytes": _fold_bytes,
+    "fold_flat": _fold_flat,
+    "fold_memory": _fold_memory,
+    "library_ops": _library_ops,
+    "lowrank_svd": _lowrank_svd,
+}
+
+
+def table(results: Path = RESULTS) -> str:
+    """The measurements in Markdown, each row with a link to its script."""
+    lines = ["| measured | lorafold | beside it | script |", "|---|---|---|---|"]
+    for name, rows in ROWS.items():
+        path = results / f"{name}.json"
+        if not path.is_file():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        try:
+            cells = rows(result)
+        except (KeyError, StopIteration) as e:
+            raise SystemExit(f"{path.name} does not hold what its row needs: {e!r}") from e
+        link = f"[{name}.py](benchmarks/{name}.py)"
+        lines += [f"| {what} | {ours} | {peer or '–'} | {link} |" for what, ours, peer in cells]
+    return "\n".join(lines)
+
+
+def demo_output(results: Path = RESULTS) -> str:
+    """What `lorafold demo` printed, up to where it explains its columns."""
+    from rich.console import Console
+
+    from lorafold.cli.demo import _show
+
+    found = json.loads((results / "demo.json").read_text(encoding="utf-8"))["result"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        _show(Console(width=WIDTH, highlight=False, markup=False, emoji=False), found)
+    shown, _, rest = printed.getvalue().partition("\nkept: ")
+    written = rest[rest.index("Written to") :].rstrip()
+    return f"```text\n$ lorafold demo\n{shown.rstrip()}\n\n[…]\n\n{written}\n```"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The README with both parts as the results have them."""
+    parts = {"numbers": table(results)}
+    if (results / "demo.json").is_file():
+        parts["demo"] = demo_output(results)
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"the README must have one pair of markers for {name!r}")
+        head, _, rest = text.partition(begin)
+        text = head + begin + content + end + rest.partition(end)[2]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--write", action="store_true", help="write the README")
+    how.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    arguments = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if arguments.write:
+        README.write_text(after, encoding="utf-8")
+    elif after != before:
+        sys.exit("README.md differs from benchmarks/results: run tools/readme_numbers.py --write")
+
+
+if __name__ == "__main__":
+    main()
