@@ -1,9 +1,9 @@
 """How good and how fast is the coder?
 
-At 4, 3, 2 and 1 average bits: the measured error of coded adapters against the predicted one (within
-5 %, 10 % where d < 512), and against plain absmax rounding of A's rows and B's columns with float16
-scales at the same bytes (at 1 bit: sign · mean |x|). On the packaged adapters and on exponential
-spectra. And the rate at which 100 MB of adapters are coded: 30 MB/s or more.
+At 4, 3, 2 and 1 average bits: the measured error of coded adapters against the predicted one
+(within 5 %, 10 % where d < 512), and against plain absmax rounding of A's rows and B's columns with
+float16 scales at the same bytes (at 1 bit: sign · mean |x|). On the packaged adapters and on
+exponential spectra. And the rate at which 100 MB of adapters are coded: 30 MB/s or more.
 """
 
 from __future__ import annotations
@@ -90,9 +90,12 @@ def main() -> None:
                  "largest deviation": f"{off:.1%}", "absmax": plain}
             )  # fmt: skip
             result[f"{name}, {bits} bits"] = {
-                "error": measured, "predicted": predicted, "largest_deviation": off, "absmax": plain,
+                "error": measured, "predicted": predicted, "largest_deviation": off,
+                "absmax": plain,
             }  # fmt: skip
-            result["met"][f"{name}, {bits} bits"] = off <= margin and bool((found[:, 0] < found[:, 2]).all())
+            result["met"][f"{name}, {bits} bits"] = off <= margin and bool(
+                (found[:, 0] < found[:, 2]).all()
+            )
     result["bytes_per_second"] = rate()
     result["met"]["rate ≥ 30 MB/s"] = result["bytes_per_second"] >= RATE_AT_LEAST
     rows.append({"what": "fold of 100 MB, MB/s", "error": result["bytes_per_second"] / 1e6,

@@ -45,7 +45,9 @@ def main() -> None:
     default = next(row for row in found["rows"] if row["library"] == "lib")
     found["met"] = {f"{key} ≥ {least}": default[key] >= least for key, least in AT_LEAST.items()}
     columns = ("by", "form", "bytes", *AT_LEAST, "error_max")
-    report(QUESTION, [{key: row[key] for key in columns} for row in found["rows"]], found, args.save)
+    report(
+        QUESTION, [{key: row[key] for key in columns} for row in found["rows"]], found, args.save
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def collections() -> dict[str, dict[str, lf.Adapter]]:
     def both_sides(g: torch.Generator) -> Callable[[], lf.LowRank]:
         U, V = (torch.linalg.qr(torch.randn(D, 24, generator=g))[0] for _ in range(2))
         return lambda: lf.LowRank(
-            decay[:, None] * torch.randn(RANK, 24, generator=g) @ V.T, U @ torch.randn(24, RANK, generator=g)
+            decay[:, None] * torch.randn(RANK, 24, generator=g) @ V.T,
+            U @ torch.randn(24, RANK, generator=g),
         )
 
     def one_gauge(g: torch.Generator) -> Callable[[], lf.LowRank]:
@@ -57,7 +58,12 @@ def collections() -> dict[str, dict[str, lf.Adapter]]:
 
     found = {}
     for k, (name, kind) in enumerate(
-        {"sharing A": one_A, "sharing both sides": both_sides, "one gauge": one_gauge, "unrelated": unrelated}.items()
+        {
+            "sharing A": one_A,
+            "sharing both sides": both_sides,
+            "one gauge": one_gauge,
+            "unrelated": unrelated,
+        }.items()
     ):
         g = torch.Generator().manual_seed(k)
         draws = [kind(g) for _ in range(MODULES)]
@@ -69,7 +75,7 @@ def collections() -> dict[str, dict[str, lf.Adapter]]:
 
 
 def vlora_bytes(sources: dict[str, lf.Adapter], tolerance: float, folder: Path) -> int | None:
-    """The fewest bytes with which vLoRA keeps every adapter within the tolerance; None if it can't."""
+    """The fewest bytes at which vLoRA holds the tolerance for everyone; None if it can't."""
     paths = list(next(iter(sources.values())))
     adapters = [
         vlora.LoRAWeights(paths, {p: a[p].A for p in paths}, {p: a[p].B for p in paths}, RANK)
@@ -81,7 +87,7 @@ def vlora_bytes(sources: dict[str, lf.Adapter], tolerance: float, folder: Path) 
             subspace = vlora.SharedSubspace.from_adapters(adapters, num_components=k)
             target = folder / f"{packed}{k}"
             if packed:
-                subspace.SAVE(str(target))
+                subspace.save_quantized(str(target))
                 subspace = vlora.SharedSubspace.load(str(target))
             if worst_error(sources, subspace, paths) <= tolerance:
                 if not packed:
@@ -92,7 +98,9 @@ def vlora_bytes(sources: dict[str, lf.Adapter], tolerance: float, folder: Path) 
     return best
 
 
-def worst_error(sources: dict[str, lf.Adapter], subspace: vlora.SharedSubspace, paths: list[str]) -> float:
+def worst_error(
+    sources: dict[str, lf.Adapter], subspace: vlora.SharedSubspace, paths: list[str]
+) -> float:
     errors = []
     for k, a in enumerate(sources.values()):
         w = subspace.reconstruct(f"task_{k}")
@@ -119,10 +127,14 @@ def main() -> None:
             key = f"{name}, {tolerance:.0%}"
             smallest = min(sizes[form] for form in FORMS)
             peer = sizes["vLoRA"]
-            rows.append({"collection": key, "float16": raw, **{k: v or "never" for k, v in sizes.items()}})
+            rows.append(
+                {"collection": key, "float16": raw, **{k: v or "never" for k, v in sizes.items()}}
+            )
             result[key] = {"float16": raw, **sizes}
             # Two folds of one form differ by the digits of what they measured.
-            result["met"][key] = sizes["auto"] <= smallest + 64 and (peer is None or sizes["auto"] <= peer)
+            result["met"][key] = sizes["auto"] <= smallest + 64 and (
+                peer is None or sizes["auto"] <= peer
+            )
     report(QUESTION, rows, result, args.save)
 
 

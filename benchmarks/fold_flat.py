@@ -73,7 +73,11 @@ def main() -> None:
     args = arguments(QUESTION, lambda p: p.add_argument("--repeats", type=int, default=3))
     sources = adapters()
     theirs_in = [as_vlora(a) for a in sources.values()]
-    times: dict[str, list[float]] = {"vLoRA from_adapters": [], "lorafold fit": [], "lorafold fold": []}
+    times: dict[str, list[float]] = {
+        "vLoRA from_adapters": [],
+        "lorafold fit": [],
+        "lorafold fold": [],
+    }
     subspace = library = None
     with tempfile.TemporaryDirectory() as folder:
         fit(sources)
@@ -90,7 +94,8 @@ def main() -> None:
             times["vLoRA from_adapters"].append(seconds(peer))
             times["lorafold fit"].append(seconds(lambda: fit(sources)))
             times["lorafold fold"].append(seconds(ours))
-        assert subspace is not None and library is not None
+        assert subspace is not None
+        assert library is not None
         errors = compare(sources, subspace, library)
     medians = {name: statistics.median(values) for name, values in times.items()}
     peer_time = medians["vLoRA from_adapters"]

@@ -21,7 +21,9 @@ QUESTION = "Peak memory of folding 256 adapters × 64 modules (1024×1024, rank 
 COUNT, MODULES, D, RANK = 256, 64, 1024, 8
 AT_MOST = 0.25
 
-_PEAK = "print('peak', __import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss)"
+_PEAK = (
+    "print('peak', __import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss)"
+)
 _IMPORT = "import lorafold, torch, lorafold.fold.folding"
 _FOLD = """
 import sys, time
@@ -43,7 +45,12 @@ def make(folder: Path) -> int:
             A = (torch.randn(RANK, D, generator=g) / 32).bfloat16()
             B = (torch.randn(D, RANK, generator=g) / 32).bfloat16()
             modules[f"layers.{m}.q_proj"] = lf.LowRank(A, B, 2.0)
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj"]}
+        config = {
+            "peft_type": "LORA",
+            "r": RANK,
+            "lora_alpha": 2 * RANK,
+            "target_modules": ["q_proj"],
+        }
         lf.save(lf.Adapter(modules, config=config), folder / f"a{i:03d}")
         total += (folder / f"a{i:03d}" / "adapter_model.safetensors").stat().st_size
     return total
@@ -67,7 +74,11 @@ def main() -> None:
         {"what": "collection", "MiB": size / 2**20, "of the collection": 1.0},
         {"what": "only imports", "MiB": idle / 2**20, "of the collection": idle / size},
         {"what": "fold, above that", "MiB": above / 2**20, "of the collection": above / size},
-        {"what": "library", "MiB": fold["bytes"] / 2**20, "of the collection": fold["bytes"] / size},
+        {
+            "what": "library",
+            "MiB": fold["bytes"] / 2**20,
+            "of the collection": fold["bytes"] / size,
+        },
     ]
     result = {
         "form": args.form,

@@ -1,8 +1,8 @@
 """What do `add` and `open` cost in a large library?
 
-`add` to a library of 1,000 adapters against what it can't do without, reading the adapter's file and
-projecting it on the library's bases: at most twice that. Opening a library of 10,000 names: under 10
-opens of files.
+`add` to a library of 1,000 adapters against what it can't do without, reading the adapter's file
+and projecting it on the library's bases: at most twice that. Opening a library of 10,000 names:
+under 10 opens of files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from _common import arguments, report, seconds
 import lorafold as lf
 
 QUESTION = "add to a library of 1,000 against reading and projecting; files opened for 10,000 names"
-D, RANK, WIDTH, MODULES = 1024, 8, 32, 32
+D, RANK, WIDTH, MODULES = 4096, 16, 32, 8
 AT_MOST, OPENS_AT_MOST = 2.0, 10
 
 

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,11 +173,11 @@ def filled(text: str, results: Path = RESULTS) -> str:
     if (results / "demo.json").is_file():
         parts["demo"] = demo_output(results)
     for name, content in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
+        marked = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        if len(marked.findall(text)) != 1:
             raise SystemExit(f"the README must have one pair of markers for {name!r}")
-        head, _, rest = text.partition(begin)
-        text = head + begin + content + end + rest.partition(end)[2]
+        block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        text = marked.sub(lambda _, block=block: block, text)
     return text
 
 

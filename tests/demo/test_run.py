@@ -172,7 +172,9 @@ def test_no_number_is_from_a_table(made, sources, tmp_path):
 
 def test_retention_is_chosen_on_one_half_and_reported_on_the_other(sources, tmp_path, monkeypatch):
     seen = {"score": [], "report": []}
-    parts = {name: run.halves((data_dir() / "heldout" / f"{name}.txt").read_bytes()) for name in NAMES}
+    parts = {
+        name: run.halves((data_dir() / "heldout" / f"{name}.txt").read_bytes()) for name in NAMES
+    }
 
     def watched(config, state, data):
         part = [name for name in NAMES if data in parts[name]]

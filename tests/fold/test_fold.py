@@ -741,7 +741,7 @@ def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):
     from lorafold.fold import build
 
     monkeypatch.setattr(
-        build._Ledger, "limit", lambda self, path, rows, members: np.full(len(rows), np.inf)
+        build.Ledger, "limit", lambda self, path, rows, members: np.full(len(rows), np.inf)
     )
     monkeypatch.setattr(build, "bits_for_error", lambda e, *a: np.full(np.shape(e), 1))
     monkeypatch.setattr(build.Target, "bits", lambda self, e, cost: np.full(e.shape, 1))

@@ -204,7 +204,7 @@ PATHS = {"layers.0.q_proj": (48, 40), "layers.0.up_proj": (72, 40), "layers.1.q_
 
 
 def related(make_adapter, count=6, rank=4):
-    """Adapters with one A at each module, small steps apart: every form finds something to share."""
+    """Adapters with one A at each module, small steps apart: every form can share something."""
     first = make_adapter(PATHS, rank, seed=50)
     steps = [make_adapter(PATHS, rank, seed=60 + i) for i in range(count)]
     adapters = {}
@@ -280,10 +280,9 @@ def test_what_was_added_later_is_read(form, make_adapter, tmp_path):
     reader = compare(tmp_path / "lib")
     assert len(reader.shards) > 1
     assert "layers.2.q_proj" not in reader.adapter("a/0")[0]
-    shutil_free = lf.Library.open(tmp_path / "lib")
-    for name in list(late):
-        shutil_free.remove(name)
-    shutil_free.close()
+    with lf.Library.open(tmp_path / "lib") as opened:
+        for name in late:
+            opened.remove(name)
     compare(tmp_path / "lib")
 
 

@@ -2,9 +2,7 @@
 
 Retention of a task is (base − folded) / (base − adapter), in loss on the task's held-out text. Each
 text is cut in two at a line. The first part is what `fold(retention=…)` may look at when it chooses
-tolerances; every number reported comes from the second. Truncated SVD is given its best form:
-directions are kept over all modules by energy per byte, and only their float16 numbers are counted,
-no file around them.
+tolerances; every number reported comes from the second.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ from ..errors import FileError
 from ..files import load, save
 from ..files.atomic import new_directory
 from ..fold import Library, fold
-from ..lowrank import LowRank, from_svd
 from .model import data_dir, heldout_loss, load_base
+from .truncation import svd_of, truncated
 
 TOLERANCES = (0.05, 0.1, 0.2)
 DEFAULT = 0.1  # fold's own; this library is called `lib`, and is unfolded
@@ -39,7 +37,6 @@ RETENTION = 0.98
 REPORT = "report.json"
 
 Progress = Callable[[int, int, str], None]
-Svd = dict[str, tuple[Tensor, Tensor, Tensor]]
 Row = dict[str, Any]
 
 
@@ -111,8 +108,8 @@ def run_demo(
         raise FileError(f"{folder} was not made by the demo: remove it yourself, or name another")
     with new_directory(folder, overwrite=overwrite) as staging:
         shutil.copytree(adapters or data_dir() / "adapters", staging / "adapters")
-        with _one_thread_each():
-            report = _Demo(staging, tolerances, retention, progress).report()
+        with _one_thread_each(), ThreadPoolExecutor(2) as runs:
+            report = _Demo(staging, tolerances, retention, progress, runs).report()
         report = {"folder": str(folder), **report, "next": _next(folder, report)}
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -138,7 +135,9 @@ class _Demo:
         tolerances: tuple[float, ...],
         retention: float | None,
         progress: Progress | None,
+        runs: ThreadPoolExecutor,
     ) -> None:
+        self._runs = runs
         self.folder, self.sources = folder, folder / "adapters"
         self.names = sorted(p.name for p in self.sources.iterdir())
         # The base, the adapters, each library, two peers of some, and a search of eight at most.
@@ -151,14 +150,19 @@ class _Demo:
         self.judge = Judge(self.names, self._advance)
         self.adapters = {name: load(self.sources / name) for name in self.names}
         self.svds = {name: svd_of(a) for name, a in self.adapters.items()}
-        self.base = {name: self.judge.loss(name, None) for name in self.names}
-        self.full = {name: self.judge.loss(name, a) for name, a in self.adapters.items()}
+        self.base = self._losses(dict.fromkeys(self.names))
+        self.full = self._losses(self.adapters)
 
     def _advance(self, what: str) -> None:
         if self._stopped.is_set():
             raise CancelledError
         self._progress(min(self._done, self._total - 1), self._total, what)
         self._done += 1
+
+    def _losses(self, adapters: Mapping[str, Adapter | None]) -> dict[str, float]:
+        """Each adapter's loss on its task, two at a time."""
+        losses = self._runs.map(self.judge.loss, adapters, adapters.values())
+        return dict(zip(adapters, losses, strict=True))
 
     def report(self) -> dict[str, Any]:
         """Everything but the folder."""
@@ -213,7 +217,9 @@ class _Demo:
     def _measured(self, path: Path, by: str) -> tuple[dict[str, Any], list[Row]]:
         """A library's statistics, and its row; with those of its peers where these are wanted."""
         with Library.open(path) as lib:
-            errors = lib.verify([self.sources])  # measured against the files, and the bounds checked
+            errors = lib.verify(
+                [self.sources]
+            )  # measured against the files, and the bounds checked
             stats, nbytes = lib.stats(), lib.nbytes
             sizes = {name: _own_bytes(lib, name) for name in self.names}
             back = {name: lib[name] for name in self.names}
@@ -249,10 +255,8 @@ class _Demo:
         return {name: load(self.folder / "unfolded" / name) for name in back}
 
     def _kept(self, back: Mapping[str, Adapter]) -> Row:
-        kept = {}
-        for name, adapter in back.items():
-            lift = self.base[name] - self.full[name]
-            kept[name] = (self.base[name] - self.judge.loss(name, adapter)) / lift
+        base, full, losses = self.base, self.full, self._losses(back)
+        kept = {n: (base[n] - loss) / (base[n] - full[n]) for n, loss in losses.items()}
         worst = min(kept, key=lambda name: kept[name])
         return {**_spread("retention", kept), "worst_task": worst, "retention": kept}
 
@@ -284,45 +288,6 @@ def file_bytes(folder: Path, names: list[str]) -> dict[str, int]:
                 size = len(as_safetensors(wide, {"format": "pt"}))
             found["float32"] += size
     return found
-
-
-def svd_of(adapter: Adapter) -> Svd:
-    """Module path → U, S, Vh of its update."""
-    return {path: u.svd() for path, u in adapter.items()}
-
-
-def truncated(svd: Svd, *, error: float | None = None, nbytes: float | None = None) -> Adapter:
-    """The best truncation in float16: directions over all modules by energy per byte.
-
-    Args:
-        svd: of every module. error: keep the fewest bytes within this relative error.
-        nbytes: or as much as fits, two bytes a number; at least one direction.
-    """
-    steps = [
-        (float(s) ** 2, U.shape[0] + Vh.shape[1], path)
-        for path, (U, S, Vh) in svd.items()
-        for s in S.double().tolist()
-    ]
-    steps.sort(key=lambda step: -step[0] / step[1])
-    left = sum(energy for energy, _, _ in steps)
-    allowed = 0.0 if error is None else error**2 * left
-    ranks: dict[str, int] = {}
-    used = 0
-    for energy, width, path in steps:
-        if nbytes is None and left <= allowed:
-            break
-        # Within a module energies fall, so that each prefix is taken in order. What does not fit
-        # is passed over, for a narrower module may fit.
-        if nbytes is not None and ranks and used + 2 * width > nbytes:
-            continue
-        ranks[path] = ranks.get(path, 0) + 1
-        used += 2 * width
-        left -= energy
-    return Adapter({path: _cut(*svd[path], rank) for path, rank in ranks.items()})
-
-
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> LowRank:
-    return from_svd(U[:, :rank], S[:rank], Vh[:rank]).to(dtype=torch.float16)
 
 
 def _next(folder: Path, report: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,9 @@ class _Callable(ModuleType):
     ) -> Library:
         from .folding import fold
 
-        options: Mapping[str, Any] = {k: v for k, v in locals().items() if k not in ("self", "fold", "sources", "path")}
+        options: Mapping[str, Any] = {
+            k: v for k, v in locals().items() if k not in ("self", "fold", "sources", "path")
+        }
         return fold(sources, path, **options)
 
 

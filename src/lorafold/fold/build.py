@@ -18,17 +18,18 @@ import torch
 
 from ..adapter import Layout
 from ..errors import MismatchError, ToleranceError
-from . import flat
 from .allocate import bits_for_bytes, bits_for_error, predicted_error
+from .blocks import code_flat, code_own_or_shared, replaced
 from .collection import Collection, few_threads
 from .groups import init_groups, probes
-from .plan import ModulePlan, Options, Planner, basis_at, side_pairs
-from .record import NOTHING, Coded, Target, code_block, exact_record
+from .ledger import SLACK, Ledger
+from .module_plan import ModulePlan
+from .plan import Options, Planner
+from .record import NOTHING, Coded, Target, exact_record
 from .shard import ShardWriter
-from .stack import Block, Factors, Stack, decompose, singular_values, squared_residuals
+from .stack import Block, Factors, Stack, decompose, singular_values
 from .store import Transaction
 
-SLACK = 0.005  # share of the squared tolerance kept back for modules that overshoot by a little
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
 _CHUNK = 256  # adapters whose bits are allocated at once
@@ -64,7 +65,11 @@ class Builder:
     """
 
     def __init__(
-        self, collection: Collection, options: Options, tolerances: np.ndarray, progress: Progress | None = None
+        self,
+        collection: Collection,
+        options: Options,
+        tolerances: np.ndarray,
+        progress: Progress | None = None,
     ) -> None:
         self.collection = collection
         self.options = options
@@ -109,7 +114,9 @@ class Builder:
             S = [singular_values(f, exact).cpu().numpy() for f in stack.factors()]
             stack.forget()
             width = max(s.shape[1] for s in S)
-            self.singular_values[path] = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S])
+            self.singular_values[path] = np.concatenate(
+                [np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S]
+            )
 
     def _plans(self) -> Iterator[dict[str, ModulePlan]]:
         """The plans worth writing, the cheapest by prediction first."""
@@ -157,7 +164,8 @@ class Builder:
             if not found:
                 raise MismatchError(
                     f"form 'flat' needs one rank at each module; {path!r} has ranks "
-                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take another form"
+                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take "
+                    "another form"
                 )
             plans[path] = found[0]
         return plans
@@ -210,7 +218,11 @@ class Builder:
         return {p: Target("bytes" if o.coded else "error", a) for p, a in amounts.items()}
 
     def _fill(
-        self, members: np.ndarray, plans: Mapping[str, ModulePlan], rows: Mapping[str, np.ndarray], amounts: dict[str, np.ndarray]
+        self,
+        members: np.ndarray,
+        plans: Mapping[str, ModulePlan],
+        rows: Mapping[str, np.ndarray],
+        amounts: dict[str, np.ndarray],
     ) -> None:
         energy, widths, spans, total = [], [], {}, np.zeros(len(members))
         at = 0
@@ -251,7 +263,7 @@ class Builder:
     def write_plans(self, writer: ShardWriter, plans: Mapping[str, ModulePlan]) -> Written:
         """Code every module as planned into one shard, measured as it is written."""
         c, n = self.collection, self.collection.folded
-        ledger = _Ledger(self._budgets(plans), self.tolerances, self._totals())
+        ledger = Ledger(self._budgets(plans), self.tolerances, self._totals())
         at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
         result = Written(writer.name, np.zeros(n), ledger.total, np.zeros(n), [])
         for j, path in enumerate(c.paths):
@@ -287,7 +299,9 @@ class Builder:
             total[stack.members] += (self.singular_values[path] ** 2).sum(1)
         return total
 
-    def _coded(self, stack: Stack, plan: ModulePlan, ledger: _Ledger) -> Iterator[tuple[np.ndarray, Coded]]:
+    def _coded(
+        self, stack: Stack, plan: ModulePlan, ledger: Ledger
+    ) -> Iterator[tuple[np.ndarray, Coded]]:
         start = 0
         flat_only = plan.flat is not None
         for f, block in ((f, None) for f in stack.factors()) if flat_only else stack.pairs():
@@ -295,9 +309,9 @@ class Builder:
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
             if block is None:
-                coded = _code_flat(f, rows, plan, target)
+                coded = code_flat(f, rows, plan, target)
             else:
-                coded = _code_own_or_shared(self._cut(block), rows, plan, target, f)
+                coded = code_own_or_shared(self._cut(block), rows, plan, target, f)
             if target.kind == "error":
                 coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
             yield f.members, coded
@@ -305,14 +319,26 @@ class Builder:
     def _cut(self, block: Block) -> Block:
         """The block without the directions that a rank or an energy drops."""
         o = self.options
-        if o.form != "svd" and o.form != "auto" or o.rank is None and o.energy is None:
+        if o.form not in ("svd", "auto") or (o.rank is None and o.energy is None):
             return block
         S = block.S.cpu().numpy()
         keep = self.planner._kept(S)
-        return Block(block.members, block.U, torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0), block.V)
+        return Block(
+            block.members,
+            block.U,
+            torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0),
+            block.V,
+        )
 
     def _enforced(
-        self, f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, coded: Coded, ledger: _Ledger, path: str
+        self,
+        f: Factors,
+        rows: np.ndarray,
+        plan: ModulePlan,
+        target: Target,
+        coded: Coded,
+        ledger: Ledger,
+        path: str,
     ) -> Coded:
         """Code again what overshot; at last store it exactly."""
         raw = f.B.shape[1] + f.A.shape[2]
@@ -324,15 +350,17 @@ class Builder:
             if attempt == 4:
                 coded = self._exact_rows(f, over, path, coded)
                 break
-            aim = ledger.limit(path, rows, f.members)[over] / np.maximum(coded.squared_error[over], 1e-300)
+            aim = ledger.limit(path, rows, f.members)[over] / np.maximum(
+                coded.squared_error[over], 1e-300
+            )
             again = f.take(over)
             smaller = target.take(over, np.minimum(aim, 1.0) * 0.97 ** (attempt + 1))
             if plan.flat is not None:
-                redone = _code_flat(again, rows[over], plan, smaller)
+                redone = code_flat(again, rows[over], plan, smaller)
             else:
                 block = Block(again.members, *decompose(again.B, again.A))
-                redone = _code_own_or_shared(block, rows[over], plan, smaller, again)
-            coded = _replaced(coded, over, redone)
+                redone = code_own_or_shared(block, rows[over], plan, smaller, again)
+            coded = replaced(coded, over, redone)
         itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
         bulky = np.array([len(r) for r in coded.records]) > itemsize * raw * ranks
         if bulky.any():
@@ -340,8 +368,14 @@ class Builder:
         ledger.book(path, rows, f.members, coded.squared_error)
         return coded
 
-    def _exact_rows(self, f: Factors, rows: np.ndarray, path: str, coded: Coded, only_smaller: bool = False) -> Coded:
-        records, error, payload = list(coded.records), coded.squared_error.copy(), coded.payload.copy()
+    def _exact_rows(
+        self, f: Factors, rows: np.ndarray, path: str, coded: Coded, only_smaller: bool = False
+    ) -> Coded:
+        records, error, payload = (
+            list(coded.records),
+            coded.squared_error.copy(),
+            coded.payload.copy(),
+        )
         for k in rows.tolist():
             record = exact_record(self.collection.read(int(f.members[k]), path))
             if not only_smaller or len(record) < len(records[k]):
@@ -350,9 +384,15 @@ class Builder:
 
     # Manifest and extras
 
-    def _module_entry(self, j: int, path: str, plan: ModulePlan | None, writer: ShardWriter) -> dict[str, Any]:
+    def _module_entry(
+        self, j: int, path: str, plan: ModulePlan | None, writer: ShardWriter
+    ) -> dict[str, Any]:
         c = self.collection
-        entry: dict[str, Any] = {"path": path, "shape": list(c.shapes[path]), "form": plan.form if plan else "exact"}
+        entry: dict[str, Any] = {
+            "path": path,
+            "shape": list(c.shapes[path]),
+            "form": plan.form if plan else "exact",
+        }
         if path in c.layouts:
             entry["layout"] = layout_entry(c.layouts[path])
         if plan is None:
@@ -363,9 +403,11 @@ class Builder:
             entry["certificate"] = {k: round(v, 9) for k, v in plan.certificate.items()}
         bases: dict[str, list[list[Any]]] = {}
         for side, shared in (("U", plan.U), ("V", plan.V)):
-            for g, basis in (shared.bases.items() if shared else ()):
+            for g, basis in shared.bases.items() if shared else ():
                 if basis.fresh:
-                    write_basis(writer, f"b{j}.{side}{g}", basis.record, bases, f"{side}{g}", basis.fresh)
+                    write_basis(
+                        writer, f"b{j}.{side}{g}", basis.record, bases, f"{side}{g}", basis.fresh
+                    )
         if plan.flat is not None:
             for side, half in (("A", plan.flat.A), ("B", plan.flat.B)):
                 if not half.record:
@@ -381,7 +423,9 @@ class Builder:
         if plan.flat is not None:
             available = max(plan.flat.A.count, plan.flat.B.count)
         elif plan.U is not None or plan.V is not None:
-            available = max(b.rank for s in (plan.U, plan.V) if s is not None for b in s.bases.values())
+            available = max(
+                b.rank for s in (plan.U, plan.V) if s is not None for b in s.bases.values()
+            )
         else:
             available = min(int(self.stacks[path].ranks.max()), *self.stacks[path].shape)
         asked = self.options.rank
@@ -405,68 +449,13 @@ class Builder:
         return 256 + 110 * (len(c.paths) + bases + extras)
 
 
-class _Ledger:
-    """What each adapter may still lose: the budgets of its modules, and what is carried over."""
-
-    def __init__(self, targets: dict[str, Target], tolerances: np.ndarray, total: np.ndarray) -> None:
-        self.total = total
-        self._targets = targets
-        self._carry = np.zeros(len(total))
-        self._slack = 0.9 * SLACK * tolerances**2 * total
-
-    def target(self, path: str, rows: np.ndarray, members: np.ndarray) -> Target:
-        target = self._targets[path].take(rows)
-        if target.kind != "error":
-            return target
-        return Target("error", np.maximum(target.amount + self._carry[members], 0.3 * target.amount))
-
-    def limit(self, path: str, rows: np.ndarray, members: np.ndarray) -> np.ndarray:
-        """The most a module may lose so that the adapter's sum can still hold."""
-        return self._targets[path].amount[rows] + self._carry[members] + self._slack[members]
-
-    def book(self, path: str, rows: np.ndarray, members: np.ndarray, error: np.ndarray) -> None:
-        self._carry[members] += self._targets[path].amount[rows] - error
-
-
-def _code_own_or_shared(block: Block, rows: np.ndarray, plan: ModulePlan, target: Target, whole: Factors) -> Coded:
-    """Code a block, each adapter with the sides it has; errors against `whole`."""
-    n = len(rows)
-    result = Coded([b""] * n, np.zeros(n), np.zeros(n))
-    for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
-        U, V = basis_at(plan.U, u), basis_at(plan.V, v)
-        ids = (u if U else None, v if V else None)
-        part = code_block(block.take(members), target.take(members), ids, U, V, whole.take(members))
-        result = _replaced(result, members, part)
-    return result
-
-
-def _code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
-    """Flat parts, and where these miss the target a residual of the adapter's own."""
-    assert plan.flat is not None
-    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
-    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
-    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
-    if len(over):
-        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
-        block = Block(f.members[over], *decompose(B, A))
-        rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
-        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        coded = _replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
-    return coded
-
-
-def _replaced(coded: Coded, rows: np.ndarray, by: Coded) -> Coded:
-    records = list(coded.records)
-    error, payload = coded.squared_error.copy(), coded.payload.copy()
-    for k, record in zip(rows.tolist(), by.records, strict=True):
-        records[k] = record
-    error[rows], payload[rows] = by.squared_error, by.payload
-    return Coded(records, error, payload)
-
-
 def write_basis(
-    writer: ShardWriter, key: str, record: bytes, bases: dict[str, list[list[Any]]], name: str, columns: int
+    writer: ShardWriter,
+    key: str,
+    record: bytes,
+    bases: dict[str, list[list[Any]]],
+    name: str,
+    columns: int,
 ) -> None:
     """Write a basis as a tensor and enter it: name → [[shard, tensor, columns], …]."""
     with writer.stream(key) as stream:
@@ -482,7 +471,7 @@ def layout_entry(layout: Layout) -> dict[str, Any]:
 
 def read_layout(entry: Mapping[str, Any]) -> Layout:
     """The inverse of `layout_entry`."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
     return Layout(**given)
 
 

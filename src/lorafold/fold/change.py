@@ -21,11 +21,12 @@ from ..files import open_adapter
 from ..lowrank import LowRank
 from .build import Builder, check_contract, layout_entry
 from .collection import Collection, Handle, block_bytes, few_threads, named_handles, torch_device
-from .entries import adapter_entries, new_manifest
-from .plan import FlatBases, ModulePlan, Options, Planner, Shared
+from .entries import adapter_entries
+from .module_plan import FlatBases, ModulePlan, Shared
+from .plan import Options, Planner
 from .shard import Shard, ShardWriter
-from .sides import Basis, Spectrum, basis_of, projected, residual
-from .stack import Block, Stack, decompose, squared_norms
+from .sides import Basis, Spectrum, basis_of
+from .stack import Block, Stack
 
 if TYPE_CHECKING:
     from .library import Library
@@ -51,7 +52,13 @@ def one_handle(adapter: Any) -> tuple[str | None, Handle]:
 
 
 def add_to(
-    lib: Library, adapter: Any, name: str | None, *, replace: bool, tolerance: float | None, form: str | None
+    lib: Library,
+    adapter: Any,
+    name: str | None,
+    *,
+    replace: bool,
+    tolerance: float | None,
+    form: str | None,
 ) -> float:
     """See `Library.add`."""
     default, handle = one_handle(adapter)
@@ -63,12 +70,16 @@ def add_to(
     if tolerance is not None and not 0 <= tolerance < 1:
         raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance}")
     if lib.base_model and handle.base_model and lib.base_model != handle.base_model:
-        raise MismatchError(f"{name!r} belongs to base {handle.base_model!r}, the library to {lib.base_model!r}")
+        raise MismatchError(
+            f"{name!r} belongs to base {handle.base_model!r}, the library to {lib.base_model!r}"
+        )
     for path, (out, inner, _) in handle.shapes.items():
         lib.check_shape(path, (out, inner))
     with lib.changing() as t:
         if name in lib and not replace:
-            raise MismatchError(f"the library already has an adapter {name!r}; use replace=True or another name")
+            raise MismatchError(
+                f"the library already has an adapter {name!r}; use replace=True or another name"
+            )
         manifest = copy.copy(t.manifest)
         manifest["modules"] = copy.deepcopy(manifest["modules"])
         manifest["adapters"] = dict(manifest["adapters"])
@@ -79,14 +90,25 @@ def add_to(
 
 
 def _write_added(
-    lib: Library, t: Transaction, manifest: dict[str, Any], name: str, handle: Handle, tolerance: float | None, form: str | None
+    lib: Library,
+    t: Transaction,
+    manifest: dict[str, Any],
+    name: str,
+    handle: Handle,
+    tolerance: float | None,
+    form: str | None,
 ) -> tuple[ShardWriter, dict[str, Any]]:
     options = Options(**manifest["options"])
     bound = options.tolerance if tolerance is None else tolerance
     exact = form == "exact" or options.form == "exact" or bound == 0
     if bound is not None:
         options = Options(options.form if form is None else form, bound)
-    collection = Collection({name: handle}, exact={name} if exact else (), block_bytes=block_bytes("1GiB"), device=lib._device)
+    collection = Collection(
+        {name: handle},
+        exact={name} if exact else (),
+        block_bytes=block_bytes("1GiB"),
+        device=lib._device,
+    )
     known = [m["path"] for m in manifest["modules"]]
     collection.paths = known + [p for p in collection.paths if p not in set(known)]
     for m in manifest["modules"]:
@@ -97,7 +119,9 @@ def _write_added(
         plans = _plans_for(lib, builder, options, own_sides=form == "svd")
         writer = t.new_shard(header_capacity=builder.header_capacity(plans))
         written = builder.write_plans(writer, plans)
-    entries = adapter_entries(collection, written, bounds, Options(**manifest["options"]), manifest["config"])
+    entries = adapter_entries(
+        collection, written, bounds, Options(**manifest["options"]), manifest["config"]
+    )
     if bound is not None and collection.folded:
         check_contract([name], np.array([entries[name]["error"]]), bounds)
     for j, module in enumerate(written.modules):
@@ -122,12 +146,14 @@ def _own_layouts(modules: list[dict[str, Any]], handle: Handle) -> dict[str, Any
     return own
 
 
-def _plans_for(lib: Library, builder: Builder, options: Options, own_sides: bool) -> dict[str, ModulePlan]:
+def _plans_for(
+    lib: Library, builder: Builder, options: Options, own_sides: bool
+) -> dict[str, ModulePlan]:
     """How each module of one new adapter is stored in the present bases."""
     plans = {}
     numbers = {m["path"]: j for j, m in enumerate(lib.modules)}
     for path, stack in builder.stacks.items():
-        block = next(iter(stack.blocks()))
+        (block,) = list(stack.blocks())  # to the end, so that the stack keeps it
         S = builder.singular_values[path] = block.S.cpu().numpy()
         svd = builder.planner.svd(stack, S)
         plans[path] = svd
@@ -145,7 +171,9 @@ def _plans_for(lib: Library, builder: Builder, options: Options, own_sides: bool
         # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
         if options.tolerance is not None and shared.nbytes > _CLOSE * svd.nbytes:
             candidates.append(svd)
-            candidates += _extended(builder.planner, lib.modules[j]["form"], stack, S, block, sides, options.tolerance)
+            candidates += _extended(
+                builder.planner, lib.modules[j]["form"], stack, S, block, sides, options.tolerance
+            )
         plans[path] = min(candidates, key=lambda plan: plan.nbytes)
     return plans
 
@@ -164,6 +192,9 @@ def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbere
         return None
     chosen: list[Numbered] = []
     for side, X in (("U", block.U), ("V", block.V)):
+        if len(found[side]) == 1:
+            chosen.append((0, found[side][0]))
+            continue
         best: Numbered = (-1, None)
         least = np.inf
         for number, basis in enumerate(found[side]):
@@ -175,20 +206,30 @@ def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbere
     return chosen[0], chosen[1]
 
 
-def _shared_plan(planner: Planner, form: str, stack: Stack, S: np.ndarray, U: Numbered, V: Numbered) -> ModulePlan:
+def _shared_plan(
+    planner: Planner, form: str, stack: Stack, S: np.ndarray, U: Numbered, V: Numbered
+) -> ModulePlan:
     shared = [None if b is None else Shared(np.array([g]), {g: b}) for g, b in (U, V)]
     return planner.with_sides(form, stack, S, shared[0], shared[1])
 
 
 def _extended(
-    planner: Planner, form: str, stack: Stack, S: np.ndarray, block: Block, sides: tuple[Numbered, Numbered], tolerance: float
+    planner: Planner,
+    form: str,
+    stack: Stack,
+    S: np.ndarray,
+    block: Block,
+    sides: tuple[Numbered, Numbered],
+    tolerance: float,
 ) -> list[ModulePlan]:
     """Plans that append what the bases miss of the update to one side, or to each."""
     (u, U), (v, V) = sides
     longer = []
     for basis, X, side in ((U, block.U, "U"), (V, block.V, "V")):
-        longer.append(None if basis is None else _appended(basis, X, block.S, side, 0.5 * tolerance**2))
-    options = []
+        longer.append(
+            None if basis is None else _appended(basis, X, block.S, side, 0.5 * tolerance**2)
+        )
+    options: list[tuple[Numbered, Numbered]] = []
     if longer[0] is not None:
         options.append(((u, longer[0]), (v, V)))
     if longer[1] is not None:
@@ -214,7 +255,9 @@ def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Ba
     return Basis(torch.cat([basis.columns, fresh.columns], 1), fresh.record, fresh.rank)
 
 
-def _flat_plan(lib: Library, j: int, planner: Planner, stack: Stack, S: np.ndarray) -> ModulePlan | None:
+def _flat_plan(
+    lib: Library, j: int, planner: Planner, stack: Stack, S: np.ndarray
+) -> ModulePlan | None:
     from .flat import FlatSide
 
     out, inner = stack.shape
@@ -245,7 +288,9 @@ def remove_from(lib: Library, name: str) -> None:
         _commit(t, manifest, None)
 
 
-def refold_all(lib: Library, tolerance: float | None, sources: Any, options: Mapping[str, Any]) -> None:
+def refold_all(
+    lib: Library, tolerance: float | None, sources: Any, options: Mapping[str, Any]
+) -> None:
     """See `Library.refold`."""
     from .folding import FoldOptions, folded
 
@@ -266,7 +311,10 @@ def refold_all(lib: Library, tolerance: float | None, sources: Any, options: Map
             handles = named_handles(sources)
             if set(handles) != set(lib.names):
                 odd = sorted(set(handles) ^ set(lib.names))
-                raise MismatchError(f"the sources must be the library's adapters, one each; they differ in {odd[:3]}")
+                raise MismatchError(
+                    "the sources must be the library's adapters, one each; they differ in "
+                    f"{odd[:3]}"
+                )
             handles = {name: handles[name] for name in lib.names}
             old: dict[str, float] = {}
         else:
@@ -321,7 +369,12 @@ def _commit(t: Transaction, manifest: dict[str, Any], fresh: ShardWriter | None)
 
 def _used(manifest: Mapping[str, Any]) -> set[str]:
     shards = {entry["shard"] for entry in manifest["adapters"].values()}
-    return shards | {s for m in manifest["modules"] for segments in m.get("bases", {}).values() for s, _, _ in segments}
+    return shards | {
+        s
+        for m in manifest["modules"]
+        for segments in m.get("bases", {}).values()
+        for s, _, _ in segments
+    }
 
 
 def _to_merge(manifest: Mapping[str, Any], alive: Mapping[str, Shard]) -> list[str]:
@@ -371,7 +424,12 @@ def _merge(t: Transaction, manifest: dict[str, Any], old: Mapping[str, Shard]) -
         for k, (key, tensor) in enumerate(e.get("extras", {}).items()):
             kept[key] = f"x{row}.{k}"
             writer.add(kept[key], old[e["shard"]].read_tensor(tensor))
-        manifest["adapters"][name] = {**e, "shard": writer.name, "row": row, **({"extras": kept} if kept else {})}
+        manifest["adapters"][name] = {
+            **e,
+            "shard": writer.name,
+            "row": row,
+            **({"extras": kept} if kept else {}),
+        }
 
 
 # verify
@@ -380,16 +438,27 @@ def _merge(t: Transaction, manifest: dict[str, Any], old: Mapping[str, Shard]) -
 def checked_error(lib: Library, name: str, handle: Handle) -> float:
     """The error of a stored adapter against its source, by QR, checked against its bound."""
     if name not in lib:
-        raise UnknownNameError(f"no adapter {name!r} in the library; {did_you_mean(name, lib.names)}")
+        raise UnknownNameError(
+            f"no adapter {name!r} in the library; {did_you_mean(name, lib.names)}"
+        )
     entry, stored = lib._entry(name), lib[name]
     source = Adapter(
-        {p: handle.read(p) for p in handle.shapes}, handle.read_extras(), handle.config, handle.base_model, handle.layouts
+        {p: handle.read(p) for p in handle.shapes},
+        handle.read_extras(),
+        handle.config,
+        handle.base_model,
+        handle.layouts,
     )
     if entry.get("exact"):
         if stored.digest != source.digest:
-            raise ToleranceError(f"{name!r} is stored exactly, but its tensors are not those of the source")
+            raise ToleranceError(
+                f"{name!r} is stored exactly, but its tensors are not those of the source"
+            )
         return 0.0
-    if stored.modules.keys() != source.modules.keys() or stored.extras.keys() != source.extras.keys():
+    if (
+        stored.modules.keys() != source.modules.keys()
+        or stored.extras.keys() != source.extras.keys()
+    ):
         raise ToleranceError(f"{name!r} has other modules or extras than its source")
     for key, tensor in source.extras.items():
         if not torch.equal(stored.extras[key].to(tensor.device), tensor):
@@ -400,8 +469,20 @@ def checked_error(lib: Library, name: str, handle: Handle) -> float:
     if bound is None:
         bound = float(entry["error"]) * 1.001 + 1e-6
     if error > bound * (1 + 1e-6) + 1e-9:
-        raise ToleranceError(f"{name!r} has error {error:.4g} against its source, above its bound {bound:.4g}")
+        raise ToleranceError(
+            f"{name!r} has error {error:.4g} against its source, above its bound {bound:.4g}"
+        )
     return error
 
 
-__all__ = ["Spectrum", "Stored", "add_to", "checked_error", "nearest_sides", "one_handle", "refold_all", "remove_from", "torch_device"]
+__all__ = [
+    "Spectrum",
+    "Stored",
+    "add_to",
+    "checked_error",
+    "nearest_sides",
+    "one_handle",
+    "refold_all",
+    "remove_from",
+    "torch_device",
+]

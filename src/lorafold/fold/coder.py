@@ -60,30 +60,32 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
     floats: np.ndarray | None = None
     hat = torch.zeros_like(X)
     scale = torch.zeros(m, dtype=torch.float64, device=X.device)
-    for level in np.unique(bits):
+    rounded = np.flatnonzero((bits > 0) & (bits <= 8))
+    if len(rounded):
+        turned = rotate(X[torch.as_tensor(rounded, device=X.device)], seed)
+        for level in np.unique(bits[rounded]):
+            here = np.flatnonzero(bits[rounded] == level)
+            index = torch.as_tensor(here, device=X.device)
+            c, s = quantise(turned[index], int(level))
+            codes[rounded[here]] = c.cpu().numpy()
+            turned[index] = dequantise(c, int(level), dtype=X.dtype)
+            scale[torch.as_tensor(rounded[here], device=X.device)] = s.double()
+        hat[torch.as_tensor(rounded, device=X.device)] = unrotate(turned, seed)
+    for level in _FLOATS:
         rows = np.flatnonzero(bits == level)
-        index = torch.as_tensor(rows, device=X.device)
-        if level == 0:
+        if not len(rows):
             continue
-        x = X[index]
-        if level <= 8:
-            c, s = quantise(rotate(x, seed), int(level))
-            codes[rows] = c.cpu().numpy()
-            hat[index] = unrotate(dequantise(c, int(level), dtype=X.dtype), seed)
-            scale[index] = s.double()
-        else:
-            q = x.half().to(X.dtype) if level == 16 else x
-            if floats is None:
-                floats = np.zeros((m, d), np.float32)
-            floats[rows] = q.cpu().numpy()
-            hat[index] = q
-            scale[index] = 1.0
+        index = torch.as_tensor(rows, device=X.device)
+        q = X[index].half().to(X.dtype) if level == 16 else X[index]
+        if floats is None:
+            floats = np.zeros((m, d), np.float32)
+        floats[rows] = q.cpu().numpy()
+        hat[index] = q
+        scale[index] = 1.0
     return CodedRows(bits, codes, floats, hat, scale)
 
 
-def write_rows(
-    sides: Sequence[CodedRows], rows: np.ndarray, coefficients: np.ndarray
-) -> bytes:
+def write_rows(sides: Sequence[CodedRows], rows: np.ndarray, coefficients: np.ndarray) -> bytes:
     """Bytes of some rows of one or two sides that share bits and coefficients.
 
     Args:
@@ -94,7 +96,9 @@ def write_rows(
     bits = sides[0].bits[rows]
     wide = needs_float32(bits)
     top = float(np.abs(coefficients).max(initial=0.0))
-    relative = (coefficients / top if top > 0 else coefficients).astype(np.float32 if wide else np.float16)
+    relative = (coefficients / top if top > 0 else coefficients).astype(
+        np.float32 if wide else np.float16
+    )
     levels = pack(np.array([_CODE_OF[int(b)] for b in bits], np.uint8), 4)
     parts = [_HEAD.pack(len(rows), wide, top), bytes(levels), relative.tobytes()]
     for level in _descending(bits):
@@ -110,7 +114,11 @@ def write_rows(
 
 
 def read_rows(
-    data: bytes, start: int, dims: Sequence[int], seeds: Sequence[int], device: torch.device | str | None = None
+    data: bytes,
+    start: int,
+    dims: Sequence[int],
+    seeds: Sequence[int],
+    device: torch.device | str | None = None,
 ) -> tuple[list[Tensor], Tensor, int]:
     """The inverse of `write_rows`.
 
@@ -140,13 +148,19 @@ def read_rows(
             flat = torch.from_numpy(unpack(data[start : start + size], level, numbers)).to(device)
         else:
             size = numbers * level // 8
-            flat = torch.from_numpy(np.frombuffer(data, _FLOATS[level], numbers, start).astype(np.float32)).to(device)
+            flat = torch.from_numpy(
+                np.frombuffer(data, _FLOATS[level], numbers, start).astype(np.float32)
+            ).to(device)
         start += size
         at = 0
-        for side, d, seed in zip(sides, dims, seeds, strict=True):
+        for side, d in zip(sides, dims, strict=True):
             part = flat[at : at + len(chosen) * d].reshape(len(chosen), d)
             at += len(chosen) * d
-            side[chosen] = unrotate(dequantise(part, level), seed) if level <= 8 else part
+            side[chosen] = dequantise(part, level) if level <= 8 else part
+    rounded = torch.as_tensor(np.flatnonzero((bits > 0) & (bits <= 8)), device=device)
+    if len(rounded):
+        for side, seed in zip(sides, seeds, strict=True):
+            side[rounded] = unrotate(side[rounded], seed)
     return sides, coefficients, start
 
 
@@ -158,14 +172,20 @@ def rounded_coefficients(c: np.ndarray, bits: np.ndarray) -> np.ndarray:
         c: (k,) or (n, k); rows of a 2-D array are separate records. bits: the same shape.
     """
     if c.ndim == 2:
-        return np.stack([rounded_coefficients(a, b) for a, b in zip(c, bits, strict=True)]) if len(c) else c
+        return (
+            np.stack([rounded_coefficients(a, b) for a, b in zip(c, bits, strict=True)])
+            if len(c)
+            else c
+        )
     live = bits > 0
     top = np.float32(np.abs(c[live]).max(initial=0.0))
     if not top > 0:
         return np.zeros_like(c)
     kind = np.float32 if needs_float32(bits) else np.float16
     with np.errstate(under="ignore"):
-        return np.where(live, (c / float(top)).astype(kind).astype(np.float32) * top, 0.0).astype(np.float64)
+        return np.where(live, (c / float(top)).astype(kind).astype(np.float32) * top, 0.0).astype(
+            np.float64
+        )
 
 
 def needs_float32(bits: np.ndarray) -> bool:

@@ -24,11 +24,20 @@ from .stack import Stack
 class Handle(Protocol):
     """An adapter whose tensors are read one by one (`lorafold.files.open_adapter` gives one)."""
 
-    shapes: Mapping[str, tuple[int, int, int]]
-    layouts: Mapping[str, Layout]
-    config: Mapping[str, Any]
-    base_model: str | None
-    nbytes: int
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]: ...
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def base_model(self) -> str | None: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
     @property
     def refusal(self) -> str | None: ...
@@ -60,7 +69,9 @@ def named_handles(sources: Any) -> dict[str, Handle]:
         for name, source in sources.items():
             found = _opened(source, 0)
             if len(found) != 1:
-                raise MismatchError(f"source {name!r} stands for {len(found)} adapters; a named source must be one")
+                raise MismatchError(
+                    f"source {name!r} stands for {len(found)} adapters; a named source must be one"
+                )
             handles[_checked_name(name)] = found[0][1]
     else:
         single = isinstance(sources, str | os.PathLike | Adapter)
@@ -70,7 +81,8 @@ def named_handles(sources: Any) -> dict[str, Handle]:
         for name, handle in pairs:
             if name in handles:
                 raise MismatchError(
-                    f"two sources are both named {name!r}: give names, {{name: source}}, to tell them apart"
+                    f"two sources are both named {name!r}: give names, {{name: source}}, to tell "
+                    "them apart"
                 )
             handles[name] = handle
     if not handles:
@@ -97,7 +109,8 @@ def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
         return [(p.name, open_adapter(p)) for p in inside]
     if (path / "subspace_meta.json").is_file():
         raise FileError(
-            f"{text} is a vLoRA subspace: fold(lorafold.files.load_many({text!r}, alpha=…)) takes its adapters"
+            f"{text} is a vLoRA subspace: fold(lorafold.files.load_many({text!r}, alpha=…)) takes "
+            "its adapters"
         )
     return [(_name_of(path), open_adapter(path))]
 
@@ -143,7 +156,12 @@ class Collection:
     """
 
     def __init__(
-        self, handles: Mapping[str, Handle], *, exact: Container[str], block_bytes: int, device: Any = None
+        self,
+        handles: Mapping[str, Handle],
+        *,
+        exact: Container[str],
+        block_bytes: int,
+        device: Any = None,
     ) -> None:
         refused = {name for name, h in handles.items() if name in exact or h.refusal is not None}
         self.names = [n for n in handles if n not in refused] + [n for n in handles if n in refused]
@@ -161,9 +179,15 @@ class Collection:
                     )
         self.paths = sorted(first)
         self.shapes = {p: self.handles[first[p]].shapes[p][:2] for p in self.paths}
-        self.layouts = {p: self.handles[first[p]].layouts[p] for p in self.paths if p in self.handles[first[p]].layouts}
+        self.layouts = {
+            p: self.handles[first[p]].layouts[p]
+            for p in self.paths
+            if p in self.handles[first[p]].layouts
+        }
         self._block_bytes, self._device = block_bytes, device
-        self.num_parameters = sum(r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values())
+        self.num_parameters = sum(
+            r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values()
+        )
         self._keep = 4 * self.num_parameters <= _KEPT * block_bytes
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
@@ -187,7 +211,14 @@ class Collection:
             return u.B, u.A, u.scale
 
         return Stack(
-            path, self.shapes[path], np.array(members), ranks, read, self._block_bytes, self._device, self._keep
+            path,
+            self.shapes[path],
+            np.array(members),
+            ranks,
+            read,
+            self._block_bytes,
+            self._device,
+            self._keep,
         )
 
     def read(self, i: int, path: str) -> LowRank:
@@ -216,7 +247,9 @@ class Collection:
             if path not in self._digests[i]:
                 self.read(i, path)
         self._collect()
-        return combined_digest([*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())])
+        return combined_digest(
+            [*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())]
+        )
 
 
 def _common_base(names: list[str], handles: list[Handle]) -> str | None:
@@ -224,7 +257,8 @@ def _common_base(names: list[str], handles: list[Handle]) -> str | None:
     for name, h in zip(names, handles, strict=True):
         if h.base_model and base and h.base_model != base:
             raise MismatchError(
-                f"the adapters belong to different bases: {owner!r} to {base!r}, {name!r} to {h.base_model!r}"
+                f"the adapters belong to different bases: {owner!r} to {base!r}, "
+                f"{name!r} to {h.base_model!r}"
             )
         if h.base_model and not base:
             base, owner = h.base_model, name
@@ -248,7 +282,16 @@ def memory_bytes(memory: str | int) -> int:
     """
     if isinstance(memory, int) and memory > 0:
         return memory
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+    }
     text = str(memory).strip().lower()
     digits = text.rstrip("abcdfghijklmnopqrstuvwxyz ")
     unit = text[len(digits) :].strip()

@@ -35,7 +35,8 @@ def adapter_entries(
         entry: dict[str, Any] = {
             "shard": written.shard,
             "row": i,
-            "digest": getattr(handle, "original_digest", None) or collection.digest(i, handle.read_extras()),
+            "digest": getattr(handle, "original_digest", None)
+            or collection.digest(i, handle.read_extras()),
             "file_bytes": handle.nbytes,
             "parameters": parameters,
         }
@@ -65,7 +66,9 @@ def adapter_entries(
             for path, layout in handle.layouts.items()
             if layout != collection.layouts.get(path, Layout())
         }
-        layouts |= {p: {} for p in handle.shapes if p in collection.layouts and p not in handle.layouts}
+        layouts |= {
+            p: {} for p in handle.shapes if p in collection.layouts and p not in handle.layouts
+        }
         if layouts:
             entry["layouts"] = layouts
         entries[name] = entry
@@ -84,7 +87,8 @@ def group_entry(builder: Builder, names: list[str]) -> dict[str, list[list[str]]
         groups = builder.groups.get(side)
         if groups is not None and (groups >= 0).any():
             found[word] = [
-                [names[i] for i in np.flatnonzero(groups == g)] for g in range(int(groups.max()) + 1)
+                [names[i] for i in np.flatnonzero(groups == g)]
+                for g in range(int(groups.max()) + 1)
             ]
     return found
 
@@ -108,7 +112,9 @@ def new_manifest(
         "base_model": collection.base_model,
         "options": option_entry(builder.options),
         # Where all is `flat`, every adapter is kin, and the names would be most of the manifest.
-        "groups": {} if {m["form"] for m in written.modules} <= {"flat"} else group_entry(builder, collection.names),
+        "groups": {}
+        if {m["form"] for m in written.modules} <= {"flat"}
+        else group_entry(builder, collection.names),
         "plain_svd_bytes": builder.plain_svd_nbytes(),
         "config": common,
         "modules": written.modules,

@@ -51,7 +51,9 @@ class FlatSide:
         side: "A" or "B" where `record` decodes to the rows, which then can be let go.
     """
 
-    def __init__(self, rows: Tensor, record: bytes, known: Tensor | None = None, side: str = "") -> None:
+    def __init__(
+        self, rows: Tensor, record: bytes, known: Tensor | None = None, side: str = ""
+    ) -> None:
         self.record, self.known = record, known
         self.count = len(rows) - 1  # directions beside the mean
         self._rows: Tensor | None = rows
@@ -81,7 +83,8 @@ class FlatSide:
         if not len(D):
             return X.new_zeros(len(X), 0)
         wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
-        return torch.linalg.solve(wide, ((X - self.rows[0]) @ D.T).double().T).T.to(X.dtype)
+        found: Tensor = torch.linalg.solve(wide, ((X - self.rows[0]) @ D.T).double().T)
+        return found.T.to(X.dtype)
 
     def rebuilt(self, loadings: Tensor) -> Tensor:
         """(n, D) from loadings (n, k)."""
@@ -128,12 +131,16 @@ class _Centred:
 
     def __init__(self, stack: Stack, side: str) -> None:
         self._stack, self._side = stack, side
-        self.center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(0) / len(stack)
+        self.center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(
+            0
+        ) / len(stack)
         self._kept: list[tuple[slice, Tensor]] | None = None
         if stack.in_memory:
             size = max(1, -(-len(stack) // 4))
             whole = torch.cat([flattened(f, side) for f in stack.factors()]).sub_(self.center)
-            self._kept = [(slice(at, at + size), whole[at : at + size]) for at in range(0, len(whole), size)]
+            self._kept = [
+                (slice(at, at + size), whole[at : at + size]) for at in range(0, len(whole), size)
+            ]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         if self._kept is not None:
@@ -147,7 +154,12 @@ class _Centred:
 
 
 def coded_side(
-    s: FlatSpectrum, side: str, *, count: int | None = None, bits: int | None = None, budget: float | None = None
+    s: FlatSpectrum,
+    side: str,
+    *,
+    count: int | None = None,
+    bits: int | None = None,
+    budget: float | None = None,
 ) -> FlatSide:
     """A side coded at `count` directions and `bits` each, or within `budget`.
 
@@ -192,7 +204,9 @@ def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
     return read_side(record, rows.shape[1], side, rows.device)
 
 
-def read_side(record: bytes, d: int, side: str, device: torch.device | str | None = None) -> FlatSide:
+def read_side(
+    record: bytes, d: int, side: str, device: torch.device | str | None = None
+) -> FlatSide:
     """Decode a flat side of rows of length d."""
     (rows,), c, _ = read_rows(record, 0, [d], [_SEEDS[side]], device)
     return FlatSide(rows * c[:, None], record, side=side)

@@ -138,17 +138,24 @@ class FoldOptions:
         if len(named) > 1 and set(named) != {"tolerance", "retention"}:
             raise MismatchError(f"{' and '.join(named)} exclude each other: give one")
         if bits is not None and (tolerance is not None or retention is not None):
-            raise MismatchError("bits= fixes the size, tolerance= and retention= the error: give one of them")
+            raise MismatchError(
+                "bits= fixes the size, tolerance= and retention= the error: give one of them"
+            )
         if (retention is None) != (score is None):
-            raise MismatchError("retention= needs score=, a function of (name, Adapter or None), and the other way round")
+            raise MismatchError(
+                "retention= needs score=, a function of (name, Adapter or None), and the other "
+                "way round"
+            )
         _check_ranges(tolerance, rank, energy, bits, retention)
         if form == "exact":
             if rank is not None or energy is not None or bits is not None:
-                raise MismatchError("form 'exact' stores the files' tensors: it takes no rank, energy or bits")
+                raise MismatchError(
+                    "form 'exact' stores the files' tensors: it takes no rank, energy or bits"
+                )
             tolerance = 0.0 if retention is None else tolerance
-        elif tolerance is None and not named and bits is None:
-            tolerance = DEFAULT_TOLERANCE
-        elif retention is not None and tolerance is None:
+        elif (tolerance is None and not named and bits is None) or (
+            retention is not None and tolerance is None
+        ):
             tolerance = DEFAULT_TOLERANCE
         block_bytes(memory)
         options = Options(form, tolerance, rank, energy, bits)
@@ -156,7 +163,11 @@ class FoldOptions:
 
 
 def _check_ranges(
-    tolerance: float | None, rank: int | None, energy: float | None, bits: float | None, retention: float | None
+    tolerance: float | None,
+    rank: int | None,
+    energy: float | None,
+    bits: float | None,
+    retention: float | None,
 ) -> None:
     if tolerance is not None and not 0 <= tolerance < 1:
         raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance}")
@@ -200,12 +211,21 @@ def folded(
     stated = np.array([own.get(name, common) for name in names])
     bounds = stated
     if old_errors and options.tolerance is not None:
-        bounds = np.array([_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)])
+        bounds = np.array(
+            [_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)]
+        )
         _refuse_unmet(collection.names[collection.folded :], own, common, old_errors)
     builder = Builder(collection, options, bounds, settings.progress)
     written = builder.write(transaction)
     if options.tolerance is not None:
-        error = np.sqrt(np.divide(written.squared_error, written.squared_norm, out=np.zeros_like(bounds), where=written.squared_norm > 0))
+        error = np.sqrt(
+            np.divide(
+                written.squared_error,
+                written.squared_norm,
+                out=np.zeros_like(bounds),
+                where=written.squared_norm > 0,
+            )
+        )
         check_contract(names, error, bounds)
     return new_manifest(collection, builder, written, list(handles), stated, old_errors)
 
@@ -214,14 +234,16 @@ def _what_is_left(name: str, tolerance: float, error: float) -> float:
     """What a second fold may lose of a stored adapter so that the original's bound holds."""
     if error > 0 and error >= tolerance:
         raise ToleranceError(
-            f"{name!r} is stored with error {error:.4g}; a bound of {tolerance:g} can't be met without its "
-            "source: give sources=, or a larger tolerance"
+            f"{name!r} is stored with error {error:.4g}; a bound of {tolerance:g} can't be met "
+            "without its source: give sources=, or a larger tolerance"
         )
     # ‖ΔŴ‖ ≤ (1 + error) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
     return (tolerance - error) / (1 + error)
 
 
-def _refuse_unmet(names: list[str], tolerances: Mapping[str, float], common: float, old: Mapping[str, float]) -> None:
+def _refuse_unmet(
+    names: list[str], tolerances: Mapping[str, float], common: float, old: Mapping[str, float]
+) -> None:
     """Raise for adapters that are to be stored as they are, but whose error is above the bound."""
     for name in names:
         if old[name] > tolerances.get(name, common):

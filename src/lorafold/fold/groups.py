@@ -50,7 +50,7 @@ def init_groups(stacks: Sequence[Stack], count: int, side: str) -> np.ndarray:
 
 
 def _directions(stack: Stack, side: str) -> tuple[np.ndarray, list[Tensor], int]:
-    """Members, an orthonormal basis (m, r_i) for each, and the dimension m that chance refers to."""
+    """Members, an orthonormal basis (m, r_i) for each, and the dimension m that chance is for."""
     d = stack.shape[0 if side == "U" else 1]
     m = min(d, _WIDTH)
     bases: list[Tensor] = []

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, map_modules
-from ..errors import FileError, MismatchError, RefusedError, ToleranceError, UnknownNameError, did_you_mean
+from ..errors import (
+    FileError,
+    MismatchError,
+    RefusedError,
+    ToleranceError,
+    UnknownNameError,
+    did_you_mean,
+)
 from ..lowrank import LowRank
 from .build import read_layout
 from .collection import named_handles
@@ -65,10 +72,13 @@ class Library(Mapping[str, Adapter]):
         self._device, self._dtype = device, dtype
         self._indices: dict[str, np.ndarray] = {}
         self._pieces: dict[tuple[str, str], Tensor] = {}
+        self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
         self._refresh()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None) -> Library:
+    def open(
+        cls, path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> Library:
         """Open a folder that `fold` wrote.
 
         Args:
@@ -86,6 +96,9 @@ class Library(Mapping[str, Adapter]):
         self._number = {m["path"]: j for j, m in enumerate(self._modules)}
         # Shards never change, so what was decoded of one stays right while the library names it.
         self._indices = {n: at for n, at in self._indices.items() if n in self._shards}
+        self._known_sides = {
+            k: b for k, b in self._known_sides.items() if all(s in self._shards for s, _ in k)
+        }
         self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in self._shards}
         self.__dict__.pop("_known_nbytes", None)
 
@@ -143,7 +156,9 @@ class Library(Mapping[str, Adapter]):
         try:
             entry: dict[str, Any] = self._manifest["adapters"][name]
         except (KeyError, TypeError):
-            raise UnknownNameError(f"no adapter {name!r} in the library; {did_you_mean(str(name), self)}") from None
+            raise UnknownNameError(
+                f"no adapter {name!r} in the library; {did_you_mean(str(name), self)}"
+            ) from None
         return entry
 
     def stats(self) -> dict[str, Any]:
@@ -157,9 +172,19 @@ class Library(Mapping[str, Adapter]):
     def __getitem__(self, name: str) -> Adapter:
         entry = self._entry(name)
         modules = {self._modules[j]["path"]: self._update(j, entry) for j in self._present(entry)}
-        layouts = {m["path"]: read_layout(m["layout"]) for m in self._modules if "layout" in m and m["path"] in modules}
+        layouts = {
+            m["path"]: read_layout(m["layout"])
+            for m in self._modules
+            if "layout" in m and m["path"] in modules
+        }
         layouts |= {path: read_layout(fields) for path, fields in entry.get("layouts", {}).items()}
-        adapter = Adapter(modules, self.extras(name), config_of(self._manifest["config"], entry), self.base_model, layouts)
+        adapter = Adapter(
+            modules,
+            self.extras(name),
+            config_of(self._manifest["config"], entry),
+            self.base_model,
+            layouts,
+        )
         return adapter if self._dtype is None else adapter.to(dtype=self._dtype)
 
     def update(self, name: str, path: str) -> LowRank:
@@ -180,12 +205,15 @@ class Library(Mapping[str, Adapter]):
         """What the adapter's file held beside its factors, bit for bit."""
         entry = self._entry(name)
         shard = self._shards[entry["shard"]]
-        return {key: shard.read_tensor(t).to(self._device) for key, t in entry.get("extras", {}).items()}
+        return {
+            key: shard.read_tensor(t).to(self._device) for key, t in entry.get("extras", {}).items()
+        }
 
     def _present(self, entry: Mapping[str, Any]) -> list[int]:
         at = self._index(entry["shard"])
         row = entry["row"]
-        return np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()  # type: ignore[no-any-return]
+        present: list[int] = np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()
+        return present
 
     def _index(self, shard: str) -> np.ndarray:
         if shard not in self._indices:
@@ -195,7 +223,9 @@ class Library(Mapping[str, Adapter]):
     def record(self, j: int, entry: Mapping[str, Any]) -> bytes:
         """An adapter's bytes at module number j."""
         at, row = self._index(entry["shard"]), entry["row"]
-        return self._shards[entry["shard"]].read_bytes(f"m{j}", int(at[j, row]), int(at[j, row + 1]))
+        return self._shards[entry["shard"]].read_bytes(
+            f"m{j}", int(at[j, row]), int(at[j, row + 1])
+        )
 
     def record_size(self, j: int, entry: Mapping[str, Any]) -> int:
         """Bytes of an adapter at module number j; 0 where it lacks the module."""
@@ -235,11 +265,14 @@ class Library(Mapping[str, Adapter]):
         return whole if side in "AB" or count is None else whole[:, :count]
 
     def sides(self, j: int) -> dict[str, list[Basis]]:
-        """The shared bases of module number j by side, "U" and "V", in the order of their numbers."""
+        """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
         found: dict[str, list[Basis]] = {"U": [], "V": []}
-        for name in self._modules[j].get("bases", {}):
+        for name, segments in self._modules[j].get("bases", {}).items():
             if name[0] in found:
-                found[name[0]].append(Basis(self.basis(j, name[0], int(name[1:])), b"", 0))
+                key = tuple((shard, tensor) for shard, tensor, _ in segments)
+                if key not in self._known_sides:
+                    self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)
+                found[name[0]].append(self._known_sides[key])
         return found
 
     # Comparing
@@ -251,7 +284,8 @@ class Library(Mapping[str, Adapter]):
             adapter: an `Adapter` or a path.
 
         Raises:
-            MismatchError: it has a module of another shape. RefusedError: ΔW algebra would be wrong.
+            MismatchError: it has a module of another shape.
+            RefusedError: ΔW algebra would be wrong.
         """
         from .change import nearest_sides, one_handle
 
@@ -281,7 +315,8 @@ class Library(Mapping[str, Adapter]):
         j = self._number.get(path)
         if j is not None and tuple(self._modules[j]["shape"]) != tuple(shape):
             raise MismatchError(
-                f"module {path!r} is {tuple(self._modules[j]['shape'])} in the library and {tuple(shape)} in the adapter"
+                f"module {path!r} is {tuple(self._modules[j]['shape'])} in the library and "
+                f"{tuple(shape)} in the adapter"
             )
 
     def verify(self, sources: Any = None) -> dict[str, float]:
@@ -302,7 +337,10 @@ class Library(Mapping[str, Adapter]):
             return {name: self.error(name) for name in self.names}
         from .change import checked_error
 
-        return {name: checked_error(self, name, handle) for name, handle in named_handles(sources).items()}
+        return {
+            name: checked_error(self, name, handle)
+            for name, handle in named_handles(sources).items()
+        }
 
     # Changing
 
@@ -432,7 +470,11 @@ def split_config(configs: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list
 
 def config_difference(common: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What turns `common` into `config`."""
-    changed = {k: v for k, v in config.items() if k not in common or common[k] != v or type(common[k]) is not type(v)}
+    changed = {
+        k: v
+        for k, v in config.items()
+        if k not in common or common[k] != v or type(common[k]) is not type(v)
+    }
     dropped = [k for k in common if k not in config]
     return {**({"set": changed} if changed else {}), **({"drop": dropped} if dropped else {})}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,9 +19,18 @@ import torch
 
 from . import flat
 from .allocate import bits_for_error
+from .module_plan import FlatBases, ModulePlan, Shared, basis_at, side_pairs
 from .record import predicted_nbytes
-from .sides import Basis, Spectrum, alternate, coded_basis, leading_directions, projected, residual, side_columns
-from .stack import Block, Stack, squared_norms, squared_residuals
+from .sides import (
+    Basis,
+    Spectrum,
+    alternate,
+    leading_directions,
+    projected,
+    side_columns,
+    weighted_norms,
+)
+from .stack import Block, Stack, squared_residuals
 
 FORMS = ("auto", "svd", "input", "output", "shared", "flat", "exact")
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
@@ -43,58 +53,6 @@ class Options:
         """Whether an average number of bits decides (not a tolerance, not floats)."""
         return self.bits is not None and self.bits <= 8
 
-
-@dataclass(frozen=True)
-class Shared:
-    """One side shared by groups of adapters.
-
-    Args:
-        groups: (N,) by row of the stack: the group's number, −1 where the side is the adapter's own.
-        bases: group number → basis.
-    """
-
-    groups: np.ndarray
-    bases: dict[int, Basis]
-
-
-@dataclass(frozen=True)
-class FlatBases:
-    """Both flattened sides of a module."""
-
-    A: flat.FlatSide
-    B: flat.FlatSide
-    wide: bool
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """How one module is stored.
-
-    Args:
-        form: its name. U, V: shared sides; None where own. flat: the flat bases.
-        energy: (N, K) squared norms of the components that may be coded; widths: (K,) numbers each.
-        nbytes: predicted, bases and records.
-        certificate: bounds of the squared error of the shared sides.
-    """
-
-    form: str
-    energy: np.ndarray
-    widths: np.ndarray
-    nbytes: float
-    U: Shared | None = None
-    V: Shared | None = None
-    flat: FlatBases | None = None
-    certificate: dict[str, Any] | None = None
-    fixed: float = 0.0  # bytes an adapter pays whatever its bits
-
-    def release(self) -> None:
-        """Keep the bases as the bytes that will be written, until they are needed."""
-        for shared in (self.U, self.V):
-            for basis in shared.bases.values() if shared else ():
-                basis.release()
-        if self.flat is not None:
-            self.flat.A.release()
-            self.flat.B.release()
 
 @dataclass
 class Planner:
@@ -138,7 +96,9 @@ class Planner:
                 plans += self._flat(stack, S, limit)
             else:
                 plans += self._sharing(stack, S, form, limit)
-        return sorted((p for p in plans if p.form in forms or len(stack) < 2), key=lambda p: p.nbytes)
+        return sorted(
+            (p for p in plans if p.form in forms or len(stack) < 2), key=lambda p: p.nbytes
+        )
 
     # Helpers on budgets
 
@@ -149,11 +109,13 @@ class Planner:
             return np.arange(S.shape[1]) < np.full((len(S), 1), o.rank)
         if o.energy is not None:
             before = np.cumsum(S**2, 1) - S**2
-            return before < o.energy * (S**2).sum(1, keepdims=True)
+            kept: np.ndarray = before < o.energy * (S**2).sum(1, keepdims=True)
+            return kept
         return np.ones(S.shape, bool)
 
     def _allowed(self, stack: Stack, S: np.ndarray) -> np.ndarray:
-        return self.budgets[stack.members] * (S**2).sum(1)
+        allowed: np.ndarray = self.budgets[stack.members] * (S**2).sum(1)
+        return allowed
 
     def _records(self, energy: np.ndarray, widths: np.ndarray, budget: np.ndarray) -> float:
         o = self.options
@@ -174,7 +136,9 @@ class Planner:
         weights = np.zeros(int(stack.members.max()) + 1)
         weights[stack.members] = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0)
         spectra = {
-            side: [None if p is None else self._spectra(stack, weights, p, side) for p in choices[side]]
+            side: [
+                None if p is None else self._spectra(stack, weights, p, side) for p in choices[side]
+            ]
             for side in "UV"
         }
         best: tuple[float, float, int, int] | None = None
@@ -189,7 +153,15 @@ class Planner:
         if size > limit:
             return []
         return [
-            self._fitted(stack, S, weights, form, theta, (choices["U"][a], spectra["U"][a]), (choices["V"][b], spectra["V"][b]))
+            self._fitted(
+                stack,
+                S,
+                weights,
+                form,
+                theta,
+                (choices["U"][a], spectra["U"][a]),
+                (choices["V"][b], spectra["V"][b]),
+            )
         ]
 
     def _partitions(self, stack: Stack, side: str) -> list[Any]:
@@ -204,7 +176,9 @@ class Planner:
         mine = np.where(np.isin(mine, [g for g, n in sizes.items() if n > 1]), mine, -1)
         return [everyone, mine] if (mine >= 0).any() else [everyone]
 
-    def _spectra(self, stack: Stack, weights: np.ndarray, groups: np.ndarray, side: str) -> dict[int, Spectrum]:
+    def _spectra(
+        self, stack: Stack, weights: np.ndarray, groups: np.ndarray, side: str
+    ) -> dict[int, Spectrum]:
         d = stack.shape[0 if side == "U" else 1]
         most = d if self.options.rank is None else self.options.rank
         known = self._spectra_found.get((side, groups.tobytes()))
@@ -217,16 +191,17 @@ class Planner:
             inside = np.zeros(len(weights))
             inside[stack.members[rows]] = weights[stack.members[rows]]
             count = int(stack.ranks[rows].sum())
-            found[int(g)] = leading_directions(
-                lambda inside=inside: _weighted(stack, inside, side), d, count, most  # type: ignore[misc]
-            )
+            columns = partial(_weighted, stack, inside, side)
+            found[int(g)] = leading_directions(columns, d, count, most)
         return found
 
     def _levels(self, spectrum: Spectrum, d: int, theta: float, share: float) -> np.ndarray:
         """Bits of each direction of a side that may spend `share` of the tolerance."""
         o = self.options
         if o.tolerance is not None:
-            budget = max(theta * share * o.tolerance**2 - spectrum.tail(len(spectrum.energies)), 0.0)
+            budget = max(
+                theta * share * o.tolerance**2 - spectrum.tail(len(spectrum.energies)), 0.0
+            )
             cost = np.full(len(spectrum.energies), d / 8)
             return bits_for_error(spectrum.energies, cost, np.zeros(len(cost), bool), budget)
         kept = len(spectrum.energies)
@@ -259,35 +234,54 @@ class Planner:
         return total
 
     def _fitted(
-        self, stack: Stack, S: np.ndarray, weights: np.ndarray, form: str, theta: float, *sides: tuple[Any, Any]
+        self,
+        stack: Stack,
+        S: np.ndarray,
+        weights: np.ndarray,
+        form: str,
+        theta: float,
+        *sides: tuple[Any, Any],
     ) -> ModulePlan:
         shared: list[Shared | None] = []
         certificate: dict[str, Any] = {}
         count = sum(groups is not None for groups, _ in sides)
         both = count == 2 and all((groups == 0).all() for groups, _ in sides)
         levels = [
-            None if groups is None else {g: self._levels(s, d, theta, 1 / count) for g, s in spectra.items()}
+            None
+            if groups is None
+            else {g: self._levels(s, d, theta, 1 / count) for g, s in spectra.items()}
             for (groups, spectra), d in zip(sides, stack.shape, strict=True)
         ]
-        directions = [None if spectra is None else {g: s.directions for g, s in spectra.items()} for _, spectra in sides]
+        directions = [
+            None if spectra is None else {g: s.directions for g, s in spectra.items()}
+            for _, spectra in sides
+        ]
         if both:
             certificate = self._alternated(stack, weights, sides, levels, directions)
         for side, (groups, _), chosen, found in zip("UV", sides, levels, directions, strict=True):
             if groups is None:
                 shared.append(None)
                 continue
-            assert chosen is not None and found is not None
+            assert chosen is not None
+            assert found is not None
             bases = {}
             for g, bits in chosen.items():
-                bits = np.where(np.arange(len(bits)) < max(1, (bits > 0).sum()), np.maximum(bits, 1), 0)
-                bases[g] = coded_basis_of(found[g], bits, side)
+                kept = np.arange(len(bits)) < max(1, (bits > 0).sum())
+                levels_kept = np.where(kept, np.maximum(bits, 1), 0)
+                bases[g] = coded_basis_of(found[g], levels_kept, side)
             shared.append(Shared(groups, bases))
         return self.with_sides(form, stack, S, shared[0], shared[1], certificate or None)
 
     def with_sides(
-        self, form: str, stack: Stack, S: np.ndarray, U: Shared | None, V: Shared | None, certificate: Any = None
+        self,
+        form: str,
+        stack: Stack,
+        S: np.ndarray,
+        U: Shared | None,
+        V: Shared | None,
+        certificate: Any = None,
     ) -> ModulePlan:
-        """The plan of a stack on sides that are there, from what they really miss of each update."""
+        """The plan of a stack on sides that are there, from what these really miss."""
         tails = self._tails(stack, S, U, V)
         nbytes, energy, widths = self._with_tails(stack, S, tails, U, V)
         return ModulePlan(form, energy, widths, nbytes, U, V, certificate=certificate)
@@ -305,7 +299,12 @@ class Planner:
         directions[0][0], directions[1][0] = U, V
         levels[0][0] = levels[0][0][: U.shape[1]]
         levels[1][0] = levels[1][0][: V.shape[1]]
-        return {"tail_out": tails[0], "tail_in": tails[1], "achieved": max(0.0, 1 - kept), "bound": sum(tails)}
+        return {
+            "tail_out": tails[0],
+            "tail_in": tails[1],
+            "achieved": max(0.0, 1 - kept),
+            "bound": sum(tails),
+        }
 
     def _tails(self, stack: Stack, S: np.ndarray, U: Shared | None, V: Shared | None) -> np.ndarray:
         """(N,) squared norm that the coded sides miss of each update."""
@@ -317,15 +316,20 @@ class Planner:
                 if bases == (None, None):
                     continue
                 left, right = projected(part, *bases)
-                tails[rows[members]] = squared_norms(*residual(part, left, right, *bases)).cpu().numpy()
+                # A least-squares projection is orthogonal to what it misses. This is a guess for
+                # planning only, good to 1e-7 of the norm.
+                missed = (part.S**2).sum(1) - weighted_norms(left, right, *bases)
+                tails[rows[members]] = missed.clamp_min(0).cpu().numpy()
         return tails
 
     def _with_tails(
         self, stack: Stack, S: np.ndarray, tails: np.ndarray, U: Shared | None, V: Shared | None
     ) -> tuple[float, np.ndarray, np.ndarray]:
-        """Predicted bytes and the components: the core at its widths, the residual at full width."""
+        """Predicted bytes, and the components: core at its widths, residual at full width."""
         norms = (S**2).sum(1, keepdims=True)
-        share = np.divide(tails[:, None], norms, out=np.zeros_like(norms), where=norms > 0).clip(0, 1)
+        share = np.divide(tails[:, None], norms, out=np.zeros_like(norms), where=norms > 0).clip(
+            0, 1
+        )
         core = S**2 * (1 - share)
         width = np.zeros(len(stack))
         nbytes = 0.0
@@ -333,7 +337,9 @@ class Planner:
             if shared is None:
                 width += d
                 continue
-            width += np.array([shared.bases[g].rank if g >= 0 else d for g in shared.groups.tolist()])
+            width += np.array(
+                [shared.bases[g].rank if g >= 0 else d for g in shared.groups.tolist()]
+            )
             nbytes += sum(len(b.record) for b in shared.bases.values())
         full = float(sum(stack.shape))
         if self.options.tolerance is None:
@@ -353,16 +359,25 @@ class Planner:
         spectra = {side: flat.flat_spectrum(stack, side, o.rank) for side in "AB"}
         if o.tolerance is None:
             bits = 32 if o.bits is None else int(np.ceil(o.bits))
-            counts = {side: o.rank if o.energy is None else flat_count(s, o.energy) for side, s in spectra.items()}
-            sides = {side: flat.coded_side(s, side, count=counts[side], bits=bits) for side, s in spectra.items()}
+            counts = {
+                side: o.rank if o.energy is None else flat_count(s, o.energy)
+                for side, s in spectra.items()
+            }
+            sides = {
+                side: flat.coded_side(s, side, count=counts[side], bits=bits)
+                for side, s in spectra.items()
+            }
             return [self.flat_plan(stack, S, FlatBases(sides["A"], sides["B"], bits > 8))]
         plans: list[ModulePlan] = []
         for theta in _FLAT_THETAS:
-            size = sum(flat.predicted_nbytes(s, theta * o.tolerance**2 / 2) for s in spectra.values())
+            size = sum(
+                flat.predicted_nbytes(s, theta * o.tolerance**2 / 2) for s in spectra.values()
+            )
             if size > min([limit, *(plan.nbytes for plan in plans)]):
                 continue
             sides = {
-                side: flat.coded_side(s, side, budget=theta * o.tolerance**2 / 2) for side, s in spectra.items()
+                side: flat.coded_side(s, side, budget=theta * o.tolerance**2 / 2)
+                for side, s in spectra.items()
             }
             plans.append(self.flat_plan(stack, S, FlatBases(sides["A"], sides["B"], False)))
         return sorted(plans, key=lambda plan: plan.nbytes)[:1]
@@ -381,7 +396,9 @@ class Planner:
         energy = np.repeat(np.concatenate(tails)[:, None] / S.shape[1], S.shape[1], 1)
         over = energy.sum(1) > self._allowed(stack, S)
         if over.any():
-            nbytes += float(predicted_nbytes(energy[over], widths, self._allowed(stack, S)[over]).sum())
+            nbytes += float(
+                predicted_nbytes(energy[over], widths, self._allowed(stack, S)[over]).sum()
+            )
         return ModulePlan("flat", energy, widths, nbytes, flat=bases, fixed=fixed)
 
 
@@ -406,25 +423,8 @@ def numbered(stack: Stack) -> Iterator[tuple[Block, np.ndarray]]:
         start += len(block.members)
 
 
-def side_pairs(rows: np.ndarray, U: Shared | None, V: Shared | None) -> dict[tuple[int, int], np.ndarray]:
-    """Positions within a block by the pair of groups (−1 for an own side) they use."""
-    pairs: dict[tuple[int, int], list[int]] = {}
-    for k, row in enumerate(rows.tolist()):
-        key = (int(U.groups[row]) if U else -1, int(V.groups[row]) if V else -1)
-        pairs.setdefault(key, []).append(k)
-    return {key: np.array(members) for key, members in pairs.items()}
-
-
-def basis_at(shared: Shared | None, group: int) -> Basis | None:
-    """The basis of a group; None for an own side."""
-    return None if shared is None or group < 0 else shared.bases[group]
-
-
 def _weighted(stack: Stack, weights: np.ndarray, side: str) -> Iterator[torch.Tensor]:
     for block in stack.blocks():
         rows = np.flatnonzero(weights[block.members] > 0)
         if len(rows):
             yield from side_columns([block.take(rows)], weights, side)
-
-
-__all__ = ["FORMS", "FlatBases", "ModulePlan", "Options", "Planner", "Shared", "basis_at", "coded_basis", "numbered", "side_pairs"]

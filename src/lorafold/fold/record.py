@@ -29,9 +29,13 @@ from .coder import (
     rows_nbytes,
     write_rows,
 )
-from .sides import Basis, core_svd, projected, residual
-from .stack import Block, Factors, decompose, squared_differences, squared_norms
+from .sides import Basis, core_svd, projected, residual, weighted_norms
+from .stack import Block, Factors, decompose, squared_differences
 
+# Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
+# are good to 1e-7 of the norm.
+_PLAIN = 1e-3
+_RESIDUAL = 0.7  # of the budget: what the shared sides may miss before a residual is looked at
 NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
 _PAIRS = struct.Struct("<BB")
 _SIDE = struct.Struct("<HH")  # basis, how many of its columns
@@ -48,7 +52,6 @@ class Target:
         kind: "error": squared error at most `amount`; "bytes": payload at most `amount` bytes;
             "bits": every kept component at `amount` bits (16 or 32).
         amount: (n,) float64.
-        keep: (n, r) True for the own components that may be stored; None for all.
     """
 
     kind: str
@@ -61,6 +64,12 @@ class Target:
             return np.where(energy > 0, self.amount[:, None], 0).astype(np.int64)
         rule = bits_for_error if self.kind == "error" else bits_for_bytes
         return rule(energy, cost, pair, self.amount)
+
+    def less(self, lost: np.ndarray) -> Target:
+        """What is left of an error budget after a squared error that no bits can mend."""
+        if self.kind != "error":
+            return self
+        return Target(self.kind, np.maximum(self.amount - lost, 0.05 * self.amount))
 
     def take(self, rows: np.ndarray, factor: np.ndarray | float = 1.0) -> Target:
         return Target(self.kind, self.amount[rows] * factor)
@@ -77,6 +86,17 @@ class _Part:
     @property
     def widths(self) -> tuple[int, int]:
         return self.left.shape[1], self.right.shape[1]
+
+    def unfolded(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors (n, out, k), (n, k, in) of a core's factors."""
+        if self.U is not None:
+            left = self.U.columns @ left
+        return left, right if self.V is None else right @ self.V.columns.T
+
+    def apart(self, core: tuple[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Factors of this part less those of a coded core, to be concatenated."""
+        own = self.left * self.S.to(self.left.dtype)[:, None, :]
+        return [own, -core[0]], [self.right.mT, core[1]]
 
 
 @dataclass(frozen=True)
@@ -109,44 +129,70 @@ def code_block(
         against: the updates as they came, which the error is measured against; the block when
             None. In a bad gauge the decomposition itself is off by more than a small tolerance.
     """
-    parts = _parts(block, target, U, V)
+    parts, lost = _parts(block, target, U, V)
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
-    bits = target.bits(energy, cost)
-    if against is None:
-        own_B, own_A = block.U * block.S.to(block.U.dtype)[:, None, :], block.V.mT
-    else:
-        own_B, own_A = against.B, against.A
-    lefts, rights = [], []
+    bits = target.less(lost).bits(energy, cost)
+    cores = []
     records = [b""] * len(block.members)
-    payload = (bits * cost).sum(1)
     start = 0
     for p in parts:
         stop = start + p.S.shape[1]
         left, right, coded = _code_part(p, bits[:, start:stop], ids)
-        lefts.append(left)
-        rights.append(right)
+        cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    error = squared_differences(own_B, own_A, torch.cat(lefts, 2), torch.cat(rights, 1))
-    return Coded(records, error.cpu().numpy(), payload)
+    if lost.any() and not _bad_gauge(block, against):
+        # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
+        left, right = (
+            torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
+        )
+        error = lost + weighted_norms(left, right, U, V).cpu().numpy()
+    else:
+        own = against or Factors(
+            block.members, block.U * block.S.to(block.U.dtype)[:, None, :], block.V.mT
+        )
+        whole = [p.unfolded(*core) for p, core in zip(parts, cores, strict=True)]
+        left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
+        error = squared_differences(own.B, own.A, left, right).cpu().numpy()
+    return Coded(records, error, (bits * cost).sum(1))
 
 
-def _parts(block: Block, target: Target, U: Basis | None, V: Basis | None) -> list[_Part]:
+def _bad_gauge(block: Block, factors: Factors | None) -> bool:
+    """Whether ‖A‖ ‖B‖ is so far above ‖ΔW‖ that the decomposition itself has lost digits."""
+    if factors is None:
+        return False
+    size = factors.A.norm(dim=(1, 2)) * factors.B.norm(dim=(1, 2))
+    return bool((size > 1e3 * block.S.norm(dim=1)).any())
+
+
+def _parts(
+    block: Block, target: Target, U: Basis | None, V: Basis | None
+) -> tuple[list[_Part], np.ndarray]:
+    """The parts to be coded, and the squared norm (n,) that lies outside of all of them.
+
+    That norm is given only where it is exact enough to be stated, otherwise it is 0 and the whole
+    is to be compared.
+    """
+    none = np.zeros(len(block.members))
     if U is None and V is None:
-        return [_Part(block.U, block.S, block.V, None, None)]
+        return [_Part(block.U, block.S, block.V, None, None)], none
     left, right = projected(block, U, V)
-    P, S, Q = core_svd(left, right)
-    parts = [_Part(P, S, Q, U, V)]
-    if target.kind == "error":
-        B, A = residual(block, left, right, U, V)
-        if bool((squared_norms(B, A).cpu().numpy() > 0.25 * target.amount).any()):
-            parts.append(_Part(*decompose(B, A), None, None))
-    return parts
+    parts = [_Part(*core_svd(left, right), U, V)]
+    if target.kind != "error":
+        return parts, none
+    total = (block.S**2).sum(1)
+    lost = (total - weighted_norms(left, right, U, V)).clamp_min(0).cpu().numpy()
+    if (lost > _RESIDUAL * target.amount).any():
+        return [*parts, _Part(*decompose(*residual(block, left, right, U, V)), None, None)], none
+    if U is None or V is None or bool((target.amount < _PLAIN * total.cpu().numpy()).any()):
+        return parts, none
+    # Never quite 0, which stands for "not known".
+    return parts, np.maximum(lost, 1e-9 * total.cpu().numpy())
 
 
 def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, list[bytes]]:
-    """Code one part of every adapter; its factors as decoded, and a record each."""
+    """Code one part of every adapter; its core's factors as decoded, and a record each."""
     n, k = bits.shape
     flat = bits.reshape(-1)
     coded = [
@@ -157,15 +203,12 @@ def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, 
     c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
     hats = [side.hat.reshape(n, k, -1) for side in coded]
     left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
-    right = hats[1]
-    if p.U is not None:
-        left = p.U.columns @ left
-    if p.V is not None:
-        right = right @ p.V.columns.T
-    return left, right, [_pairs_record(coded, bits, c, i, p, ids) for i in range(n)]
+    return left, hats[1], [_pairs_record(coded, bits, c, i, p, ids) for i in range(n)]
 
 
-def _pairs_record(coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, ids: Sides) -> bytes:
+def _pairs_record(
+    coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, ids: Sides
+) -> bytes:
     kept = np.flatnonzero(bits[i] > 0)
     if not len(kept):
         return b""
@@ -183,7 +226,8 @@ def predicted_nbytes(energy: np.ndarray, widths: np.ndarray, budget: np.ndarray)
         energy: (n, k). widths: (k,) numbers a pair. budget: (n,).
     """
     bits = Target("error", budget).bits(energy, widths / 8)
-    return rows_nbytes(bits, 0) + (bits * widths).sum(1) / 8
+    nbytes: np.ndarray = rows_nbytes(bits, 0) + (bits * widths).sum(1) / 8
+    return nbytes
 
 
 def exact_record(u: LowRank) -> bytes:
@@ -192,7 +236,12 @@ def exact_record(u: LowRank) -> bytes:
 
     # Cloned, as factors may be views of one tensor, which safetensors refuses.
     factors = {"A": u.A, "B": u.B}
-    body = save({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in factors.items()})
+    body = save(
+        {
+            k: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, t in factors.items()
+        }
+    )
     scale = json.dumps(u.scale).encode()
     return _EXACT_HEAD.pack(EXACT, len(body)) + struct.pack("<B", len(scale)) + scale + body
 
@@ -246,7 +295,11 @@ def decode(
 
 
 def _decode_pairs(
-    record: bytes, start: int, shape: tuple[int, int], basis: BasisOf, device: torch.device | str | None
+    record: bytes,
+    start: int,
+    shape: tuple[int, int],
+    basis: BasisOf,
+    device: torch.device | str | None,
 ) -> tuple[Tensor, Tensor, int]:
     _, flags = _PAIRS.unpack_from(record, start)
     start += _PAIRS.size

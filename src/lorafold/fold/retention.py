@@ -24,10 +24,14 @@ LOOSEST, TIGHTEST = 0.9, 0.005
 
 
 def fold_by_retention(
-    handles: Mapping[str, Handle], settings: FoldOptions, path: str | os.PathLike[str] | None, overwrite: bool
+    handles: Mapping[str, Handle],
+    settings: FoldOptions,
+    path: str | os.PathLike[str] | None,
+    overwrite: bool,
 ) -> Library:
     """See `fold(retention=…, score=…)`."""
-    assert settings.retention is not None and settings.score is not None
+    assert settings.retention is not None
+    assert settings.score is not None
     if path is not None:
         with Store.create(path, overwrite=overwrite):
             pass  # what is in the way is found before the scores are run
@@ -44,7 +48,9 @@ def fold_by_retention(
     for name, search in found.items():
         if search.searched and not search.keeps(lib[name]):
             form = "svd" if search.passed else "exact"
-            lib.add(_adapter(handles[name]), name, replace=True, tolerance=search.tolerance, form=form)
+            lib.add(
+                _adapter(handles[name]), name, replace=True, tolerance=search.tolerance, form=form
+            )
     return lib if path is None else lib.save(path, overwrite=overwrite)
 
 
@@ -62,7 +68,9 @@ class _Counted:
         self._runs[name] = self._runs.get(name, 0) + 1
         value = float(self._score(name, adapter))
         if not math.isfinite(value):
-            raise MismatchError(f"score({name!r}, …) gave {value}; it must be a finite number, higher for better")
+            raise MismatchError(
+                f"score({name!r}, …) gave {value}; it must be a finite number, higher for better"
+            )
         return value
 
 
@@ -75,7 +83,8 @@ class _Search:
     """
 
     def __init__(self, name: str, handle: Handle, settings: FoldOptions, score: _Counted) -> None:
-        assert settings.retention is not None and settings.options.tolerance is not None
+        assert settings.retention is not None
+        assert settings.options.tolerance is not None
         self._name, self._score, self._share = name, score, settings.retention
         self.tolerance = settings.options.tolerance
         self.searched = self.passed = False
@@ -91,7 +100,9 @@ class _Search:
         self.tolerance = TIGHTEST
         middle = math.log(2 * DEFAULT_START)
         while score.left(name) > 1:
-            candidate = fold({name: adapter}, tolerance=math.exp(middle), form="svd", device=settings.device)
+            candidate = fold(
+                {name: adapter}, tolerance=math.exp(middle), form="svd", device=settings.device
+            )
             if self.keeps(candidate[name]):
                 low, self.tolerance, self.passed = middle, math.exp(middle), True
             else:

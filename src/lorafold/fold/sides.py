@@ -22,7 +22,7 @@ from .coder import LEFT_SEED, RIGHT_SEED, code_rows, read_rows, rounded_coeffici
 from .stack import Block, decompose, squared_norms
 
 _EXACT = 2048  # largest min(d, columns) whose Gram is diagonalised outright
-_WIDEST = 1024  # most directions that a sketch looks for
+_WIDEST = 512  # most directions that a sketch looks for
 SEEDS = {"U": LEFT_SEED, "V": RIGHT_SEED}
 
 Columns = Callable[[], Iterator[Tensor]]
@@ -61,6 +61,7 @@ class Basis:
         self.rank = int(columns.shape[1])
         self._columns: Tensor | None = columns
         self._side, self._d, self._device = side, int(columns.shape[0]), columns.device
+        self._gram: Tensor | None = None
 
     @property
     def columns(self) -> Tensor:
@@ -76,9 +77,15 @@ class Basis:
 
     def coordinates(self, X: Tensor) -> Tensor:
         """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""
-        G = self.columns.double()
-        G = G.T @ G
-        return torch.linalg.solve(G, (self.columns.T @ X).double()).to(X.dtype)
+        found: Tensor = torch.linalg.solve(self.gram(), (self.columns.T @ X).double())
+        return found.to(X.dtype)
+
+    def gram(self) -> Tensor:
+        """(R, R) float64 inner products of the columns."""
+        if self._gram is None:
+            wide = self.columns.double()
+            self._gram = wide.T @ wide
+        return self._gram
 
 
 def leading_directions(columns: Columns, d: int, count: int, most: int) -> Spectrum:
@@ -94,7 +101,7 @@ def leading_directions(columns: Columns, d: int, count: int, most: int) -> Spect
     most = min(most, d, count)
     if count <= min(d, _EXACT):
         Y = torch.cat(list(columns()), 1)
-        values, vectors = torch.linalg.eigh((Y.double().T @ Y.double()))
+        values, vectors = torch.linalg.eigh(Y.double().T @ Y.double())
         total = float(values.clamp_min(0).sum())
         values, vectors = values.flip(0)[:most], vectors.flip(1)[:, :most]
         alive = values > 1e-12 * values[:1].clamp_min(1e-300)
@@ -130,6 +137,7 @@ def _sketched(columns: Columns, d: int, most: int) -> Spectrum:
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(d, width, generator=generator)
     total = 0.0
+    Q_last, quotient = Q, Q.new_zeros(0, 0)
     for _ in range(3):
         Z: Tensor | None = None
         total = 0.0
@@ -139,9 +147,9 @@ def _sketched(columns: Columns, d: int, most: int) -> Spectrum:
             Z = piece if Z is None else Z.add_(piece)
             total += float((Y.double() ** 2).sum())
         assert Z is not None
-        projected = Q.double().T @ Z.double()  # the last pass's Rayleigh quotient
+        quotient = Q.double().T @ Z.double()  # the last pass's Rayleigh quotient
         Q_last, Q = Q, torch.linalg.qr(Z)[0]
-    values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+    values, vectors = torch.linalg.eigh((quotient + quotient.T) / 2)
     directions = Q_last @ vectors.flip(1)[:, :most].to(Q_last.dtype)
     shares = values.flip(0)[:most].clamp_min(0).cpu().numpy() / total if total > 0 else np.zeros(0)
     return Spectrum(directions[:, : len(shares)], shares)
@@ -188,7 +196,8 @@ def alternate(
             K = (Y.mT @ other).double() * (block.S * w[:, None])[:, :, None]  # (n, r, R)
             inside = (K @ K.mT).to(X.dtype) @ (X.mT @ own)
             Z += (X @ inside).sum(0)
-        return torch.linalg.qr(Z)[0]
+        Q: Tensor = torch.linalg.qr(Z)[0]
+        return Q
 
     kept = 0.0
     for _ in range(sweeps):
@@ -204,7 +213,12 @@ def alternate(
 
 
 def coded_basis(
-    spectrum: Spectrum, side: str, *, budget: float | None = None, bits: float | None = None, rank: int | None = None
+    spectrum: Spectrum,
+    side: str,
+    *,
+    budget: float | None = None,
+    bits: float | None = None,
+    rank: int | None = None,
 ) -> Basis:
     """The leading directions, coded so that dropping and rounding together cost `budget`.
 
@@ -231,7 +245,7 @@ def coded_basis(
             # worth as much to it as the strongest one is to the crowd.
             floor = int(bits)
             levels[:count] = floor
-            levels[: int(round((bits - floor) * count))] += 1
+            levels[: round((bits - floor) * count)] += 1
             levels[:count] = np.maximum(levels[:count], 1)
     return basis_of(spectrum.directions, levels, side)
 
@@ -264,7 +278,22 @@ def projected(block: Block, U: Basis | None, V: Basis | None) -> tuple[Tensor, T
     return left, right.mT
 
 
-def residual(block: Block, left: Tensor, right: Tensor, U: Basis | None, V: Basis | None) -> tuple[Tensor, Tensor]:
+def weighted_norms(left: Tensor, right: Tensor, U: Basis | None, V: Basis | None) -> Tensor:
+    """‖U L R Vᵀ‖² of cores in the coordinates of the sides, (n,) float64, with nothing of size d.
+
+    Args:
+        left: (n, du, k). right: (n, k, dv).
+    """
+    sides = []
+    for X, basis in ((left, U), (right.mT, V)):
+        wide = X.double()
+        sides.append(wide.mT @ (wide if basis is None else basis.gram() @ wide))
+    return (sides[0] * sides[1]).sum((1, 2)).clamp_min(0)
+
+
+def residual(
+    block: Block, left: Tensor, right: Tensor, U: Basis | None, V: Basis | None
+) -> tuple[Tensor, Tensor]:
     """Factors (n, out, k), (n, k, in) of what the shared sides miss.
 
     Args:
@@ -285,5 +314,17 @@ def core_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return decompose(left, right)
 
 
-__all__ = ["Basis", "Spectrum", "alternate", "basis_of", "bits_for_bytes", "coded_basis", "core_svd",
-           "leading_directions", "projected", "read_basis", "residual", "side_columns"]
+__all__ = [
+    "Basis",
+    "Spectrum",
+    "alternate",
+    "basis_of",
+    "bits_for_bytes",
+    "coded_basis",
+    "core_svd",
+    "leading_directions",
+    "projected",
+    "read_basis",
+    "residual",
+    "side_columns",
+]

@@ -125,7 +125,7 @@ class Stack:
         self._read_already = keep
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks decomposed, in order; a stack of a few blocks stays in memory until `forget`."""
+        """The blocks decomposed, in order; a stack of few blocks stays in memory until `forget`."""
         if self._decomposed is not None:
             yield from self._decomposed
             return
@@ -209,7 +209,7 @@ def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
     Z = Z.flip(2)[:, :, :k]
-    S = torch.where(S > _NOISE * S[:, :1], S, 0.0)
+    S = torch.where(_NOISE * S[:, :1] < S, S, 0.0)
     S_inverse = torch.where(S > 0, 1 / S.clamp_min(1e-300), 0.0)
     to_U = WR @ Z * S_inverse[:, None, :]
     to_V = (W * inverse[:, None, :]) @ Z * (S > 0)[:, None, :]
@@ -274,7 +274,8 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
 
 def _energy(X: Tensor) -> Tensor:
     """Σ x² of each member of a batch, (n,) float64."""
-    return torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64)
+    return norms.square()
 
 
 def singular_values(factors: Factors, exact: bool = True) -> Tensor:
@@ -295,7 +296,8 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
             return singular_values(factors)
     lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]
-    return torch.linalg.eigvalsh(WR.mT @ G_B @ WR).clamp_min(0).sqrt().flip(1)
+    squares: Tensor = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
+    return squares.clamp_min(0).sqrt().flip(1)
 
 
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:

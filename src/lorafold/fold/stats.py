@@ -67,8 +67,12 @@ def _module(lib: Library, j: int, module: dict[str, Any]) -> dict[str, Any]:
         "form": module["form"],
         "adapters": sum(size > 0 for size in held),
         "record_bytes": sum(held),
-        "basis_bytes": sum(lib.basis_size(s, t) for segments in bases.values() for s, t, _ in segments),
-        "ranks": {name: sum(columns for _, _, columns in segments) for name, segments in bases.items()},
+        "basis_bytes": sum(
+            lib.basis_size(s, t) for segments in bases.values() for s, t, _ in segments
+        ),
+        "ranks": {
+            name: sum(columns for _, _, columns in segments) for name, segments in bases.items()
+        },
     }
     if "clamped" in module:
         entry["clamped"] = module["clamped"]

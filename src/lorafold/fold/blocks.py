@@ -1,0 +1,51 @@
+"""Coding one block of adapters as its module's plan says."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from . import flat
+from .module_plan import ModulePlan, basis_at, side_pairs
+from .record import Coded, Target, code_block
+from .stack import Block, Factors, decompose, squared_residuals
+
+
+def code_own_or_shared(
+    block: Block, rows: np.ndarray, plan: ModulePlan, target: Target, whole: Factors
+) -> Coded:
+    """Code a block, each adapter with the sides it has; errors against `whole`."""
+    n = len(rows)
+    result = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
+        U, V = basis_at(plan.U, u), basis_at(plan.V, v)
+        ids = (u if U else None, v if V else None)
+        part = code_block(block.take(members), target.take(members), ids, U, V, whole.take(members))
+        result = replaced(result, members, part)
+    return result
+
+
+def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
+    """Flat parts, and where these miss the target a residual of the adapter's own."""
+    assert plan.flat is not None
+    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
+    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
+    coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
+    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
+    if len(over):
+        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
+        block = Block(f.members[over], *decompose(B, A))
+        rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
+        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
+        coded = replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+    return coded
+
+
+def replaced(coded: Coded, rows: np.ndarray, by: Coded) -> Coded:
+    """`coded` with some rows replaced, in order, by those of another."""
+    records = list(coded.records)
+    error, payload = coded.squared_error.copy(), coded.payload.copy()
+    for k, record in zip(rows.tolist(), by.records, strict=True):
+        records[k] = record
+    error[rows], payload[rows] = by.squared_error, by.payload
+    return Coded(records, error, payload)

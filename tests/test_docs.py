@@ -1,0 +1,174 @@
+"""What the documentation says is so: code runs, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import lorafold
+from lorafold.cli import VERBS, main
+from lorafold.demo.model import data_dir
+
+ROOT = Path(lorafold.__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+KINDS = {"python", "sh", "text", "json"}
+page_of = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+def blocks(page, kind=None):
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [text for name, text in found if kind in (None, name)]
+
+
+def command_lines(page):
+    for block in blocks(page, "sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+def anchors(page):
+    """As they are made from headings: lower case, no punctuation, hyphens."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_runs_page_by_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = "\n".join(blocks(page, "python"))
+    exec(compile(script, page.name, "exec"), {"__name__": page.stem})
+
+
+def test_pages_that_teach_the_api_have_python():
+    for name in ("README.md", "docs/adapters.md", "docs/files.md", "docs/fold.md"):
+        assert blocks(ROOT / name, "python"), name
+
+
+@page_of
+def test_every_block_says_what_it_is(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(FENCE.findall(text))
+    assert {kind for kind, _ in FENCE.findall(text)} <= KINDS
+
+
+@page_of
+def test_commands_and_options_exist(page):
+    for words in command_lines(page):
+        if words[0] != "lorafold":
+            assert words[0] in {"make", "pip", "python"}, words
+            continue
+        assert words[1] in VERBS, words
+        command = main.get_command(click.Context(main), words[1])
+        known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+        used = {word.partition("=")[0] for word in words[2:] if word.startswith("-")}
+        assert used <= known, words
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for words in command_lines(page):
+            assert words[0] != "make" or words[1] in targets, words
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    for name in ("roman", "morse", "brackets"):
+        shutil.copytree(data_dir() / "adapters" / name, tmp_path / "adapters" / name)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for words in command_lines(ROOT / "README.md"):
+        if words[0] == "lorafold":
+            result = CliRunner().invoke(main, words[1:])
+            assert result.exit_code == 0, f"{words}: {result.output}"
+            ran += 1
+    assert ran >= 5
+    assert (tmp_path / "unfolded" / "roman" / "adapter_config.json").is_file()
+
+
+@page_of
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        assert there.resolve().is_relative_to(ROOT)
+        assert not anchor or anchor in anchors(there), target
+
+
+@page_of
+def test_no_page_has_an_absolute_path(page):
+    text = page.read_text(encoding="utf-8")
+    # A path from the root, in code, a link or prose; `a/b`, 1/30 and https:// are none.
+    found = re.findall(r"(?<![\w.:/)}\]<*-])(?:~?/[A-Za-z_][\w.-]*/|[A-Z]:\\)", text)
+    assert not found
+
+
+def test_an_absolute_path_would_be_found(tmp_path):
+    bad = tmp_path / "bad.md"
+    for text in ("see `/home/someone/lib`", "(/usr/share/x)", r"C:\Users"):
+        bad.write_text(text)
+        with pytest.raises(AssertionError):
+            test_no_page_has_an_absolute_path(bad)
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in sorted((ROOT / "docs").glob("[a-z]*.md")):
+        assert f"]({page.name})" in index
+        assert f"](docs/{page.name})" in front
+
+
+# The README's numbers
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    path = ROOT / "tools" / "readme_numbers.py"
+    spec = importlib.util.spec_from_file_location("readme_numbers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_numbers_of_the_results(numbers):
+    text = numbers.README.read_text(encoding="utf-8")
+    assert numbers.filled(text) == text, "run tools/readme_numbers.py --write"
+
+
+def test_every_result_has_its_row_and_its_script(numbers):
+    results = {path.stem for path in numbers.RESULTS.glob("*.json")}
+    assert results <= set(numbers.ROWS)
+    for name in numbers.ROWS:
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+
+
+def test_a_changed_result_changes_the_readme(numbers, tmp_path):
+    text = numbers.README.read_text(encoding="utf-8")
+    shutil.copytree(numbers.RESULTS, tmp_path / "results")
+    path = tmp_path / "results" / "lowrank_svd.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["result"]["seconds_dense_1024"] *= 2
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert numbers.filled(text, tmp_path / "results") != text
+    del record["result"]["seconds_dense_1024"]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(SystemExit, match="seconds_dense_1024"):
+        numbers.table(tmp_path / "results")
+    path.unlink()
+    assert "lowrank_svd" not in numbers.table(tmp_path / "results")
