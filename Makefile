@@ -14,7 +14,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
 
 demo: $(VENV)/core.stamp ## fold the packaged adapters and measure what it costs (two minutes)
-	$(BIN)/lorafold demo
+	$(BIN)/lorafold demo --overwrite
 
 test: lint ## lint, types and all tests
 	$(BIN)/python -m pytest
@@ -28,7 +28,7 @@ bench: $(VENV)/bench.stamp ## every benchmark; results go to benchmarks/results/
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --save || exit 1; done
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) lorafold-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own and first: the pinned build stays, so that no later resolution can swap a CPU

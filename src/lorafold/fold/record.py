@@ -129,7 +129,7 @@ def code_block(
         against: the updates as they came, which the error is measured against; the block when
             None. In a bad gauge the decomposition itself is off by more than a small tolerance.
     """
-    parts, lost = _parts(block, target, U, V)
+    parts, lost, known = _parts(block, target, U, V)
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     bits = target.less(lost).bits(energy, cost)
@@ -142,7 +142,7 @@ def code_block(
         cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    if lost.any() and not _bad_gauge(block, against):
+    if known and not _bad_gauge(block, against):
         # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
         left, right = (
             torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
@@ -168,27 +168,24 @@ def _bad_gauge(block: Block, factors: Factors | None) -> bool:
 
 def _parts(
     block: Block, target: Target, U: Basis | None, V: Basis | None
-) -> tuple[list[_Part], np.ndarray]:
-    """The parts to be coded, and the squared norm (n,) that lies outside of all of them.
-
-    That norm is given only where it is exact enough to be stated, otherwise it is 0 and the whole
-    is to be compared.
+) -> tuple[list[_Part], np.ndarray, bool]:
+    """The parts to be coded, the squared norm (n,) outside of all of them, and whether that norm is
+    exact enough to be stated (otherwise the whole is to be compared).
     """
     none = np.zeros(len(block.members))
     if U is None and V is None:
-        return [_Part(block.U, block.S, block.V, None, None)], none
+        return [_Part(block.U, block.S, block.V, None, None)], none, False
     left, right = projected(block, U, V)
     parts = [_Part(*core_svd(left, right), U, V)]
     if target.kind != "error":
-        return parts, none
+        return parts, none, False
     total = (block.S**2).sum(1)
     lost = (total - weighted_norms(left, right, U, V)).clamp_min(0).cpu().numpy()
     if (lost > _RESIDUAL * target.amount).any():
-        return [*parts, _Part(*decompose(*residual(block, left, right, U, V)), None, None)], none
-    if U is None or V is None or bool((target.amount < _PLAIN * total.cpu().numpy()).any()):
-        return parts, none
-    # Never quite 0, which stands for "not known".
-    return parts, np.maximum(lost, 1e-9 * total.cpu().numpy())
+        rest = decompose(*residual(block, left, right, U, V))
+        return [*parts, _Part(*rest, None, None)], none, False
+    fine = (target.amount >= _PLAIN * total.cpu().numpy()).all()
+    return parts, lost, bool(fine) and U is not None and V is not None
 
 
 def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, list[bytes]]:
