@@ -104,16 +104,17 @@ def library_table(out: Console, stats: Mapping[str, Any]) -> None:
                 number,
                 output.span(r for m in mine for r in m["ranks"].values()),
                 output.span(m["adapters"] for m in mine),
+                f"{sum(m['parameters'] for m in mine):,}",
                 output.size(sum(m["record_bytes"] for m in mine)),
                 output.size(sum(m["basis_bytes"] for m in mine)),
             )
         )
     output.say(out)
-    heads = [">shared rank", ">adapters", ">own bytes", ">shared bytes"]
+    heads = [">shared rank", ">adapters", ">parameters", ">own bytes", ">shared bytes"]
     output.table(out, ["form", ">modules", *heads], rows)
     if settings().verbose:
         output.say(out)
-        heads = ["form", ">rank", ">used by", ">own", ">shared"]
+        heads = ["form", ">rank", ">used by", ">parameters", ">own", ">shared"]
         output.table(out, ["module", ">shape", *heads], map(_module_row, modules))
 
 
@@ -125,6 +126,7 @@ def _module_row(m: Mapping[str, Any]) -> tuple[object, ...]:
         m["form"],
         ranks or None,
         m["adapters"],
+        f"{m['parameters']:,}",
         output.size(m["record_bytes"]),
         output.size(m["basis_bytes"]),
     )

@@ -104,7 +104,7 @@ class Builder:
     def measure(self) -> None:
         """Init groups and every module's singular values."""
         count = self.collection.folded
-        if count > 1 and self.options.form != "flat":
+        if count > 1:
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
             self.planner.groups = self.groups
@@ -155,7 +155,8 @@ class Builder:
             return [form]
         if self.options.tolerance is None or self.collection.folded < 2:
             return ["svd"]
-        return ["svd", "input", "output", "shared", "flat"]
+        # Flat before those that keep the decomposed stack in memory.
+        return ["svd", "flat", "input", "output", "shared"]
 
     def _each(self, forms: list[str]) -> dict[str, ModulePlan]:
         plans = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,6 +83,26 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
         hat[index] = q
         scale[index] = 1.0
     return CodedRows(bits, codes, floats, hat, scale)
+
+
+def without_values(coded: CodedRows) -> CodedRows:
+    """What `write_rows` needs of coded rows, without the values that they decode to."""
+    return replace(coded, hat=coded.hat.new_zeros(0, coded.hat.shape[1]))  # a slice would keep all
+
+
+def joined(parts: Sequence[CodedRows]) -> CodedRows:
+    """Rows that were coded a few at a time, as one."""
+    d = parts[0].codes.shape[1]
+    floats = [
+        np.zeros((len(p.bits), d), np.float32) if p.floats is None else p.floats for p in parts
+    ]
+    return CodedRows(
+        np.concatenate([p.bits for p in parts]),
+        np.concatenate([p.codes for p in parts]),
+        None if all(p.floats is None for p in parts) else np.concatenate(floats),
+        torch.cat([p.hat for p in parts]),
+        torch.cat([p.scale for p in parts]),
+    )
 
 
 def write_rows(sides: Sequence[CodedRows], rows: np.ndarray, coefficients: np.ndarray) -> bytes:

@@ -39,6 +39,7 @@ def adapter_entries(
             or collection.digest(i, handle.read_extras()),
             "file_bytes": handle.nbytes,
             "parameters": parameters,
+            "rank": _ranks(handle.shapes, collection.paths),
         }
         if i < collection.folded:
             norm = float(written.squared_norm[i]) ** 0.5
@@ -73,6 +74,13 @@ def adapter_entries(
             entry["layouts"] = layouts
         entries[name] = entry
     return entries
+
+
+def _ranks(shapes: Mapping[str, tuple[int, int, int]], paths: list[str]) -> int | list[int]:
+    """One rank for all modules, or the list of them in the manifest's order, 0 where absent."""
+    ranks = [shapes[p][2] if p in shapes else 0 for p in paths]
+    there = {r for r in ranks if r}
+    return there.pop() if len(there) == 1 else ranks
 
 
 def option_entry(options: Options) -> dict[str, Any]:
@@ -111,10 +119,7 @@ def new_manifest(
     return {
         "base_model": collection.base_model,
         "options": option_entry(builder.options),
-        # Where all is `flat`, every adapter is kin, and the names would be most of the manifest.
-        "groups": {}
-        if {m["form"] for m in written.modules} <= {"flat"}
-        else group_entry(builder, collection.names),
+        "groups": group_entry(builder, collection.names),
         "plain_svd_bytes": builder.plain_svd_nbytes(),
         "config": common,
         "modules": written.modules,

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from .allocate import bits_for_error
-from .coder import code_rows, read_rows, rounded_coefficients, write_rows
+from .coder import (
+    code_rows,
+    joined,
+    read_rows,
+    rounded_coefficients,
+    without_values,
+    write_rows,
+)
 from .stack import Factors, Stack
 
+_ROWS = 32
 _SEEDS = {"A": 3, "B": 2}
 # kind, basis, rank, loadings of A and of B, 1 where they are float32, the largest of A and of B
 _HEAD = struct.Struct("<BHHHHBff")
@@ -197,10 +205,14 @@ def predicted_nbytes(s: FlatSpectrum, budget: float) -> float:
 def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
     """Code row 0 (the mean, at its own length) and unit rows; a dropped mean becomes zero."""
     levels = np.maximum(levels, 1)
-    coded = code_rows(rows, levels, _SEEDS[side])
-    lengths = rows.double().norm(dim=1)
-    c = (lengths / coded.hat.double().norm(dim=1).clamp_min(1e-300)).cpu().numpy()
-    record = write_rows([coded], np.arange(len(rows)), rounded_coefficients(c, levels))
+    coded, lengths = [], []
+    for at in range(0, len(rows), _ROWS):  # a few at a time: coding takes several times their size
+        some = rows[at : at + _ROWS]
+        part = code_rows(some, levels[at : at + _ROWS], _SEEDS[side])
+        lengths.append(some.double().norm(dim=1) / part.hat.double().norm(dim=1).clamp_min(1e-300))
+        coded.append(without_values(part))
+    c = rounded_coefficients(torch.cat(lengths).cpu().numpy(), levels)
+    record = write_rows([joined(coded)], np.arange(len(rows)), c)
     return read_side(record, rows.shape[1], side, rows.device)
 
 

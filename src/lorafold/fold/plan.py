@@ -373,13 +373,15 @@ class Planner:
             size = sum(
                 flat.predicted_nbytes(s, theta * o.tolerance**2 / 2) for s in spectra.values()
             )
-            if size > min([limit, *(plan.nbytes for plan in plans)]):
+            # The sides alone, before any loadings, must be worth it.
+            if size > min([limit / _HOPELESS, *(plan.nbytes for plan in plans)]):
                 continue
             sides = {
                 side: flat.coded_side(s, side, budget=theta * o.tolerance**2 / 2)
                 for side, s in spectra.items()
             }
             plans.append(self.flat_plan(stack, S, FlatBases(sides["A"], sides["B"], False)))
+            plans[-1].release()
         return sorted(plans, key=lambda plan: plan.nbytes)[:1]
 
     def flat_plan(self, stack: Stack, S: np.ndarray, bases: FlatBases) -> ModulePlan:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
-_KEPT_BLOCKS = 16  # a stack of no more blocks is kept between passes
+_KEPT_BLOCKS = 3  # a stack of no more blocks is kept between passes
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
 

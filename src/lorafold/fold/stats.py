@@ -18,8 +18,9 @@ def library_stats(lib: Library) -> dict[str, Any]:
         files), ratio; parameters (of all factors); error {"mean", "max"}; bits (mean packed bits a
         number, scales apart); plain_svd_bytes (truncated float16 SVD per adapter at the same
         tolerance; 0 when folded by size); forms {form: modules}; init_groups; modules: path,
-        shape, form, ranks of the shared sides, adapters, bytes of the records and of the bases,
-        certificate; clamped: how many directions there were where a rank asked for more.
+        shape, form, ranks of the shared sides, adapters, parameters of their factors, bytes of the
+        records and of the bases, certificate; clamped: how many directions there were where a rank
+        asked for more.
     """
     manifest = lib.store.manifest
     entries = manifest["adapters"]
@@ -58,14 +59,24 @@ def _groups(manifest: dict[str, Any]) -> dict[str, list[list[str]]]:
     return found
 
 
+def _rank(rank: int | list[int], j: int) -> int:
+    """An adapter's rank at module number j, from its entry."""
+    if isinstance(rank, int):
+        return rank
+    return rank[j] if j < len(rank) else 0
+
+
 def _module(lib: Library, j: int, module: dict[str, Any]) -> dict[str, Any]:
-    held = [lib.record_size(j, e) for e in lib.store.manifest["adapters"].values()]
+    entries = list(lib.store.manifest["adapters"].values())
+    held = [lib.record_size(j, e) for e in entries]
+    ranks = [_rank(e["rank"], j) for e, size in zip(entries, held, strict=True) if size]
     bases = module.get("bases", {})
     entry: dict[str, Any] = {
         "path": module["path"],
         "shape": list(module["shape"]),
         "form": module["form"],
-        "adapters": sum(size > 0 for size in held),
+        "adapters": len(ranks),
+        "parameters": sum(ranks) * sum(module["shape"]),
         "record_bytes": sum(held),
         "basis_bytes": sum(
             lib.basis_size(s, t) for segments in bases.values() for s, t, _ in segments
