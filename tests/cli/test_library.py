@@ -100,7 +100,7 @@ def test_init_groups_in_words():
     groups = {"in": [["a", "b", "c"], ["d", "e"]], "out": [["a", "b"]]}
     assert _library.group_words({"adapters": 24, "init_groups": groups}) == [
         "5 of 24 adapters start from the same A as others, in 2 groups of 2–3",
-        "2 of 24 adapters start from the same B",
+        "2 of 24 adapters have nearly the same B",
     ]
 
 

@@ -11,7 +11,8 @@ from ._command import settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SIDES = {"in": "the same A", "out": "the same B"}
+# B starts at zero, so a common column space of B was learned, not given.
+_SIDES = {"in": "start from the same A", "out": "have nearly the same B"}
 _OWN = {"svd", "exact"}  # forms in which adapters share nothing
 
 
@@ -61,7 +62,7 @@ def group_words(stats: Mapping[str, Any]) -> list[str]:
     phrases = []
     for side, groups in stats["init_groups"].items():
         sizes = sorted((len(group) for group in groups), reverse=True)
-        phrase = f"{sum(sizes)} of {stats['adapters']} adapters start from {_SIDES[side]}"
+        phrase = f"{sum(sizes)} of {stats['adapters']} adapters {_SIDES[side]}"
         if len(sizes) > 1:
             phrase += f" as others, in {len(sizes)} groups of {output.span(sizes)}"
         phrases.append(phrase)

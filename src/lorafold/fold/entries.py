@@ -89,7 +89,7 @@ def option_entry(options: Options) -> dict[str, Any]:
 
 
 def group_entry(builder: Builder, names: list[str]) -> dict[str, list[list[str]]]:
-    """Init groups by side ("in": the same A, "out": the same B): lists of names."""
+    """Groups by side ("in": one start of A, "out": nearly the same B): lists of names."""
     found: dict[str, list[list[str]]] = {}
     for side, word in (("V", "in"), ("U", "out")):
         groups = builder.groups.get(side)
