@@ -48,7 +48,9 @@ def anchors(page):
 def test_python_runs_page_by_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = "\n".join(blocks(page, "python"))
-    exec(compile(script, page.name, "exec"), {"__name__": page.stem})
+    names = {"__name__": page.stem}
+    exec(compile(script, page.name, "exec"), names)
+    assert len(names) > 2, "the page's blocks defined nothing"
 
 
 def test_pages_that_teach_the_api_have_python():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
@@ -336,11 +336,6 @@ def tensor_digest(key: str, t: Tensor) -> bytes:
 def combined_digest(parts: Iterable[bytes]) -> str:
     """One hexadecimal digest of many, whatever their order."""
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
-
-
-def map_modules(adapter: Adapter, change: Callable[[LowRank], LowRank]) -> Adapter:
-    """The adapter with `change` applied to every update; everything else as it is."""
-    return adapter._with({p: change(u) for p, u in adapter._algebra().items()})
 
 
 def _water_filled(

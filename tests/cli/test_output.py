@@ -129,6 +129,8 @@ def test_quick_work_draws_nothing_and_slow_work_does(monkeypatch):
 
 def test_without_a_terminal_there_is_no_timer(monkeypatch):
     monkeypatch.setattr(output.threading, "Timer", None)
-    monkeypatch.setattr("sys.stderr", io.StringIO())
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
     with output.progress("folding") as advance:
         advance(1, 2, "")
+    assert stream.getvalue() == ""

@@ -733,7 +733,7 @@ def test_auto_is_never_larger_than_a_single_form(make_adapter, kind, natural, to
 def test_warnings_are_not_part_of_folding(regular):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lf.fold(regular, tolerance=0.1)
+        assert lf.fold(regular, tolerance=0.1).names == list(regular)
 
 
 def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):

@@ -11,10 +11,8 @@ from lorafold.fold.record import (
     Target,
     code_block,
     decode,
-    exact_nbytes,
     exact_record,
     predicted_nbytes,
-    same_sides,
 )
 from lorafold.fold.sides import basis_of
 from lorafold.fold.stack import Block, decompose
@@ -137,7 +135,7 @@ def test_exact_records_keep_every_bit(make_update, dtype):
     assert torch.equal(back.B, u.B)
     assert back.scale == u.scale
     size = (u.A.numel() + u.B.numel()) * u.A.element_size()
-    assert abs(exact_nbytes(np.array(size)) - len(record)) < 60
+    assert size < len(record) < size + 210
 
 
 def test_exact_records_of_views():
@@ -170,8 +168,3 @@ def test_predictions_are_the_bytes_written(updates):
     coded = code_block(block, Target("error", target))
     written = np.array([len(r) for r in coded.records])
     assert (np.abs(written - told) < 12).all()
-
-
-def test_grouping_by_sides():
-    found = same_sides([(None, 1), (0, 1), (None, 1)])
-    assert {k: v.tolist() for k, v in found.items()} == {(None, 1): [0, 2], (0, 1): [1]}

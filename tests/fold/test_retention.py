@@ -195,3 +195,10 @@ def test_scoring_does_not_change_the_adapters(adapters):
     lf.fold(adapters, retention=0.8, score=vandal)
     assert {n: a.digest for n, a in adapters.items()} == before
     assert torch.is_tensor(adapters["a0"]["q"].A)
+
+
+def test_the_manifest_says_that_retention_decided(adapters):
+    lib = lf.fold(adapters, retention=0.9, score=Task(adapters))
+    assert lib.stats()["options"]["retention"] == 0.9
+    lib.refold(tolerance=0.5)
+    assert "retention" not in lib.stats()["options"]

@@ -20,12 +20,12 @@ from ..errors import MismatchError, ToleranceError, UnknownNameError, did_you_me
 from ..files import open_adapter
 from ..lowrank import LowRank
 from .build import Builder, check_contract, layout_entry
-from .collection import Collection, Handle, block_bytes, few_threads, named_handles, torch_device
+from .collection import Collection, Handle, block_bytes, few_threads, named_handles
 from .entries import adapter_entries
 from .module_plan import FlatBases, ModulePlan, Shared
 from .plan import Options, Planner
 from .shard import Shard, ShardWriter
-from .sides import Basis, Spectrum, basis_of
+from .sides import Basis, basis_of
 from .stack import Block, Stack
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def refold_all(
     asked = sizes & set(given)
     if not asked:
         kept = lib.store.manifest["options"]
-        given |= {k: v for k, v in kept.items() if k in sizes}
+        given |= {k: v for k, v in kept.items() if k in sizes - {"retention"}}
     given.setdefault("form", lib.store.manifest["options"].get("form", "auto"))
     settings = FoldOptions.of(**given)
     if settings.retention is not None:
@@ -473,16 +473,3 @@ def checked_error(lib: Library, name: str, handle: Handle) -> float:
             f"{name!r} has error {error:.4g} against its source, above its bound {bound:.4g}"
         )
     return error
-
-
-__all__ = [
-    "Spectrum",
-    "Stored",
-    "add_to",
-    "checked_error",
-    "nearest_sides",
-    "one_handle",
-    "refold_all",
-    "remove_from",
-    "torch_device",
-]

@@ -158,7 +158,7 @@ class FoldOptions:
         ):
             tolerance = DEFAULT_TOLERANCE
         block_bytes(memory)
-        options = Options(form, tolerance, rank, energy, bits)
+        options = Options(form, tolerance, rank, energy, bits, retention)
         return cls(options, memory, torch_device(device), progress, retention, score)
 
 

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, map_modules
+from ..adapter import Adapter
 from ..errors import (
-    FileError,
     MismatchError,
     RefusedError,
-    ToleranceError,
     UnknownNameError,
     did_you_mean,
 )
@@ -484,6 +482,3 @@ def config_of(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, 
     difference = entry.get("config", {})
     kept = {k: copy.deepcopy(v) for k, v in common.items() if k not in difference.get("drop", ())}
     return {**kept, **copy.deepcopy(difference.get("set", {}))}
-
-
-__all__ = ["FileError", "Library", "Projection", "ToleranceError", "map_modules"]

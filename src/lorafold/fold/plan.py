@@ -47,6 +47,7 @@ class Options:
     rank: int | None = None
     energy: float | None = None
     bits: float | None = None
+    retention: float | None = None  # recorded only: each adapter's own tolerance came from it
 
     @property
     def coded(self) -> bool:

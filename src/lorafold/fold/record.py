@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,11 +243,6 @@ def exact_record(u: LowRank) -> bytes:
     return _EXACT_HEAD.pack(EXACT, len(body)) + struct.pack("<B", len(scale)) + scale + body
 
 
-def exact_nbytes(u_nbytes: np.ndarray) -> np.ndarray:
-    """Bytes of an exact record, given those of its tensors."""
-    return u_nbytes + 150
-
-
 BasisOf = Callable[[str, int, int], Tensor]
 
 
@@ -328,11 +323,3 @@ def _decode_exact(record: bytes, start: int, device: torch.device | str | None) 
     start += 1 + length
     t = load(record[start : start + size])
     return LowRank(t["A"].to(device), t["B"].to(device), scale)
-
-
-def same_sides(ids: Sequence[Sides]) -> dict[Sides, np.ndarray]:
-    """Rows of a block by the pair of bases they use."""
-    rows: dict[Sides, list[int]] = {}
-    for row, pair in enumerate(ids):
-        rows.setdefault(pair, []).append(row)
-    return {pair: np.array(members) for pair, members in rows.items()}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .allocate import bits_for_bytes, bits_for_error
+from .allocate import bits_for_error
 from .coder import LEFT_SEED, RIGHT_SEED, code_rows, read_rows, rounded_coefficients, write_rows
 from .stack import Block, decompose, squared_norms
 
@@ -312,19 +312,3 @@ def residual(
 def core_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular pairs of a core: P (n, du, k), S (n, k), Q (n, dv, k)."""
     return decompose(left, right)
-
-
-__all__ = [
-    "Basis",
-    "Spectrum",
-    "alternate",
-    "basis_of",
-    "bits_for_bytes",
-    "coded_basis",
-    "core_svd",
-    "leading_directions",
-    "projected",
-    "read_basis",
-    "residual",
-    "side_columns",
-]
