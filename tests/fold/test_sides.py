@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lorafold.fold import sides
+from lorafold.fold.allocate import bits_for_error
 from lorafold.fold.sides import (
     alternate,
     basis_of,
-    coded_basis,
     core_svd,
     leading_directions,
     projected,
@@ -199,12 +199,12 @@ def test_a_budget_decides_how_many_directions_and_bits(kin):
     found = leading_directions(lambda: side_columns([block], np.ones(7), "U"), 40, 21, 40)
     sizes = []
     for budget in (0.3, 0.05, 1e-3):
-        basis = coded_basis(found, "U", budget=budget)
+        left = budget - found.tail(len(found.energies))
+        levels = bits_for_error(found.energies, 5.0, False, left)
+        basis = basis_of(found.directions, levels, "U")
         U = torch.linalg.qr(basis.columns.double())[0]
         Y = torch.cat(list(side_columns([block], np.ones(7), "U")), 1).double()
         lost = float((Y - U @ (U.T @ Y)).square().sum() / Y.square().sum())
         assert lost <= budget * 1.1
         sizes.append(len(basis.record))
     assert sizes == sorted(sizes)
-    assert coded_basis(found, "U", bits=16, rank=3).rank == 3
-    assert coded_basis(found, "U", bits=2.5, rank=100).rank == len(found.energies)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .allocate import bits_for_error
 from .coder import LEFT_SEED, RIGHT_SEED, code_rows, read_rows, rounded_coefficients, write_rows
 from .stack import Block, decompose, squared_norms
 
@@ -210,44 +209,6 @@ def alternate(
         kept += float((squared_norms(X, Y.mT) * w).sum())
         total += float(((block.S**2).sum(1) * w).sum())
     return U, V, kept / total if total > 0 else 1.0
-
-
-def coded_basis(
-    spectrum: Spectrum,
-    side: str,
-    *,
-    budget: float | None = None,
-    bits: float | None = None,
-    rank: int | None = None,
-) -> Basis:
-    """The leading directions, coded so that dropping and rounding together cost `budget`.
-
-    Args:
-        spectrum: the side's directions. side: "U" or "V".
-        budget: allowed share of the squared norm; decides how many directions are kept and at
-            how many bits. Otherwise `rank` of them (all when None) at `bits` on average.
-    """
-    energies = spectrum.energies
-    d = spectrum.directions.shape[0]
-    cost = np.full(len(energies), d / 8)
-    single = np.zeros(len(energies), bool)
-    if budget is not None:
-        left = budget - spectrum.tail(len(energies))
-        levels = bits_for_error(energies, cost, single, max(left, 0.0))
-    else:
-        count = len(energies) if rank is None else min(rank, len(energies))
-        levels = np.zeros(len(energies), np.int64)
-        assert bits is not None
-        if bits > 8:
-            levels[:count] = int(bits)
-        else:
-            # Equal bits where the average is whole: a direction that one adapter lives on is
-            # worth as much to it as the strongest one is to the crowd.
-            floor = int(bits)
-            levels[:count] = floor
-            levels[: round((bits - floor) * count)] += 1
-            levels[:count] = np.maximum(levels[:count], 1)
-    return basis_of(spectrum.directions, levels, side)
 
 
 def basis_of(directions: Tensor, levels: np.ndarray, side: str) -> Basis:
