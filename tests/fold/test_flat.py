@@ -46,6 +46,24 @@ def factors(updates):
 
 @pytest.mark.parametrize("side", ["A", "B"])
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_columns_in_pieces_give_the_gram_of_the_whole(updates, side, block_bytes, monkeypatch):
+    monkeypatch.setattr(flat, "_PIECE", 1)  # pieces of 256 columns at least
+    wide = [LowRank(u.A.repeat(1, 50), u.B.repeat(50, 1), u.scale) for u in updates]
+    ranks = np.full(N, R)
+
+    def read(i):
+        return wide[i].B, wide[i].A, wide[i].scale
+
+    stack = Stack("m", (50 * OUT, 50 * INN), np.arange(N), ranks, read, block_bytes)
+    gram, mean = flat._centred_gram(stack, side)
+    X = flattened(wide, side)
+    centred = X - X.mean(0)
+    torch.testing.assert_close(mean.double(), X.mean(0), atol=1e-5, rtol=0)
+    assert (gram - centred @ centred.T).norm() < 1e-5 * (centred @ centred.T).norm()
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_the_spectrum_is_the_dense_pca(updates, side, block_bytes):
     X = flattened(updates, side)
     s = flat.flat_spectrum(stack_of(updates, block_bytes), side)

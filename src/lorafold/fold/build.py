@@ -27,7 +27,7 @@ from .module_plan import ModulePlan
 from .plan import Options, Planner
 from .record import NOTHING, Coded, Target, exact_record
 from .shard import ShardWriter
-from .stack import Block, Factors, Stack, decompose, singular_values
+from .stack import Block, Factors, Stack, decompose, norms, singular_values
 from .store import Transaction
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
@@ -110,13 +110,19 @@ class Builder:
             self.planner.groups = self.groups
         for k, (path, stack) in enumerate(self.stacks.items()):
             self._progress(k, 2 * len(self.stacks), "measuring")
-            exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
-            S = [singular_values(f, exact).cpu().numpy() for f in stack.factors()]
+            S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
             stack.forget()
             width = max(s.shape[1] for s in S)
             self.singular_values[path] = np.concatenate(
                 [np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S]
             )
+
+    def _spectra(self, f: Factors) -> torch.Tensor:
+        """Singular values (n, r); where no bits depend on them, what has their norm, (n, 1)."""
+        if self.options.tolerance is None and self.options.form == "flat":
+            return norms(f)
+        exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
+        return singular_values(f, exact)
 
     def _plans(self) -> Iterator[dict[str, ModulePlan]]:
         """The plans worth writing, the cheapest by prediction first."""

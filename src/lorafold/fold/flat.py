@@ -9,7 +9,7 @@ that leaves ΔW alone changes every x_i.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from .coder import (
 from .stack import Factors, Stack
 
 _ROWS = 32
+_PIECE = 1 << 20  # numbers in a piece of the columns
 _SEEDS = {"A": 3, "B": 2}
 # kind, basis, rank, loadings of A and of B, 1 where they are float32, the largest of A and of B
 _HEAD = struct.Struct("<BHHHHBff")
@@ -110,55 +111,67 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     Args:
         most: directions wanted at most; all N − 1 when None.
     """
-
     n = len(stack)
-    parts = _Centred(stack, side)
-    center = parts.center
-    gram = np.zeros((n, n))
-    for here, X in parts:
-        for there, Y in parts:
-            if there.start >= here.start:
-                gram[here, there] = (X @ Y.T).cpu().numpy()
-                gram[there, here] = gram[here, there].T
-    values, vectors = np.linalg.eigh(gram)
+    gram, center = _centred_gram(stack, side)
+    values, vectors = (t.numpy()[..., ::-1] for t in torch.linalg.eigh(gram.cpu()))
     most = n - 1 if most is None else min(most, n - 1)
-    values, vectors = values[::-1][:most], vectors[:, ::-1][:, :most]
+    values, vectors = values[:most], vectors[:, :most]
     # Float32 products leave noise of about 1e-7 of the largest; nothing below it is a direction.
     alive = values > 1e-7 * max(float(values.max(initial=0.0)), 1e-300)
     values, vectors = values[alive], vectors[:, alive]
     mix = torch.as_tensor((vectors / np.sqrt(values)).T, dtype=torch.float32).to(center)
-    directions = torch.zeros(len(values), len(center), device=center.device)
-    for here, X in parts:
-        directions.addmm_(mix[:, here], X)
-    total = float(np.trace(gram)) + n * float(center.double().square().sum())
-    return FlatSpectrum(center, directions, values, vectors * np.sqrt(values), total)
+    directions = center.new_zeros(len(values), len(center))
+    at, work = 0, None
+    for f in stack.factors():
+        X = flattened(f, side)
+        if work is None or work.shape != X.shape:
+            work = torch.empty_like(X)  # a fresh one for each block costs more than the product
+        directions.addmm_(mix[:, at : at + len(X)], torch.sub(X, center, out=work))
+        at += len(X)
+    total = float(gram.trace()) + n * float(center.double().square().sum())
+    return FlatSpectrum(center, directions, values.copy(), vectors * np.sqrt(values), total)
 
 
-class _Centred:
-    """The flattened factors less their mean, in pieces; kept where the stack keeps its factors."""
+def _centred_gram(stack: Stack, side: str) -> tuple[Tensor, Tensor]:
+    """The N×N float64 Gram of the flattened factors less their mean, and the mean (D,)."""
+    kept = stack.kept()
+    if kept is not None:
+        return _gram_by_columns([flattened(f, side) for f in kept])
+    n, at = len(stack), 0
+    center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(0) / n
+    gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
+    for f in stack.factors():
+        X, there = flattened(f, side) - center, 0
+        for g in stack.factors():
+            if there >= at:
+                Y = X if there == at else flattened(g, side) - center
+                gram[at : at + len(X), there : there + len(Y)] = X @ Y.T
+            there += len(g.members)
+        at += len(X)
+    return gram.triu() + gram.triu(1).T, center
 
-    def __init__(self, stack: Stack, side: str) -> None:
-        self._stack, self._side = stack, side
-        self.center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(
-            0
-        ) / len(stack)
-        self._kept: list[tuple[slice, Tensor]] | None = None
-        if stack.in_memory:
-            size = max(1, -(-len(stack) // 4))
-            whole = torch.cat([flattened(f, side) for f in stack.factors()]).sub_(self.center)
-            self._kept = [
-                (slice(at, at + size), whole[at : at + size]) for at in range(0, len(whole), size)
-            ]
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        at = 0
-        for f in self._stack.factors():
-            X = flattened(f, self._side) - self.center
-            yield slice(at, at + len(X)), X
-            at += len(X)
+def _gram_by_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same of factors in memory, a few thousand columns of all of them at a time.
+
+    A piece holds every adapter, so its own mean is the mean; and it stays in the cache, where a
+    centred copy of everything would pass through memory once more.
+    """
+    n, D = sum(len(X) for X in parts), parts[0].shape[1]
+    center = parts[0].new_empty(D)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
+    width = max(256, _PIECE // n)
+    piece = center.new_empty(n, min(width, D))
+    half = -(-n // 2)
+    for a in range(0, D, width):
+        X = piece if a + width <= D else center.new_empty(n, D - a)
+        torch.cat([part[:, a : a + width] for part in parts], out=X)
+        torch.mean(X, 0, out=center[a : a + width])
+        X -= center[a : a + width]
+        gram[:half] += X[:half] @ X.T
+        gram[half:, half:] += X[half:] @ X[half:].T  # the fourth quarter follows by symmetry
+    gram[half:, :half] = gram[:half, half:].T
+    return gram, center
 
 
 def coded_side(

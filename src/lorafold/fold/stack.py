@@ -115,8 +115,7 @@ class Stack:
         if self._read_already is not None:
             yield from self._read_already
             return
-        small = self._keep or self.nbytes <= _KEPT_BLOCKS * self._block_bytes
-        keep: list[Factors] | None = [] if small else None
+        keep: list[Factors] | None = [] if self._stays else None
         for rows in self._split():
             f = self._load(rows)
             if keep is not None:
@@ -144,10 +143,16 @@ class Stack:
         for k, f in enumerate(self.factors()):
             yield f, known[k] if known is not None else Block(f.members, *decompose(f.B, f.A))
 
+    def kept(self) -> list[Factors] | None:
+        """All the blocks as read, where they stay in memory; None where they don't."""
+        if self._read_already is None and self._stays:
+            for _ in self.factors():
+                pass
+        return self._read_already
+
     @property
-    def in_memory(self) -> bool:
-        """Whether the factors are kept now."""
-        return self._read_already is not None
+    def _stays(self) -> bool:
+        return self._keep or self.nbytes <= _KEPT_BLOCKS * self._block_bytes
 
     def forget(self) -> None:
         """Drop what is kept in memory, unless all of the collection may be."""
@@ -259,23 +264,38 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     do. Where the parts cancel, as in a bad gauge, `squared_differences` is asked.
     """
     E_B, E_A = B - B_hat, A - A_hat
-
-    def product(X: Tensor, Y: Tensor, Z: Tensor, W: Tensor) -> Tensor:
-        return ((X.mT @ Y).double() * (Z @ W.mT).double()).sum((1, 2))
-
-    square = product(E_B, E_B, A_hat, A_hat) + product(B, B, E_A, E_A)
-    square += 2 * product(E_B, B, A_hat, E_A)
-    parts = _energy(E_B) * _energy(A_hat) + _energy(B) * _energy(E_A)
+    EE_B, BB, EB_B = E_B.mT @ E_B, B.mT @ B, E_B.mT @ B
+    HH_A, EE_A, HE_A = A_hat @ A_hat.mT, E_A @ E_A.mT, A_hat @ E_A.mT
+    square = _inner(EE_B, HH_A) + _inner(BB, EE_A) + 2 * _inner(EB_B, HE_A)
+    parts = _traces(EE_B) * _traces(HH_A) + _traces(BB) * _traces(EE_A)
     poor = torch.nonzero(~((square > 1e-4 * parts) | (parts == 0)))[:, 0]
     if len(poor):
         square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
     return square.clamp_min(0)
 
 
-def _energy(X: Tensor) -> Tensor:
-    """Σ x² of each member of a batch, (n,) float64."""
-    norms: Tensor = torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64)
-    return norms.square()
+def _inner(X: Tensor, Y: Tensor) -> Tensor:
+    """Σ x y of each pair of a batch, (n,) float64."""
+    return (X.double() * Y.double()).sum((1, 2))
+
+
+def _traces(G: Tensor) -> Tensor:
+    return G.diagonal(0, 1, 2).double().sum(1)
+
+
+def norms(factors: Factors) -> Tensor:
+    """‖B_i A_i‖ of each member, (n, 1) float64, as `singular_values(exact=False)` would add up."""
+    G_A, G_B = (X.mT @ X for X in (factors.A.mT, factors.B))
+    size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
+    if _fine(size, largest):
+        return size.sqrt()[:, None]
+    return singular_values(factors).norm(dim=1, keepdim=True)
+
+
+def _fine(size: Tensor, largest: Tensor) -> bool:
+    """Whether float32 Grams hold ‖B A‖² = size, where ‖B‖² ‖A‖² = largest."""
+    small = torch.finfo(torch.float32).tiny ** 0.5
+    return bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all())
 
 
 def singular_values(factors: Factors, exact: bool = True) -> Tensor:
@@ -288,12 +308,8 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
     """
     right, left = factors.A.mT, factors.B
     G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
-    if not exact:
-        largest = G_B.diagonal(0, 1, 2).sum(1) * G_A.diagonal(0, 1, 2).sum(1)
-        size = (G_B * G_A).sum((1, 2))
-        small = torch.finfo(torch.float32).tiny ** 0.5
-        if not bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all()):
-            return singular_values(factors)
+    if not exact and not _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+        return singular_values(factors)
     lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]
     squares: Tensor = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
