@@ -289,7 +289,8 @@ def norms(factors: Factors) -> Tensor:
     size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
     if _fine(size, largest):
         return size.sqrt()[:, None]
-    return singular_values(factors).norm(dim=1, keepdim=True)
+    exact: Tensor = torch.linalg.vector_norm(singular_values(factors), dim=1, keepdim=True)
+    return exact
 
 
 def _fine(size: Tensor, largest: Tensor) -> bool:
