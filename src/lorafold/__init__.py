@@ -17,6 +17,11 @@ _HOME = {
     "LowRank": "lowrank",
     "load": "files",
     "save": "files",
+    "attach": "attach",
+    "LoRA": "attach",
+    "PiSSA": "attach",
+    "Live": "attach",
+    "calibrate": "attach",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -32,6 +37,11 @@ _HOME = {
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .adapter import Layout as Layout
+    from .attach import Live as Live
+    from .attach import LoRA as LoRA
+    from .attach import PiSSA as PiSSA
+    from .attach import attach as attach
+    from .attach import calibrate as calibrate
     from .errors import FileError as FileError
     from .errors import LorafoldError as LorafoldError
     from .errors import MismatchError as MismatchError

@@ -1,0 +1,259 @@
+"""The verb itself: a model and what to attach in, the handle out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..errors import MismatchError
+from ..fold import Library
+from .begin import fresh_factors
+from .controls import SCALINGS
+from .fresh import Factors, Fresh
+from .live import Live
+from .modulation import fresh_modulation, taken
+from .patch import Patch, swap_in
+from .places import Place, device_of, place_at, places_of
+from .slots import OWN, Slots
+from .source import Source
+from .spec import LoRA, PiSSA, Spec
+from .targets import found_layers
+
+DEFAULT = "default"
+
+
+def attach(
+    model: nn.Module,
+    x: Any,
+    *,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+    rank_scaling: str = "constant",
+) -> Live:
+    """Attach adapters to a model in place, without changing its weights.
+
+    Adapters that are given run when `live.use(...)` says so; fresh ones, which are there to be
+    trained, run from the start.
+
+    Args:
+        model: any module that holds linear, Conv1D, embedding or convolution layers, or is one.
+        x: an `Adapter`, its path, a specification (`lf.LoRA`, `lf.PiSSA`), {name: one of these},
+            or a `Library`. A single one is named "default".
+        slots: adapters that are on the model's device at once; the least recently used leaves.
+            When None, room is made for up to 64 as they come; a number reserves it.
+        max_rank: rank that a slot has room for; by default the largest given.
+        trainable: train the adapters; their factors become parameters.
+        dtype: of the factors; by default the adapters' own, the widest of them.
+        rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k).
+
+    Returns:
+        The handle, `Live`.
+
+    Raises:
+        MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
+            layer or adapter that can't be attached, naming it. The model is unchanged then.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> a = lf.Adapter({"0": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
+        >>> live = lf.attach(model, a)
+        >>> x = torch.randn(3, 8)
+        >>> with live.use("default", c=0.5):
+        ...     y = model(x)
+        >>> torch.allclose(y, model(x) + 0.5 * a["0"](x), atol=1e-5)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
+    if rank_scaling not in SCALINGS:
+        raise MismatchError(
+            f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
+        )
+    for label, value in (("slots", slots), ("max_rank", max_rank)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise MismatchError(f"{label} must be at least 1, found {value!r}")
+    if isinstance(x, Library):
+        raise MismatchError("soon")
+    named = _named(x)
+    adapters = [a for a in named.values() if isinstance(a, Adapter)]
+    rank = max_rank or max((a.rank for a in adapters), default=0)
+    live = Live(model, Slots(slots, rank, dtype or _widest(adapters)), SCALINGS[rank_scaling])
+    _add_all(live, named, trainable)
+    return live
+
+
+def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> None:
+    """See `Live.add`."""
+    if not isinstance(name, str) or not name:
+        raise MismatchError(f"a name must be a non-empty text, found {name!r}")
+    if name in live.names and not replace:
+        raise MismatchError(
+            f"an adapter {name!r} is attached already; use replace=True or another name"
+        )
+    source = _source(x)
+    if isinstance(source, Adapter) and not trainable:
+        if not live.slots.tables:
+            live.slots.rank = max(live.slots.rank, source.rank)
+        live.slots.dtype = torch.promote_types(live.slots.dtype, _widest([source]))
+    _add_all(live, {name: source}, trainable)
+
+
+def _named(x: Any) -> dict[str, Any]:
+    if isinstance(x, Mapping) and not isinstance(x, Adapter):
+        if not x:
+            raise MismatchError("there is nothing to attach: the mapping is empty")
+        for name in x:
+            if not isinstance(name, str) or not name:
+                raise MismatchError(f"a name must be a non-empty text, found {name!r}")
+        return {name: _source(value) for name, value in x.items()}
+    return {DEFAULT: _source(x)}
+
+
+def _source(x: Any) -> Adapter | Spec:
+    if isinstance(x, Adapter | Spec):
+        return x
+    if isinstance(x, str | os.PathLike):
+        from ..files import load
+
+        return load(x)
+    raise MismatchError(
+        "attach takes an Adapter, its path, lf.LoRA(...), lf.PiSSA(...), a mapping of these or a "
+        f"Library, not a {type(x).__name__}"
+    )
+
+
+def _widest(adapters: list[Adapter]) -> torch.dtype:
+    """The dtype that holds every factor; float32 where there are none."""
+    dtypes = {t.dtype for a in adapters for u in a.modules.values() for t in (u.A, u.B)}
+    if not dtypes:
+        return torch.float32
+    widest = dtypes.pop()
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -> None:
+    """Check everything, then attach it."""
+    frozen = {n: a for n, a in named.items() if isinstance(a, Adapter) and not trainable}
+    trained: dict[str, tuple[dict[str, Fresh], Source]] = {}
+    places: dict[str, Place] = {}
+    for name, a in named.items():
+        if isinstance(a, Spec):
+            found, fresh, source = _begin(live, a)
+        else:
+            found = places_of(live, name, a)
+            if name in frozen:
+                if a.rank > live.slots.rank:
+                    raise MismatchError(
+                        f"adapter {name!r} has rank {a.rank}, and the slots have room for "
+                        f"{live.slots.rank}: attach with max_rank={a.rank}"
+                    )
+                places |= found
+                continue
+            fresh, source = _trained_factors(a, found, live.slots.dtype)
+        places |= found
+        trained[name] = (fresh, source)
+    for name in named:
+        if name in live.names:
+            live.remove(name)
+    _patch(live, places)
+    for name, a in frozen.items():
+        _add_frozen(live, name, a)
+    for name, (fresh, source) in trained.items():
+        _add_trained(live, name, fresh, source)
+    live._refresh()
+    if trained and live._selection is None and not live.merged:
+        live.use(next(iter(trained)))
+
+
+def _begin(live: Live, spec: Spec) -> tuple[dict[str, Place], dict[str, Fresh], Source]:
+    """Everything that a specification means on a model; nothing is attached yet."""
+    layers = found_layers(live.model, spec.targets, spec.exclude, spec.layers)
+    places = {path: place_at(live.model, path, live.patches) for path in layers}
+    generator = torch.Generator()
+    generator.manual_seed(torch.initial_seed() if spec.seed is None else spec.seed)
+    fresh: dict[str, Fresh] = {}
+    for path, place in places.items():
+        if isinstance(spec, PiSSA):
+            used = taken(live, path)
+            fresh[path] = fresh_modulation(spec, path, place.layer, place.kind, generator, used)
+        else:
+            assert isinstance(spec, LoRA)
+            fresh[path] = fresh_factors(spec, path, place.layer, place.kind, generator)
+    rank = max(f.rank for f in fresh.values())
+    return places, fresh, Source(rank, spec=spec, config=_config(spec))
+
+
+def _config(spec: Spec) -> dict[str, Any]:
+    """What PEFT's config says of a fresh adapter; without r where modules differ."""
+    if not isinstance(spec, LoRA) or spec.rank_pattern or spec.alpha_pattern:
+        return {}
+    if spec.init.startswith("pissa"):
+        return {}  # saved with the start beside it, at twice the rank
+    return {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+    }
+
+
+def _trained_factors(
+    a: Adapter, places: Mapping[str, Place], dtype: torch.dtype
+) -> tuple[dict[str, Fresh], Source]:
+    fresh: dict[str, Fresh] = {}
+    for path, place in places.items():
+        u = a[path].to(device_of(place.layer), dtype)
+        fresh[path] = Factors(place.kind, u.A.clone(), u.B.clone(), u.scale)
+    return fresh, Source(a.rank, config=a.config)
+
+
+def _patch(live: Live, places: Mapping[str, Place]) -> None:
+    for path, place in places.items():
+        if path in live.patches:
+            continue
+        patch = Patch(live, len(live.patches), path, place.kind, place.dims)
+        patch.train(place.layer.training)
+        swap_in(place.layer, patch, path)
+        live.patches[path] = patch
+
+
+def _add_frozen(live: Live, name: str, a: Adapter) -> None:
+    live._sources[name] = Source(a.rank, adapter=a)
+    count = sum(s.key is None for s in live._sources.values())
+    live.slots.group(OWN, live.slots.rank, len(live.patches))
+    for path in a:
+        if path in live.patches:
+            live.slots.own_bank(live.patches[path], device_of(live.layer(path)))
+    if live.slots.make_room(live.patches, count):
+        live._controls.clear()
+    if len(live.slots.places) < live.slots.capacity:
+        live._write(live.slots.take(name, ()), name)
+
+
+def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Source) -> None:
+    if live._frozen is None:
+        live._frozen = [(p, p.requires_grad) for p in live.model.parameters()]
+        for p, _ in live._frozen:
+            p.requires_grad_(False)
+    taken = {s.key for s in live._sources.values()}
+    source.key = next(k for i in range(len(taken) + 1) if (k := f"t{i}") not in taken)
+    live._sources[name] = source
+    ranks = torch.zeros(len(live.patches), dtype=torch.int64)
+    scales = torch.zeros(len(live.patches))
+    for path, module in fresh.items():
+        patch = live.patches[path]
+        module.train(patch.training)
+        patch.fresh[source.key] = module
+        ranks[patch.index], scales[patch.index] = module.rank, module.scale
+    live._trained[source.key] = (ranks, scales)

@@ -1,0 +1,96 @@
+"""How fresh factors begin.
+
+"kaiming" and "orthogonal" leave the model unchanged: B = 0. "pissa" (arXiv 2404.02948) begins with
+the leading singular directions of the weight, W ≈ U S Vh: s · B₀ A₀ = U S Vh with √S on either
+side, which is subtracted beside: here, too, nothing changes at first, and W is never altered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MismatchError
+from .fresh import Factors
+from .kinds import Kind, is_transposed
+from .places import device_of
+from .quantized import is_quantized, weight_of
+from .spec import LoRA
+
+
+def fresh_factors(
+    spec: LoRA, path: str, layer: nn.Module, kind: Kind, generator: torch.Generator
+) -> Factors:
+    """The factors that a specification means at one layer.
+
+    Raises:
+        MismatchError: a rank above min(out, in), naming the module.
+    """
+    out, inner = kind.dims(layer)
+    r, scale = spec.rank_at(path), spec.scale_at(path)
+    if r > min(out, inner):
+        raise MismatchError(
+            f"rank {r} is above min(out, in) = {min(out, inner)} of module {path!r}: lower rank=, "
+            "or give it one of its own by rank_pattern="
+        )
+    device = device_of(layer)
+    start = None
+    if spec.init.startswith("pissa"):
+        U, S, Vh = leading_directions(weight_matrix(layer, kind), r, spec.niter, generator)
+        root = (S / scale).sqrt()
+        A, B = root[:, None] * Vh, U * root
+        A, B = (t.to(device, spec.dtype) for t in (A, B))
+        start = (A.clone(), B.clone())
+    else:
+        A = torch.empty(r, inner)
+        if spec.init == "orthogonal":
+            nn.init.orthogonal_(A, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        A = A.to(device, spec.dtype)
+        B = torch.zeros(out, r, device=device, dtype=spec.dtype)
+    return Factors(kind, A.contiguous(), B.contiguous(), scale, spec.dropout, start)
+
+
+def num_weights(layer: nn.Module, kind: Kind) -> int:
+    """Numbers in the layer's weight."""
+    return math.prod(kind.dims(layer))
+
+
+def weight_matrix(layer: Any, kind: Kind) -> Tensor:
+    """The layer's weight as (out, in) float32, dequantised where it is quantised."""
+    out, inner = kind.dims(layer)
+    W = weight_of(layer) if is_quantized(layer) else layer.weight.detach()
+    W = W.float()
+    if is_transposed(layer) or isinstance(layer, nn.Embedding):
+        W = W.T
+    return W.reshape(out, inner)
+
+
+def leading_directions(
+    W: Tensor, r: int, niter: int | None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r,), Vh (r, in) of the r largest singular values.
+
+    Args:
+        niter: subspace iterations of a randomised SVD (Halko et al. 2011); None for the exact one.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], S[:r], Vh[:r]
+    transposed = W.shape[0] < W.shape[1]
+    M = W.T if transposed else W
+    # Ten more columns than asked for make the first r good; QR keeps them apart between products.
+    columns = min(r + 10, *W.shape)
+    sketch = torch.randn(M.shape[1], columns, generator=generator).to(M)
+    Q = torch.linalg.qr(M @ sketch)[0]
+    for _ in range(niter):
+        Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q)[0])[0]
+    U, S, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
+    U = Q @ U
+    if transposed:
+        U, Vh = Vh.T, U.T
+    return U[:, :r], S[:r], Vh[:r]

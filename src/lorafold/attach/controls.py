@@ -1,0 +1,274 @@
+"""What is active, as tensors that are rewritten in place.
+
+For a selection of `rows` rows, each a mix of at most K adapters, every layer sees the slots
+`ids (rows, K)` and, for each group of banks, one weight per row and rank: the coefficient times the
+adapter's scale, zero beyond the rank prefix. These live in one tensor over all layers, so that a
+switch is a few copies whatever the depth, and a compiled graph, which sees the same tensors again,
+needs no new compilation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .selection import Rank, Selection
+from .targets import matches
+
+
+def _constant(ratio: float) -> float:
+    return 1.0
+
+
+# The factor of a rank prefix k of r, from r / k. Functions by name, so that handles can be pickled.
+SCALINGS: dict[str, Callable[[float], float]] = {
+    "constant": _constant,
+    "linear": float,
+    "sqrt": math.sqrt,
+}
+EVERYTHING = 1 << 30  # a rank that no module has
+
+
+@dataclass
+class Table:
+    """What each slot of a group holds at each layer.
+
+    Args:
+        width: R, ranks a slot has room for.
+        ranks: (slots, L) ranks there are; 0 where the adapter lacks the module.
+        first: (slots, L) ranks of the same adapter that come before, in other groups.
+        scales: (slots, L) the updates' scales.
+    """
+
+    width: int
+    ranks: Tensor
+    first: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, width: int, slots: int, layers: int) -> Table:
+        size = (slots, layers)
+        whole = torch.zeros(size, dtype=torch.int64)
+        return cls(width, whole, whole.clone(), torch.zeros(size))
+
+    def grow(self, slots: int, layers: int) -> None:
+        """Room for more; what is there stays."""
+        for name in ("ranks", "first", "scales"):
+            old = getattr(self, name)
+            new = old.new_zeros(slots, layers)
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(self, name, new)
+
+
+@dataclass
+class LayerControls:
+    """What one layer sees: views into `Controls`, and in eager mode what of it applies here."""
+
+    controls: Controls
+    index: int
+    ids: Tensor
+    on: Tensor
+    gate: Tensor
+    w: dict[str, Tensor] = field(default_factory=dict)
+    trained_w: dict[str, Tensor] = field(default_factory=dict)
+    _items: tuple[int, Any, Any] = (-1, None, None)
+
+    @property
+    def items(self) -> dict[str, list[tuple[int, float, int]]]:
+        """By group, (slot, coefficient, rank) of a uniform selection."""
+        return self._current()[1]  # type: ignore[no-any-return]
+
+    @property
+    def trained(self) -> list[tuple[str, float, int]]:
+        """(key, coefficient, rank) of the trainable adapters of a uniform selection."""
+        return self._current()[2]  # type: ignore[no-any-return]
+
+    def _current(self) -> tuple[int, Any, Any]:
+        if self._items[0] != self.controls.version:
+            self._items = (self.controls.version, *self.controls.uniform_at(self.index))
+        return self._items
+
+
+class Controls:
+    """The tensors of selections of one size.
+
+    Args:
+        rows, width: of the selections. tables: by group. trained: key → (L,) ranks of a trainable
+            adapter, and its scales (L,). members: by group and key, which layers have it.
+        devices: of each layer.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        tables: Mapping[str, Table],
+        trained: Mapping[str, tuple[Tensor, Tensor]],
+        members: Mapping[str, list[bool]],
+        devices: list[torch.device],
+    ) -> None:
+        self.tables, self.trained = tables, trained
+        self.uniform: Selection | None = None
+        self.all_on, self.version = False, 0
+        self.gates: list[float] = [0.0]
+        self._slots: dict[str, int] = {}
+        self._keys: dict[str, str] = {}
+        self._scaling = SCALINGS["constant"]
+        self._paths: list[str] = []
+        layers = len(devices)
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+        for device in dict.fromkeys(devices):
+            self._on_device[device] = {
+                "ids": torch.zeros(rows, width, dtype=torch.int64, device=device),
+                "on": torch.zeros(rows, dtype=torch.bool, device=device),
+                "gate": torch.zeros(rows, device=device),
+                **{
+                    f"w.{group}": torch.zeros(layers, rows, width * t.width, device=device)
+                    for group, t in tables.items()
+                },
+                **{
+                    f"t.{key}": torch.zeros(layers, rows, int(ranks.max()), device=device)
+                    for key, (ranks, _) in trained.items()
+                },
+            }
+        self.layers = [self._view(i, devices[i], members) for i in range(layers)]
+
+    def _view(
+        self, i: int, device: torch.device, members: Mapping[str, list[bool]]
+    ) -> LayerControls:
+        t = self._on_device[device]
+        return LayerControls(
+            self,
+            i,
+            t["ids"],
+            t["on"],
+            t["gate"],
+            {g: t[f"w.{g}"][i] for g in self.tables if members[g][i]},
+            {
+                key: t[f"t.{key}"][i][:, : int(ranks[i])]
+                for key, (ranks, _) in self.trained.items()
+                if members[key][i]
+            },
+        )
+
+    def set(
+        self,
+        selection: Selection,
+        slots: Mapping[str, int],
+        keys: Mapping[str, str],
+        gates: list[float],
+        scaling: Callable[[float], float],
+        paths: list[str],
+    ) -> None:
+        """Write a selection of this size.
+
+        Args:
+            slots: name → slot. keys: name → key of a trainable adapter.
+            gates: (rows,) of the background. scaling: factor by rank there is / rank prefix.
+            paths: of the layers.
+        """
+        self.uniform = selection if selection.uniform else None
+        on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
+        self.all_on = all(on)
+        self.gates = gates
+        self._slots, self._keys = dict(slots), dict(keys)
+        self._scaling, self._paths = scaling, paths
+        self.version += 1
+        values = {
+            "ids": self._ids(selection),
+            "on": torch.tensor(on),
+            "gate": torch.tensor(gates, dtype=torch.float32),
+        }
+        ranks = torch.tensor([ranks_at(row.rank, paths) for row in selection.rows]).T  # (L, rows)
+        values |= {
+            f"w.{g}": self._bank_weights(selection, t, ranks) for g, t in self.tables.items()
+        }
+        values |= {f"t.{key}": self._trained_weights(selection, key, ranks) for key in self.trained}
+        for tensors in self._on_device.values():
+            for name, value in values.items():
+                tensors[name].copy_(value)
+
+    def _ids(self, selection: Selection) -> Tensor:
+        ids = torch.zeros(len(selection.rows), selection.width, dtype=torch.int64)
+        for i, row in enumerate(selection.rows):
+            for j, (name, _) in enumerate(row.mix):
+                ids[i, j] = self._slots.get(name, 0)
+        return ids
+
+    def _bank_weights(self, selection: Selection, table: Table, ranks: Tensor) -> Tensor:
+        """(L, rows, K · R)."""
+        rows, width = len(selection.rows), selection.width
+        c = torch.zeros(rows, width)
+        for i, row in enumerate(selection.rows):
+            for j, (name, value) in enumerate(row.mix):
+                if name in self._slots:
+                    c[i, j] = value
+        ids = self._ids(selection)
+        have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
+        first = table.first[ids].permute(2, 0, 1)
+        coefficient = c * table.scales[ids].permute(2, 0, 1)
+        k = (ranks[:, :, None] - first).clamp_min(0).minimum(have)
+        if self._scaling is not SCALINGS["constant"]:
+            coefficient = coefficient * _factors(self._scaling, have, k)
+        mask = torch.arange(table.width) < k[..., None]
+        return (coefficient[..., None] * mask).flatten(2)
+
+    def _trained_weights(self, selection: Selection, key: str, ranks: Tensor) -> Tensor:
+        """(L, rows, r)."""
+        have, scales = self.trained[key]
+        c = torch.zeros(len(selection.rows))
+        for i, row in enumerate(selection.rows):
+            c[i] = sum(value for name, value in row.mix if self._keys.get(name) == key)
+        have = have[:, None].expand(-1, len(c))
+        k = ranks.minimum(have)
+        coefficient = c * scales[:, None] * _factors(self._scaling, have, k)
+        return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
+
+    # Eager and uniform: what applies at one layer, as numbers
+
+    def uniform_at(self, index: int) -> tuple[dict[str, Any], list[Any]]:
+        """See `LayerControls.items` and `trained`."""
+        assert self.uniform is not None
+        (row,) = self.uniform.rows
+        rank = ranks_at(row.rank, [self._paths[index]])[0]
+        items: dict[str, list[tuple[int, float, int]]] = {}
+        trained = []
+        for name, c in row.mix:
+            if c == 0 or rank == 0:
+                continue
+            if name in self._keys:
+                key = self._keys[name]
+                have = int(self.trained[key][0][index])
+                k = min(rank, have)
+                if k:
+                    trained.append((key, c * self._scaling(have / k), k))
+                continue
+            slot = self._slots[name]
+            for group, t in self.tables.items():
+                have = int(t.ranks[slot, index])
+                k = min(max(0, rank - int(t.first[slot, index])), have)
+                if k:
+                    coefficient = c * float(t.scales[slot, index]) * self._scaling(have / k)
+                    items.setdefault(group, []).append((slot, coefficient, k))
+        return items, trained
+
+
+def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
+    """The prefix that each module runs."""
+    if rank is None:
+        return [EVERYTHING] * len(paths)
+    if isinstance(rank, int):
+        return [rank] * len(paths)
+    return [next((k for t, k in rank.items() if matches(t, p)), EVERYTHING) for p in paths]
+
+
+def _factors(scaling: Callable[[float], float], have: Tensor, k: Tensor) -> Tensor:
+    if scaling is SCALINGS["constant"]:
+        return torch.ones(())
+    ratio = have / k.clamp_min(1)
+    return ratio if scaling is SCALINGS["linear"] else ratio.sqrt()

@@ -1,0 +1,153 @@
+"""Merging into the weights of a running model, and back to the bit.
+
+The layer gets a new parameter W + Σ c ΔW, and the old one is kept: unmerging puts it back, never
+subtracts. As it is the layer's parameter that is exchanged and not its contents, a weight that is
+tied to another layer's stays as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Layout
+from ..errors import MismatchError, RefusedError
+from ..layout import added
+from ..lowrank import LowRank
+from .controls import EVERYTHING, ranks_at
+from .kinds import CONV, EMBEDDING, is_transposed
+from .patch import Patch
+from .quantized import is_quantized
+from .selection import Rank, Row, Selection, parsed
+
+if TYPE_CHECKING:
+    from .live import Live
+
+
+def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
+    """See `Live.merge`."""
+    if live.merged:
+        raise MismatchError(f"{_listed(live.merged)} merged already: unmerge() first")
+    row = row_to_merge(live, what, c, rank)
+    weights: dict[str, nn.Parameter] = {}
+    for path, patch in live.patches.items():
+        u = update_at(live, path, row)
+        if u is not None:
+            weights[path] = _merged_weight(live.layer(path), patch, u)
+    kept = {path: live.layer(path)._parameters["weight"] for path in weights}
+    for path, weight in weights.items():
+        live.layer(path)._parameters["weight"] = weight
+    live._merged = (row, kept)
+    live._show(live._selection)
+    if not keep:
+        live._merged = None
+        for name, _ in row.mix:
+            live.remove(name)
+        return 0
+    return sum(p.nbytes for p in kept.values() if p is not None)
+
+
+def unmerge_from(live: Live) -> None:
+    """See `Live.unmerge`."""
+    if live._merged is None:
+        raise MismatchError("nothing is merged")
+    for path, weight in live._merged[1].items():
+        live.layer(path)._parameters["weight"] = weight
+    live._merged = None
+    live._show(live._selection)
+
+
+def verified(live: Live, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """See `Live.verify`."""
+    if live.merged:
+        raise MismatchError(f"{_listed(live.merged)} merged: unmerge() before verify()")
+    row = row_to_merge(live, None, None, None)
+    modes = [(m, m.training) for m in live.model.modules()]
+    before = live._selection
+    live.model.eval()
+    try:
+        with torch.no_grad():
+            live._show(Selection((row,)))
+            attached = live.model(*args, **kwargs)
+            merge_into(live, dict(row.mix), c=None, rank=row.rank, keep=True)
+            try:
+                merged = live.model(*args, **kwargs)
+            finally:
+                unmerge_from(live)
+    finally:
+        live._show(before)
+        for module, training in modes:
+            module.training = training
+    return _difference(attached, merged)
+
+
+def row_to_merge(live: Live, what: Any, c: Any, rank: Any) -> Row:
+    """The mix that is meant: what is given, what runs, or the only adapter."""
+    if what is not None:
+        selection = parsed(what, c, rank, live.names)
+    elif live._selection is not None and live._selection.on:
+        selection = live._selection
+    elif len(live.names) == 1:
+        selection = parsed(live.names[0], c, rank, live.names)
+    else:
+        raise MismatchError(f"say which: there are {len(live.names)} adapters, and none runs")
+    if not selection.uniform:
+        raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
+    return selection.rows[0]
+
+
+def update_at(live: Live, path: str, row: Row) -> LowRank | None:
+    """What a mix adds to one layer's weight; None for nothing."""
+    total: LowRank | None = None
+    for name, c in row.mix:
+        u = live.update(name, path)
+        if u is None or c == 0:
+            continue
+        k = _prefix(row.rank, path, u.rank)
+        if k == 0:
+            continue
+        part = c * live._scaling(u.rank / k) * (u if k == u.rank else u.prefix(k))
+        total = part if total is None else total + part
+    return total
+
+
+def _prefix(rank: Rank, path: str, have: int) -> int:
+    k = ranks_at(rank, [path])[0]
+    return have if k == EVERYTHING else min(k, have)
+
+
+def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> nn.Parameter:
+    if is_quantized(layer):
+        raise RefusedError(
+            f"module {patch.path!r} is quantised: merging would quantise the sum again. Replace it "
+            "by a float layer first (lf.dequantize), or keep the adapter attached"
+        )
+    layout = Layout()
+    if patch.kind is EMBEDDING:
+        layout = Layout("embedding")
+    elif patch.kind is CONV:
+        layout = Layout("conv", kernel=tuple(layer.weight.shape[1:]))
+    W: Tensor = layer.weight.detach()
+    weight = added(W, u.to(W.device), layout, is_transposed(layer), f"{patch.path}.weight")
+    return nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+
+def _listed(names: Mapping[str, float]) -> str:
+    verb = "is" if len(names) == 1 else "are"
+    return f"{', '.join(map(repr, names))} {verb}"
+
+
+def _difference(x: Any, y: Any) -> float:
+    """The largest difference between the floating point tensors of two outputs."""
+    if isinstance(x, Tensor):
+        if not x.is_floating_point():
+            return 0.0
+        return float((x.double() - y.double()).abs().max()) if x.numel() else 0.0
+    if isinstance(x, Mapping):
+        return max((_difference(x[key], y[key]) for key in x), default=0.0)
+    if isinstance(x, list | tuple):
+        return max((_difference(a, b) for a, b in zip(x, y, strict=True)), default=0.0)
+    return 0.0

@@ -1,0 +1,168 @@
+"""One attached layer: its class is swapped for a cached subclass, and it gets one child module.
+
+The subclass runs `super().forward(...)` and hands the result to the child, `layer.lorafold`, which
+adds what is active. The base's parameters keep their names; detaching gives back the class and
+takes the child away.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MismatchError, RefusedError
+from .bank import Bank
+from .fresh import Fresh, Kept
+from .kinds import Kind
+
+if TYPE_CHECKING:
+    from .controls import Controls, LayerControls
+    from .live import Live
+
+CHILD = "lorafold"
+
+
+class Attached:
+    """Mixed into an attached layer's class; `lorafold` is its child."""
+
+    lorafold: Patch
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time can't be found by name, so copies and pickles rebuild it.
+        base = type(self).__mro__[2]
+        return _bare, (base,), self.__getstate__()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.lorafold(self, y, *args, **kwargs)
+
+
+def _bare(base: type) -> Any:
+    cls: Any = attached_class(base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def attached_class(base: Any) -> type:
+    """The subclass that attached layers of a class get."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (Attached, base), names)
+
+
+def swap_in(layer: nn.Module, child: nn.Module, path: str) -> None:
+    """Attach: give the layer its child and its class.
+
+    Raises:
+        RefusedError: the layer is attached already, or has a module of that name.
+    """
+    if isinstance(layer, Attached):
+        raise RefusedError(f"module {path!r} is attached already: detach that first")
+    if CHILD in layer._modules:
+        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
+    layer.add_module(CHILD, child)
+    base: Any = type(layer)
+    layer.__class__ = attached_class(base)
+
+
+def swap_out(layer: nn.Module) -> None:
+    """Detach: the layer as it was."""
+    layer.__class__ = type(layer).__mro__[2]
+    del layer._modules[CHILD]
+
+
+class Patch(nn.Module):
+    """What is added to one layer.
+
+    Args:
+        live: the handle. index: of the layer in its tables. path: of the layer.
+        kind: of the layer. dims: (out, in) of its updates.
+
+    Attributes:
+        banks: by group, the adapters in slots. fresh: by position, the trainable ones.
+        kept: the background. now: what is active, None for nothing.
+    """
+
+    def __init__(
+        self, live: Live, index: int, path: str, kind: Kind, dims: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.live, self.index, self.path, self.kind, self.dims = live, index, path, kind, dims
+        self.banks = nn.ModuleDict()
+        self.fresh = nn.ModuleDict()
+        self.kept: Kept | None = None
+        self.now: LayerControls | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "now": None}  # views of the handle's tensors
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.live._stale = True  # on another device, maybe
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(iter([*self.parameters(), *self.buffers()])).device
+
+    def forward(self, layer: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with what is active added."""
+        if self.live._stale:
+            self.live._refresh()
+        now = self.now
+        if now is None:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.fresh:
+            self.live._ran = True
+        if now.controls.uniform is not None and not torch.compiler.is_compiling():
+            return self._uniform(layer, y, x, now)
+        return self._rows(layer, y, x, now, now.controls)
+
+    def _uniform(self, layer: Any, y: Tensor, x: Tensor, now: LayerControls) -> Tensor:
+        for group, items in now.items.items():
+            bank: Any = self.banks[group]
+            y = bank.uniform(layer, y, x, items)
+        for key, coefficient, k in now.trained:
+            fresh: Any = self.fresh[key]
+            y = fresh.uniform(layer, y, x, coefficient, k)
+        if self.kept is not None and now.controls.gates[0] != 0:
+            y = self.kept.uniform(layer, y, x, now.controls.gates[0])
+        return y
+
+    def _rows(
+        self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
+    ) -> Tensor:
+        rows = len(now.ids)
+        if y.shape[0] % rows:
+            raise MismatchError(
+                f"a batch of {y.shape[0]} at {self.path!r} is no multiple of the {rows} rows given "
+                "to use([...])"
+            )
+        out = y
+        for group, w in now.w.items():
+            bank: Any = self.banks[group]
+            out = bank.rows(layer, out, x, now.ids, w)
+        for key, w in now.trained_w.items():
+            fresh: Any = self.fresh[key]
+            out = fresh.rows(layer, out, x, w)
+        if self.kept is not None:
+            out = self.kept.rows(layer, out, x, now.gate)
+        # In this order: what a graph looks at, it is compiled again for.
+        if not torch.compiler.is_compiling() and controls.all_on:
+            return out
+        # A row of the base is selected, so that it is the base's to the bit.
+        on = now.on.repeat_interleave(y.shape[0] // rows, 0).view(-1, *[1] * (y.ndim - 1))
+        return torch.where(on, out, y)
+
+    def bank(self, group: str) -> Bank:
+        """One of its banks."""
+        found: Any = self.banks[group]
+        return found  # type: ignore[no-any-return]
+
+    def trained(self, key: str) -> Fresh:
+        """One of its trainable adapters."""
+        found: Any = self.fresh[key]
+        return found  # type: ignore[no-any-return]

@@ -1,0 +1,146 @@
+"""What `use` asks for: per row a mix of adapters with their coefficients, and a rank.
+
+A selection is checked here against the names there are, and means the same whatever is attached
+how: `rows` entries, of which a uniform selection has one that stands for the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+from ..errors import MismatchError, UnknownNameError, did_you_mean
+
+Rank: TypeAlias = "int | Mapping[Any, int] | None"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's adapters.
+
+    Args:
+        mix: (name, coefficient) of each. rank: the prefix to run, one for all modules or
+            {target: k}; None for all of it.
+    """
+
+    mix: tuple[tuple[str, float], ...] = ()
+    rank: Rank = None
+
+    @property
+    def on(self) -> bool:
+        """Whether anything but the base runs."""
+        return self.rank != 0 and any(c != 0 for _, c in self.mix)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a batch; a uniform selection has one row for all of it."""
+
+    rows: tuple[Row, ...]
+    uniform: bool = True
+
+    @property
+    def names(self) -> set[str]:
+        """The adapters that take part."""
+        return {name for row in self.rows for name, c in row.mix if c != 0}
+
+    @property
+    def on(self) -> bool:
+        """Whether anything but the base runs."""
+        return any(row.on for row in self.rows)
+
+    def without(self, names: Iterable[str]) -> Selection:
+        """The selection with some adapters taken out."""
+        gone = set(names)
+        rows = tuple(Row(tuple(p for p in r.mix if p[0] not in gone), r.rank) for r in self.rows)
+        return Selection(rows, self.uniform)
+
+    @property
+    def width(self) -> int:
+        """Adapters per row, padded to a power of two."""
+        most = max((len(row.mix) for row in self.rows), default=0)
+        return 1 << max(0, most - 1).bit_length()
+
+
+def parsed(what: Any, c: Any, rank: Any, names: Iterable[str]) -> Selection:
+    """The selection that `use(what, c=c, rank=rank)` asks for.
+
+    Args:
+        what: None, a name, {name: weight}, or a list with one of these for each row.
+        c: a number, or one for each row. rank: a rank, or one for each row.
+        names: those there are.
+
+    Raises:
+        UnknownNameError: a name that is not there. MismatchError: anything else that is no
+            selection, naming it.
+    """
+    known = set(names)
+    if isinstance(what, Sequence) and not isinstance(what, str):
+        if not what:
+            raise MismatchError("use([]) selects no row; give one entry per row, or None")
+        cs, ranks = _per_row(c, len(what), "c"), _per_row(rank, len(what), "rank")
+        return Selection(
+            tuple(_row(w, cs[i], ranks[i], known) for i, w in enumerate(what)), uniform=False
+        )
+    for label, value in (("c", c), ("rank", rank)):
+        if isinstance(value, Sequence):
+            raise MismatchError(
+                f"{label}= has one entry per row, so the adapters must be a list as well"
+            )
+    return Selection((_row(what, c, rank, known),))
+
+
+def _per_row(value: Any, count: int, label: str) -> list[Any]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # a tensor or an array
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise MismatchError(f"{label} has {len(value)} entries for {count} rows")
+    return list(value)
+
+
+def _row(what: Any, c: Any, rank: Any, known: set[str]) -> Row:
+    c = 1.0 if c is None else _number(c, "c")
+    if what is None:
+        mix: Mapping[Any, Any] = {}
+    elif isinstance(what, str):
+        mix = {what: 1.0}
+    elif isinstance(what, Mapping):
+        mix = what
+    else:
+        raise MismatchError(
+            f"a row's adapter must be a name, None or {{name: weight}}, found {what!r}"
+        )
+    for name in mix:
+        if name not in known:
+            raise UnknownNameError(
+                f"no adapter {name!r} is attached; {did_you_mean(str(name), known)}"
+            )
+    return Row(
+        tuple((name, c * _number(w, f"the weight of {name!r}")) for name, w in mix.items()),
+        _rank(rank),
+    )
+
+
+def _number(value: Any, label: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise MismatchError(f"{label} must be a finite number, found {value!r}")
+    return float(value)
+
+
+def _rank(value: Any) -> Rank:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {target: _whole(k) for target, k in value.items()}
+    return _whole(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise MismatchError(f"rank must be a whole number of at least 0, found {value!r}")
+    return int(value)

@@ -1,0 +1,131 @@
+"""What is attached, in numbers: `Live.summary`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .begin import num_weights
+from .quantized import is_quantized
+
+if TYPE_CHECKING:
+    from .live import Live
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One attached layer.
+
+    Args:
+        path: of the layer. original: numbers in its weight. adapter: in the adapters' factors.
+        ranks: {name: r}. alphas: {name: α} (scale · r). quantized: the weight is.
+    """
+
+    path: str
+    original: int
+    adapter: int
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    quantized: bool
+
+    @property
+    def ratio(self) -> float:
+        """adapter / (original + adapter)."""
+        return self.adapter / (self.original + self.adapter)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All attached layers, and the model.
+
+    Args:
+        layers: one each. total: numbers in the model without the adapters.
+        trainable: numbers that are trained. quantized: how many layers are.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    total: int
+    trainable: int
+
+    @property
+    def original(self) -> int:
+        """Numbers in the attached layers' weights."""
+        return sum(layer.original for layer in self.layers)
+
+    @property
+    def adapter(self) -> int:
+        """Numbers in the adapters."""
+        return sum(layer.adapter for layer in self.layers)
+
+    @property
+    def frozen(self) -> int:
+        """Numbers of model and adapters that are not trained."""
+        return self.total + self.adapter - self.trainable
+
+    @property
+    def ratio(self) -> float:
+        """adapter / (original + adapter), over the attached layers."""
+        return self.adapter / (self.original + self.adapter)
+
+    @property
+    def quantized(self) -> int:
+        """How many attached layers are quantised."""
+        return sum(layer.quantized for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows: list[tuple[Any, ...]] = [("layer", "weight", "adapters", "share", "r", "α")]
+        rows += [
+            (
+                layer.path + (" (quantised)" if layer.quantized else ""),
+                f"{layer.original:,}",
+                f"{layer.adapter:,}",
+                f"{layer.ratio:.2%}",
+                "/".join(str(r) for r in layer.ranks.values()),
+                "/".join(f"{a:g}" for a in layer.alphas.values()),
+            )
+            for layer in self.layers
+        ]
+        rows.append(
+            ("total", f"{self.original:,}", f"{self.adapter:,}", f"{self.ratio:.2%}", "", "")
+        )
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines.append(
+            f"model {self.total:,}, trainable {self.trainable:,}, frozen {self.frozen:,}, "
+            f"quantised layers {self.quantized}"
+        )
+        return "\n".join(lines)
+
+
+def summarized(live: Live) -> Summary:
+    """See `Live.summary`."""
+    layers = []
+    own = {id(p) for p in live.parameters()}
+    for path, patch in live.patches.items():
+        updates = {n: u for n in live.names if (u := live.shape_at(n, path)) is not None}
+        layer = live.layer(path)
+        layers.append(
+            LayerSummary(
+                path,
+                num_weights(layer, patch.kind),
+                sum(r * sum(patch.dims) for r, _ in updates.values()),
+                {n: r for n, (r, _) in updates.items()},
+                {n: r * scale for n, (r, scale) in updates.items()},
+                is_quantized(layer),
+            )
+        )
+    total = sum(_count(p) for p in live.model.parameters() if id(p) not in own)
+    trainable = sum(p.numel() for p in live.model.parameters() if p.requires_grad)
+    return Summary(tuple(layers), total, trainable)
+
+
+def _count(p: Any) -> int:
+    """Numbers in a parameter; bitsandbytes packs two in a byte."""
+    state = getattr(p, "quant_state", None)
+    return int(p.numel() if state is None else state.shape.numel())
