@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from ..fold import Library
 from .begin import fresh_factors
 from .controls import SCALINGS
 from .fresh import Factors, Fresh
+from .library import Sides, library_places, library_sources
 from .live import Live
 from .modulation import fresh_modulation, taken
-from .patch import Patch, swap_in
-from .places import Place, device_of, place_at, places_of
-from .slots import OWN, Slots
+from .patch import Patch, device_of, swap_in
+from .places import Place, place_at, places_of
+from .slots import BY_ITSELF, OWN, Slots
 from .source import Source
 from .spec import LoRA, PiSSA, Spec
 from .targets import found_layers
@@ -81,12 +82,28 @@ def attach(
         if value is not None and (isinstance(value, bool) or value < 1):
             raise MismatchError(f"{label} must be at least 1, found {value!r}")
     if isinstance(x, Library):
-        raise MismatchError("soon")
+        return _attach_library(model, x, slots, dtype, SCALINGS[rank_scaling])
     named = _named(x)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
     live = Live(model, Slots(slots, rank, dtype or _widest(adapters)), SCALINGS[rank_scaling])
     _add_all(live, named, trainable)
+    return live
+
+
+def _attach_library(
+    model: nn.Module,
+    library: Library,
+    slots: int | None,
+    dtype: torch.dtype | None,
+    scaling: Callable[[float], float],
+) -> Live:
+    kind = dtype or torch.float32
+    live = Live(model, Slots(slots or min(len(library), BY_ITSELF), 0, kind), scaling)
+    places = library_places(live, library)
+    live._sources.update(library_sources(library))
+    _patch(live, places)
+    live.sides = Sides(library, kind)
     return live
 
 

@@ -66,12 +66,12 @@ class Bank(nn.Module):
         """A copy of what is in a slot."""
         return LowRank(self.A[slot, :rank].clone(), self.Bt[slot, :rank].mT.clone(), scale)
 
-    def grow(self, slots: int, dtype: torch.dtype) -> None:
-        """More slots, or a wider dtype; what is there stays."""
+    def grow(self, slots: int, dtype: torch.dtype, rank: int | None = None) -> None:
+        """More slots, a wider dtype, or room for a larger rank; what is there stays."""
         for name in ("A", "Bt"):
             old = getattr(self, name)
-            new = old.new_zeros(slots, *old.shape[1:], dtype=dtype)
-            new[: len(old)] = old
+            new = old.new_zeros(slots, rank or old.shape[1], old.shape[2], dtype=dtype)
+            new[: len(old), : old.shape[1]] = old
             setattr(self, name, new)
 
     def uniform(self, layer: Any, y: Tensor, x: Tensor, items: Sequence[Item]) -> Tensor:
@@ -118,8 +118,8 @@ class SharedBank(Bank):
         sides = [t for t in (self.U, self.V) if t is not None]
         return super().nbytes + sum(t.nbytes for t in sides)
 
-    def grow(self, slots: int, dtype: torch.dtype) -> None:
-        super().grow(slots, dtype)
+    def grow(self, slots: int, dtype: torch.dtype, rank: int | None = None) -> None:
+        super().grow(slots, dtype, rank)
         for name in ("U", "V"):
             side = getattr(self, name)
             if side is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import MismatchError
 from .fresh import Factors
 from .kinds import Kind, is_transposed
-from .places import device_of
+from .patch import device_of
 from .quantized import is_quantized, weight_of
 from .spec import LoRA
 

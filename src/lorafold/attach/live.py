@@ -22,24 +22,12 @@ from .patch import Attached, Patch, swap_out
 from .selection import Row, Selection, parsed
 from .slots import Slots
 from .source import Source
+from .using import Using
 
 if TYPE_CHECKING:
     from .guard import Guard
+    from .library import Sides
     from .summary import Summary
-
-
-class Using:
-    """What `use` returns: as a context it gives the earlier selection back when left."""
-
-    def __init__(self, live: Live, before: Selection | None) -> None:
-        self._live, self._before = live, before
-
-    def __enter__(self) -> Live:
-        return self._live
-
-    def __exit__(self, *_: object) -> None:
-        if not self._live.detached:
-            self._live._show(self._before)
 
 
 class Live:
@@ -72,6 +60,7 @@ class Live:
         self._ran = False  # whether trained layers have run with this selection since then
         self.kept: dict[str, float] = {}
         self._gate: Gate = "current"
+        self.sides: Sides | None = None  # of an attached library
 
     @staticmethod
     def of(model: nn.Module) -> Live:
@@ -136,7 +125,10 @@ class Live:
         if source.adapter is not None:
             return source.adapter.modules.get(path)
         if source.library is not None:
-            return source.library[name].modules.get(path)
+            try:
+                return source.library.update(name, path)
+            except UnknownNameError:
+                return None
         fresh = self.fresh_at(name, path)
         return None if fresh is None else fresh.update()
 
@@ -289,14 +281,26 @@ class Live:
         for name in wanted:
             if name not in self.slots.places:
                 slot = self.slots.take(name, wanted)
-                self._write(slot, name)
+                try:
+                    self._write(slot, name)
+                except BaseException:
+                    del self.slots.places[name]  # half of it may be there
+                    raise
             self.slots.places.move_to_end(name)
+
+    def forget_controls(self) -> None:
+        """Banks came or grew: the tensors of selections are made anew."""
+        self._controls.clear()
 
     def _write(self, slot: int, name: str) -> None:
         source = self._sources[name]
         with torch.no_grad():
             if source.adapter is not None:
                 self.slots.write(slot, source.adapter, self.patches)
+            elif source.library is not None:
+                from .library import write_library_adapter
+
+                write_library_adapter(self, slot, name, source.library)
 
     def _sized(self, rows: int, width: int) -> Controls:
         size = (rows, width)

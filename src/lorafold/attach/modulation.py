@@ -18,7 +18,7 @@ from .begin import leading_directions, weight_matrix
 from .calibration import Calibration, DirectionStats, stats_of
 from .fresh import Modulation
 from .kinds import Kind
-from .places import device_of
+from .patch import device_of
 from .spec import PiSSA
 
 if TYPE_CHECKING:

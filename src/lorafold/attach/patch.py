@@ -67,6 +67,11 @@ def swap_in(layer: nn.Module, child: nn.Module, path: str) -> None:
     layer.__class__ = attached_class(base)
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next(iter([*layer.parameters(), *layer.buffers()])).device
+
+
 def swap_out(layer: nn.Module) -> None:
     """Detach: the layer as it was."""
     layer.__class__ = type(layer).__mro__[2]
@@ -105,7 +110,8 @@ class Patch(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return next(iter([*self.parameters(), *self.buffers()])).device
+        own = next(iter([*self.parameters(), *self.buffers()]), None)
+        return device_of(self.live.layer(self.path)) if own is None else own.device
 
     def forward(self, layer: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with what is active added."""

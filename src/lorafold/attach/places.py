@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..adapter import Adapter
@@ -66,7 +65,7 @@ def places_of(live: Live, name: str, adapter: Adapter) -> dict[str, Place]:
     """
     if adapter.refusal is not None:
         raise RefusedError(f"adapter {name!r}: {adapter.refusal}")
-    _check_extras(name, adapter)
+    refuse_extras(name, adapter.extras, adapter.config)
     model, there = live.model, dict(live.model.named_modules())
     paths = [p for p in adapter if adapter.layout(p).kind != "expert"]
     missing = [p for p in paths if p not in there]
@@ -94,17 +93,13 @@ def _like(there: Mapping[str, Any], path: str) -> str:
     return next((p for p in linear if p.rpartition(".")[2] == leaf), linear[0])
 
 
-def _check_extras(name: str, adapter: Adapter) -> None:
-    for key in adapter.extras:
-        kind = extra_kind(key, adapter.config)
+def refuse_extras(name: str, extras: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Raise a `RefusedError` for extra tensors that change the output and would not be run."""
+    for key in extras:
+        kind = extra_kind(key, config)
         if kind not in RUNNABLE:
             raise RefusedError(
                 f"adapter {name!r} carries {key!r} ({kind}), which is no low-rank update: apply it "
                 "to the weights (adapter.apply_to), or drop it with dataclasses.replace(adapter, "
                 "extras={...})"
             )
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's tensors are."""
-    return next(iter([*layer.parameters(), *layer.buffers()])).device

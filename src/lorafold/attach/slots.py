@@ -19,7 +19,7 @@ from .controls import Table
 from .patch import Patch
 
 OWN = "own"  # the group of updates with both sides their own
-_BY_ITSELF = 64  # slots that are made as adapters come, when no number was asked for
+BY_ITSELF = 64  # slots that are made as adapters come, when no number was asked for
 
 
 class Slots:
@@ -34,7 +34,7 @@ class Slots:
     """
 
     def __init__(self, reserved: int | None, rank: int, dtype: torch.dtype) -> None:
-        self.limit = reserved or _BY_ITSELF
+        self.limit = reserved or BY_ITSELF
         self.capacity = reserved or 0
         self.rank, self.dtype = rank, dtype
         self.tables: dict[str, Table] = {}

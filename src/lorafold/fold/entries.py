@@ -11,7 +11,7 @@ import numpy as np
 from ..adapter import Layout
 from .build import Builder, Written, layout_entry
 from .collection import Collection
-from .library import config_difference
+from .configs import config_difference
 from .plan import Options
 
 

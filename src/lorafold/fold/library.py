@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from ..errors import (
 from ..lowrank import LowRank
 from .build import read_layout
 from .collection import named_handles
+from .configs import config_of
 from .flat import read_side
-from .record import decode
+from .record import StoredPart, decode, stored_parts
 from .shard import Shard
 from .sides import Basis, projected, read_basis, residual
 from .stack import Block, decompose, squared_norms
@@ -146,6 +148,10 @@ class Library(Mapping[str, Adapter]):
         """‖ΔŴ − ΔW‖ / ‖ΔW‖ of an adapter, measured on what was written."""
         return float(self._entry(name)["error"])
 
+    def config(self, name: str) -> dict[str, Any]:
+        """An adapter's configuration, as its file had it."""
+        return config_of(self._manifest["config"], self._entry(name))
+
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an adapter (a copy)."""
         return copy.deepcopy(self._entry(name))
@@ -179,7 +185,7 @@ class Library(Mapping[str, Adapter]):
         adapter = Adapter(
             modules,
             self.extras(name),
-            config_of(self._manifest["config"], entry),
+            self.config(name),
             self.base_model,
             layouts,
         )
@@ -198,6 +204,23 @@ class Library(Mapping[str, Adapter]):
             raise UnknownNameError(f"{name!r} has no module {path!r}; {hint}")
         u = self._update(j, entry)
         return u if self._dtype is None else u.to(dtype=self._dtype)
+
+    def parts(self, name: str, path: str) -> list[StoredPart]:
+        """One module of one adapter in the coordinates of the shared sides, nothing multiplied out.
+
+        Returns:
+            Parts that add up to the update; none where the adapter lacks the module.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        entry, j = self._entry(name), self._number.get(path)
+        if j is None or not self.record_size(j, entry):
+            return []
+        out, inner = self._modules[j]["shape"]
+        return stored_parts(
+            self.record(j, entry), (out, inner), functools.partial(self.basis, j), self._device
+        )
 
     def extras(self, name: str) -> dict[str, Tensor]:
         """What the adapter's file held beside its factors, bit for bit."""
@@ -236,10 +259,7 @@ class Library(Mapping[str, Adapter]):
 
     def _update(self, j: int, entry: Mapping[str, Any]) -> LowRank:
         out, inner = self._modules[j]["shape"]
-
-        def basis(side: str, number: int, count: int) -> Tensor:
-            return self.basis(j, side, number, count)
-
+        basis = functools.partial(self.basis, j)
         return decode(self.record(j, entry), (out, inner), basis, self._device)
 
     def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
@@ -458,27 +478,3 @@ def block_of(u: LowRank) -> Block:
     """One update as a block."""
     B, A = (u.scale * u.B.float())[None], u.A.float()[None]
     return Block(np.zeros(1, np.int64), *decompose(B, A))
-
-
-def split_config(configs: list[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One common config, and how each differs from it: {"set": …, "drop": […]}."""
-    common: dict[str, Any] = dict(configs[0]) if configs else {}
-    return common, [config_difference(common, c) for c in configs]
-
-
-def config_difference(common: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns `common` into `config`."""
-    changed = {
-        k: v
-        for k, v in config.items()
-        if k not in common or common[k] != v or type(common[k]) is not type(v)
-    }
-    dropped = [k for k in common if k not in config]
-    return {**({"set": changed} if changed else {}), **({"drop": dropped} if dropped else {})}
-
-
-def config_of(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's config from the common one and its entry."""
-    difference = entry.get("config", {})
-    kept = {k: copy.deepcopy(v) for k, v in common.items() if k not in difference.get("drop", ())}
-    return {**kept, **copy.deepcopy(difference.get("set", {}))}

@@ -286,6 +286,45 @@ def decode(
     return LowRank(torch.cat(rights), torch.cat(lefts, 1))
 
 
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of an update as it is stored: left @ right in the coordinates of two sides.
+
+    Args:
+        left: (out, k), or (R_U, k) in the first R_U columns of the shared basis number U.
+        right: (k, in), or (k, R_V) in those of basis number V. U, V: None for an own side.
+        scale: of the product.
+    """
+
+    left: Tensor
+    right: Tensor
+    U: int | None = None
+    V: int | None = None
+    scale: float = 1.0
+
+
+def stored_parts(
+    record: bytes, shape: tuple[int, int], basis: BasisOf, device: torch.device | str | None = None
+) -> list[StoredPart]:
+    """The parts of a record, strongest shared part first, without multiplying bases out.
+
+    Args:
+        record, shape, basis, device: as for `decode`.
+    """
+    parts: list[StoredPart] = []
+    start = 0
+    while start < len(record):
+        if record[start] == NOTHING:
+            start += 1
+        elif record[start] == PAIRS:
+            part, start = _read_pairs(record, start, shape, device)
+            parts.append(part)
+        else:  # alone in its record, or with its residual: as one part of its own sides
+            u = decode(record[start:], shape, basis, device)
+            return [*parts, StoredPart(u.B, u.A, scale=u.scale)]
+    return parts
+
+
 def _decode_pairs(
     record: bytes,
     start: int,
@@ -293,24 +332,30 @@ def _decode_pairs(
     basis: BasisOf,
     device: torch.device | str | None,
 ) -> tuple[Tensor, Tensor, int]:
+    part, start = _read_pairs(record, start, shape, device)
+    left, right = part.left, part.right
+    if part.U is not None:
+        left = basis("U", part.U, left.shape[0]) @ left
+    if part.V is not None:
+        right = right @ basis("V", part.V, right.shape[1]).T
+    return left, right, start
+
+
+def _read_pairs(
+    record: bytes, start: int, shape: tuple[int, int], device: torch.device | str | None
+) -> tuple[StoredPart, int]:
     _, flags = _PAIRS.unpack_from(record, start)
     start += _PAIRS.size
-    dims, columns = list(shape), [None, None]  # type: list[int], list[Tensor | None]
-    for side, name in enumerate("UV"):
+    dims, numbers = list(shape), [None, None]  # type: list[int], list[int | None]
+    for side in range(2):
         if flags >> side & 1:
-            number, rank = _SIDE.unpack_from(record, start)
+            numbers[side], dims[side] = _SIDE.unpack_from(record, start)
             start += _SIDE.size
-            columns[side] = basis(name, number, rank)
-            dims[side] = rank
     (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
     # √|c| on either side keeps A and B of one size, as after training.
     root = c.abs().sqrt()
     left, right = (P * (root * c.sign())[:, None]).T, Q * root[:, None]
-    if columns[0] is not None:
-        left = columns[0] @ left
-    if columns[1] is not None:
-        right = right @ columns[1].T
-    return left, right, start
+    return StoredPart(left, right, numbers[0], numbers[1]), start
 
 
 def _decode_exact(record: bytes, start: int, device: torch.device | str | None) -> LowRank:
