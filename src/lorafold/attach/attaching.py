@@ -10,19 +10,22 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import MismatchError
+from ..errors import MismatchError, RefusedError
 from ..fold import Library
 from .begin import fresh_factors
 from .controls import SCALINGS
+from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
 from .library import Sides, library_places, library_sources
 from .live import Live
 from .modulation import fresh_modulation, taken
-from .patch import Patch, device_of, swap_in
+from .patch import Patch
 from .places import Place, place_at, places_of
+from .saved import SavedPatch, modules_to_save, plain_copy, saved_copies
 from .slots import BY_ITSELF, OWN, Slots
 from .source import Source
 from .spec import LoRA, PiSSA, Spec
+from .swap import Swapped, device_of, swap_in
 from .targets import found_layers
 
 DEFAULT = "default"
@@ -74,6 +77,11 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise RefusedError(
+            "adapters are attached to this model already: add to that handle (live.add), or "
+            "detach it first"
+        )
     if rank_scaling not in SCALINGS:
         raise MismatchError(
             f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
@@ -160,14 +168,24 @@ def _widest(adapters: list[Adapter]) -> torch.dtype:
 
 def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -> None:
     """Check everything, then attach it."""
+    experts: dict[str, dict[str, nn.Module]] = {}
+    copies: dict[str, dict[str, nn.Module]] = {}
     frozen = {n: a for n, a in named.items() if isinstance(a, Adapter) and not trainable}
     trained: dict[str, tuple[dict[str, Fresh], Source]] = {}
     places: dict[str, Place] = {}
     for name, a in named.items():
         if isinstance(a, Spec):
             found, fresh, source = _begin(live, a)
+            whole = modules_to_save(live.model, a.modules_to_save)
+            found = {p: v for p, v in found.items() if not _inside(p, whole)}
+            fresh = {p: f for p, f in fresh.items() if p in found}
+            copies[name] = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
         else:
             found = places_of(live, name, a)
+            experts[name] = expert_modules(live, name, a)
+            copies[name] = saved_copies(live, name, a)
+            if trainable and experts[name]:
+                raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
             if name in frozen:
                 if a.rank > live.slots.rank:
                     raise MismatchError(
@@ -187,6 +205,11 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
         _add_frozen(live, name, a)
     for name, (fresh, source) in trained.items():
         _add_trained(live, name, fresh, source)
+    for name, modules in experts.items():
+        if name in frozen:
+            _add_experts(live, frozen[name], modules)
+    for name, modules in copies.items():
+        _add_copies(live, name, modules)
     live._refresh()
     if trained and live._selection is None and not live.merged:
         live.use(next(iter(trained)))
@@ -243,6 +266,28 @@ def _patch(live: Live, places: Mapping[str, Place]) -> None:
         patch.train(place.layer.training)
         swap_in(place.layer, patch, path)
         live.patches[path] = patch
+
+
+def _inside(path: str, modules: Mapping[str, Any]) -> bool:
+    return any(path == p or path.startswith(f"{p}.") for p in modules)
+
+
+def _add_experts(live: Live, a: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if path not in live.experts:
+            live.experts[path] = ExpertsPatch(live, path)
+            swap_in(module, live.experts[path], path, AttachedExperts)
+        for p in a:
+            if a.layout(p).kind == "expert" and owner_of(p, a.layout(p)) == path:
+                live.experts[path].layouts[p] = a.layout(p)
+
+
+def _add_copies(live: Live, name: str, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if path not in live.saved:
+            live.saved[path] = SavedPatch(live, path)
+            swap_in(live.layer(path), live.saved[path], path)
+        live.saved[path].put(name, module)
 
 
 def _add_frozen(live: Live, name: str, a: Adapter) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..errors import MismatchError
 from .fresh import Factors
 from .kinds import Kind, is_transposed
-from .patch import device_of
 from .quantized import is_quantized, weight_of
 from .spec import LoRA
+from .swap import device_of
 
 
 def fresh_factors(

@@ -7,14 +7,61 @@ and puts it back after it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .controls import ranks_at
+
 if TYPE_CHECKING:
     from .live import Live
+
+
+class Pauses:
+    """Which ranks of the trained adapters have not run since an optimiser's last step.
+
+    Attributes:
+        ran: whether trained layers have run with the selection that is in use since then.
+    """
+
+    def __init__(self) -> None:
+        self.ran = False
+        self._prefixes: dict[str, list[int]] = {}  # key → the largest prefix of each layer
+
+    def note(self, live: Live) -> None:
+        """Take down what the selection in use has run, before another takes its place."""
+        if not self.ran or live._selection is None:
+            return
+        self.ran = False
+        paths = list(live.patches)
+        for row in live._selection.rows:
+            ranks = ranks_at(row.rank, paths)
+            for name, c in row.mix:
+                key = live._sources[name].key if name in live._sources else None
+                if c != 0 and key is not None:
+                    old = self._prefixes.get(key, [0] * len(paths))
+                    self._prefixes[key] = [max(a, b) for a, b in zip(old, ranks, strict=True)]
+
+    def forget(self, key: str) -> None:
+        """A trained adapter has gone."""
+        self._prefixes.pop(key, None)
+
+    def paused(self, live: Live) -> Iterator[tuple[nn.Parameter, Any]]:
+        """Parameters, each with the index of its entries that have not run."""
+        self.note(live)
+        for key in live._trained:
+            ran = self._prefixes.get(key, [0] * len(live.patches))
+            for patch in live.patches.values():
+                if key in patch.fresh and ran[patch.index] < patch.trained(key).rank:
+                    yield from patch.trained(key).paused(ran[patch.index])
+
+    def stepped(self, live: Live) -> None:
+        """An optimiser has stepped: what runs from here on counts for the next step."""
+        self.note(live)
+        self._prefixes.clear()
 
 
 @dataclass
@@ -36,7 +83,7 @@ def guarded(live: Live, optimizer: torch.optim.Optimizer) -> Guard:
 
     def before(*_: Any) -> None:
         held.clear()
-        for parameter, index in live.paused():
+        for parameter, index in live.pauses.paused(live):
             state = optimizer.state.get(parameter, {})
             kept = {
                 key: value[index].clone()
@@ -53,7 +100,7 @@ def guarded(live: Live, optimizer: torch.optim.Optimizer) -> Guard:
                     if isinstance(now, Tensor) and now.shape == parameter.shape:
                         now[index] = kept.get(key, 0)  # what came with this step begins at 0
         held.clear()
-        live.stepped()
+        live.pauses.stepped(live)
 
     return Guard(
         [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]

@@ -20,10 +20,11 @@ from ..fold.record import StoredPart
 from ..lowrank import LowRank
 from .bank import Bank, SharedBank
 from .kinds import CONV1D, LINEAR
-from .patch import Patch, device_of
+from .patch import Patch
 from .places import Place, place_at, refuse_extras
 from .slots import OWN
 from .source import Source
+from .swap import device_of
 
 if TYPE_CHECKING:
     from .live import Live

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..errors import MismatchError, UnknownNameError, did_you_mean
 from ..lowrank import LowRank
-from .controls import Controls, ranks_at
+from .controls import Controls
+from .experts import ExpertsPatch, refuse_rows
 from .fresh import Fresh
+from .guard import Guard, Pauses, guarded
 from .keeping import Gate, checked_gate, gates_of, rebuild
-from .patch import Attached, Patch, swap_out
+from .patch import Patch
+from .saved import SavedPatch, saved_extras
 from .selection import Row, Selection, parsed
 from .slots import Slots
 from .source import Source
+from .swap import Swapped, swap_out
 from .using import Using
 
 if TYPE_CHECKING:
-    from .guard import Guard
     from .library import Sides
     from .summary import Summary
 
@@ -47,6 +50,8 @@ class Live:
     ) -> None:
         self.model, self.slots = model, slots
         self.patches: dict[str, Patch] = {}
+        self.experts: dict[str, ExpertsPatch] = {}
+        self.saved: dict[str, SavedPatch] = {}
         self.detached = False
         self._scaling = scaling
         self._sources: dict[str, Source] = {}
@@ -55,9 +60,8 @@ class Live:
         self._selection: Selection | None = None
         self._controls: dict[tuple[int, int], Controls] = {}
         self._stale = False
-        self._merged: tuple[Row, dict[str, nn.Parameter | None]] | None = None
-        self._prefixes: dict[str, list[int]] = {}  # key → the largest of each layer since a step
-        self._ran = False  # whether trained layers have run with this selection since then
+        self._merged: tuple[Row, dict[tuple[str, str], nn.Parameter | None]] | None = None
+        self.pauses = Pauses()
         self.kept: dict[str, float] = {}
         self._gate: Gate = "current"
         self.sides: Sides | None = None  # of an attached library
@@ -70,8 +74,9 @@ class Live:
             MismatchError: nothing is attached to it.
         """
         for module in model.modules():
-            if isinstance(module, Attached):
-                return module.lorafold.live
+            if isinstance(module, Swapped):
+                found: Live = module.lorafold.live
+                return found
         raise MismatchError("nothing is attached to this model")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +113,7 @@ class Live:
             return source.library[name]
         assert source.key is not None
         modules = {path: fresh.update() for path, fresh in self.trained_modules(name).items()}
-        return Adapter(modules, config=source.config or {})
+        return Adapter(modules, saved_extras(self, name), source.config or {})
 
     @property
     def merged(self) -> dict[str, float]:
@@ -164,6 +169,10 @@ class Live:
         """The trained adapters' parameters."""
         for patch in self.patches.values():
             yield from patch.fresh.parameters()
+        for name, source in self._sources.items():
+            for saved in self.saved.values() if source.key is not None else ():
+                if name in saved.keys:
+                    yield from saved.copy_of(name).parameters()
 
     def _source(self, name: str) -> Source:
         self._check_attached()
@@ -202,6 +211,7 @@ class Live:
         selection = parsed(what, c, rank, self._sources)
         for row in selection.rows:
             self._check_rank(row)
+        refuse_rows(selection, self.experts, self)
         if self._merged is not None and (
             selection.names & set(self.merged) or not all(row.mix for row in selection.rows)
         ):
@@ -212,6 +222,19 @@ class Live:
         before = self._selection
         self._show(selection)
         return Using(self, before)
+
+    def running(self) -> Selection | None:
+        """The selection that the layers run: without what is merged; None for nothing."""
+        if self._selection is None or self._merged is None:
+            return self._selection
+        return self._selection.without(self.merged)
+
+    def uniform_row(self) -> Row | None:
+        """The mix that runs for the whole batch; None for the base, or for rows."""
+        selection = self.running()
+        if selection is None or not selection.uniform or not selection.on:
+            return None
+        return selection.rows[0]
 
     def _check_rank(self, row: Row) -> None:
         most = max((self._sources[name].rank for name, _ in row.mix), default=None)
@@ -224,7 +247,7 @@ class Live:
 
     def _show(self, selection: Selection | None) -> None:
         """Make a checked selection the one that runs."""
-        self._note()
+        self.pauses.note(self)
         running = selection if selection is not None else Selection((Row(),))
         gates = self._gates(selection)
         if self._merged is not None:
@@ -250,20 +273,6 @@ class Live:
             return [float(self._gate == "always")]
         gates = gates_of(self._gate, selection)
         return [g if row.mix else 0.0 for g, row in zip(gates, selection.rows, strict=True)]
-
-    def _note(self) -> None:
-        """Remember which ranks of the trained adapters the selection that runs has used."""
-        if not self._ran or self._selection is None:
-            return
-        self._ran = False
-        paths = list(self.patches)
-        for row in self._selection.rows:
-            ranks = ranks_at(row.rank, paths)
-            for name, c in row.mix:
-                key = self._sources[name].key if name in self._sources else None
-                if c != 0 and key is not None:
-                    old = self._prefixes.get(key, [0] * len(paths))
-                    self._prefixes[key] = [max(a, b) for a, b in zip(old, ranks, strict=True)]
 
     def _refresh(self) -> None:
         """Show the selection anew: layers came, or moved to another device."""
@@ -324,26 +333,8 @@ class Live:
         Returns:
             The hooks; `remove()` takes them off.
         """
-        from .guard import guarded
-
         self._check_attached()
         return guarded(self, optimizer)
-
-    def paused(self) -> Iterator[tuple[nn.Parameter, Any]]:
-        """Parameters, each with the index of its entries that have not run since the last step."""
-        self._note()
-        for key in self._trained:
-            ran = self._prefixes.get(key, [0] * len(self.patches))
-            for patch in self.patches.values():
-                if key in patch.fresh:
-                    fresh = patch.trained(key)
-                    if ran[patch.index] < fresh.rank:
-                        yield from fresh.paused(ran[patch.index])
-
-    def stepped(self) -> None:
-        """An optimiser has stepped: what runs from here on counts for the next step."""
-        self._note()
-        self._prefixes.clear()
 
     # Kept rounds
 
@@ -465,6 +456,8 @@ class Live:
             self.drop(name)
         if self._selection is not None:
             self._show(self._selection.without([name]))
+        for saved in self.saved.values():
+            saved.drop(name)
         del self._sources[name]
         slot = self.slots.places.pop(name, None)
         if slot is not None:
@@ -474,7 +467,7 @@ class Live:
                 if source.key in patch.fresh:
                     del patch.fresh[source.key]
             del self._trained[source.key]
-            self._prefixes.pop(source.key, None)
+            self.pauses.forget(source.key)
             self._refresh()
 
     def detach(self) -> nn.Module:
@@ -486,11 +479,12 @@ class Live:
         self._check_attached()
         if self._merged is not None:
             self.unmerge()
-        for path in self.patches:
+        for path in [*self.patches, *self.experts, *self.saved]:
             swap_out(self.layer(path))
         for parameter, required in self._frozen or ():
             parameter.requires_grad_(required)
-        self.patches, self._sources, self._trained = {}, {}, {}
+        self.patches, self.experts, self.saved = {}, {}, {}
+        self._sources, self._trained = {}, {}
         self._controls.clear()
         self.detached = True
         return self.model

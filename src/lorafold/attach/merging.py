@@ -32,14 +32,11 @@ def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
     if live.merged:
         raise MismatchError(f"{_listed(live.merged)} merged already: unmerge() first")
     row = row_to_merge(live, what, c, rank)
-    weights: dict[str, nn.Parameter] = {}
-    for path, patch in live.patches.items():
-        u = update_at(live, path, row)
-        if u is not None:
-            weights[path] = _merged_weight(live.layer(path), patch, u)
-    kept = {path: live.layer(path)._parameters["weight"] for path in weights}
-    for path, weight in weights.items():
-        live.layer(path)._parameters["weight"] = weight
+    weights = {k: nn.Parameter(W, requires_grad=False) for k, W in _merged(live, row).items()}
+    kept = {key: _owner(live, key)[0][_owner(live, key)[1]] for key in weights}
+    for key, old in kept.items():
+        weights[key].requires_grad_(old is not None and old.requires_grad)
+    _put(live, weights)
     live._merged = (row, kept)
     live._show(live._selection)
     if not keep:
@@ -54,10 +51,43 @@ def unmerge_from(live: Live) -> None:
     """See `Live.unmerge`."""
     if live._merged is None:
         raise MismatchError("nothing is merged")
-    for path, weight in live._merged[1].items():
-        live.layer(path)._parameters["weight"] = weight
+    _put(live, live._merged[1])
     live._merged = None
     live._show(live._selection)
+
+
+Key = tuple[str, str]  # path of a module, name of its parameter (dotted, in a saved module)
+
+
+def _merged(live: Live, row: Row) -> dict[Key, Tensor]:
+    """Every weight that a mix changes, as the sum."""
+    found: dict[Key, Tensor] = {}
+    for path, patch in live.patches.items():
+        u = update_at(live, path, row)
+        if u is not None:
+            found[path, "weight"] = _merged_weight(live.layer(path), patch, u)
+    for path, experts in live.experts.items():
+        for name, W in experts.weights(live.layer(path), row).items():
+            found[path, name] = W
+    for path, saved in live.saved.items():
+        mix = tuple((name, c) for name, c in row.mix if name in saved.keys and c != 0)
+        if mix and row.rank != 0:
+            for name, W in saved.weights(live.layer(path), mix).items():
+                found[path, name] = W
+    return found
+
+
+def _owner(live: Live, key: Key) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The dict that holds a parameter, and its name in it."""
+    inner, _, name = key[1].rpartition(".")
+    module = live.layer(key[0]).get_submodule(inner)
+    return module._parameters, name
+
+
+def _put(live: Live, weights: Mapping[Key, nn.Parameter | None]) -> None:
+    for key, weight in weights.items():
+        parameters, name = _owner(live, key)
+        parameters[name] = weight
 
 
 def verified(live: Live, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -119,7 +149,7 @@ def _prefix(rank: Rank, path: str, have: int) -> int:
     return have if k == EVERYTHING else min(k, have)
 
 
-def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> nn.Parameter:
+def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> Tensor:
     if is_quantized(layer):
         raise RefusedError(
             f"module {patch.path!r} is quantised: merging would quantise the sum again. Replace it "
@@ -131,8 +161,7 @@ def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> nn.Parameter:
     elif patch.kind is CONV:
         layout = Layout("conv", kernel=tuple(layer.weight.shape[1:]))
     W: Tensor = layer.weight.detach()
-    weight = added(W, u.to(W.device), layout, is_transposed(layer), f"{patch.path}.weight")
-    return nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return added(W, u.to(W.device), layout, is_transposed(layer), f"{patch.path}.weight")
 
 
 def _listed(names: Mapping[str, float]) -> str:

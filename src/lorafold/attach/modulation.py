@@ -18,8 +18,8 @@ from .begin import leading_directions, weight_matrix
 from .calibration import Calibration, DirectionStats, stats_of
 from .fresh import Modulation
 from .kinds import Kind
-from .patch import device_of
 from .spec import PiSSA
+from .swap import device_of
 
 if TYPE_CHECKING:
     from .live import Live

@@ -1,81 +1,21 @@
-"""One attached layer: its class is swapped for a cached subclass, and it gets one child module.
-
-The subclass runs `super().forward(...)` and hands the result to the child, `layer.lorafold`, which
-adds what is active. The base's parameters keep their names; detaching gives back the class and
-takes the child away.
-"""
+"""What is added to one attached layer: the child that its class hands each output to."""
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, RefusedError
+from ..errors import MismatchError
 from .bank import Bank
 from .fresh import Fresh, Kept
 from .kinds import Kind
+from .swap import device_of
 
 if TYPE_CHECKING:
     from .controls import Controls, LayerControls
     from .live import Live
-
-CHILD = "lorafold"
-
-
-class Attached:
-    """Mixed into an attached layer's class; `lorafold` is its child."""
-
-    lorafold: Patch
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made at run time can't be found by name, so copies and pickles rebuild it.
-        base = type(self).__mro__[2]
-        return _bare, (base,), self.__getstate__()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return self.lorafold(self, y, *args, **kwargs)
-
-
-def _bare(base: type) -> Any:
-    cls: Any = attached_class(base)
-    return cls.__new__(cls)
-
-
-@functools.cache
-def attached_class(base: Any) -> type:
-    """The subclass that attached layers of a class get."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (Attached, base), names)
-
-
-def swap_in(layer: nn.Module, child: nn.Module, path: str) -> None:
-    """Attach: give the layer its child and its class.
-
-    Raises:
-        RefusedError: the layer is attached already, or has a module of that name.
-    """
-    if isinstance(layer, Attached):
-        raise RefusedError(f"module {path!r} is attached already: detach that first")
-    if CHILD in layer._modules:
-        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
-    layer.add_module(CHILD, child)
-    base: Any = type(layer)
-    layer.__class__ = attached_class(base)
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's tensors are."""
-    return next(iter([*layer.parameters(), *layer.buffers()])).device
-
-
-def swap_out(layer: nn.Module) -> None:
-    """Detach: the layer as it was."""
-    layer.__class__ = type(layer).__mro__[2]
-    del layer._modules[CHILD]
 
 
 class Patch(nn.Module):
@@ -122,7 +62,7 @@ class Patch(nn.Module):
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         if self.fresh:
-            self.live._ran = True
+            self.live.pauses.ran = True
         if now.controls.uniform is not None and not torch.compiler.is_compiling():
             return self._uniform(layer, y, x, now)
         return self._rows(layer, y, x, now, now.controls)

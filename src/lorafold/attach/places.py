@@ -14,12 +14,10 @@ from ..errors import MismatchError, RefusedError
 from ..extras import extra_kind
 from .bank import check_dims
 from .kinds import Kind, kind_of
-from .patch import Attached
+from .swap import Swapped
 
 if TYPE_CHECKING:
     from .live import Live
-
-RUNNABLE = {"saved module", "base weight", "training state", "unknown"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def place_at(model: nn.Module, path: str, known: Mapping[str, Any] | None = None
     layer = model.get_submodule(path) if path else model
     if known is not None and path in known:
         return Place(layer, known[path].kind, known[path].dims)
-    if isinstance(layer, Attached):
+    if isinstance(layer, Swapped):
         raise RefusedError(f"module {path!r} is attached already: detach that first")
     parent, _, _ = path.rpartition(".")
     if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
@@ -65,7 +63,6 @@ def places_of(live: Live, name: str, adapter: Adapter) -> dict[str, Place]:
     """
     if adapter.refusal is not None:
         raise RefusedError(f"adapter {name!r}: {adapter.refusal}")
-    refuse_extras(name, adapter.extras, adapter.config)
     model, there = live.model, dict(live.model.named_modules())
     paths = [p for p in adapter if adapter.layout(p).kind != "expert"]
     missing = [p for p in paths if p not in there]
@@ -94,12 +91,11 @@ def _like(there: Mapping[str, Any], path: str) -> str:
 
 
 def refuse_extras(name: str, extras: Iterable[str], config: Mapping[str, Any]) -> None:
-    """Raise a `RefusedError` for extra tensors that change the output and would not be run."""
+    """Raise a `RefusedError` for extra tensors that would not be run."""
     for key in extras:
         kind = extra_kind(key, config)
-        if kind not in RUNNABLE:
+        if kind != "training state":
             raise RefusedError(
-                f"adapter {name!r} carries {key!r} ({kind}), which is no low-rank update: apply it "
-                "to the weights (adapter.apply_to), or drop it with dataclasses.replace(adapter, "
-                "extras={...})"
+                f"adapter {name!r} carries {key!r} ({kind}), which does not run from a library: "
+                "attach library[name] itself, or apply it to the weights (adapter.apply_to)"
             )

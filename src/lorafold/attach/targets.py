@@ -59,6 +59,8 @@ def found_layers(
     found: dict[str, nn.Module] = {}
     unmatched = list(targets)
     for path, module in model.named_modules():
+        if "lorafold" in path.split("."):
+            continue  # what is attached already
         hits = [t for t in targets if _hits(t, path, module)]
         unmatched = [t for t in unmatched if t not in hits]
         if hits and wanted(path) and not _excluded(exclude, path):

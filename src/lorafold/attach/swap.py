@@ -1,0 +1,79 @@
+"""Attaching a module: its class is swapped for a cached subclass, and it gets one child.
+
+The subclass runs `super().forward(...)` and hands the result to the child, `module.lorafold`, which
+adds what is active. The base's parameters keep their names; detaching gives back the class and
+takes the child away.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RefusedError
+
+CHILD = "lorafold"
+
+
+class Swapped:
+    """Mixed into the class of every attached module; `lorafold` is its child."""
+
+    lorafold: Any
+    _swapped: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time can't be found by name, so copies and pickles rebuild it.
+        return _bare, (type(self).__mro__[1], self._swapped), self.__getstate__()
+
+
+class Attached(Swapped):
+    """A module whose child changes what it gives."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.lorafold(self, y, *args, **kwargs)
+
+
+def _bare(mixin: type, base: type) -> Any:
+    cls: Any = attached_class(mixin, base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def attached_class(mixin: Any, base: Any) -> type:
+    """The subclass that attached modules of a class get."""
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "_swapped": base,
+    }
+    return type(base.__name__, (mixin, base), names)
+
+
+def swap_in(layer: nn.Module, child: nn.Module, path: str, mixin: type[Swapped] = Attached) -> None:
+    """Attach: give a module its child and its class.
+
+    Raises:
+        RefusedError: it is attached already, or has a module of that name.
+    """
+    if isinstance(layer, Swapped):
+        raise RefusedError(f"module {path!r} is attached already: detach that first")
+    if CHILD in layer._modules:
+        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
+    layer.add_module(CHILD, child)
+    cls, base = mixin, type(layer)  # type: Any, Any
+    layer.__class__ = attached_class(cls, base)
+
+
+def swap_out(layer: Any) -> None:
+    """Detach: the module as it was."""
+    layer.__class__ = layer._swapped
+    del layer._modules[CHILD]
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next(iter([*layer.parameters(), *layer.buffers()])).device
