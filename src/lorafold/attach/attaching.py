@@ -312,7 +312,7 @@ def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Sour
     source.key = next(k for i in range(len(taken) + 1) if (k := f"t{i}") not in taken)
     live._sources[name] = source
     ranks = torch.zeros(len(live.patches), dtype=torch.int64)
-    scales = torch.zeros(len(live.patches))
+    scales = torch.zeros(len(live.patches), dtype=torch.float64)
     for path, module in fresh.items():
         patch = live.patches[path]
         module.train(patch.training)

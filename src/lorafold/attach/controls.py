@@ -54,7 +54,7 @@ class Table:
     def empty(cls, width: int, slots: int, layers: int) -> Table:
         size = (slots, layers)
         whole = torch.zeros(size, dtype=torch.int64)
-        return cls(width, whole, whole.clone(), torch.zeros(size))
+        return cls(width, whole, whole.clone(), torch.zeros(size, dtype=torch.float64))
 
     def grow(self, slots: int, layers: int) -> None:
         """Room for more; what is there stays."""
@@ -100,7 +100,7 @@ class Controls:
     Args:
         rows, width: of the selections. tables: by group. trained: key → (L,) ranks of a trainable
             adapter, and its scales (L,). members: by group and key, which layers have it.
-        devices: of each layer.
+        devices: of each layer. dtype: of the weights.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Controls:
         trained: Mapping[str, tuple[Tensor, Tensor]],
         members: Mapping[str, list[bool]],
         devices: list[torch.device],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.tables, self.trained = tables, trained
         self.uniform: Selection | None = None
@@ -123,16 +124,17 @@ class Controls:
         layers = len(devices)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
         for device in dict.fromkeys(devices):
+            options: Any = {"device": device, "dtype": dtype}
             self._on_device[device] = {
                 "ids": torch.zeros(rows, width, dtype=torch.int64, device=device),
                 "on": torch.zeros(rows, dtype=torch.bool, device=device),
-                "gate": torch.zeros(rows, device=device),
+                "gate": torch.zeros(rows, **options),
                 **{
-                    f"w.{group}": torch.zeros(layers, rows, width * t.width, device=device)
+                    f"w.{group}": torch.zeros(layers, rows, width * t.width, **options)
                     for group, t in tables.items()
                 },
                 **{
-                    f"t.{key}": torch.zeros(layers, rows, int(ranks.max()), device=device)
+                    f"t.{key}": torch.zeros(layers, rows, int(ranks.max()), **options)
                     for key, (ranks, _) in trained.items()
                 },
             }
@@ -182,7 +184,7 @@ class Controls:
         values = {
             "ids": self._ids(selection),
             "on": torch.tensor(on),
-            "gate": torch.tensor(gates, dtype=torch.float32),
+            "gate": torch.tensor(gates, dtype=torch.float64),
         }
         ranks = torch.tensor([ranks_at(row.rank, paths) for row in selection.rows]).T  # (L, rows)
         values |= {
@@ -203,7 +205,7 @@ class Controls:
     def _bank_weights(self, selection: Selection, table: Table, ranks: Tensor) -> Tensor:
         """(L, rows, K · R)."""
         rows, width = len(selection.rows), selection.width
-        c = torch.zeros(rows, width)
+        c = torch.zeros(rows, width, dtype=torch.float64)
         for i, row in enumerate(selection.rows):
             for j, (name, value) in enumerate(row.mix):
                 if name in self._slots:
@@ -221,7 +223,7 @@ class Controls:
     def _trained_weights(self, selection: Selection, key: str, ranks: Tensor) -> Tensor:
         """(L, rows, r)."""
         have, scales = self.trained[key]
-        c = torch.zeros(len(selection.rows))
+        c = torch.zeros(len(selection.rows), dtype=torch.float64)
         for i, row in enumerate(selection.rows):
             c[i] = sum(value for name, value in row.mix if self._keys.get(name) == key)
         have = have[:, None].expand(-1, len(c))
@@ -270,5 +272,5 @@ def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
 def _factors(scaling: Callable[[float], float], have: Tensor, k: Tensor) -> Tensor:
     if scaling is SCALINGS["constant"]:
         return torch.ones(())
-    ratio = have / k.clamp_min(1)
+    ratio = have.double() / k.clamp_min(1)
     return ratio if scaling is SCALINGS["linear"] else ratio.sqrt()

@@ -166,8 +166,9 @@ class Kept(nn.Module):
         for u in updates:
             for t in (u.A, u.B):
                 dtype = torch.promote_types(dtype, t.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         A = torch.cat([u.A.to(device, dtype) for u in updates])
-        B = torch.cat([(u.scale * u.B.float()).to(device, dtype) for u in updates], 1)
+        B = torch.cat([(u.scale * u.B.to(device, wide)).to(dtype) for u in updates], 1)
         self.register_buffer("A", A.detach().clone(), persistent=False)
         self.register_buffer("B", B.detach().clone(), persistent=False)
 

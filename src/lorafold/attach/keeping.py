@@ -39,11 +39,11 @@ def gates_of(gate: Gate, selection: Selection) -> list[float]:
     if gate == "current":
         return [float(row.on) for row in selection.rows]
     assert callable(gate)
-    c = torch.zeros(len(selection.rows), selection.width)
+    c = torch.zeros(len(selection.rows), selection.width, dtype=torch.float64)
     for i, row in enumerate(selection.rows):
         for j, (_, value) in enumerate(row.mix):
             c[i, j] = value
-    values = torch.as_tensor(gate(c), dtype=torch.float32).flatten()
+    values = torch.as_tensor(gate(c), dtype=torch.float64).flatten()
     if values.numel() not in (1, len(c)):
         raise MismatchError(f"the gate gave {values.numel()} values for {len(c)} rows")
     found: list[float] = values.expand(len(c)).tolist()
