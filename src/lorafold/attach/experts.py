@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from .swap import Swapped
 
 if TYPE_CHECKING:
-    from .live import Live
+    from .core import Core
     from .selection import Row, Selection
 
 
@@ -43,7 +43,7 @@ class ExpertsPatch(nn.Module):
         layouts: {path of an update: its layout} of everything that was attached here.
     """
 
-    def __init__(self, live: Live, path: str) -> None:
+    def __init__(self, live: Core, path: str) -> None:
         super().__init__()
         self.live, self.path = live, path
         self.layouts: dict[str, Layout] = {}
@@ -80,7 +80,7 @@ def owner_of(path: str, layout: Layout) -> str:
     return parameter.rpartition(".")[0]
 
 
-def expert_modules(live: Live, name: str, adapter: Adapter) -> dict[str, nn.Module]:
+def expert_modules(live: Core, name: str, adapter: Adapter) -> dict[str, nn.Module]:
     """{path: experts' module} that an adapter's experts belong to.
 
     Raises:
@@ -114,7 +114,7 @@ def expert_modules(live: Live, name: str, adapter: Adapter) -> dict[str, nn.Modu
     return found
 
 
-def refuse_rows(selection: Selection, patches: Mapping[str, ExpertsPatch], live: Live) -> None:
+def refuse_rows(selection: Selection, patches: Mapping[str, ExpertsPatch], live: Core) -> None:
     """Raise a `RefusedError` where rows of a batch would need experts of their own."""
     if selection.uniform:
         return

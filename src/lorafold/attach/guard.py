@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .controls import ranks_at
 
 if TYPE_CHECKING:
-    from .live import Live
+    from .core import Core
 
 
 class Pauses:
@@ -31,7 +31,7 @@ class Pauses:
         self.ran = False
         self._prefixes: dict[str, list[int]] = {}  # key → the largest prefix of each layer
 
-    def note(self, live: Live) -> None:
+    def note(self, live: Core) -> None:
         """Take down what the selection in use has run, before another takes its place."""
         if not self.ran or live._selection is None:
             return
@@ -49,7 +49,7 @@ class Pauses:
         """A trained adapter has gone."""
         self._prefixes.pop(key, None)
 
-    def paused(self, live: Live) -> Iterator[tuple[nn.Parameter, Any]]:
+    def paused(self, live: Core) -> Iterator[tuple[nn.Parameter, Any]]:
         """Parameters, each with the index of its entries that have not run."""
         self.note(live)
         for key in live._trained:
@@ -58,7 +58,7 @@ class Pauses:
                 if key in patch.fresh and ran[patch.index] < patch.trained(key).rank:
                     yield from patch.trained(key).paused(ran[patch.index])
 
-    def stepped(self, live: Live) -> None:
+    def stepped(self, live: Core) -> None:
         """An optimiser has stepped: what runs from here on counts for the next step."""
         self.note(live)
         self._prefixes.clear()
@@ -77,7 +77,7 @@ class Guard:
         self.handles.clear()
 
 
-def guarded(live: Live, optimizer: torch.optim.Optimizer) -> Guard:
+def guarded(live: Core, optimizer: torch.optim.Optimizer) -> Guard:
     """See `Live.guard`."""
     held: list[tuple[nn.Parameter, Any, Tensor, dict[str, Tensor]]] = []
 

@@ -27,12 +27,12 @@ from .source import Source
 from .swap import device_of
 
 if TYPE_CHECKING:
-    from .live import Live
+    from .core import Core
 
 _GROUPS = {(True, True): "both", (False, True): "in", (True, False): "out", (False, False): OWN}
 
 
-def library_places(live: Live, library: Library) -> dict[str, Place]:
+def library_places(live: Core, library: Library) -> dict[str, Place]:
     """{path: place} of a library's modules.
 
     Raises:
@@ -106,7 +106,7 @@ class Sides:
         return torch.cat(columns, 1).to(patch.device, self._dtype), starts
 
 
-def write_library_adapter(live: Live, slot: int, name: str, library: Library) -> None:
+def write_library_adapter(live: Core, slot: int, name: str, library: Library) -> None:
     """Read an adapter's parts from its library into a slot.
 
     Raises:
@@ -160,7 +160,7 @@ def _placed(X: Tensor, number: int | None, side: tuple[Tensor | None, list[int]]
     return whole
 
 
-def _make_room(live: Live, patch: Patch, group: str, rank: int) -> None:
+def _make_room(live: Core, patch: Patch, group: str, rank: int) -> None:
     """Have a layer's bank of a group, with room for a rank; made when it is first needed."""
     slots = live.slots
     table = slots.group(group, max(rank, 1), len(live.patches))

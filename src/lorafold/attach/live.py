@@ -6,34 +6,29 @@ asked is checked first, so that an error leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter import Adapter
 from ..errors import MismatchError, UnknownNameError, did_you_mean
-from ..lowrank import LowRank
-from .controls import Controls
-from .experts import ExpertsPatch, refuse_rows
-from .fresh import Fresh
-from .guard import Guard, Pauses, guarded
-from .keeping import Gate, checked_gate, gates_of, rebuild
-from .patch import Patch
-from .saved import SavedPatch, saved_extras
+from .core import Core
+from .experts import refuse_rows
+from .guard import Guard, guarded
+from .keeping import Gate, checked_gate, rebuild
+from .saved import saved_extras
 from .selection import Row, Selection, parsed
-from .slots import Slots
-from .source import Source
 from .swap import Swapped, swap_out
 from .using import Using
 
 if TYPE_CHECKING:
-    from .library import Sides
     from .summary import Summary
 
 
-class Live:
+class Live(Core):
     """Adapters on a running model; made by `lf.attach`.
 
     Attributes:
@@ -41,30 +36,6 @@ class Live:
         kept: {name: c} of what runs in the background.
         detached: whether `detach` was called.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        slots: Slots,
-        scaling: Callable[[float], float],
-    ) -> None:
-        self.model, self.slots = model, slots
-        self.patches: dict[str, Patch] = {}
-        self.experts: dict[str, ExpertsPatch] = {}
-        self.saved: dict[str, SavedPatch] = {}
-        self.detached = False
-        self._scaling = scaling
-        self._sources: dict[str, Source] = {}
-        self._trained: dict[str, tuple[Tensor, Tensor]] = {}  # key → ranks (L,), scales (L,)
-        self._frozen: list[tuple[nn.Parameter, bool]] | None = None
-        self._selection: Selection | None = None
-        self._controls: dict[tuple[int, int], Controls] = {}
-        self._stale = False
-        self._merged: tuple[Row, dict[tuple[str, str], nn.Parameter | None]] | None = None
-        self.pauses = Pauses()
-        self.kept: dict[str, float] = {}
-        self._gate: Gate = "current"
-        self.sides: Sides | None = None  # of an attached library
 
     @staticmethod
     def of(model: nn.Module) -> Live:
@@ -78,9 +49,6 @@ class Live:
                 found: Live = module.lorafold.live
                 return found
         raise MismatchError("nothing is attached to this model")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_controls": {}, "_stale": True}
 
     def __repr__(self) -> str:
         state = "detached" if self.detached else f"{len(self.patches)} layers"
@@ -115,55 +83,12 @@ class Live:
         modules = {path: fresh.update() for path, fresh in self.trained_modules(name).items()}
         return Adapter(modules, saved_extras(self, name), source.config or {})
 
-    @property
-    def merged(self) -> dict[str, float]:
-        """{name: c} of what is merged into the weights now."""
-        return {} if self._merged is None else dict(self._merged[0].mix)
-
-    def layer(self, path: str) -> Any:
-        """The attached layer at a path."""
-        return self.model.get_submodule(path) if path else self.model
-
-    def update(self, name: str, path: str) -> LowRank | None:
-        """An adapter's update at one layer; None where it has none there."""
-        source = self._source(name)
-        if source.adapter is not None:
-            return source.adapter.modules.get(path)
-        if source.library is not None:
-            try:
-                return source.library.update(name, path)
-            except UnknownNameError:
-                return None
-        fresh = self.fresh_at(name, path)
-        return None if fresh is None else fresh.update()
-
-    def fresh_at(self, name: str, path: str) -> Fresh | None:
-        """A trained adapter's factors at one layer; None where it has none there."""
-        key, patch = self._source(name).key, self.patches.get(path)
-        return patch.trained(key) if patch and key and key in patch.fresh else None
-
-    def shape_at(self, name: str, path: str) -> tuple[int, float] | None:
-        """(rank, scale) of an adapter at one layer; None where it has none there."""
-        found = self.fresh_at(name, path) or self.update(name, path)
-        return None if found is None else (found.rank, found.scale)
-
     def summary(self) -> Summary:
         """What is attached where, and how large it is; `print` gives a table."""
         from .summary import summarized
 
         self._check_attached()
         return summarized(self)
-
-    def trained_modules(self, name: str) -> dict[str, Fresh]:
-        """{path: factors} of a trained adapter.
-
-        Raises:
-            UnknownNameError: no such name. MismatchError: it is not trained.
-        """
-        key = self._source(name).key
-        if key is None:
-            raise MismatchError(f"{name!r} is not trained; attach it with trainable=True")
-        return {path: p.trained(key) for path, p in self.patches.items() if key in p.fresh}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained adapters' parameters."""
@@ -173,19 +98,6 @@ class Live:
             for saved in self.saved.values() if source.key is not None else ():
                 if name in saved.keys:
                     yield from saved.copy_of(name).parameters()
-
-    def _source(self, name: str) -> Source:
-        self._check_attached()
-        try:
-            return self._sources[name]
-        except (KeyError, TypeError):
-            raise UnknownNameError(
-                f"no adapter {name!r} is attached; {did_you_mean(str(name), self._sources)}"
-            ) from None
-
-    def _check_attached(self) -> None:
-        if self.detached:
-            raise MismatchError("this handle was detached: attach again")
 
     # What runs
 
@@ -223,19 +135,6 @@ class Live:
         self._show(selection)
         return Using(self, before)
 
-    def running(self) -> Selection | None:
-        """The selection that the layers run: without what is merged; None for nothing."""
-        if self._selection is None or self._merged is None:
-            return self._selection
-        return self._selection.without(self.merged)
-
-    def uniform_row(self) -> Row | None:
-        """The mix that runs for the whole batch; None for the base, or for rows."""
-        selection = self.running()
-        if selection is None or not selection.uniform or not selection.on:
-            return None
-        return selection.rows[0]
-
     def _check_rank(self, row: Row) -> None:
         most = max((self._sources[name].rank for name, _ in row.mix), default=None)
         ranks = row.rank.values() if isinstance(row.rank, Mapping) else [row.rank]
@@ -244,83 +143,6 @@ class Live:
                 raise MismatchError(
                     f"rank {k} is above that of every module; the largest is {most}"
                 )
-
-    def _show(self, selection: Selection | None) -> None:
-        """Make a checked selection the one that runs."""
-        self.pauses.note(self)
-        running = selection if selection is not None else Selection((Row(),))
-        gates = self._gates(selection)
-        if self._merged is not None:
-            running = running.without(self.merged)
-        if running.on or any(gates):
-            self._load(running)
-            controls = self._sized(len(running.rows), running.width)
-            keys = {name: s.key for name, s in self._sources.items() if s.key is not None}
-            paths = list(self.patches)
-            controls.set(running, self.slots.places, keys, gates, self._scaling, paths)
-            for patch in self.patches.values():
-                patch.now = controls.layers[patch.index]
-        else:
-            for patch in self.patches.values():
-                patch.now = None
-        self._selection, self._stale = selection, False
-
-    def _gates(self, selection: Selection | None) -> list[float]:
-        """How much of the background each row gets: none where the base was asked for."""
-        if not self.kept:
-            return [0.0] * (1 if selection is None else len(selection.rows))
-        if selection is None:
-            return [float(self._gate == "always")]
-        gates = gates_of(self._gate, selection)
-        return [g if row.mix else 0.0 for g, row in zip(gates, selection.rows, strict=True)]
-
-    def _refresh(self) -> None:
-        """Show the selection anew: layers came, or moved to another device."""
-        self._controls.clear()
-        self._show(self._selection)
-
-    def _load(self, selection: Selection) -> None:
-        """Have every adapter of a selection in a slot."""
-        wanted = [n for n in dict.fromkeys(selection.names) if self._sources[n].key is None]
-        if len(wanted) > self.slots.limit:
-            raise MismatchError(
-                f"{len(wanted)} adapters at once do not fit in {self.slots.limit} slots: attach "
-                "with a larger slots="
-            )
-        for name in wanted:
-            if name not in self.slots.places:
-                slot = self.slots.take(name, wanted)
-                try:
-                    self._write(slot, name)
-                except BaseException:
-                    del self.slots.places[name]  # half of it may be there
-                    raise
-            self.slots.places.move_to_end(name)
-
-    def forget_controls(self) -> None:
-        """Banks came or grew: the tensors of selections are made anew."""
-        self._controls.clear()
-
-    def _write(self, slot: int, name: str) -> None:
-        source = self._sources[name]
-        with torch.no_grad():
-            if source.adapter is not None:
-                self.slots.write(slot, source.adapter, self.patches)
-            elif source.library is not None:
-                from .library import write_library_adapter
-
-                write_library_adapter(self, slot, name, source.library)
-
-    def _sized(self, rows: int, width: int) -> Controls:
-        size = (rows, width)
-        if size not in self._controls:
-            patches = list(self.patches.values())
-            members = {g: [g in p.banks for p in patches] for g in self.slots.tables}
-            members |= {key: [key in p.fresh for p in patches] for key in self._trained}
-            self._controls[size] = Controls(
-                rows, width, self.slots.tables, self._trained, members, [p.device for p in patches]
-            )
-        return self._controls[size]
 
     # Training
 
@@ -335,6 +157,56 @@ class Live:
         """
         self._check_attached()
         return guarded(self, optimizer)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a trained adapter: a PEFT directory, with the state to train on in a file beside.
+
+        Args:
+            path: the directory to make. name: which; the only one when None.
+            metadata: what to keep with it, as JSON knows it; `resume` returns it.
+            overwrite: replace what is at `path`.
+
+        Raises:
+            UnknownNameError: no such name. MismatchError: it is not trained.
+            FileError: something is at `path`.
+        """
+        from .checkpoint import save_trained
+
+        save_trained(self, path, self._only(name), metadata or {}, overwrite)
+
+    def resume(self, path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
+        """Load what `save` wrote into a trained adapter of the same kind and targets.
+
+        Args:
+            path: the directory, a PEFT directory of plain LoRA, or a file with the flat keys
+                `A.<module>` and `B.<module>`, or `U.`, `S.`, `Vh.` and `delta_s.`, module dots
+                written `__`. name: which; the only one when None.
+
+        Returns:
+            The metadata that was saved with it.
+
+        Raises:
+            MismatchError: another kind, other modules, or other shapes; nothing is changed then.
+            FileError: nothing there that is read.
+        """
+        from .checkpoint import resume_trained
+
+        return resume_trained(self, path, self._only(name))
+
+    def _only(self, name: str | None) -> str:
+        if name is not None:
+            return name
+        trained = [n for n, s in self._sources.items() if s.key is not None]
+        if len(trained) != 1:
+            raise MismatchError(f"say which: {len(trained)} adapters are trained here")
+        return trained[0]
 
     # Kept rounds
 
@@ -372,6 +244,7 @@ class Live:
         Raises:
             UnknownNameError: it is not kept.
         """
+        self._check_attached()
         if name not in self.kept:
             raise UnknownNameError(f"{name!r} is not kept; {did_you_mean(str(name), self.kept)}")
         del self.kept[name]

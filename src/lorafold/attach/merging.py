@@ -24,6 +24,7 @@ from .quantized import is_quantized
 from .selection import Rank, Row, Selection, parsed
 
 if TYPE_CHECKING:
+    from .core import Core
     from .live import Live
 
 
@@ -129,7 +130,7 @@ def row_to_merge(live: Live, what: Any, c: Any, rank: Any) -> Row:
     return selection.rows[0]
 
 
-def update_at(live: Live, path: str, row: Row) -> LowRank | None:
+def update_at(live: Core, path: str, row: Row) -> LowRank | None:
     """What a mix adds to one layer's weight; None for nothing."""
     total: LowRank | None = None
     for name, c in row.mix:

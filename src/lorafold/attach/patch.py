@@ -15,7 +15,7 @@ from .swap import device_of
 
 if TYPE_CHECKING:
     from .controls import Controls, LayerControls
-    from .live import Live
+    from .core import Core
 
 
 class Patch(nn.Module):
@@ -31,7 +31,7 @@ class Patch(nn.Module):
     """
 
     def __init__(
-        self, live: Live, index: int, path: str, kind: Kind, dims: tuple[int, int]
+        self, live: Core, index: int, path: str, kind: Kind, dims: tuple[int, int]
     ) -> None:
         super().__init__()
         self.live, self.index, self.path, self.kind, self.dims = live, index, path, kind, dims

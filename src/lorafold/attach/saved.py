@@ -20,7 +20,7 @@ from ..extras import PREFIX, base_names, extra_kind
 from .targets import Target, matches
 
 if TYPE_CHECKING:
-    from .live import Live
+    from .core import Core
 
 Mix = tuple[tuple[str, float], ...]
 
@@ -35,7 +35,7 @@ class SavedPatch(nn.Module):
         keys: name → key of its copy.
     """
 
-    def __init__(self, live: Live, path: str) -> None:
+    def __init__(self, live: Core, path: str) -> None:
         super().__init__()
         self.live, self.path = live, path
         self.copies = nn.ModuleDict()
@@ -97,7 +97,7 @@ class SavedPatch(nn.Module):
         return functional_call(first, self.weights(layer, mix), args, dict(kwargs))
 
 
-def saved_copies(live: Live, name: str, adapter: Adapter) -> dict[str, nn.Module]:
+def saved_copies(live: Core, name: str, adapter: Adapter) -> dict[str, nn.Module]:
     """{path: copy} of the modules that an adapter's file holds whole.
 
     Raises:
@@ -138,7 +138,7 @@ def _module_of(key: str, adapter: Adapter, there: Mapping[str, Any]) -> tuple[st
     return None, ""
 
 
-def _is_the_models(live: Live, key: str, value: Tensor) -> bool:
+def _is_the_models(live: Core, key: str, value: Tensor) -> bool:
     for full in base_names(key):
         path, _, parameter = full.rpartition(".")
         try:
@@ -184,7 +184,7 @@ def modules_to_save(model: nn.Module, targets: tuple[Target, ...]) -> dict[str, 
     return {p: m for p, m in found.items() if not any(p.startswith(f"{q}.") for q in found)}
 
 
-def saved_extras(live: Live, name: str) -> dict[str, Tensor]:
+def saved_extras(live: Core, name: str) -> dict[str, Tensor]:
     """The copies of a trained adapter as a file holds them."""
     return {
         f"{PREFIX}{path}.{key}": value.detach().clone()

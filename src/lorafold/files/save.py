@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,13 +94,18 @@ def save(
         MismatchError: modules that can't be in one file.
     """
     tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
+    with new_directory(path, overwrite=overwrite) as staging:
+        write_form(staging, tensors, config)
+
+
+def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write what `peft_form` gave into a folder that is there."""
     try:
         text = json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
     except TypeError as e:
         raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
-    with new_directory(path, overwrite=overwrite) as staging:
-        save_file(_separate(tensors), staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        (staging / CONFIG_NAME).write_text(text, encoding="utf-8")
+    save_file(_separate(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def peft_form(

@@ -1,0 +1,192 @@
+"""Trained adapters on the disk: a PEFT directory that any reader runs, and the state beside it.
+
+`training_state.safetensors` holds each module's own tensors under `<module path>.<tensor>` (A, B
+and their frozen start A0, B0; or U, S, Vh, delta_s, index), and in its header what kind they are
+and the user's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import FileError, MismatchError
+from ..files import load
+from ..files.atomic import new_directory
+from ..files.save import peft_form, write_form
+from .begin import weight_matrix
+from .fresh import Fresh, Modulation
+
+if TYPE_CHECKING:
+    from .live import Live
+
+STATE_NAME = "training_state.safetensors"
+_HEADER = "lorafold"
+_KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
+
+
+def kind_of_trained(fresh: Fresh) -> str:
+    """What kind of checkpoint an adapter makes."""
+    return "pissa" if isinstance(fresh, Modulation) else "lora"
+
+
+def save_trained(
+    live: Live,
+    path: str | os.PathLike[str],
+    name: str,
+    metadata: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """See `Live.save`."""
+    modules = live.trained_modules(name)
+    first = next(iter(modules.values()))
+    header: dict[str, Any] = {"version": 1, "kind": kind_of_trained(first), "metadata": metadata}
+    header["scales"] = {p: f.scale for p, f in modules.items()}
+    if isinstance(first, Modulation):
+        header["select"] = first.select
+    try:
+        text = json.dumps(header, ensure_ascii=False)
+    except TypeError as e:
+        raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
+    tensors = {
+        f"{p}.{key}": value.detach().contiguous().cpu().clone()
+        for p, fresh in modules.items()
+        for key, value in fresh.state_dict().items()
+    }
+    form, config = peft_form(live.adapter(name))
+    with new_directory(path, overwrite=overwrite) as staging:
+        write_form(staging, form, config)
+        save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", _HEADER: text})
+
+
+def resume_trained(live: Live, path: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """See `Live.resume`."""
+    modules = live.trained_modules(name)
+    kind = kind_of_trained(next(iter(modules.values())))
+    place = Path(path)
+    state = place / STATE_NAME
+    metadata: dict[str, Any] = {}
+    if place.is_file():
+        found_kind, found = _flat(live, place)
+    elif state.is_file():
+        header, tensors = _read(state)
+        found_kind, metadata = header["kind"], header["metadata"]
+        found = _by_module(tensors)
+    else:
+        found_kind, found = _plain(path, modules)
+    if found_kind != kind:
+        raise MismatchError(
+            f"{path} holds a checkpoint of kind {found_kind!r}, and {name!r} is of kind {kind!r}"
+        )
+    _check(str(path), modules, found)
+    _load_copies(live, place, name)
+    with torch.no_grad():
+        for p, tensors in found.items():
+            modules[p].load_state_dict(tensors, strict=False)
+    return metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {}).get(_HEADER, "{}"))
+            return header, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FileError(f"{path}: can't be read ({e})") from e
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        path, _, tensor = key.rpartition(".")
+        found.setdefault(path, {})[tensor] = value
+    return found
+
+
+def _plain(
+    path: str | os.PathLike[str], modules: Mapping[str, Fresh]
+) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """A PEFT directory's factors, at the scale that they are trained with here."""
+    adapter = load(path)
+    return "lora", {
+        p: {"A": u.A, "B": u.B * (u.scale / modules[p].scale if p in modules else 1.0)}
+        for p, u in adapter.modules.items()
+    }
+
+
+def _flat(live: Live, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """A file with keys such as `A.layers__0__q_proj`."""
+    _, tensors = _read(path)
+    names = {p.replace(".", "__"): p for p in live.patches}
+    found: dict[str, dict[str, Tensor]] = {}
+    kinds = set()
+    for key, value in tensors.items():
+        letter, _, module = key.partition(".")
+        if letter not in _KINDS:
+            raise FileError(
+                f"{path}: key {key!r} is none of {', '.join(f'{k}.<module>' for k in _KINDS)}"
+            )
+        kinds.add(_KINDS[letter])
+        found.setdefault(names.get(module, module.replace("__", ".")), {})[letter] = value
+    if len(kinds) != 1:
+        raise FileError(f"{path}: holds {' and '.join(sorted(kinds)) or 'no tensors'}")
+    kind = kinds.pop()
+    if kind == "pissa":
+        for p, parts in found.items():
+            if p in live.patches and "S" in parts:
+                # The directions' numbers are not in such a file: the nearest singular values'.
+                W = weight_matrix(live.layer(p), live.patches[p].kind)
+                spectrum = torch.linalg.svdvals(W)
+                distance = (parts["S"].to(spectrum)[:, None] - spectrum).abs()
+                parts["index"] = distance.argmin(1)
+    return kind, found
+
+
+def _check(
+    where: str, modules: Mapping[str, Fresh], found: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Raise where a checkpoint does not fit, before anything is loaded."""
+    if set(found) != set(modules):
+        extra, missing = sorted(set(found) - set(modules)), sorted(set(modules) - set(found))
+        raise MismatchError(
+            f"{where} and the model differ in modules: only in the file {extra[:5] or 'none'}, "
+            f"only in the model {missing[:5] or 'none'}"
+        )
+    for p, tensors in found.items():
+        own = modules[p].state_dict()
+        needed = {key for key, _ in modules[p].named_parameters()} | (set(own) - {"A0", "B0"})
+        if not needed <= set(tensors):
+            raise MismatchError(f"{where}: module {p!r} lacks {sorted(needed - set(tensors))}")
+        for key, value in tensors.items():
+            if key not in own:
+                raise MismatchError(f"{where}: module {p!r} has {key!r}, which the adapter has not")
+            if value.shape != own[key].shape:
+                raise MismatchError(
+                    f"{where}: {p}.{key} is {tuple(value.shape)}, the adapter's is "
+                    f"{tuple(own[key].shape)}"
+                )
+        if "A0" in own and "A0" not in tensors:
+            raise MismatchError(
+                f"{where}: the start that init='pissa' subtracts is not in it: attach the file "
+                "itself with trainable=True instead"
+            )
+
+
+def _load_copies(live: Live, place: Path, name: str) -> None:
+    """Modules that were saved whole."""
+    own = {p: s.copy_of(name) for p, s in live.saved.items() if name in s.keys}
+    if not own or not place.is_dir():
+        return
+    from .saved import saved_copies
+
+    for p, module in saved_copies(live, name, load(place)).items():
+        if p in own:
+            own[p].load_state_dict(module.state_dict())
