@@ -130,7 +130,7 @@ def three(make_adapter: Callable[..., Adapter]) -> dict[str, Adapter]:
 
 @pytest.fixture(scope="session")
 def fingerprint() -> Callable[[nn.Module], Any]:
-    """fingerprint(model) -> all that attaching must give back: classes, names, bits, hooks, flags."""
+    """fingerprint(model) -> classes, names, bits, hooks and flags, by module."""
     return _fingerprint
 
 
