@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ def attach(
             When None, room is made for up to 64 as they come; a number reserves it.
         max_rank: rank that a slot has room for; by default the largest given.
         trainable: train the adapters; their factors become parameters.
-        dtype: of the factors; by default the adapters' own, the widest of them.
+        dtype: of the factors, in which their products are computed; by default the widest of the
+            adapters' own and of the dtype that most of the model's weights have.
         rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k).
 
     Returns:
@@ -94,7 +96,8 @@ def attach(
     named = _named(x)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
-    live = Live(model, Slots(slots, rank, dtype or _widest(adapters)), SCALINGS[rank_scaling])
+    room = Slots(slots, rank, dtype or _widest(model, adapters))
+    live = Live(model, room, SCALINGS[rank_scaling])
     _add_all(live, named, trainable)
     return live
 
@@ -127,7 +130,7 @@ def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> 
     if isinstance(source, Adapter) and not trainable:
         if not live.slots.tables:
             live.slots.rank = max(live.slots.rank, source.rank)
-        live.slots.dtype = torch.promote_types(live.slots.dtype, _widest([source]))
+        live.slots.dtype = torch.promote_types(live.slots.dtype, _widest(live.model, [source]))
     _add_all(live, {name: source}, trainable)
 
 
@@ -155,12 +158,14 @@ def _source(x: Any) -> Adapter | Spec:
     )
 
 
-def _widest(adapters: list[Adapter]) -> torch.dtype:
-    """The dtype that holds every factor; float32 where there are none."""
+def _widest(model: nn.Module, adapters: list[Adapter]) -> torch.dtype:
+    """The dtype that holds every factor, and is no narrower than most of the model's weights."""
+    numbers: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if p.is_floating_point() and p.itemsize > 1:
+            numbers[p.dtype] += p.numel()
     dtypes = {t.dtype for a in adapters for u in a.modules.values() for t in (u.A, u.B)}
-    if not dtypes:
-        return torch.float32
-    widest = dtypes.pop()
+    widest = numbers.most_common(1)[0][0] if numbers else torch.float32
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
     return widest
