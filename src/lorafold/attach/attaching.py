@@ -13,11 +13,12 @@ from torch import nn
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
 from ..fold import Library
+from ..fold.collection import memory_bytes
 from .begin import fresh_factors
 from .controls import SCALINGS
 from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
-from .library import Sides, library_places, library_sources
+from .library import Sides, library_places, library_sources, slots_within
 from .live import Live
 from .modulation import fresh_modulation, taken
 from .patch import Patch
@@ -38,6 +39,7 @@ def attach(
     *,
     slots: int | None = None,
     max_rank: int | None = None,
+    cache: str | int | None = None,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
     rank_scaling: str = "constant",
@@ -54,6 +56,8 @@ def attach(
         slots: adapters that are on the model's device at once; the least recently used leaves.
             When None, room is made for up to 64 as they come; a number reserves it.
         max_rank: rank that a slot has room for; by default the largest given.
+        cache: instead of slots, for a `Library`: bytes that its adapters may take on the device,
+            as "256MiB"; as many slots as fit.
         trainable: train the adapters; their factors become parameters.
         dtype: of the factors, in which their products are computed; by default the widest of the
             adapters' own and of the dtype that most of the model's weights have.
@@ -92,7 +96,13 @@ def attach(
         if value is not None and (isinstance(value, bool) or value < 1):
             raise MismatchError(f"{label} must be at least 1, found {value!r}")
     if isinstance(x, Library):
+        if cache is not None and slots is not None:
+            raise MismatchError("slots= and cache= say the same in two ways: give one of them")
+        if cache is not None:
+            slots = slots_within(x, memory_bytes(cache), dtype or torch.float32)
         return _attach_library(model, x, slots, dtype, SCALINGS[rank_scaling])
+    if cache is not None:
+        raise MismatchError("cache= limits what is read of a Library; adapters have slots=")
     named = _named(x)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)

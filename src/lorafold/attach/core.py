@@ -215,6 +215,12 @@ class Core:
             members |= {key: [key in p.fresh for p in patches] for key in self._trained}
             devices = [p.device for p in patches]
             self._controls[size] = Controls(
-                rows, width, self.slots.tables, self._trained, members, devices, self._weight_dtype()
+                rows,
+                width,
+                self.slots.tables,
+                self._trained,
+                members,
+                devices,
+                self._weight_dtype(),
             )
         return self._controls[size]

@@ -76,6 +76,22 @@ def library_sources(library: Library) -> dict[str, Source]:
     return found
 
 
+def slots_within(library: Library, nbytes: int, dtype: torch.dtype) -> int:
+    """How many adapters fit in so many bytes, judged by the first one.
+
+    Raises:
+        MismatchError: not even one.
+    """
+    name = library.names[0]
+    each = 0
+    for m in library.modules:
+        for part in library.parts(name, m["path"]):
+            each += (part.left.numel() + part.right.numel()) * dtype.itemsize
+    if nbytes < each:
+        raise MismatchError(f"cache= of {nbytes} bytes holds no adapter: one takes {each}")
+    return max(1, min(len(library), nbytes // max(each, 1)))
+
+
 class Sides:
     """The shared sides of a library's modules, each on its layer's device; read once.
 
