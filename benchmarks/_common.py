@@ -106,6 +106,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def table_of(rows: Sequence[Mapping[str, object]], title: str | None = None) -> Table:
+    """A table of `rows`, dicts with the same keys."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
+
+
 def report(
     question: str,
     rows: Sequence[Mapping[str, object]],
@@ -119,12 +129,7 @@ def report(
         save: write the JSON to benchmarks/results/<script>.json as well.
     """
     name = Path(sys.argv[0]).stem
-    table = Table(title=question, title_justify="left")
-    for column in rows[0] if rows else ():
-        table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console().print(table)
+    Console().print(table_of(rows, question))
     record = {
         "benchmark": name,
         "question": question,
