@@ -1,8 +1,8 @@
 """Does a library on shared sides run 64 different adapters at nearly the base's speed?
 
 1,000 adapters on common sides of 32 directions, folded with both sides shared, attached to a Llama
-of hidden size 2048 without being reconstructed; a decode step of 64 single tokens, each with its own
-adapter. The claims: at least 80 % of the base's throughput; less memory traffic than 64 separate
+of hidden size 2048 without being reconstructed; a decode step of 64 single tokens, each with its
+own adapter. The claims: at least 80 % of the base's throughput; less traffic than 64 separate
 adapters in slots, and less time; memory on the device no more than the library and the slots.
 """
 

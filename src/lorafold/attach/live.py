@@ -81,7 +81,11 @@ class Live(Core):
             return source.library[name]
         assert source.key is not None
         modules = {path: fresh.update() for path, fresh in self.trained_modules(name).items()}
-        return Adapter(modules, saved_extras(self, name), source.config or {})
+        config = dict(source.config or {})
+        whole = [path for path, saved in self.saved.items() if name in saved.keys]
+        if whole:
+            config["modules_to_save"] = whole
+        return Adapter(modules, saved_extras(self, name), config)
 
     def summary(self) -> Summary:
         """What is attached where, and how large it is; `print` gives a table."""

@@ -1,13 +1,14 @@
 """Modules that are saved whole beside an adapter (`modules_to_save`: a classifier, a head).
 
-The layer keeps its own weights W; a copy with the adapter's W' is its child. With coefficient c the
-layer runs with W + c (W' − W): the copy for c = 1, itself for c = 0, to the bit.
+Every module in it that has parameters keeps its own, W, and gets a copy with the adapter's, W', as
+its child. With coefficient c it runs with W + c (W' − W): the copy for c = 1, itself for c = 0, to
+the bit. (Containers get no child: they would run it.)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
 from ..extras import PREFIX, base_names, extra_kind
+from .swap import CHILD, Swapped
 from .targets import Target, matches
 
 if TYPE_CHECKING:
@@ -123,7 +125,24 @@ def saved_copies(live: Core, name: str, adapter: Adapter) -> dict[str, nn.Module
                 "it to the weights (adapter.apply_to), or drop it with dataclasses.replace("
                 "adapter, extras={...})"
             )
-    return {path: _loaded(name, path, there[path], found) for path, found in tensors.items()}
+    copies: dict[str, nn.Module] = {}
+    for path, found in tensors.items():
+        twin = _loaded(name, path, there[path], found)
+        copies |= {_joined(path, p): m for p, m in units(twin)}
+    return copies
+
+
+def units(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the outermost modules that have tensors of their own."""
+    if module._parameters or module._buffers:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from units(child, _joined(path, name))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
 
 
 def _module_of(key: str, adapter: Adapter, there: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -163,10 +182,20 @@ def _loaded(name: str, path: str, layer: nn.Module, tensors: Mapping[str, Tensor
 
 
 def plain_copy(layer: nn.Module) -> nn.Module:
-    """A copy of a module that is not attached itself."""
-    if any(hasattr(m, "lorafold") for m in layer.modules()):
-        raise RefusedError("a module that is saved whole can't hold attached layers")
-    return copy.deepcopy(layer)
+    """A copy of a module as it is without anything attached."""
+    return copy.deepcopy(_bare(layer))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    twin: Any = copy.copy(module)
+    twin._modules = {
+        name: None if child is None else _bare(child)
+        for name, child in module._modules.items()
+        if name != CHILD
+    }
+    if isinstance(module, Swapped):
+        twin.__class__ = module._swapped
+    return twin  # type: ignore[no-any-return]
 
 
 def modules_to_save(model: nn.Module, targets: tuple[Target, ...]) -> dict[str, nn.Module]:
@@ -181,7 +210,8 @@ def modules_to_save(model: nn.Module, targets: tuple[Target, ...]) -> dict[str, 
         if not hits:
             raise MismatchError(f"modules_to_save={target!r} matches no module")
         found |= hits
-    return {p: m for p, m in found.items() if not any(p.startswith(f"{q}.") for q in found)}
+    outermost = {p: m for p, m in found.items() if not any(p.startswith(f"{q}.") for q in found)}
+    return {_joined(p, q): unit for p, m in outermost.items() for q, unit in units(m)}
 
 
 def saved_extras(live: Core, name: str) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""Saving a trained adapter and going on from it."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorafold as lf
+from lorafold.attach.checkpoint import STATE_NAME
+
+SPECS = {
+    "kaiming": lf.LoRA(rank=3, alpha=6, seed=1),
+    "rslora": lf.LoRA(rank=3, rslora=True, rank_pattern={"2": 2}, seed=1),
+    "pissa": lf.LoRA(rank=3, init="pissa", seed=1),
+    "modulation": lf.PiSSA(rank=3, std=0.1, seed=1),
+}
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
+
+
+def trained(spec, steps=3):
+    model = fresh_model()
+    live = lf.attach(model, spec)
+    optimizer = torch.optim.Adam(live.parameters(), 0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+    return model, live
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_it_comes_back_to_the_bit_and_runs_anywhere(kind, tmp_path):
+    model, live = trained(SPECS[kind])
+    live.save(tmp_path / "a", metadata={"step": 3, "note": "né"})
+    again = fresh_model()
+    assert lf.attach(again, SPECS[kind]).resume(tmp_path / "a") == {"step": 3, "note": "né"}
+    assert torch.equal(again(X), model(X))
+    plain = fresh_model()  # the PEFT directory alone, on the base that nobody changed
+    lf.attach(plain, lf.load(tmp_path / "a")).use("default")
+    torch.testing.assert_close(plain(X), model(X), atol=1e-5, rtol=1e-5)
+    with pytest.raises(lf.FileError):
+        live.save(tmp_path / "a")
+    live.save(tmp_path / "a", overwrite=True)
+
+
+def test_peft_runs_what_was_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    for kind, spec in SPECS.items():
+        model, live = trained(spec)
+        live.save(tmp_path / kind)
+        theirs = peft.PeftModel.from_pretrained(fresh_model(), tmp_path / kind).eval()
+        torch.testing.assert_close(theirs(X), model(X), atol=1e-5, rtol=1e-5, msg=kind)
+
+
+def test_a_peft_directory_resumes_a_plain_lora(tmp_path):
+    model, live = trained(SPECS["kaiming"])
+    lf.save(2.0 * live.adapter("default"), tmp_path / "twice")  # another scale
+    again = fresh_model()
+    handle = lf.attach(again, SPECS["kaiming"])
+    assert handle.resume(tmp_path / "twice") == {}
+    model_twice = copy.deepcopy(model)
+    lf.Live.of(model_twice).use("default", c=2)
+    torch.testing.assert_close(again(X), model_twice(X), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kaiming", "modulation"])
+def test_flat_keys_are_read(kind, tmp_path):
+    model, live = trained(SPECS[kind])
+    tensors = {
+        f"{key}.{path.replace('.', '__')}": t.detach().clone()
+        for path, fresh in live.trained_modules("default").items()
+        for key, t in fresh.state_dict().items()
+        if key != "index"
+    }
+    save_file(tensors, tmp_path / "flat.safetensors")
+    again = fresh_model()
+    handle = lf.attach(again, SPECS[kind])
+    handle.resume(tmp_path / "flat.safetensors")
+    assert torch.equal(again(X), model(X))
+    if kind == "modulation":
+        for path, fresh in handle.trained_modules("default").items():
+            assert torch.equal(fresh.index, live.trained_modules("default")[path].index)
+
+
+def test_a_modulations_state_has_its_parts(tmp_path):
+    _, live = trained(SPECS["modulation"])
+    live.save(tmp_path / "a")
+    state = load_file(tmp_path / "a" / STATE_NAME)
+    assert {key.rpartition(".")[2] for key in state} == {"U", "S", "Vh", "delta_s", "index"}
+    U, S, Vh = (state[f"0.{key}"] for key in ("U", "S", "Vh"))
+    W = fresh_model()[0].weight
+    torch.testing.assert_close(U.T @ W @ Vh.T, torch.diag(S), atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    _, lora = trained(SPECS["kaiming"])
+    _, modulation = trained(SPECS["modulation"])
+    lora.save(tmp_path / "lora")
+    modulation.save(tmp_path / "modulation")
+    model = fresh_model()
+    live = lf.attach(model, lf.LoRA(rank=3, targets=["0"], seed=1))
+    y = model(X)
+    with pytest.raises(lf.MismatchError, match=r"only in the file \['2'\].*model none"):
+        live.resume(tmp_path / "lora")
+    with pytest.raises(lf.MismatchError, match="kind 'pissa', and 'default' is of kind 'lora'"):
+        live.resume(tmp_path / "modulation")
+    with pytest.raises(lf.MismatchError, match=r"\(3, 8\), the adapter's is \(2, 8\)"):
+        lf.attach(fresh_model(), lf.LoRA(rank=2, seed=1)).resume(tmp_path / "lora")
+    with pytest.raises(lf.MismatchError, match="the start that init='pissa' subtracts"):
+        lf.attach(fresh_model(), SPECS["pissa"]).resume(tmp_path / "lora")
+    with pytest.raises(lf.FileError):
+        live.resume(tmp_path / "nothing")
+    save_file({"Q.0": torch.ones(2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(lf.FileError, match=r"'Q\.0' is none of"):
+        live.resume(tmp_path / "odd.safetensors")
+    with pytest.raises(lf.MismatchError, match="can't be written as JSON"):
+        live.save(tmp_path / "b", metadata={"x": object()})
+    assert not (tmp_path / "b").exists()
+    assert torch.equal(model(X), y)
