@@ -149,14 +149,25 @@ def test_fresh_and_given_adapters_side_by_side(net, base, three, x, expected):
         torch.testing.assert_close(net(x), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_factors_dtype_is_the_adapters_or_the_one_asked_for(net, three, dtype):
-    given = {name: a.to(dtype=dtype) for name, a in three.items()}
-    live = lf.attach(net, given)
-    assert live.patches["layers.0.q"].bank("own").A.dtype == dtype
-    live.detach()
-    live = lf.attach(net, given, dtype=torch.float32)
-    assert live.patches["layers.0.q"].bank("own").A.dtype == torch.float32
+@pytest.mark.parametrize(
+    ("model", "adapter", "wanted"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.float64, torch.float64),
+    ],
+)
+def test_the_factors_dtype_is_the_widest_or_the_one_asked_for(
+    make_net, three, model, adapter, wanted
+):
+    given = {name: a.to(dtype=adapter) for name, a in three.items()}
+    live = lf.attach(make_net(model), given)
+    assert live.patches["layers.0.q"].bank("own").A.dtype == wanted
+    live = lf.attach(make_net(model), given, dtype=torch.float16)
+    assert live.patches["layers.0.q"].bank("own").A.dtype == torch.float16
+    live.add(three["a"], "late")
+    assert live.patches["layers.0.q"].bank("own").A.dtype == torch.float16
 
 
 def test_it_computes_in_the_factors_dtype_and_adds_in_the_outputs(make_net, three, x, expected):

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import MismatchError, RefusedError
+from ..errors import LorafoldError, MismatchError, RefusedError
 from ..fold import Library
 from ..fold.collection import memory_bytes
 from .begin import fresh_factors
 from .controls import SCALINGS
 from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
+from .keeping import rebuild
 from .library import Sides, library_places, library_sources, slots_within
 from .live import Live
 from .modulation import fresh_modulation, taken
@@ -107,6 +108,7 @@ def attach(
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
     room = Slots(slots, rank, dtype or _widest(model, adapters))
+    room.fixed_rank, room.fixed_dtype = max_rank is not None, dtype is not None
     live = Live(model, room, SCALINGS[rank_scaling])
     _add_all(live, named, trainable)
     return live
@@ -136,12 +138,18 @@ def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> 
         raise MismatchError(
             f"an adapter {name!r} is attached already; use replace=True or another name"
         )
-    source = _source(x)
+    source, slots = _source(x), live.slots
+    before = slots.rank, slots.dtype
     if isinstance(source, Adapter) and not trainable:
-        if not live.slots.tables:
-            live.slots.rank = max(live.slots.rank, source.rank)
-        live.slots.dtype = torch.promote_types(live.slots.dtype, _widest(live.model, [source]))
-    _add_all(live, {name: source}, trainable)
+        if not slots.tables and not slots.fixed_rank:
+            slots.rank = max(slots.rank, source.rank)
+        if not slots.fixed_dtype:
+            slots.dtype = torch.promote_types(slots.dtype, _widest(live.model, [source]))
+    try:
+        _add_all(live, {name: source}, trainable)
+    except LorafoldError:
+        slots.rank, slots.dtype = before
+        raise
 
 
 def _named(x: Any) -> dict[str, Any]:
@@ -212,6 +220,7 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
             fresh, source = _trained_factors(a, found, live.slots.dtype)
         places |= found
         trained[name] = (fresh, source)
+    selection, kept = live._selection, dict(live.kept)
     for name in named:
         if name in live.names:
             live.remove(name)
@@ -225,6 +234,10 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
             _add_experts(live, frozen[name], modules)
     for name, modules in copies.items():
         _add_copies(live, name, modules)
+    live._selection = selection  # what was replaced goes on where it ran
+    if kept != live.kept:
+        live.kept = kept
+        rebuild(live)
     live._refresh()
     if trained and live._selection is None and not live.merged:
         live.use(next(iter(trained)))

@@ -16,6 +16,7 @@ from ..errors import MismatchError
 from .begin import weight_matrix
 from .kinds import CONV, EMBEDDING, kind_of
 from .spec import DEFAULT_EXCLUDE
+from .swap import input_of
 from .targets import ALL_LINEAR, as_targets, found_layers
 
 
@@ -140,7 +141,7 @@ def _run(
 
     def hook_of(path: str) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            sums[path].add(args[0] if args else next(iter(kwargs.values())))
+            sums[path].add(input_of(args, kwargs))
 
         return hook
 

@@ -14,7 +14,7 @@ from ..errors import MismatchError, RefusedError
 from ..extras import extra_kind
 from .bank import check_dims
 from .kinds import Kind, kind_of
-from .swap import Swapped
+from .swap import CHILD, Swapped
 
 if TYPE_CHECKING:
     from .live import Live
@@ -43,11 +43,13 @@ def place_at(model: nn.Module, path: str, known: Mapping[str, Any] | None = None
         return Place(layer, known[path].kind, known[path].dims)
     if isinstance(layer, Swapped):
         raise RefusedError(f"module {path!r} is attached already: detach that first")
+    if CHILD in layer._modules:
+        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
     parent, _, _ = path.rpartition(".")
     if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         raise RefusedError(
             f"module {path!r} is part of an nn.MultiheadAttention, which reads its weight "
-            "directly: merge the adapter instead (adapter.apply_to)"
+            "directly: leave it out (exclude=), or merge the adapter (adapter.apply_to)"
         )
     kind = kind_of(layer, path)
     return Place(layer, kind, kind.dims(layer))

@@ -31,12 +31,14 @@ class Slots:
 
     Attributes:
         tables: by group. places: name → slot, the least recently used first.
+        fixed_rank, fixed_dtype: these were asked for, and stay when more adapters come.
     """
 
     def __init__(self, reserved: int | None, rank: int, dtype: torch.dtype) -> None:
         self.limit = reserved or BY_ITSELF
         self.capacity = reserved or 0
         self.rank, self.dtype = rank, dtype
+        self.fixed_rank = self.fixed_dtype = False
         self.tables: dict[str, Table] = {}
         self.places: OrderedDict[str, int] = OrderedDict()
 

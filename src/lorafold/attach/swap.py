@@ -8,6 +8,7 @@ takes the child away.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,3 +78,11 @@ def swap_out(layer: Any) -> None:
 def device_of(layer: nn.Module) -> torch.device:
     """Where a layer's tensors are."""
     return next(iter([*layer.parameters(), *layer.buffers()])).device
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call of a layer, given by position or by name."""
+    if args:
+        return args[0]
+    names = [name for name in ("input", "x") if name in kwargs]  # torch's, transformers' Conv1D's
+    return kwargs[names[0]] if names else next(iter(kwargs.values()))
