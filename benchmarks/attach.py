@@ -17,6 +17,7 @@ PEFT and vLoRA in the same process, in turn, with the same adapters. The claims:
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -165,9 +166,7 @@ def steps(model: Any, live: Any, theirs: Any, repeats: int) -> tuple[Rows, Resul
     return rows, result
 
 
-def switches(
-    model: Any, live: Any, twin: Any, adapters: Any, repeats: int
-) -> tuple[Rows, Result]:
+def switches(model: Any, live: Any, twin: Any, adapters: Any, repeats: int) -> tuple[Rows, Result]:
     """Switching for the whole model, and what the first forward afterwards takes longer.
 
     Args:
@@ -192,8 +191,12 @@ def switches(
     names = list(adapters)
 
     def turns(*options: Callable[[], object]) -> Callable[[], object]:
-        order = iter(list(options) * 10_000)
-        return lambda: next(order)()
+        order = itertools.cycle(options)
+
+        def fn() -> None:
+            next(order)()
+
+        return fn
 
     switch = {
         "adapter": turns(lambda: live.use("a1"), lambda: live.use("a2")),
@@ -229,14 +232,9 @@ def attaching(model: Any, adapters: Any, repeats: int) -> tuple[Rows, Result]:
     first, last, whole = [], [], []
     (head, *rest) = adapters
     for _ in range(repeats):
-        live: Any = None
-
-        def attach() -> None:
-            nonlocal live
-            live = lf.attach(model, {head: adapters[head]}, slots=ADAPTERS)
-
-        whole.append(seconds(attach))
-        times = [seconds(lambda n=n: live.add(adapters[n], n)) for n in rest]
+        whole.append(seconds(lambda: lf.attach(model, {head: adapters[head]}, slots=ADAPTERS)))
+        live = lf.Live.of(model)
+        times = [seconds(lambda n=n, live=live: live.add(adapters[n], n)) for n in rest]
         first.append(statistics.median(times[:4]))
         last.append(statistics.median(times[-4:]))
         live.detach()
@@ -302,9 +300,7 @@ def beginnings(model: Any, repeats: int) -> tuple[Rows, Result]:
 
 def explained(layers: Mapping[str, Any]) -> float:
     """‖ΔW‖² of a PEFT model's adapters."""
-    return sum(
-        float(layer.get_delta_weight("default").square().sum()) for layer in layers.values()
-    )
+    return sum(float(layer.get_delta_weight("default").square().sum()) for layer in layers.values())
 
 
 def met(step: Result, switch: Result, attach: Result, begin: Result) -> dict[str, bool]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import MismatchError
 from ..lowrank import LowRank
+from .grouping import Grouping
 from .kinds import LINEAR, Kind, of_rows
 
 Item = tuple[int, float, int]  # slot, coefficient, rank
@@ -91,6 +92,16 @@ class Bank(nn.Module):
         h = (h * w[:, None]).to(h.dtype)
         return self.kind.rows_up(layer, y, h, of_rows(self.Bt, ids))
 
+    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
+        """The same for a kind whose h is x Aᵀ, with the rows in the order of the slots.
+
+        Args:
+            w: (places, R), of `by`.
+        """
+        x = x.to(self.A.dtype).reshape(by.rows, -1, x.shape[-1])
+        shaped = y.reshape(by.rows, -1, y.shape[-1])
+        return by.added(shaped, x, self.A, self.Bt, w).view(y.shape)
+
 
 class SharedBank(Bank):
     """A library's cores between shared sides.
@@ -141,6 +152,11 @@ class SharedBank(Bank):
         h = LINEAR.rows_down(layer, self._in(x), self.A, ids)
         h = (h * w[:, None]).to(h.dtype)
         core = torch.bmm(h, of_rows(self.Bt, ids))
+        return y + self._out(core).to(y.dtype).view(y.shape)
+
+    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
+        z = self._in(x).reshape(by.rows, -1, self.A.shape[2])
+        core = by.added(z.new_zeros(*z.shape[:2], self.Bt.shape[2]), z, self.A, self.Bt, w)
         return y + self._out(core).to(y.dtype).view(y.shape)
 
     def _in(self, x: Tensor) -> Tensor:

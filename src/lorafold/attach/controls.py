@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .grouping import Grouping
 from .selection import Rank, Selection
 from .targets import matches
 
@@ -117,6 +118,8 @@ class Controls:
         self.uniform: Selection | None = None
         self.all_on, self.version = False, 0
         self.gates: list[float] = [0.0]
+        self._grouped: dict[torch.device, Grouping | None] = {}
+        self._entries: list[tuple[int, int]] = []
         self._slots: dict[str, int] = {}
         self._keys: dict[str, str] = {}
         self._scaling = SCALINGS["constant"]
@@ -181,36 +184,47 @@ class Controls:
         self._slots, self._keys = dict(slots), dict(keys)
         self._scaling, self._paths = scaling, paths
         self.version += 1
+        self._grouped.clear()
+        ids, c = self._mixes(selection)
         values = {
-            "ids": self._ids(selection),
+            "ids": ids,
             "on": torch.tensor(on),
             "gate": torch.tensor(gates, dtype=torch.float64),
         }
-        ranks = torch.tensor([ranks_at(row.rank, paths) for row in selection.rows]).T  # (L, rows)
-        values |= {
-            f"w.{g}": self._bank_weights(selection, t, ranks) for g, t in self.tables.items()
-        }
+        ranks = _ranks(selection, paths)
+        values |= {f"w.{g}": self._bank_weights(ids, c, t, ranks) for g, t in self.tables.items()}
         values |= {f"t.{key}": self._trained_weights(selection, key, ranks) for key in self.trained}
         for tensors in self._on_device.values():
             for name, value in values.items():
                 tensors[name].copy_(value)
 
-    def _ids(self, selection: Selection) -> Tensor:
-        ids = torch.zeros(len(selection.rows), selection.width, dtype=torch.int64)
-        for i, row in enumerate(selection.rows):
-            for j, (name, _) in enumerate(row.mix):
-                ids[i, j] = self._slots.get(name, 0)
-        return ids
+    def grouped(self, device: torch.device) -> Grouping | None:
+        """What runs by slot, for layers on a device; None where gathering the factors is better."""
+        if device not in self._grouped:
+            tensors = self._on_device[device]
+            w = {group: tensors[f"w.{group}"] for group in self.tables}
+            rows, width = tensors["ids"].shape
+            by = Grouping(self._entries, rows, width, w)
+            # One by one is many small calls, which an accelerator waits for.
+            self._grouped[device] = by if by.dense or device.type == "cpu" else None
+        return self._grouped[device]
 
-    def _bank_weights(self, selection: Selection, table: Table, ranks: Tensor) -> Tensor:
-        """(L, rows, K · R)."""
-        rows, width = len(selection.rows), selection.width
-        c = torch.zeros(rows, width, dtype=torch.float64)
+    def _mixes(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Slots and coefficients (rows, K); the entries that run are noted."""
+        width = selection.width
+        ids, c = ([[zero] * width for _ in selection.rows] for zero in (0, 0.0))
+        self._entries = []
         for i, row in enumerate(selection.rows):
             for j, (name, value) in enumerate(row.mix):
-                if name in self._slots:
-                    c[i, j] = value
-        ids = self._ids(selection)
+                slot = self._slots.get(name)
+                if slot is not None:
+                    ids[i][j], c[i][j] = slot, value
+                    if row.on and value != 0:
+                        self._entries.append((slot, i * width + j))
+        return torch.tensor(ids), torch.tensor(c, dtype=torch.float64)
+
+    def _bank_weights(self, ids: Tensor, c: Tensor, table: Table, ranks: Tensor) -> Tensor:
+        """(L, rows, K · R)."""
         have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
         first = table.first[ids].permute(2, 0, 1)
         coefficient = c * table.scales[ids].permute(2, 0, 1)
@@ -223,9 +237,8 @@ class Controls:
     def _trained_weights(self, selection: Selection, key: str, ranks: Tensor) -> Tensor:
         """(L, rows, r)."""
         have, scales = self.trained[key]
-        c = torch.zeros(len(selection.rows), dtype=torch.float64)
-        for i, row in enumerate(selection.rows):
-            c[i] = sum(value for name, value in row.mix if self._keys.get(name) == key)
+        found = [sum(c for name, c in r.mix if self._keys.get(name) == key) for r in selection.rows]
+        c = torch.tensor(found, dtype=torch.float64)
         have = have[:, None].expand(-1, len(c))
         k = ranks.minimum(have)
         coefficient = c * scales[:, None] * _factors(self._scaling, have, k)
@@ -267,6 +280,13 @@ def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
     if isinstance(rank, int):
         return [rank] * len(paths)
     return [next((k for t, k in rank.items() if matches(t, p)), EVERYTHING) for p in paths]
+
+
+def _ranks(selection: Selection, paths: list[str]) -> Tensor:
+    """The prefixes (L, rows), or (1, rows) where all layers run the same."""
+    alike = [row.rank is None or isinstance(row.rank, int) for row in selection.rows]
+    found = [ranks_at(row.rank, paths[:1] if all(alike) else paths) for row in selection.rows]
+    return torch.tensor(found).T
 
 
 def _factors(scaling: Callable[[float], float], have: Tensor, k: Tensor) -> Tensor:

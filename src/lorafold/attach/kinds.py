@@ -22,9 +22,11 @@ class Kind(Protocol):
 
     Attributes:
         channel: the axis of h and of the output that holds the r or out numbers.
+        plain: whether h is x Aᵀ and the change h Bᵀ.
     """
 
     channel: int
+    plain: bool
 
     def dims(self, layer: Any) -> tuple[int, int]:
         """(out, in) of the layer's update."""
@@ -53,6 +55,7 @@ class Kind(Protocol):
 
 class _Linear:
     channel = -1
+    plain = True
 
     def dims(self, layer: Any) -> tuple[int, int]:
         return int(layer.out_features), int(layer.in_features)
@@ -85,11 +88,13 @@ class _Conv1D(_Linear):  # transformers' linear layer with the weight stored (in
 
 
 class _Embedding(_Linear):
+    plain = False
+
     def dims(self, layer: Any) -> tuple[int, int]:
         return int(layer.embedding_dim), int(layer.num_embeddings)
 
     def down(self, layer: Any, x: Tensor, A: Tensor) -> Tensor:
-        h: Tensor = F.embedding(x, A.mT) * _embed_scale(layer, A)
+        h: Tensor = F.embedding(x, A.mT, layer.padding_idx) * _embed_scale(layer, A)
         return h
 
     def rows_down(self, layer: Any, x: Tensor, A: Tensor, ids: Tensor) -> Tensor:
@@ -107,6 +112,7 @@ def _embed_scale(layer: Any, like: Tensor) -> Any:
 
 class _Conv:
     channel = 1
+    plain = False
 
     def dims(self, layer: Any) -> tuple[int, int]:
         return int(layer.out_channels), int(layer.in_channels) * math.prod(layer.kernel_size)

@@ -11,7 +11,7 @@ from ..errors import MismatchError
 from .bank import Bank
 from .fresh import Fresh, Kept
 from .kinds import Kind
-from .swap import device_of
+from .swap import device_of, input_of
 
 if TYPE_CHECKING:
     from .controls import Controls, LayerControls
@@ -60,10 +60,10 @@ class Patch(nn.Module):
         now = self.now
         if now is None:
             return y
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = input_of(args, kwargs)
         if self.fresh:
             self.live.pauses.ran = True
-        if now.controls.uniform is not None and not torch.compiler.is_compiling():
+        if now.controls.uniform is not None and not _is_recorded(y):
             return self._uniform(layer, y, x, now)
         return self._rows(layer, y, x, now, now.controls)
 
@@ -88,16 +88,20 @@ class Patch(nn.Module):
                 "to use([...])"
             )
         out = y
+        by = None if _is_recorded(y) else controls.grouped(y.device)
         for group, w in now.w.items():
             bank: Any = self.banks[group]
-            out = bank.rows(layer, out, x, now.ids, w)
+            if by is None or not bank.kind.plain:
+                out = bank.rows(layer, out, x, now.ids, w)
+            else:
+                out = bank.grouped(out, x, by, by.w[group][self.index])
         for key, w in now.trained_w.items():
             fresh: Any = self.fresh[key]
             out = fresh.rows(layer, out, x, w)
         if self.kept is not None:
             out = self.kept.rows(layer, out, x, now.gate)
         # In this order: what a graph looks at, it is compiled again for.
-        if not torch.compiler.is_compiling() and controls.all_on:
+        if not _is_recorded(y) and controls.all_on:
             return out
         # A row of the base is selected, so that it is the base's to the bit.
         on = now.on.repeat_interleave(y.shape[0] // rows, 0).view(-1, *[1] * (y.ndim - 1))
@@ -112,3 +116,8 @@ class Patch(nn.Module):
         """One of its trainable adapters."""
         found: Any = self.fresh[key]
         return found  # type: ignore[no-any-return]
+
+
+def _is_recorded(y: Tensor) -> bool:
+    """Whether what runs now will be run again for other adapters: in a graph of either kind."""
+    return torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,95 @@
+"""Rows by slot: how a batch with many adapters runs in eager mode.
+
+A compiled graph must not depend on who runs, so it gathers each row's factors. Where that is known,
+the rows are put in the order of the slots instead, and the factors are read once, where they are:
+copying them costs more than multiplying with them. A range of slots with about as many rows each is
+one pair of batched products; otherwise each adapter has a pair of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Entry = tuple[int, int]  # slot, row · K + position in the row's mix
+_WASTE = 2  # places in the batched products for each entry, at most
+
+
+class Grouping:
+    """What runs in a batch, by slot.
+
+    Args:
+        entries: what runs. rows, width: of the selection. w: by group, the weights (L, rows, K · R)
+            of all layers.
+
+    Attributes:
+        dense: whether it is one pair of batched products. w: by group, (L, places, R).
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], rows: int, width: int, w: Mapping[str, Tensor]
+    ) -> None:
+        entries = sorted(entries)
+        counts = [(slot, len(list(same))) for slot, same in groupby(entries, lambda e: e[0])]
+        self.rows, self.first = rows, counts[0][0] if counts else 0
+        self.span = counts[-1][0] - self.first + 1 if counts else 0
+        each = max((count for _, count in counts), default=0)
+        self.dense = self.span * each <= _WASTE * len(entries)
+        self.places = self.span * each if self.dense else len(entries)
+        self.segments: list[tuple[int, int, int]] = []
+        where: list[int] = []
+        for slot, count in counts:
+            start = len(where)
+            self.segments.append((slot, start, start + count))
+            begin = (slot - self.first) * each if self.dense else start
+            where += range(begin, begin + count)
+        target = [at // width for _, at in entries]
+        source = [0] * self.places  # where nobody is, row 0 is multiplied, and dropped
+        for place, row in zip(where, target, strict=True):
+            source[place] = row
+        self.full = self.places == len(entries)
+        self.in_order = self.places == rows and source == list(range(rows))
+        device = next(iter(w.values())).device if w else None
+        self.source, self.where, self.target, at = (
+            torch.tensor(values, dtype=torch.int64, device=device)
+            for values in (source, where, target, [at for _, at in entries])
+        )
+        self.w = {group: self._placed(weights, width, at) for group, weights in w.items()}
+
+    def _placed(self, w: Tensor, width: int, at: Tensor) -> Tensor:
+        found = w.view(len(w), self.rows * width, -1).index_select(1, at)
+        if self.full:
+            return found
+        return w.new_zeros(len(w), self.places, found.shape[2]).index_copy(1, self.where, found)
+
+    def added(self, y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, w: Tensor) -> Tensor:
+        """y plus each row's own mix.
+
+        Args:
+            y: (rows, n, out). x: (rows, n, in). A: (slots, R, in). Bt: (slots, R, out).
+            w: (places, R), of one layer.
+        """
+        if not self.segments:
+            return y
+        xs = x if self.in_order else x.index_select(0, self.source)
+        if not self.dense:
+            return y.index_add(0, self.target, self._one_by_one(xs, A, Bt, w).to(y.dtype))
+        slots = slice(self.first, self.first + self.span)
+        h = torch.bmm(xs.view(self.span, -1, x.shape[2]), A[slots].mT)
+        h = (h.view(self.places, x.shape[1], -1) * w[:, None]).to(h.dtype).view(h.shape)
+        if self.in_order and y.dtype == h.dtype:
+            return torch.baddbmm(y.view(self.span, -1, y.shape[2]), h, Bt[slots]).view(y.shape)
+        delta = torch.bmm(h, Bt[slots]).view(self.places, x.shape[1], -1).to(y.dtype)
+        if not self.full:
+            delta = delta.index_select(0, self.where)
+        return y.index_add(0, self.target, delta)
+
+    def _one_by_one(self, xs: Tensor, A: Tensor, Bt: Tensor, w: Tensor) -> Tensor:
+        """The change of each entry, in their order."""
+        h = torch.cat([F.linear(xs[a:b], A[slot]) for slot, a, b in self.segments])
+        h = (h * w[:, None]).to(h.dtype)
+        return torch.cat([h[a:b] @ Bt[slot] for slot, a, b in self.segments])
