@@ -57,17 +57,16 @@ def add_updates(
         MismatchError: an update does not fit its weight.
     """
     keys = {p: k for p in modules if (k := weight_key(state, p, layouts.get(p, LINEAR)))}
-    stored = _stored_transposed(modules, layouts, {p: state[k] for p, k in keys.items()})
+    shapes = {p: tuple(state[k].shape) for p, k in keys.items()}
+    flips = orientations(modules, layouts, shapes, transposed)
     for key in {k for p, k in keys.items() if layouts.get(p, LINEAR).kind == "expert"}:
         state[key] = state[key].clone()  # once, and not for every expert
     for p, key in keys.items():
         layout = layouts.get(p, LINEAR)
         if layout.kind == "expert":
-            flip = stored.get(_kin(p, layout), layout.transposed)
-            _add_expert(state[key], modules[p], layout, flip, key)
+            _add_expert(state[key], modules[p], layout, flips[p], key)
         else:
-            flip = stored.get(_kin(p, layout), transposed)
-            state[key] = added(state[key], modules[p], layout, flip, key)
+            state[key] = added(state[key], modules[p], layout, flips[p], key)
 
 
 def weight_key(state: Mapping[str, Tensor], path: str, layout: Layout) -> str | None:
@@ -93,61 +92,81 @@ def added(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> 
         result = W.clone()
         _add_expert(result, u, layout, transposed or layout.transposed, key)
         return result
-    _check_float(W, key)
-    delta = u.dense().to(W.device)
-    if layout.kind == "conv":
-        delta = delta.reshape(u.shape[0], *layout.kernel)
-    elif (
-        layout.kind == "embedding"
-        or tuple(W.shape) != u.shape
-        or (transposed and u.shape[0] == u.shape[1])
-    ):
-        delta = delta.T
-    _check_shape(tuple(W.shape), tuple(delta.shape), key)
+    _, delta = dense_for(W, u, layout, transposed, key)
     return (W.to(delta.dtype) + delta).to(W.dtype)
 
 
-def _add_expert(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> None:
-    """Add the update to its slice of W (experts, ·, ·) in place; a 2-D W is one expert."""
-    assert layout.expert is not None
-    index, count = layout.expert
-    _check_float(W, key)
-    part = W[index] if W.ndim == 3 else W
+def dense_for(
+    W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str
+) -> tuple[Tensor, Tensor]:
+    """What of W an update changes, and ΔW in that shape.
+
+    Args:
+        transposed: it is stored (in, out); decides only where both fit.
+
+    Returns:
+        W itself or an expert's slice of it (a view), and ΔW, float32 at least.
+
+    Raises:
+        MismatchError: the update does not fit the weight, or the weight is not floating point.
+    """
+    if not W.is_floating_point():
+        raise MismatchError(f"{key!r} is {W.dtype}: dequantise it before adding an update")
+    part, count = W, None
+    if layout.expert is not None:
+        index, count = layout.expert
+        part = W[index] if W.ndim == 3 and index < len(W) else W
+    square = u.shape[0] == u.shape[1]
     delta = u.dense().to(W.device)
-    if tuple(part.shape) != u.shape or (transposed and u.shape[0] == u.shape[1]):
+    if layout.kind == "conv":
+        delta = delta.reshape(u.shape[0], *layout.kernel)
+    elif layout.kind == "embedding" or tuple(part.shape) != u.shape or (transposed and square):
         delta = delta.T
-    slices = (count,) if W.ndim == 3 or count > 1 else ()
-    _check_shape(tuple(W.shape), (*slices, *delta.shape), key)
+    # A 2-D weight is one expert.
+    slices = () if count is None or (W.ndim != 3 and count == 1) else (count,)
+    expected = (*slices, *delta.shape)
+    if tuple(W.shape) != expected:
+        raise MismatchError(f"{key!r} has shape {tuple(W.shape)}, the update fits {expected}")
+    return part, delta
+
+
+def _add_expert(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> None:
+    """Add the update to its slice of W (experts, ·, ·) in place."""
+    part, delta = dense_for(W, u, layout, transposed, key)
     part.copy_(part.to(delta.dtype) + delta)
 
 
-def _stored_transposed(
-    modules: Mapping[str, LowRank], layouts: Mapping[str, Layout], weights: Mapping[str, Tensor]
-) -> dict[tuple[str, str], bool]:
-    """How the weights are stored, (in, out) or not, by kinship, as far as shapes tell.
+def orientations(
+    modules: Mapping[str, LowRank],
+    layouts: Mapping[str, Layout],
+    weights: Mapping[str, tuple[int, ...]],
+    transposed: bool,
+) -> dict[str, bool]:
+    """Whether each module's weight is stored (in, out).
 
     A square weight fits both ways. Its kin of another shape shows which one is meant, where the
     config doesn't: it has one `fan_in_fan_out` for all layers, and none for experts.
+
+    Args:
+        modules: {module path: update}.
+        layouts: {module path: Layout}; plain linear where none is given.
+        weights: {module path: shape of its weight}, of those that are there.
+        transposed: the config's `fan_in_fan_out`.
     """
     found: dict[tuple[str, str], bool] = {}
-    for p, W in weights.items():
+    for p, weight in weights.items():
         layout, shape = layouts.get(p, LINEAR), modules[p].shape
         if layout.kind in ("linear", "expert") and shape[0] != shape[1]:
-            found[_kin(p, layout)] = tuple(W.shape[-2:]) != shape
-    return found
+            found[_kin(p, layout)] = weight[-2:] != shape
+    result = {}
+    for p in weights:
+        layout = layouts.get(p, LINEAR)
+        default = layout.transposed if layout.kind == "expert" else transposed
+        result[p] = found.get(_kin(p, layout), default)
+    return result
 
 
 def _kin(path: str, layout: Layout) -> tuple[str, str]:
     """What layers stored alike have in common: the last name, or the module of the experts."""
     parts = path.split(".")
     return layout.kind, ".".join(parts[:-1]) if layout.kind == "expert" else parts[-1]
-
-
-def _check_float(W: Tensor, key: str) -> None:
-    if not W.is_floating_point():
-        raise MismatchError(f"{key!r} is {W.dtype}: dequantise it before adding an update")
-
-
-def _check_shape(found: tuple[int, ...], expected: tuple[int, ...], key: str) -> None:
-    if found != expected:
-        raise MismatchError(f"{key!r} has shape {found}, the update fits {expected}")

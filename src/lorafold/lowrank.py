@@ -197,7 +197,7 @@ class LowRank:
     def dense(self) -> Tensor:
         """ΔW itself, (out, in), float32 at least: the one place where the full matrix is built."""
         dtype = self._work_dtype
-        return self.scale * (self.B.to(dtype) @ self.A.to(dtype))
+        return (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scale)  # in place: it may be large
 
     # Algebra
 
