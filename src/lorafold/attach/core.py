@@ -147,7 +147,9 @@ class Core:
             paths = list(self.patches)
             controls.set(running, self.slots.places, keys, gates, self._scaling, paths)
             for patch in self.patches.values():
-                patch.now = controls.layers[patch.index]
+                now = controls.layers[patch.index]
+                if patch.now is not now:  # setting a module's attribute is slow
+                    patch.now = now
         else:
             for patch in self.patches.values():
                 patch.now = None

@@ -7,6 +7,7 @@ asked is checked first, so that an error leaves the model as it was.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .keeping import Gate, checked_gate, rebuild
 from .saved import saved_extras
 from .selection import Row, Selection, parsed
 from .swap import Swapped, swap_out
+from .targets import matches
 from .using import Using
 
 if TYPE_CHECKING:
@@ -140,10 +142,16 @@ class Live(Core):
         return Using(self, before)
 
     def _check_rank(self, row: Row) -> None:
+        if row.rank is None:
+            return
         most = max((self._sources[name].rank for name, _ in row.mix), default=None)
         ranks = row.rank.values() if isinstance(row.rank, Mapping) else [row.rank]
+        for target in row.rank if isinstance(row.rank, Mapping) else ():
+            if not any(matches(target, path) for path in self.patches):
+                shown = target.pattern if isinstance(target, re.Pattern) else target
+                raise MismatchError(f"rank= names {shown!r}, which matches no attached module")
         for k in ranks:
-            if k is not None and most is not None and k > most:
+            if most is not None and k > most:
                 raise MismatchError(
                     f"rank {k} is above that of every module; the largest is {most}"
                 )

@@ -86,7 +86,7 @@ def parsed(what: Any, c: Any, rank: Any, names: Iterable[str]) -> Selection:
             tuple(_row(w, cs[i], ranks[i], known) for i, w in enumerate(what)), uniform=False
         )
     for label, value in (("c", c), ("rank", rank)):
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str):
             raise MismatchError(
                 f"{label}= has one entry per row, so the adapters must be a list as well"
             )
@@ -96,7 +96,7 @@ def parsed(what: Any, c: Any, rank: Any, names: Iterable[str]) -> Selection:
 def _per_row(value: Any, count: int, label: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()  # a tensor or an array
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
         raise MismatchError(f"{label} has {len(value)} entries for {count} rows")
@@ -127,6 +127,8 @@ def _row(what: Any, c: Any, rank: Any, known: set[str]) -> Row:
 
 
 def _number(value: Any, label: str) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value  # most are, and asking an abstract class takes longer than all the rest
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise MismatchError(f"{label} must be a finite number, found {value!r}")
     return float(value)
