@@ -20,5 +20,9 @@ class Using:
         return self._live
 
     def __exit__(self, *_: object) -> None:
-        if not self._live.detached:
-            self._live._show(self._before)
+        if self._live.detached:
+            return
+        before = self._before
+        if before is not None:  # some of it may have been removed inside
+            before = before.without(before.names - set(self._live.names))
+        self._live._show(before)
