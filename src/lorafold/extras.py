@@ -181,6 +181,22 @@ def base_names(key: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def extra_places(key: str, config: Mapping[str, Any]) -> list[str]:
+    """The names in the base, best first, of the tensor that an extra changes; none for some."""
+    kind = extra_kind(key, config)
+    if kind in ("dora magnitude", "grouped convolution", "training state"):
+        return []
+    if kind == "lora bias":
+        match = _LORA_BIAS.match(key)
+        assert match is not None
+        return [f"{path}.bias" for path in base_names(match["path"])]
+    if kind == "trained tokens":
+        match = _TOKENS.match(key)
+        assert match is not None
+        return [f"{base_names(match['path'])[-1]}.weight"]
+    return base_names(key)
+
+
 def _replace(state: dict[str, Tensor], key: str, value: Tensor) -> bool:
     if "original_module" in key.split("."):
         return True  # the untrained twin of a saved module, which the saved one replaces
@@ -195,14 +211,12 @@ def _replace(state: dict[str, Tensor], key: str, value: Tensor) -> bool:
 def _add_lora_bias(
     state: dict[str, Tensor], key: str, value: Tensor, config: Mapping[str, Any]
 ) -> bool:
-    match = _LORA_BIAS.match(key)
-    assert match is not None
-    for path in base_names(match["path"]):
-        bias = state.get(f"{path}.bias")
+    for name in extra_places(key, config):
+        bias = state.get(name)
         if bias is not None:
-            _check_shape(key, tuple(value.shape), f"{path}.bias", tuple(bias.shape))
+            _check_shape(key, tuple(value.shape), name, tuple(bias.shape))
             delta = value.float() * scaling(config, lora_bias_path(key))[1]
-            state[f"{path}.bias"] = (bias.float() + delta.to(bias.device)).to(bias.dtype)
+            state[name] = (bias.float() + delta.to(bias.device)).to(bias.dtype)
             return True
     return False
 
@@ -218,10 +232,9 @@ def lora_bias_path(key: str) -> str:
 def _set_token_rows(
     state: dict[str, Tensor], key: str, value: Tensor, config: Mapping[str, Any]
 ) -> bool:
-    match = _TOKENS.match(key)
-    assert match is not None
-    path = base_names(match["path"])[-1]
-    old = state.get(f"{path}.weight")
+    (name,) = extra_places(key, config)
+    path = name.removesuffix(".weight")
+    old = state.get(name)
     if old is None:
         return False
     rows = token_indices(config, path)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
-from lorafold.cli import _base, check
+from lorafold.cli import check
 from lorafold.extras import ExtraKind
+from lorafold.files import base as base_files
 from lorafold.lowrank import LowRank
 
 PREFIX = "base_model.model."
@@ -242,5 +243,5 @@ def test_experts_and_convolutions(here, base, cli):
 
 
 def test_kinds_leave_out_whole_numbers_only():
-    assert _base.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
-    assert _base.by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}
+    assert base_files.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
+    assert base_files.by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
-from ._base import Base, by_kind, kind, read_base
 from ._command import CheckFailed, command, settings
 from ._source import adapter_options, opened
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..adapter import Layout
     from ..files import AdapterFile
+    from ..files.base import Base
 
 # What a reader that knows only W + scale · B A of linear layers makes of the rest.
 _IGNORED = {
@@ -57,6 +57,8 @@ def check(adapter: str, base: str, **options: Any) -> None:
 
 def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
     """The comparison, in JSON's types."""
+    from ..files.base import kind, read_base
+
     plain = _unreplicated(file.config)
     base = read_base(base_path, [plain(_owner(p, file.layouts.get(p))) for p in file.shapes])
     results: dict[str, list[Any]] = {"unmatched": [], "wrong_shape": [], "unchecked": []}
@@ -150,14 +152,14 @@ def _weight_shapes(layout: Layout | None, shape: tuple[int, int]) -> list[tuple[
 
 def _check_extras(base: Base, file: AdapterFile, results: dict[str, list[Any]]) -> list[str]:
     """Sort extras into the results; those that are new in the adapter are returned."""
-    from ..extras import extra_kind
+    from ..extras import extra_kind, extra_places
 
     new = []
     for key, tensor in file.read_extras().items():
         what = extra_kind(key, file.config)
         if what in ("dora magnitude", "grouped convolution", "training state"):
             continue  # beside factors, and checked with them
-        names = _places(key, what)
+        names = extra_places(key, file.config)
         found = next((n for n in names if base.named(n) in base.entries), None)
         if found is None:
             if _is_tied(base, names):
@@ -172,18 +174,6 @@ def _check_extras(base: Base, file: AdapterFile, results: dict[str, list[Any]]) 
                 detail = {"expected": list(tensor.shape), "found": list(shape)}
                 results["wrong_shape"].append({"name": key, **detail})
     return new
-
-
-def _places(key: str, what: str) -> list[str]:
-    """The names that an extra may have in the base."""
-    from ..extras import base_names, lora_bias_path
-
-    if what == "lora bias":
-        return [f"{name}.bias" for name in base_names(lora_bias_path(key))]
-    if what == "trained tokens":
-        stem = re.sub(r"(\.token_adapter)?\.trainable_tokens_delta.*", "", key)
-        return [f"{name}.weight" for name in base_names(stem)]
-    return base_names(key)
 
 
 def _is_tied(base: Base, names: list[str]) -> bool:
@@ -278,6 +268,8 @@ def _list(out: Console, names: list[str]) -> None:
         for name in names:
             output.say(out, f"  {name}")
         return
+    from ..files.base import by_kind
+
     rows = []
     for what, numbers in by_kind(names).items():
         rows.append((f"  {what}", f"# = {output.listed(numbers, 12)}" if "#" in what else ""))

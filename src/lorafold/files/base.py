@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import FileError
+from . import ranges
+from .ranges import Entry
 
-if TYPE_CHECKING:
-    from ..files.ranges import Entry
+INDEX_SUFFIX = ".safetensors.index.json"
+WHOLE_NAME = "model.safetensors"
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _WEIGHTS = (".weight", ".qweight")
@@ -27,11 +28,15 @@ class Base:
         entries: {tensor name: dtype and shape}.
         prefix: how an adapter's paths differ from these names: "+transformer." where the adapter
             has it and the files don't, "-model." the other way round, "" where they agree.
+        files: the safetensors files.
+        index: the file that says which tensor is in which of them, if there is one.
     """
 
     path: str
     entries: Mapping[str, Entry]
     prefix: str = ""
+    files: tuple[Path, ...] = ()
+    index: Path | None = None
 
     def named(self, name: str) -> str:
         """An adapter's name as the files have it."""
@@ -69,41 +74,58 @@ def read_base(path: str, names: Iterable[str]) -> Base:
     """The base in a folder (or a safetensors file), its prefix chosen so that `names` match best.
 
     Raises:
-        FileError: nothing there in safetensors, a shard missing, or a damaged header.
+        FileError: nothing there in safetensors, a shard missing, a tensor in two shards, or a
+            damaged header.
     """
-    from ..files import ranges
-
     entries: dict[str, Entry] = {}
-    for file in _files(Path(path)):
+    files, index = _files(Path(path))
+    for file in files:
         with ranges.open_file(file) as f:
             header, size = ranges.header_bytes(f, file)
-        entries |= ranges.entries(header, size, file)
+        found = ranges.entries(header, size, file)
+        twice = found.keys() & entries.keys()
+        if twice:
+            raise FileError(f"{path}: {min(twice)!r} is in {file.name} and in another file as well")
+        entries |= found
     if not entries:
         raise FileError(f"{path}: there are no tensors in it")
     plain = Base(path, entries)
-    return Base(path, entries, _prefix(list(names), set(plain.modules())))
+    prefix = _prefix(list(names), set(plain.modules()))
+    return Base(path, entries, prefix, tuple(files), index)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> tuple[list[Path], Path | None]:
+    """The files that hold the model, and their index; one whole file goes before shards."""
     if path.is_file():
-        return [path]
+        return [path], None
     if not path.is_dir():
         raise FileError(f"no such folder: {str(path)!r}")
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        try:
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [path / name for name in sorted(set(parts))]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise FileError(f"{index}: not an index of safetensors files ({e})") from e
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise FileError(f"{index} names {missing[0]!r}, which is not there")
-        return files
-    whole = path / "model.safetensors"
-    found = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
+    if (path / WHOLE_NAME).is_file():
+        return [path / WHOLE_NAME], None
+    indices = sorted(
+        path.glob(f"*{INDEX_SUFFIX}"), key=lambda p: (p.name != f"model{INDEX_SUFFIX}", p)
+    )
+    if indices:
+        return _indexed(indices[0]), indices[0]
+    found = sorted(path.glob("*.safetensors"))
     if not found:
         raise FileError(f"{path} holds no safetensors file of a base model")
-    return found
+    return found, None
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(parts))
+        strange = [name for name in names if name in ("", ".", "..") or Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise FileError(f"{index}: not an index of safetensors files ({e})") from e
+    if strange:  # a name is never a path
+        raise FileError(f"{index} names {strange[0]!r}, which is no file beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileError(f"{index} names {missing[0]!r}, which is not there")
+    return [index.parent / name for name in names]
 
 
 def _prefix(names: list[str], known: set[str]) -> str:
