@@ -7,7 +7,7 @@ how: `rows` entries, of which a uniform selection has one that stands for the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -43,9 +43,9 @@ class Selection:
     uniform: bool = True
 
     @property
-    def names(self) -> set[str]:
-        """The adapters that take part."""
-        return {name for row in self.rows for name, c in row.mix if c != 0}
+    def names(self) -> KeysView[str]:
+        """The adapters that take part, in the order in which they are named."""
+        return {name: None for row in self.rows for name, c in row.mix if c != 0}.keys()
 
     @property
     def on(self) -> bool:
