@@ -116,7 +116,7 @@ class Controls:
     ) -> None:
         self.tables, self.trained = tables, trained
         self.uniform: Selection | None = None
-        self.all_on, self.version = False, 0
+        self.all_on, self.any_on, self.version = False, False, 0
         self.gates: list[float] = [0.0]
         self._grouped: dict[torch.device, Grouping | None] = {}
         self._entries: list[tuple[int, int]] = []
@@ -179,7 +179,7 @@ class Controls:
         """
         self.uniform = selection if selection.uniform else None
         on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
-        self.all_on = all(on)
+        self.all_on, self.any_on = all(on), any(on)
         self.gates = gates
         self._slots, self._keys = dict(slots), dict(keys)
         self._scaling, self._paths = scaling, paths

@@ -140,7 +140,8 @@ class Core:
         gates = self._gates(selection)
         if self._merged is not None:
             running = running.without(self.merged)
-        if running.on or any(gates):
+        # Adapters at c = 0 are shown as well: for a compiled graph that is no other graph.
+        if not running.uniform or any(row.mix for row in running.rows) or any(gates):
             self._load(running)
             controls = self._sized(len(running.rows), running.width)
             keys = {name: s.key for name, s in self._sources.items() if s.key is not None}

@@ -87,6 +87,8 @@ class Patch(nn.Module):
                 f"a batch of {y.shape[0]} at {self.path!r} is no multiple of the {rows} rows given "
                 "to use([...])"
             )
+        if not _is_recorded(y) and not controls.any_on:
+            return y
         out = y
         by = None if _is_recorded(y) else controls.grouped(y.device)
         for group, w in now.w.items():
