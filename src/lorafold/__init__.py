@@ -22,6 +22,9 @@ _HOME = {
     "PiSSA": "attach",
     "Live": "attach",
     "calibrate": "attach",
+    "quantize_base": "attach",
+    "dequantize": "attach",
+    "merge_into_weights": "attach",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from .attach import PiSSA as PiSSA
     from .attach import attach as attach
     from .attach import calibrate as calibrate
+    from .attach import dequantize as dequantize
+    from .attach import quantize_base as quantize_base
+    from .attach import merge_into_weights as merge_into_weights
     from .errors import FileError as FileError
     from .errors import LorafoldError as LorafoldError
     from .errors import MismatchError as MismatchError

@@ -28,7 +28,7 @@ def loaded(verb):
 
 def sections():
     """{verb: its text in the documentation}, what comes before under ""."""
-    parts = re.split(r"^## (\w+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = re.split(r"^## ([\w-]+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
 
 
@@ -50,13 +50,13 @@ def fresh(code, *args, **extra):
 def test_help_lists_every_command_in_order(cli):
     ran = cli("--help")
     assert ran.code == 0
-    listed = re.findall(r"^  (\w+)  +\S", ran.out.partition("Commands:")[2], re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+)  +\S", ran.out.partition("Commands:")[2], re.MULTILINE)
     assert listed == list(VERBS)
     assert cli().out == ran.out  # no command at all is a question, not a mistake
 
 
 def test_every_command_lives_in_a_file_of_its_name():
-    files = {p.stem for p in Path(lorafold.__file__).parent.glob("cli/[a-z]*.py")}
+    files = {p.stem.replace("_", "-") for p in Path(lorafold.__file__).parent.glob("cli/[a-z]*.py")}
     assert files - {"demo"} == set(OURS)
 
 
@@ -149,6 +149,7 @@ def test_version(cli):
         "diff adapters/sql lib:sql",
         "resize adapters/sql out --rank 1",
         "check adapters/sql --base base",
+        "merge-into base adapters/sql -o merged",
         "fold adapters -o other",
         "ls lib",
         "unfold lib -o out",

@@ -15,19 +15,37 @@ if TYPE_CHECKING:
 
     from .attaching import attach as attach
     from .calibration import calibrate as calibrate
+    from .export import merge_into_weights as merge_into_weights
+    from .footprint import Footprint as Footprint
     from .live import Live as Live
+    from .quantizing import dequantize as dequantize
+    from .quantizing import quantize_base as quantize_base
     from .spec import LoRA as LoRA
     from .spec import PiSSA as PiSSA
 
 _HOME = {
     "attach": "attaching",
     "calibrate": "calibration",
+    "merge_into_weights": "export",
+    "quantize_base": "quantizing",
+    "dequantize": "quantizing",
+    "Footprint": "footprint",
     "Live": "live",
     "LoRA": "spec",
     "PiSSA": "spec",
 }
 
-__all__ = ["Live", "LoRA", "PiSSA", "attach", "calibrate"]
+__all__ = [
+    "Footprint",
+    "Live",
+    "LoRA",
+    "PiSSA",
+    "attach",
+    "calibrate",
+    "dequantize",
+    "merge_into_weights",
+    "quantize_base",
+]
 
 
 def __getattr__(name: str) -> Any:

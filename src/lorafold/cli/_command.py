@@ -117,8 +117,9 @@ class Verbs(click.Group):
             return None
         import importlib
 
-        module = importlib.import_module(f".{cmd_name}", self._package)
-        found: click.Command = getattr(module, cmd_name)
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f".{name}", self._package)
+        found: click.Command = getattr(module, name)
         return found
 
     def resolve_command(

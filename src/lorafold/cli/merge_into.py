@@ -1,0 +1,90 @@
+"""`lorafold merge-into`: an adapter into the weights of a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import _output as output
+from ._command import command, settings
+from ._source import adapter_options, loaded
+from ._writing import DTYPES, torch_dtype
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@command("merge-into", example="lorafold merge-into base adapters/sql -o merged")
+@click.argument("base", metavar="BASE_DIR")
+@click.argument("adapter", metavar="ADAPTER")
+@click.option("-o", "--output", "folder", required=True, metavar="DIR", help="The folder to write.")
+@click.option("-c", "c", type=float, default=1.0, help="The dial: W + c·ΔW (1 by default).")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights; else each keeps its own.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at DIR.")
+@adapter_options
+def merge_into(
+    base: str,
+    adapter: str,
+    folder: str,
+    c: float,
+    dtype: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Write a checkpoint with an adapter merged, without loading the model.
+
+    Shards, keys, metadata and dtypes stay those of BASE_DIR, and its other files are copied. One
+    tensor at a time is in memory. Tells what has no place in the base, and what rounding to the
+    weights' dtype costs.
+    """
+    with output.progress("merging") as advance:
+        found = _merged(base, adapter, folder, c, dtype, overwrite, advance, options)
+    output.report(found, lambda out: _show(out, found))
+
+
+def _merged(
+    base: str,
+    adapter: str,
+    folder: str,
+    c: float,
+    dtype: str | None,
+    overwrite: bool,
+    advance: output.Advance,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    from ..attach.export import write_merged
+
+    merged = write_merged(
+        base, loaded(adapter, **options), folder, c, torch_dtype(dtype), overwrite, advance
+    )
+    facts = {"base": base, "adapter": adapter, "c": c, "dtype": dtype}
+    return {**facts, **dataclasses.asdict(merged), "path": folder}
+
+
+def _show(out: Console, d: dict[str, Any]) -> None:
+    output.say(out, f"{d['adapter']} merged into {d['base']} with c = {d['c']:g}\n")
+    files = output.count(len(d["files"]), "file")
+    changed = f"{len(d['changed']):,} of {output.count(d['tensors'], 'tensor')} changed"
+    rounding = f"{output.percent(d['rounding'])} of ‖c·ΔW‖, by the dtype of the weights"
+    output.facts(
+        out,
+        [
+            ("written to", d["path"]),
+            ("weights", f"{changed}; {files}, {output.size(d['nbytes'])}"),
+            ("rounding", rounding if d["rounding"] else None),
+            ("left out", output.listed(d["left_out"]) or None),
+        ],
+    )
+    if d["left_out"]:
+        output.say(out, "\nFiles that are left out are weights in another form, not merged.")
+    for key in d["shared"]:
+        output.say(out, f"\n{key} is the output layer's weight too, which so changes as well.")
+    if d["unplaced"]:
+        output.say(out, "\nHas no place in the base, and is not in what was written:")
+        rows = list(d["unplaced"].items())
+        most = len(rows) if settings().verbose else 10
+        output.table(out, ["part of the adapter", "why"], rows[:most])
+        if rows[most:]:
+            output.say(out, f"and {len(rows) - most:,} more (--verbose lists them)")
