@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .begin import num_weights
 from .quantized import is_quantized
+from .table import aligned
 
 if TYPE_CHECKING:
     from .live import Live
@@ -88,14 +89,7 @@ class Summary:
         rows.append(
             ("total", f"{self.original:,}", f"{self.adapter:,}", f"{self.ratio:.2%}", "", "")
         )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         lines.append(
             f"model {self.total:,}, trainable {self.trainable:,}, frozen {self.frozen:,}, "
             f"quantised layers {self.quantized}"
