@@ -62,7 +62,7 @@ BAD = [
     ("b", {"rank": 3}, "rank 3 is above that of every module; the largest is 2"),
     (["b", "a"], {"rank": [3, 3]}, "rank 3 is above that of every module; the largest is 2"),
     ("a", {"rank": {"q": 5}}, "rank 5 is above that of every module"),
-    ("a", {"rank": {"k_proj": 2}}, "rank= names 'k_proj', which matches no attached module"),
+    ("a", {"rank": {"k_proj": 2}}, "rank= names 'k_proj', which is no attached module"),
 ]
 
 

@@ -247,8 +247,12 @@ def _begin(live: Live, spec: Spec) -> tuple[dict[str, Place], dict[str, Fresh], 
     """Everything that a specification means on a model; nothing is attached yet."""
     layers = found_layers(live.model, spec.targets, spec.exclude, spec.layers)
     places = {path: place_at(live.model, path, live.patches) for path in layers}
+    if isinstance(spec, LoRA):
+        spec.check_patterns(places)
     generator = torch.Generator()
-    generator.manual_seed(torch.initial_seed() if spec.seed is None else spec.seed)
+    # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
+    seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
+    generator.manual_seed(seed)
     fresh: dict[str, Fresh] = {}
     for path, place in places.items():
         if isinstance(spec, PiSSA):

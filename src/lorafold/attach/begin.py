@@ -43,7 +43,8 @@ def fresh_factors(
         U, S, Vh = leading_directions(weight_matrix(layer, kind), r, spec.niter, generator)
         root = (S / scale).sqrt()
         A, B = root[:, None] * Vh, U * root
-        A, B = (t.to(device, spec.dtype) for t in (A, B))
+        # In one layout, so that the products of start and factors cancel to the bit at first.
+        A, B = (t.to(device, spec.dtype).contiguous() for t in (A, B))
         start = (A.clone(), B.clone())
     else:
         A = torch.empty(r, inner)
@@ -95,4 +96,5 @@ def leading_directions(
 
 
 def _orthonormal_rows(M: Tensor) -> Tensor:
-    return torch.linalg.qr(M.mT)[0].mT
+    Q: Tensor = torch.linalg.qr(M.mT)[0]
+    return Q.mT

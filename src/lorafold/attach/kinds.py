@@ -206,3 +206,9 @@ def kind_of(layer: nn.Module, path: str) -> Kind:
 def takes_update(layer: nn.Module) -> bool:
     """Whether "all-linear" means this layer."""
     return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is of a type that takes updates, and not a container or a norm."""
+    types = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, types) or is_transposed(module)

@@ -7,7 +7,6 @@ asked is checked first, so that an error leaves the model as it was.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from .keeping import Gate, checked_gate, rebuild
 from .saved import saved_extras
 from .selection import Row, Selection, parsed
 from .swap import Swapped, swap_out
-from .targets import matches
+from .targets import matches, shown
 from .using import Using
 
 if TYPE_CHECKING:
@@ -148,8 +147,7 @@ class Live(Core):
         ranks = row.rank.values() if isinstance(row.rank, Mapping) else [row.rank]
         for target in row.rank if isinstance(row.rank, Mapping) else ():
             if not any(matches(target, path) for path in self.patches):
-                shown = target.pattern if isinstance(target, re.Pattern) else target
-                raise MismatchError(f"rank= names {shown!r}, which matches no attached module")
+                raise MismatchError(f"rank= names {shown(target)}, which is no attached module")
         for k in ranks:
             if most is not None and k > most:
                 raise MismatchError(

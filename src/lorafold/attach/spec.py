@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import MismatchError
-from .targets import ALL_LINEAR, Target, as_targets, matches
+from .targets import ALL_LINEAR, Target, as_targets, matches, shown
 
 INITS = ("kaiming", "orthogonal", "pissa")
 SELECTIONS = ("s_only", "wanda", "act_only", "min_std")
@@ -36,11 +36,13 @@ class Spec:
             object.__setattr__(self, name, as_targets(getattr(self, name), name))
         if not self.targets:
             raise MismatchError("targets= names no module")
-        low, high = self.layers
-        if not 0 <= low < high <= 1:
-            raise MismatchError(f"layers must be a band 0 ≤ lo < hi ≤ 1, found {self.layers}")
-        if not self.dtype.is_floating_point:
-            raise MismatchError(f"dtype must be a floating point type, found {self.dtype}")
+        band = self.layers
+        if not isinstance(band, list | tuple) or len(band) != 2 or not 0 <= band[0] < band[1] <= 1:
+            raise MismatchError(f"layers must be a band 0 ≤ lo < hi ≤ 1, found {band!r}")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise MismatchError(f"dtype must be a floating point type, found {self.dtype!r}")
+        if self.seed is not None and not isinstance(self.seed, Integral):
+            raise MismatchError(f"seed must be a whole number, found {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class LoRA(Spec):
         head, _, count = self.init.rpartition("_")
         return int(count) if head == "pissa_niter" and count.isdecimal() else None
 
+    def check_patterns(self, paths: Iterable[str]) -> None:
+        """Raise a `MismatchError` for a key of a pattern that means none of the paths."""
+        paths = list(paths)
+        for label in ("rank_pattern", "alpha_pattern"):
+            for target in getattr(self, label):
+                if not any(matches(target, path) for path in paths):
+                    raise MismatchError(
+                        f"{label} names {shown(target)}, which matches no module attached to"
+                    )
+
     def rank_at(self, path: str) -> int:
         """r of the module at `path`."""
         return next((r for t, r in self.rank_pattern.items() if matches(t, path)), self.rank)
@@ -143,10 +155,9 @@ class PiSSA(Spec):
             raise MismatchError(
                 f"select must be one of {', '.join(SELECTIONS)}, found {self.select!r}"
             )
-        if self.std < 0 or not math.isfinite(self.std) or not math.isfinite(self.mean):
-            raise MismatchError(
-                f"mean and std must be finite, std ≥ 0; found {self.mean, self.std}"
-            )
+        start = (self.mean, self.std)
+        if not all(isinstance(v, Real) and math.isfinite(v) for v in start) or self.std < 0:
+            raise MismatchError(f"mean and std must be finite, std ≥ 0; found {start}")
         if self.niter is not None:
             _check_whole(self.niter, "niter")
             if self.select not in (None, "s_only"):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..errors import MismatchError
-from .kinds import takes_update
+from .kinds import is_layer, takes_update
 
 Target: TypeAlias = "str | re.Pattern[str]"
 ALL_LINEAR = "all-linear"
@@ -26,6 +26,11 @@ def matches(target: Target, path: str) -> bool:
     if isinstance(target, re.Pattern):
         return target.search(path) is not None
     return path == target or path.endswith(f".{target}")
+
+
+def shown(target: Target) -> str:
+    """A target, quoted."""
+    return repr(target.pattern if isinstance(target, re.Pattern) else target)
 
 
 def as_targets(value: Any, label: str) -> tuple[Target, ...]:
@@ -66,7 +71,7 @@ def found_layers(
         if hits and wanted(path) and not _excluded(exclude, path):
             found[path] = module
     if unmatched:
-        names = ", ".join(repr(t.pattern if isinstance(t, re.Pattern) else t) for t in unmatched)
+        names = ", ".join(map(shown, unmatched))
         leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if takes_update(m)}
         raise MismatchError(
             f"targets {names} match no module; the linear layers are named "
@@ -80,7 +85,8 @@ def found_layers(
 def _hits(target: Target, path: str, module: nn.Module) -> bool:
     if target == ALL_LINEAR:
         return takes_update(module)
-    return matches(target, path)
+    # A pattern that is searched also meets the containers of what it means.
+    return matches(target, path) and (isinstance(target, str) or is_layer(module))
 
 
 def _excluded(exclude: Iterable[Target], path: str) -> bool:
@@ -105,12 +111,15 @@ def _in_band(model: nn.Module, layers: tuple[float, float]) -> Any:
     if not counts:
         raise MismatchError("layers= keeps a band of a stack of layers, and the model has none")
 
+    def first(n: int, share: float) -> int:
+        return math.floor(n * share + 1e-9)  # 100 · 0.29 is a little less than 29
+
     def wanted(path: str) -> bool:
         parts = path.split(".")
         for at, part in enumerate(parts):  # the outermost stack counts
             n = counts.get(".".join(parts[:at]))
             if n is not None and part.isdecimal():
-                return math.floor(n * low) <= int(part) < math.floor(n * high)
+                return first(n, low) <= int(part) < first(n, high)
         return True
 
     return wanted
