@@ -103,7 +103,7 @@ def calibrate(
     exclude: Any = DEFAULT_EXCLUDE,
     layers: tuple[float, float] = (0, 1),
 ) -> Calibration:
-    """Run batches through a model and measure the singular directions of its weights.
+    """Run batches through a model, in evaluation mode, and measure its singular directions.
 
     Args:
         batches: what the model is called with: tensors, tuples of arguments, or mappings of
@@ -149,6 +149,8 @@ def _run(
         layer.register_forward_pre_hook(hook_of(path), with_kwargs=True)
         for path, layer in layers.items()
     ]
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
@@ -161,6 +163,8 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes:
+            module.training = training
     silent = [path for path, s in sums.items() if s.n < 2]
     if silent:
         raise MismatchError(f"no batch reached module {silent[0]!r}: there is nothing to measure")

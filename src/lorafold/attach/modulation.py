@@ -87,9 +87,12 @@ def _score(select: str, calibration: Any, path: str, S: Tensor, Vh: Tensor) -> T
             raise MismatchError(
                 "select='min_std' needs two sets of inputs: lf.calibrate(…, rejected=…)"
             )
-        return torch.minimum(stats.std, stats.other_std).to(S)
-    excited = stats.mean_abs.to(S)
-    return S * excited if select == "wanda" else excited
+        score = torch.minimum(stats.std, stats.other_std).to(S)
+    else:
+        score = S * stats.mean_abs.to(S) if select == "wanda" else stats.mean_abs.to(S)
+    if not bool(torch.isfinite(score).all()):
+        raise MismatchError(f"the calibration of module {path!r} holds NaN or infinite values")
+    return score
 
 
 def _stats(calibration: Any, path: str, Vh: Tensor) -> DirectionStats:
@@ -104,8 +107,12 @@ def _stats(calibration: Any, path: str, Vh: Tensor) -> DirectionStats:
     if isinstance(found, DirectionStats):
         return found
     sets = found if isinstance(found, tuple) else (found,)
+    if len(sets) not in (1, 2):
+        raise MismatchError(
+            f"the calibration of module {path!r} must be one set of inputs or two, not {len(sets)}"
+        )
     for X in sets:
-        if not isinstance(X, Tensor) or X.ndim < 2 or X.shape[-1] != Vh.shape[1]:
+        if not isinstance(X, Tensor) or X.ndim < 2 or X.shape[-1] != Vh.shape[1] or not len(X):
             raise MismatchError(
                 f"the calibration of module {path!r} must be inputs (n, {Vh.shape[1]}), found "
                 f"{tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__}"
