@@ -18,7 +18,7 @@ from .begin import fresh_factors
 from .controls import SCALINGS
 from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
-from .keeping import rebuild
+from .keeping import frozen_updates, rebuild
 from .library import Sides, library_places, library_sources, slots_within
 from .live import Live
 from .modulation import fresh_modulation, taken
@@ -220,7 +220,7 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
             fresh, source = _trained_factors(a, found, live.slots.dtype)
         places |= found
         trained[name] = (fresh, source)
-    selection, kept = live._selection, dict(live.kept)
+    selection, kept, background = live._selection, dict(live.kept), dict(live.background)
     for name in named:
         if name in live.names:
             live.remove(name)
@@ -236,7 +236,8 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
         _add_copies(live, name, modules)
     live._selection = selection  # what was replaced goes on where it ran
     if kept != live.kept:
-        live.kept = kept
+        replaced = {name: frozen_updates(live, name) for name in named if name in kept}
+        live.kept, live.background = kept, background | replaced
         rebuild(live)
     live._refresh()
     if trained and live._selection is None and not live.merged:

@@ -58,6 +58,7 @@ class Core:
         self._merged: tuple[Row, dict[tuple[str, str], nn.Parameter | None]] | None = None
         self.pauses = Pauses()
         self.kept: dict[str, float] = {}
+        self.background: dict[str, dict[str, LowRank]] = {}  # what is kept, as it was then
         self._gate: Gate = "current"
         self.sides: Sides | None = None  # of an attached library
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
+from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from .fresh import Kept
 from .selection import Selection
@@ -46,16 +46,33 @@ def gates_of(gate: Gate, selection: Selection) -> list[float]:
     values = torch.as_tensor(gate(c), dtype=torch.float64).flatten()
     if values.numel() not in (1, len(c)):
         raise MismatchError(f"the gate gave {values.numel()} values for {len(c)} rows")
+    if not bool(values.isfinite().all()):
+        raise MismatchError(f"the gate gave {values.tolist()}, which is not finite")
     found: list[float] = values.expand(len(c)).tolist()
     return found
+
+
+def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
+    """{path: update} of an adapter as it is now, to be kept.
+
+    Raises:
+        RefusedError: it holds more than updates of layers.
+    """
+    more = [path for path, saved in live.saved.items() if name in saved.keys]
+    for path, experts in live.experts.items():
+        if any(live.update(name, p) is not None for p in experts.layouts):
+            more.append(path)
+    if more:
+        raise RefusedError(
+            f"{name!r} also holds {more[0]!r} (experts, or a module saved whole), which can't run "
+            "in the background: merge it instead (live.merge)"
+        )
+    return {path: u for path in live.patches if (u := live.update(name, path)) is not None}
 
 
 def rebuild(live: Live) -> None:
     """Make every layer's background from what is kept now."""
     for path, patch in live.patches.items():
-        updates: list[LowRank] = []
-        for name, c in live.kept.items():
-            u = live.update(name, path)
-            if u is not None:
-                updates.append(c * u)
+        kept = [(live.background[name], c) for name, c in live.kept.items()]
+        updates = [c * found[path] for found, c in kept if path in found]
         patch.kept = Kept(patch.kind, updates, patch.device) if updates else None

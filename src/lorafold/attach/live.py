@@ -18,7 +18,7 @@ from ..errors import MismatchError, UnknownNameError, did_you_mean
 from .core import Core
 from .experts import refuse_rows
 from .guard import Guard, guarded
-from .keeping import Gate, checked_gate, rebuild
+from .keeping import Gate, checked_gate, frozen_updates, rebuild
 from .saved import saved_extras
 from .selection import Row, Selection, parsed
 from .swap import Swapped, swap_out
@@ -229,8 +229,12 @@ class Live(Core):
 
     @gate.setter
     def gate(self, gate: Gate) -> None:
-        self._gate = checked_gate(gate)
-        self._show(self._selection)
+        before, self._gate = self._gate, checked_gate(gate)
+        try:
+            self._show(self._selection)
+        except BaseException:
+            self._gate = before
+            raise
 
     def keep(self, name: str, c: float = 1.0) -> None:
         """Make an adapter part of the background, at coefficient c, as it is now.
@@ -238,10 +242,11 @@ class Live(Core):
         It no longer runs as a current adapter unless it is asked for again.
 
         Raises:
-            UnknownNameError: no such name.
+            UnknownNameError: no such name. RefusedError: it holds more than updates of layers.
         """
         self._source(name)
         (row,) = parsed(name, c, None, self._sources).rows
+        self.background[name] = frozen_updates(self, name)
         self.kept[name] = row.mix[0][1]
         rebuild(self)
         if self._selection is not None:
@@ -257,7 +262,7 @@ class Live(Core):
         self._check_attached()
         if name not in self.kept:
             raise UnknownNameError(f"{name!r} is not kept; {did_you_mean(str(name), self.kept)}")
-        del self.kept[name]
+        del self.kept[name], self.background[name]
         rebuild(self)
         self._refresh()
 

@@ -42,6 +42,11 @@ def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
     live._show(live._selection)
     if not keep:
         live._merged = None
+        # The new weights require, once detached, what the old ones did.
+        required = {id(p): flag for p, flag in live._frozen or ()}
+        for key, old in kept.items():
+            if id(old) in required and live._frozen is not None:
+                live._frozen.append((weights[key], required[id(old)]))
         for name, _ in row.mix:
             live.remove(name)
         return 0
@@ -127,6 +132,7 @@ def row_to_merge(live: Live, what: Any, c: Any, rank: Any) -> Row:
         raise MismatchError(f"say which: there are {len(live.names)} adapters, and none runs")
     if not selection.uniform:
         raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
+    live._check_rank(selection.rows[0])
     return selection.rows[0]
 
 

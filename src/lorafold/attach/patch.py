@@ -61,7 +61,7 @@ class Patch(nn.Module):
         if now is None:
             return y
         x = input_of(args, kwargs)
-        if self.fresh:
+        if self.fresh and torch.is_grad_enabled():
             self.live.pauses.ran = True
         if now.controls.uniform is not None and not _is_recorded(y):
             return self._uniform(layer, y, x, now)
