@@ -5,6 +5,7 @@ outputs as PEFT's own model: family by family, row by row, and while generating.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -343,3 +344,76 @@ def test_generation_by_rows_equals_separate_generations(family, options, tmp_pat
             for mine, theirs in zip(found.logits, expected.logits, strict=True):
                 assert (mine[i] - theirs[0]).abs().max() <= TOLERANCE
     assert len({tuple(s.tolist()) for s in found.sequences}) == 3
+
+
+# Export: what is trained here runs in PEFT, on the original base
+
+
+class Kinds(nn.Module):
+    """An embedding, a convolution, a Conv1D and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.c_fc = tf.pytorch_utils.Conv1D(12, 8)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, input_ids):
+        h = self.embed(input_ids)
+        h = h + self.conv(h.mT).mT
+        return {"logits": self.out(torch.tanh(self.c_fc(h)))}
+
+
+EXPORTS = {
+    "lora": lf.LoRA(rank=4, seed=0),
+    "rslora": lf.LoRA(rank=4, rslora=True, alpha=5, seed=0),
+    "patterns": lf.LoRA(rank=4, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}, seed=0),
+    "pissa init": lf.LoRA(rank=4, init="pissa", seed=0),
+    "randomised pissa init": lf.LoRA(rank=4, init="pissa_niter_4", seed=0),
+    "pissa": lf.PiSSA(rank=4, mean=0.1, seed=0),
+    "a band": lf.LoRA(rank=4, targets=["q_proj", "up_proj"], layers=(0.5, 1), seed=0),
+}
+
+
+def trained_here(base, spec, size=0.1):
+    live = lf.attach(base, spec)
+    generator = torch.Generator().manual_seed(0)
+    for p in live.parameters():
+        p.data += size * torch.randn(p.shape, generator=generator)
+    return live
+
+
+@pytest.mark.parametrize("what", EXPORTS)
+def test_peft_runs_what_is_trained_here(what, tmp_path):
+    make, inputs, _ = FAMILIES["mistral"]
+    base = built(make)
+    original = copy.deepcopy(base)
+    live = trained_here(base, EXPORTS[what])
+    lf.save(live.adapter("default"), tmp_path / "out")
+    peft_model = PeftModel.from_pretrained(original, tmp_path / "out").eval()
+    expected = result(peft_model, inputs)
+    assert (result(base, inputs) - expected).abs().max() <= TOLERANCE
+    with live.use(None):
+        assert (result(base, inputs) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("spec", [lf.LoRA(rank=2, seed=0), lf.PiSSA(rank=2, seed=0)], ids=type)
+def test_peft_runs_every_kind_of_layer(spec, tmp_path):
+    base = built(Kinds)
+    original = copy.deepcopy(base)
+    live = trained_here(base, replace(spec, targets=["embed", "conv", "c_fc", "out"]), 0.3)
+    adapter = live.adapter("default")
+    lf.save(adapter, tmp_path / "out")
+    peft_model = PeftModel.from_pretrained(original, tmp_path / "out").eval()
+    inputs = {"input_ids": IDS}
+    expected = result(peft_model, inputs)
+    assert (result(base, inputs) - expected).abs().max() <= TOLERANCE
+    with live.use(None):
+        assert (result(base, inputs) - expected).abs().max() > 1e-2
+    again = lf.load(tmp_path / "out")
+    assert again.distance(adapter) < 1e-6 * adapter.norm()
+    live.detach()
+    live = lf.attach(base, again, trainable=True)  # and it can be trained on
+    with live.use("default"):
+        assert (result(base, inputs) - expected).abs().max() <= TOLERANCE

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RefusedError
+from ..layout import Layout
 
 
 class Kind(Protocol):
@@ -215,3 +216,12 @@ def is_layer(module: nn.Module) -> bool:
     """Whether it is of a type that takes updates, and not a container or a norm."""
     types = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return isinstance(module, types) or is_transposed(module)
+
+
+def layout_of(layer: Any, kind: Kind) -> Layout:
+    """How the layer's weight relates to its update."""
+    if kind is EMBEDDING:
+        return Layout("embedding")
+    if kind is CONV:
+        return Layout("conv", kernel=tuple(layer.weight.shape[1:]))
+    return Layout()

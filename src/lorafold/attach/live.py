@@ -19,6 +19,7 @@ from .core import Core
 from .experts import refuse_rows
 from .guard import Guard, guarded
 from .keeping import Gate, checked_gate, frozen_updates, rebuild
+from .kinds import is_transposed, layout_of
 from .saved import saved_extras
 from .selection import Row, Selection, parsed
 from .swap import Swapped, swap_out
@@ -86,7 +87,10 @@ class Live(Core):
         whole = [path for path, saved in self.saved.items() if name in saved.keys]
         if whole:
             config["modules_to_save"] = whole
-        return Adapter(modules, saved_extras(self, name), config)
+        if any(is_transposed(self.layer(path)) for path in modules):
+            config["fan_in_fan_out"] = True
+        layouts = {p: layout_of(self.layer(p), self.patches[p].kind) for p in modules}
+        return Adapter(modules, saved_extras(self, name), config, layouts=layouts)
 
     def summary(self) -> Summary:
         """What is attached where, and how large it is; `print` gives a table."""

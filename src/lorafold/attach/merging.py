@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Layout
 from ..errors import MismatchError, RefusedError
 from ..layout import added
 from ..lowrank import LowRank
 from .controls import EVERYTHING, ranks_at
-from .kinds import CONV, EMBEDDING, is_transposed
+from .kinds import is_transposed, layout_of
 from .patch import Patch
 from .quantized import is_quantized
 from .selection import Rank, Row, Selection, parsed
@@ -162,11 +161,7 @@ def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> Tensor:
             f"module {patch.path!r} is quantised: merging would quantise the sum again. Replace it "
             "by a float layer first (lf.dequantize), or keep the adapter attached"
         )
-    layout = Layout()
-    if patch.kind is EMBEDDING:
-        layout = Layout("embedding")
-    elif patch.kind is CONV:
-        layout = Layout("conv", kernel=tuple(layer.weight.shape[1:]))
+    layout = layout_of(layer, patch.kind)
     W: Tensor = layer.weight.detach()
     return added(W, u.to(W.device), layout, is_transposed(layer), f"{patch.path}.weight")
 
