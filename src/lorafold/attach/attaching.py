@@ -18,6 +18,7 @@ from .begin import fresh_factors
 from .controls import SCALINGS
 from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
+from .inference import outside_inference_mode
 from .keeping import frozen_updates, rebuild
 from .library import Sides, library_places, library_sources, slots_within
 from .live import Live
@@ -34,6 +35,7 @@ from .targets import found_layers
 DEFAULT = "default"
 
 
+@outside_inference_mode
 def attach(
     model: nn.Module,
     x: Any,
@@ -130,6 +132,7 @@ def _attach_library(
     return live
 
 
+@outside_inference_mode
 def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> None:
     """See `Live.add`."""
     if not isinstance(name, str) or not name:

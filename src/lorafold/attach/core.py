@@ -17,6 +17,7 @@ from .controls import Controls
 from .experts import ExpertsPatch
 from .fresh import Fresh
 from .guard import Pauses
+from .inference import outside_inference_mode
 from .keeping import Gate, gates_of
 from .patch import Patch
 from .saved import SavedPatch
@@ -26,6 +27,8 @@ from .source import Source
 
 if TYPE_CHECKING:
     from .library import Sides
+
+MOST_SIZES = 64  # of selections whose tensors are remembered
 
 
 class Core:
@@ -134,6 +137,7 @@ class Core:
             return None
         return selection.rows[0]
 
+    @outside_inference_mode
     def _show(self, selection: Selection | None) -> None:
         """Make a checked selection the one that runs."""
         self.pauses.note(self)
@@ -213,7 +217,11 @@ class Core:
 
     def _sized(self, rows: int, width: int) -> Controls:
         size = (rows, width)
-        if size not in self._controls:
+        if size in self._controls:
+            self._controls[size] = self._controls.pop(size)  # the last used goes last
+        else:
+            if len(self._controls) >= MOST_SIZES:
+                del self._controls[next(iter(self._controls))]
             patches = list(self.patches.values())
             members = {g: [g in p.banks for p in patches] for g in self.slots.tables}
             members |= {key: [key in p.fresh for p in patches] for key in self._trained}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from .fresh import Kept
+from .inference import outside_inference_mode
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def gates_of(gate: Gate, selection: Selection) -> list[float]:
     return found
 
 
+@outside_inference_mode
 def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
     """{path: update} of an adapter as it is now, to be kept.
 
@@ -70,6 +72,7 @@ def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
     return {path: u for path in live.patches if (u := live.update(name, path)) is not None}
 
 
+@outside_inference_mode
 def rebuild(live: Live) -> None:
     """Make every layer's background from what is kept now."""
     for path, patch in live.patches.items():

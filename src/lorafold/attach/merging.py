@@ -17,6 +17,7 @@ from ..errors import MismatchError, RefusedError
 from ..layout import added
 from ..lowrank import LowRank
 from .controls import EVERYTHING, ranks_at
+from .inference import outside_inference_mode
 from .kinds import is_transposed, layout_of
 from .patch import Patch
 from .quantized import is_quantized
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .live import Live
 
 
+@outside_inference_mode
 def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
     """See `Live.merge`."""
     if live.merged:

@@ -58,7 +58,7 @@ class Patch(nn.Module):
         if self.live._stale:
             self.live._refresh()
         now = self.now
-        if now is None:
+        if now is None or y.numel() == 0:  # an expert that no token goes to, for one
             return y
         x = input_of(args, kwargs)
         if self.fresh and torch.is_grad_enabled():

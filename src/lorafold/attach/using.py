@@ -24,5 +24,6 @@ class Using:
             return
         before = self._before
         if before is not None:  # some of it may have been removed inside
-            before = before.without(before.names - set(self._live.names))
+            named = {name for row in before.rows for name, _ in row.mix}
+            before = before.without(named - set(self._live.names))
         self._live._show(before)
