@@ -291,7 +291,7 @@ def _trained_factors(
     for path, place in places.items():
         u = a[path].to(device_of(place.layer), dtype)
         fresh[path] = Factors(place.kind, u.A.clone(), u.B.clone(), u.scale)
-    return fresh, Source(a.rank, config=a.config)
+    return fresh, Source(a.rank, config=dict(a.config))
 
 
 def _patch(live: Live, places: Mapping[str, Place]) -> None:
