@@ -116,11 +116,11 @@ def dense_for(
     if layout.expert is not None:
         index, count = layout.expert
         part = W[index] if W.ndim == 3 and index < len(W) else W
-    square = u.shape[0] == u.shape[1]
+    flipped = tuple(part.shape) == u.shape[::-1]
     delta = u.dense().to(W.device)
     if layout.kind == "conv":
         delta = delta.reshape(u.shape[0], *layout.kernel)
-    elif layout.kind == "embedding" or tuple(part.shape) != u.shape or (transposed and square):
+    elif layout.kind == "embedding" or (flipped and (transposed or u.shape[0] != u.shape[1])):
         delta = delta.T
     # A 2-D weight is one expert.
     slices = () if count is None or (W.ndim != 3 and count == 1) else (count,)

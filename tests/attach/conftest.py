@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -149,3 +152,52 @@ def _fingerprint(model: nn.Module) -> Any:
 
 def _bits(t: Tensor) -> bytes:
     return bytes(t.detach().contiguous().view(torch.uint8).numpy().data)
+
+
+# Checkpoints to merge into
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """folder(state, config=…, shards=n, name="base") -> a model's folder in tmp_path."""
+
+    def make(
+        state: Mapping[str, Tensor], *, config: Any = None, shards: int = 1, name: str = "base"
+    ) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        files = ["model.safetensors"]
+        if shards > 1:
+            files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        where = {key: files[i % shards] for i, key in enumerate(sorted(state))}
+        for file in files:
+            part = {key: t for key, t in state.items() if where[key] == file}
+            save_file(part, path / file, metadata={"format": "pt", "by": "a test"})
+        if shards > 1:
+            index = {"metadata": {}, "weight_map": where}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_state() -> Callable[..., dict[str, Tensor]]:
+    """small_state(dtype=float32, layers=2) -> weights of a base."""
+
+    def make(dtype: torch.dtype = torch.float32, layers: int = 2) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        state = {f"layers.{n}.q.weight": torch.randn(6, 4, generator=g) for n in range(layers)}
+        state["embed_tokens.weight"] = torch.randn(9, 4, generator=g)
+        state["norm.weight"] = torch.ones(4)
+        return {key: t.to(dtype) for key, t in state.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(make_adapter: Callable[..., Adapter]) -> Adapter:
+    """An adapter for the two layers of `small_state`."""
+    return make_adapter({f"layers.{n}.q": (6, 4) for n in range(2)}, 2)

@@ -42,7 +42,7 @@ from ..lowrank import LowRank
 
 Progress = Callable[[int, int, str], None]
 
-_CHUNK = 1 << 22  # numbers
+_CHUNK = 1 << 21  # numbers
 _COUNTS = (torch.int64, torch.bool)  # what buffers beside weights hold, and quantised ones don't
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -372,6 +372,7 @@ def _changed(
         raise MismatchError(out_of_range(change.key, W.dtype))
     for u, layout, flip in change.updates:
         part, delta = dense_for(W, c * u, layout, flip, change.key)
+        loss.norm += (c * u).norm() ** 2
         _add(part, delta, target, loss, change.key)
     return narrowed(W, target, change.key)
 
@@ -381,10 +382,8 @@ def _with_extras(change: _Change, adapter: Adapter, c: float, W: Tensor) -> Tens
     for key, value in change.extras.items():
         apply_extras(state, {key: value}, adapter.config)
     new = state[change.name]
-    if c == 1 or new is W:
+    if c == 1 or new is W or not W.is_floating_point():  # a counter, which has no share
         return new
-    if not W.is_floating_point():
-        raise MismatchError(f"{change.key!r} is {W.dtype}, of which there is no share c={c:g}")
     wide = torch.promote_types(W.dtype, torch.float32)
     return (W.to(wide) + c * (new.to(wide) - W.to(wide))).to(W.dtype)
 
@@ -394,11 +393,10 @@ def _add(part: Tensor, delta: Tensor, target: torch.dtype, loss: _Loss, key: str
     rows = max(1, _CHUNK // max(1, part[0].numel()))
     for at in range(0, len(part), rows):
         W, change = part[at : at + rows], delta[at : at + rows]
-        total = W.to(change.dtype) + change
+        total = W.to(change.dtype, copy=True).add_(change)
         W.copy_(total)
         if target != total.dtype:
-            error = float(torch.linalg.vector_norm(total - W.to(target)))
+            error = float(torch.linalg.vector_norm(total.sub_(W.to(target))))
             if math.isinf(error):
                 raise MismatchError(out_of_range(key, target))
             loss.error += error**2
-        loss.norm += float(torch.linalg.vector_norm(change)) ** 2
