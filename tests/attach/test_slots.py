@@ -115,3 +115,20 @@ def test_the_64th_adapter_makes_no_new_banks(net, many):
     for i in range(1, 64):
         live.add(many["n4" if i % 2 else "n0"], f"m{i}")
     assert {p.bank("own").A.data_ptr() for p in live.patches.values()} == pointers
+
+
+@pytest.mark.parametrize("spec", [lf.LoRA(rank=2), lf.PiSSA(rank=2, mean=0.5)], ids=type)
+def test_layers_that_come_with_trained_adapters(net, base, three, x, expected, spec):
+    live = lf.attach(net, three["b"])  # q only
+    live.use("default")
+    live.add(spec, "everywhere")
+    for what in ("default", ["default", None]):
+        with live.use(what):
+            wanted = expected(base, [(three["b"], 1)], x)
+            torch.testing.assert_close(net(x)[:3].detach(), wanted[:3], **TIGHT)
+    live.add(three["a"], "given", trainable=True)
+    live.add(lf.LoRA(rank=2, targets=["lm_head"], exclude=()), "head")
+    for what in ("given", ["given", None], {"given": 1, "head": 1}):
+        with live.use(what):
+            wanted = expected(base, [(three["a"], 1)], x)
+            torch.testing.assert_close(net(x)[:3].detach(), wanted[:3], **TIGHT)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..adapter import Adapter
@@ -302,6 +303,11 @@ def _patch(live: Live, places: Mapping[str, Place]) -> None:
         patch.train(place.layer.training)
         swap_in(place.layer, patch, path)
         live.patches[path] = patch
+    if live.slots.make_room(live.patches, live.slots.capacity):
+        live.forget_controls()
+    for key, (ranks, scales) in live._trained.items():  # those that were there lack the new layers
+        more = (0, len(live.patches) - len(ranks))
+        live._trained[key] = (F.pad(ranks, more), F.pad(scales, more))
 
 
 def _inside(path: str, modules: Mapping[str, Any]) -> bool:
