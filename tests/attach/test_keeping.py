@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from lorafold.errors import MismatchError, UnknownNameError
+from lorafold.errors import MismatchError, RefusedError, UnknownNameError
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -315,3 +315,14 @@ def test_convolutions_have_a_background_too(make_update, dense):
     with live.use(["v", None]):
         torch.testing.assert_close(layer(x)[:2], wanted[:2], **TIGHT)
         assert torch.equal(layer(x)[2:], base(x)[2:])
+
+
+def test_more_than_updates_can_t_be_kept(net, three, x, base):
+    live = lf.attach(net, {"a": three["a"], "new": lf.LoRA(rank=2, modules_to_save=["lm_head"])})
+    before = live.active
+    with pytest.raises(RefusedError, match=r"'new' also holds 'lm_head'.*live\.merge"):
+        live.keep("new")
+    assert live.kept == {}
+    assert live.active == before
+    live.keep("a")
+    assert live.kept == {"a": 1.0}
