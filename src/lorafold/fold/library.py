@@ -285,7 +285,8 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape.
             RefusedError: ΔW algebra would be wrong.
         """
-        from .change import nearest_sides, one_handle
+        from .adding import nearest_sides
+        from .change import one_handle
 
         _, handle = one_handle(adapter)
         if handle.refusal:

@@ -71,7 +71,7 @@ class Planner:
 
     def svd(self, stack: Stack, S: np.ndarray) -> ModulePlan:
         """Own sides: the plan that is always there."""
-        energy = S**2 * self._kept(S)
+        energy = S**2 * self.kept(S)
         widths = np.full(S.shape[1], float(sum(stack.shape)))
         nbytes = self._records(energy, widths, self._allowed(stack, S))
         return ModulePlan("svd", energy, widths, nbytes)
@@ -103,7 +103,7 @@ class Planner:
 
     # Helpers on budgets
 
-    def _kept(self, S: np.ndarray) -> np.ndarray:
+    def kept(self, S: np.ndarray) -> np.ndarray:
         """True for the own directions that a rank or an energy keeps."""
         o = self.options
         if o.rank is not None:
@@ -119,11 +119,43 @@ class Planner:
         return allowed
 
     def _records(self, energy: np.ndarray, widths: np.ndarray, budget: np.ndarray) -> float:
+        return float(self.record_sizes(energy, widths, budget).sum())
+
+    def record_sizes(
+        self, energy: np.ndarray, widths: np.ndarray, budget: np.ndarray
+    ) -> np.ndarray:
+        """(n,) bytes of records with these components (n, k) of these widths (k,).
+
+        Args:
+            budget: (n,) squared error of each; not looked at where a size is asked for.
+        """
         o = self.options
         if o.tolerance is None:
             bits = 32.0 if o.bits is None else o.bits
-            return float(((energy > 0) * widths).sum() * bits / 8)
-        return float(predicted_nbytes(energy, widths, budget).sum())
+            size: np.ndarray = ((energy > 0) * widths).sum(1) * bits / 8
+            return size
+        return predicted_nbytes(energy, widths, budget)
+
+    def components(
+        self, S: np.ndarray, tails: np.ndarray, width: float, full: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What may be coded of updates on shared sides: energies (n, k or 2k) and their widths.
+
+        Args:
+            S: (n, k) singular values. tails: (n,) squared norm that the sides miss.
+            width: numbers a component on the sides. full: numbers of one on sides of its own.
+        """
+        norms = (S**2).sum(1, keepdims=True)
+        share = np.divide(tails[:, None], norms, out=np.zeros_like(norms), where=norms > 0)
+        share = share.clip(0, 1)
+        core, rest = S**2 * (1 - share), S**2 * share
+        widths = np.full(S.shape[1], width)
+        if self.options.tolerance is None:
+            return core, widths
+        return (
+            np.concatenate([core, rest], 1),
+            np.concatenate([widths, np.full(S.shape[1], full)]),
+        )
 
     # Shared sides
 
@@ -327,11 +359,6 @@ class Planner:
         self, stack: Stack, S: np.ndarray, tails: np.ndarray, U: Shared | None, V: Shared | None
     ) -> tuple[float, np.ndarray, np.ndarray]:
         """Predicted bytes, and the components: core at its widths, residual at full width."""
-        norms = (S**2).sum(1, keepdims=True)
-        share = np.divide(tails[:, None], norms, out=np.zeros_like(norms), where=norms > 0).clip(
-            0, 1
-        )
-        core = S**2 * (1 - share)
         width = np.zeros(len(stack))
         nbytes = 0.0
         for shared, d in zip((U, V), stack.shape, strict=True):
@@ -342,12 +369,7 @@ class Planner:
                 [shared.bases[g].rank if g >= 0 else d for g in shared.groups.tolist()]
             )
             nbytes += sum(len(b.record) for b in shared.bases.values())
-        full = float(sum(stack.shape))
-        if self.options.tolerance is None:
-            energy, widths = core, np.full(S.shape[1], width.mean())
-        else:
-            energy = np.concatenate([core, S**2 * share], 1)
-            widths = np.concatenate([np.full(S.shape[1], width.mean()), np.full(S.shape[1], full)])
+        energy, widths = self.components(S, tails, float(width.mean()), float(sum(stack.shape)))
         return nbytes + self._records(energy, widths, self._allowed(stack, S)), energy, widths
 
     # Flattened factors

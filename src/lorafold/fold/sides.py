@@ -10,7 +10,7 @@ those eigenvectors are the start (HOSVD, De Lathauwer et al. 2000) and a few alt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,39 @@ class Basis:
             wide = self.columns.double()
             self._gram = wide.T @ wide
         return self._gram
+
+
+class Bases:
+    """As many bases of one width as a batch has rows: to each row its own.
+
+    Args:
+        bases: one a row.
+    """
+
+    def __init__(self, bases: Sequence[Basis]) -> None:
+        self._bases = list(bases)
+        self.rank = self._bases[0].rank
+        self._gram: Tensor | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """(n, d, R) float32."""
+        return torch.stack([b.columns for b in self._bases])
+
+    def coordinates(self, X: Tensor) -> Tensor:
+        """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""
+        products = [b.columns.T @ x for b, x in zip(self._bases, X, strict=True)]
+        found: Tensor = torch.linalg.solve(self.gram(), torch.stack(products).double())
+        return found.to(X.dtype)
+
+    def gram(self) -> Tensor:
+        """(n, R, R) float64 inner products of the columns."""
+        if self._gram is None:
+            self._gram = torch.stack([b.gram() for b in self._bases])
+        return self._gram
+
+
+Side = Basis | Bases | None  # the update's own where None
 
 
 def leading_directions(columns: Columns, d: int, count: int, most: int) -> Spectrum:
@@ -228,7 +261,7 @@ def read_basis(record: bytes, d: int, side: str, device: torch.device | str | No
     return Basis((rows * c[:, None]).T.contiguous(), record, len(rows), side)
 
 
-def projected(block: Block, U: Basis | None, V: Basis | None) -> tuple[Tensor, Tensor]:
+def projected(block: Block, U: Side, V: Side) -> tuple[Tensor, Tensor]:
     """Factors (n, du, r), (n, r, dv) of each update's core in the coordinates of the shared sides.
 
     A side that is None is the update's own: du = out, dv = in.
@@ -239,7 +272,7 @@ def projected(block: Block, U: Basis | None, V: Basis | None) -> tuple[Tensor, T
     return left, right.mT
 
 
-def weighted_norms(left: Tensor, right: Tensor, U: Basis | None, V: Basis | None) -> Tensor:
+def weighted_norms(left: Tensor, right: Tensor, U: Side, V: Side) -> Tensor:
     """‖U L R Vᵀ‖² of cores in the coordinates of the sides, (n,) float64, with nothing of size d.
 
     Args:
@@ -252,9 +285,7 @@ def weighted_norms(left: Tensor, right: Tensor, U: Basis | None, V: Basis | None
     return (sides[0] * sides[1]).sum((1, 2)).clamp_min(0)
 
 
-def residual(
-    block: Block, left: Tensor, right: Tensor, U: Basis | None, V: Basis | None
-) -> tuple[Tensor, Tensor]:
+def residual(block: Block, left: Tensor, right: Tensor, U: Side, V: Side) -> tuple[Tensor, Tensor]:
     """Factors (n, out, k), (n, k, in) of what the shared sides miss.
 
     Args:
@@ -263,11 +294,11 @@ def residual(
     own_left = block.U * block.S.to(block.U.dtype)[:, None, :]
     if U is None:
         assert V is not None
-        return own_left, block.V.mT - right @ V.columns.T
+        return own_left, block.V.mT - right @ V.columns.mT
     if V is None:
         return own_left - U.columns @ left, block.V.mT
     B = torch.cat([own_left, -(U.columns @ left)], 2)
-    return B, torch.cat([block.V.mT, right @ V.columns.T], 1)
+    return B, torch.cat([block.V.mT, right @ V.columns.mT], 1)
 
 
 def core_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,8 @@ class Block:
 
     def take(self, rows: np.ndarray) -> Block:
         """The block of some of its rows."""
+        if len(rows) == len(self.members):
+            return self  # rows ascend: it is all of them
         index = torch.as_tensor(rows, device=self.U.device)
         return Block(self.members[rows], self.U[index], self.S[index], self.V[index])
 
@@ -143,6 +145,10 @@ class Stack:
         for k, f in enumerate(self.factors()):
             yield f, known[k] if known is not None else Block(f.members, *decompose(f.B, f.A))
 
+    def keep(self, factors: Factors, block: Block) -> None:
+        """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""
+        self._read_already, self._decomposed = [factors], [block]
+
     def kept(self) -> list[Factors] | None:
         """All the blocks as read, where they stay in memory; None where they don't."""
         if self._read_already is None and self._stays:
@@ -171,13 +177,24 @@ class Stack:
         yield np.arange(start, len(self))
 
     def _load(self, rows: np.ndarray) -> Factors:
-        r = int(self.ranks[rows].max())
-        B, A, scales = zip(*(self._read(int(self.members[row])) for row in rows), strict=True)
-        lefts = _stacked([_padded(b, 1, r) for b in B], self.device)
-        rights = _stacked([_padded(a, 0, r) for a in A], self.device)
-        if any(scale != 1 for scale in scales):
-            lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
-        return Factors(self.members[rows], lefts, rights)
+        members = self.members[rows]
+        parts = [self._read(int(i)) for i in members]
+        return joined_factors(members, parts, self.device)
+
+
+def joined_factors(
+    members: np.ndarray,
+    parts: Sequence[tuple[Tensor, Tensor, float]],
+    device: torch.device | str | None = None,
+) -> Factors:
+    """Updates (B, A, scale) of one shape as one batch, each scale multiplied into B."""
+    B, A, scales = zip(*parts, strict=True)
+    r = max(a.shape[0] for a in A)
+    lefts = _stacked([_padded(b, 1, r) for b in B], device)
+    rights = _stacked([_padded(a, 0, r) for a in A], device)
+    if any(scale != 1 for scale in scales):
+        lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
+    return Factors(members, lefts, rights)
 
 
 def _padded(t: Tensor, axis: int, r: int) -> Tensor:
