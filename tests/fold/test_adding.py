@@ -158,7 +158,7 @@ def test_to_each_row_its_own_basis(three):
         expected = torch.linalg.lstsq(basis.columns.double(), block.U[k].double()).solution
         torch.testing.assert_close(found[k].double(), expected, rtol=1e-4, atol=1e-5)
     assert together.columns.shape == (3, 30, 7)
-    left, right = projected(block, together, None)
+    left, right = projected(block.factors(), together, None)
     norms = weighted_norms(left, right, together, None)
     for k, basis in enumerate(bases):
         W = basis.columns.double() @ left[k].double() @ right[k].double()

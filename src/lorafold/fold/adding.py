@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,11 +111,19 @@ class Batch:
     factors: Factors
     block: Block
 
+    @cached_property
+    def even(self) -> Factors:
+        """The updates in a gauge whose products are good."""
+        return self.block.factors()
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.block.U.shape[1], self.block.V.shape[1]
 
     def take(self, rows: list[int]) -> Batch:
+        """Some of the rows, in order."""
+        if len(rows) == len(self.paths):
+            return self
         index = np.array(rows)
         return Batch(
             [self.paths[k] for k in rows], self.factors.take(index), self.block.take(index)
@@ -169,44 +178,24 @@ class Adding:
         planner = self.builder.planner
         S = batch.block.S.cpu().numpy()
         energy, widths = S**2 * planner.kept(S), np.full(S.shape[1], float(sum(batch.shape)))
-        sizes = planner.record_sizes(energy, widths, self._allowed(S))
+        sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
         for k, path in enumerate(batch.paths):
             self.plans[path] = ModulePlan("svd", energy[k : k + 1], widths, float(sizes[k]))
-
-    def _allowed(self, S: np.ndarray) -> np.ndarray:
-        """(n,) squared error that each row may have; all rows are the one adapter's."""
-        allowed: np.ndarray = self.builder.planner.budgets[0] * (S**2).sum(1)
-        return allowed
 
     def _plan_shared(self, batch: Batch, sides: list[tuple[Numbered, Numbered]]) -> None:
         """Plans of modules whose bases are of the same widths, one product for all."""
         planner = self.builder.planner
-        U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
-        left, right = core = projected(batch.block, U, V)
-        S = batch.block.S.cpu().numpy()
-        missed = (batch.block.S**2).sum(1) - weighted_norms(*core, U, V)
-        tails = missed.clamp_min(0).cpu().numpy()
-        width = sum(d if b is None else b.rank for b, d in zip((U, V), batch.shape, strict=True))
-        energy, widths = planner.components(S, tails, float(width), float(sum(batch.shape)))
-        sizes = planner.record_sizes(energy, widths, self._allowed(S))
-        forms = {m["path"]: m["form"] for m in self.lib.modules}
-        for k, path in enumerate(batch.paths):
-            form = forms[path]
-            (u, basis_U), (v, basis_V) = sides[k]
-            plan = ModulePlan(
-                form,
-                energy[k : k + 1],
-                widths,
-                float(sizes[k]),
-                None if basis_U is None else Shared(np.array([u]), {u: basis_U}),
-                None if basis_V is None else Shared(np.array([v]), {v: basis_V}),
-            )
+        plans, (left, right) = _on_bases(self.lib, planner, batch, sides)
+        tolerance = planner.options.tolerance
+        for k, (path, plan) in enumerate(zip(batch.paths, plans, strict=True)):
             best = plan
             # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
-            tolerance = planner.options.tolerance
             if tolerance is not None and plan.nbytes > _CLOSE * self.plans[path].nbytes:
-                block = batch.block.take(np.array([k]))
-                longer = _extended(planner, form, *self._module(path), block, sides[k], tolerance)
+                one = batch.take([k])
+                longer = [
+                    _on_bases(self.lib, planner, one, [pair])[0][0]
+                    for pair in _extended(one.block, sides[k], tolerance)
+                ]
                 best = min([plan, self.plans[path], *longer], key=lambda p: p.nbytes)
             self.plans[path] = best
             if best is plan:
@@ -299,6 +288,34 @@ def _alike(keys: Mapping[int, Any]) -> list[list[int]]:
     return list(found.values())
 
 
+def _on_bases(
+    lib: Library, planner: Planner, batch: Batch, sides: list[tuple[Numbered, Numbered]]
+) -> tuple[list[ModulePlan], Core]:
+    """A plan for each row on bases that are there, all of the same widths, and the cores."""
+    U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
+    core = projected(batch.even, U, V)
+    S = batch.block.S.cpu().numpy()
+    missed = batch.block.square() - weighted_norms(*core, U, V)
+    tails = missed.clamp_min(0).cpu().numpy()
+    width = sum(d if b is None else b.rank for b, d in zip((U, V), batch.shape, strict=True))
+    energy, widths = planner.components(S, tails, float(width), float(sum(batch.shape)))
+    sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
+    forms = {m["path"]: m["form"] for m in lib.modules}
+    plans = []
+    for k, (path, ((u, basis_U), (v, basis_V))) in enumerate(zip(batch.paths, sides, strict=True)):
+        fresh = sum(len(b.record) for b in (basis_U, basis_V) if b is not None)
+        plan = ModulePlan(
+            forms[path],
+            energy[k : k + 1],
+            widths,
+            float(sizes[k]) + fresh,
+            None if basis_U is None else Shared(np.array([u]), {u: basis_U}),
+            None if basis_V is None else Shared(np.array([v]), {v: basis_V}),
+        )
+        plans.append(plan)
+    return plans, core
+
+
 def _widths(U: Numbered, V: Numbered) -> tuple[int, int]:
     """Of a pair of sides; −1 where one is the adapter's own."""
     return tuple(-1 if b is None else b.rank for _, b in (U, V))  # type: ignore[return-value]
@@ -344,23 +361,10 @@ def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbere
     return chosen[0], chosen[1]
 
 
-def _shared_plan(
-    planner: Planner, form: str, stack: Stack, S: np.ndarray, U: Numbered, V: Numbered
-) -> ModulePlan:
-    shared = [None if b is None else Shared(np.array([g]), {g: b}) for g, b in (U, V)]
-    return planner.with_sides(form, stack, S, shared[0], shared[1])
-
-
 def _extended(
-    planner: Planner,
-    form: str,
-    stack: Stack,
-    S: np.ndarray,
-    block: Block,
-    sides: tuple[Numbered, Numbered],
-    tolerance: float,
-) -> list[ModulePlan]:
-    """Plans that append what the bases miss of the update to one side, or to each."""
+    block: Block, sides: tuple[Numbered, Numbered], tolerance: float
+) -> list[tuple[Numbered, Numbered]]:
+    """The sides with what the bases miss of the update appended to one, or to each."""
     (u, U), (v, V) = sides
     longer = []
     for basis, X, side in ((U, block.U, "U"), (V, block.V, "V")):
@@ -374,7 +378,7 @@ def _extended(
         options.append(((u, U), (v, longer[1])))
     if longer[0] is not None and longer[1] is not None:
         options.append(((u, longer[0]), (v, longer[1])))
-    return [_shared_plan(planner, form, stack, S, *option) for option in options]
+    return options
 
 
 def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Basis | None:

@@ -26,7 +26,7 @@ from .module_plan import ModulePlan
 from .plan import Options, Planner
 from .record import NOTHING, Coded, Target, exact_record
 from .shard import ShardWriter
-from .stack import Block, Factors, Stack, decompose, norms, singular_values
+from .stack import Block, Factors, Stack, norms, singular_values
 from .store import Transaction
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
@@ -263,17 +263,17 @@ class Builder:
         self, stack: Stack, plan: ModulePlan, ledger: Ledger, known: Coded | None
     ) -> Iterator[tuple[np.ndarray, Coded]]:
         start = 0
-        flat_only = plan.flat is not None
-        for f, block in ((f, None) for f in stack.factors()) if flat_only else stack.pairs():
+        for f, decomposed in stack.pairs():
             rows = np.arange(start, start + len(f.members))
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
             if known is not None:
                 coded = known
-            elif block is None:
+            elif plan.flat is not None:
                 coded = code_flat(f, rows, plan, target)
             else:
-                coded = code_own_or_shared(self.cut(block), rows, plan, target, f)
+                block = self.cut(decomposed or f.decomposed()) if self.cuts else decomposed
+                coded = code_own_or_shared(f, rows, plan, target, block)
             if target.kind == "error":
                 if known is None:
                     coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
@@ -282,10 +282,15 @@ class Builder:
                     ledger.book(stack.path, rows, f.members, coded.squared_error)
             yield f.members, coded
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank or an energy drops directions of an adapter's own."""
+        o = self.options
+        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
+
     def cut(self, block: Block) -> Block:
         """The block without the directions that a rank or an energy drops."""
-        o = self.options
-        if o.form not in ("svd", "auto") or (o.rank is None and o.energy is None):
+        if not self.cuts:
             return block
         S = block.S.cpu().numpy()
         keep = self.planner.kept(S)
@@ -322,8 +327,7 @@ class Builder:
             if plan.flat is not None:
                 redone = code_flat(again, rows[over], plan, smaller)
             else:
-                block = Block(again.members, *decompose(again.B, again.A))
-                redone = code_own_or_shared(block, rows[over], plan, smaller, again)
+                redone = code_own_or_shared(again, rows[over], plan, smaller)
             coded = replaced(coded, over, redone)
         return coded
 

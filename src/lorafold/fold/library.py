@@ -304,8 +304,9 @@ class Library(Mapping[str, Adapter]):
                 lost += norm
                 continue
             (_, U), (_, V) = sides
-            left, right = projected(block, U, V)
-            lost += float(squared_norms(*residual(block, left, right, U, V)))
+            f = block.factors()
+            left, right = projected(f, U, V)
+            lost += float(squared_norms(*residual(f, left, right, U, V)))
             loadings[path] = (left @ right)[0]
         return Projection(loadings, (lost / total) ** 0.5 if total > 0 else 0.0)
 

@@ -123,7 +123,7 @@ class Coded:
 
 
 def code_block(
-    block: Block,
+    block: Block | Factors,
     target: Target,
     ids: Sides | list[Sides] = (None, None),
     U: Side = None,
@@ -134,7 +134,8 @@ def code_block(
     """Code a block whose rows all use the same sides, or sides of one width each.
 
     Args:
-        block: n updates. target: what each must meet.
+        block: n updates; in the gauge they have where sides are shared, which must not be a bad
+            one. target: what each must meet.
         ids: the numbers of the shared bases U and V (None where the side is the update's own):
             one pair, or one for each row.
         against: the updates as they came, which the error is measured against; the block when
@@ -155,47 +156,49 @@ def code_block(
         cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    if known and not _bad_gauge(block, against):
+    if known and (against is None or against is block or not _bad_gauge(block, against)):
         # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
         left, right = (
             torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
         )
         error = lost + weighted_norms(left, right, U, V).cpu().numpy()
     else:
-        own = against or Factors(
-            block.members, block.U * block.S.to(block.U.dtype)[:, None, :], block.V.mT
-        )
+        own = against or block.factors()
         whole = [p.unfolded(*core) for p, core in zip(parts, cores, strict=True)]
         left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
         error = squared_differences(own.B, own.A, left, right).cpu().numpy()
     return Coded(records, error, (bits * cost).sum(1))
 
 
-def _bad_gauge(block: Block, factors: Factors | None) -> bool:
+def _bad_gauge(block: Block | Factors, factors: Factors) -> bool:
     """Whether ‖A‖ ‖B‖ is so far above ‖ΔW‖ that the decomposition itself has lost digits."""
-    if factors is None:
-        return False
     size = factors.A.norm(dim=(1, 2)) * factors.B.norm(dim=(1, 2))
-    return bool((size > 1e3 * block.S.norm(dim=1)).any())
+    return bool((size > 1e3 * block.square().sqrt()).any())
 
 
 def _parts(
-    block: Block, target: Target, U: Side, V: Side, core: tuple[Tensor, Tensor] | None
+    block: Block | Factors,
+    target: Target,
+    U: Side,
+    V: Side,
+    core: tuple[Tensor, Tensor] | None,
 ) -> tuple[list[_Part], np.ndarray, bool]:
     """The parts to be coded, the squared norm (n,) outside of all of them, and whether that norm is
     exact enough to be stated (otherwise the whole is to be compared).
     """
     none = np.zeros(len(block.members))
     if U is None and V is None:
-        return [_Part(block.U, block.S, block.V, None, None)], none, False
-    left, right = projected(block, U, V) if core is None else core
+        own = block if isinstance(block, Block) else block.decomposed()
+        return [_Part(own.U, own.S, own.V, None, None)], none, False
+    f = block.factors()
+    left, right = projected(f, U, V) if core is None else core
     parts = [_Part(*core_svd(left, right), U, V)]
     if target.kind != "error":
         return parts, none, False
-    total = (block.S**2).sum(1)
+    total = block.square()
     lost = (total - weighted_norms(left, right, U, V)).clamp_min(0).cpu().numpy()
     if (lost > _RESIDUAL * target.amount).any():
-        rest = decompose(*residual(block, left, right, U, V))
+        rest = decompose(*residual(f, left, right, U, V))
         return [*parts, _Part(*rest, None, None)], none, False
     fine = (target.amount >= _PLAIN * total.cpu().numpy()).all()
     return parts, lost, bool(fine) and U is not None and V is not None
