@@ -32,7 +32,7 @@ def code_own_or_shared(
         elif U is not None or V is not None:
             x = tamed(own, exact=False)[0]
         part = code_block(x, target.take(members), ids, U, V, own)
-        result = replaced(result, members, part)
+        result = result.replaced(members, part)
     return result
 
 
@@ -48,15 +48,5 @@ def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) ->
         block = Block(f.members[over], *decompose(B, A))
         rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        coded = replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
     return coded
-
-
-def replaced(coded: Coded, rows: np.ndarray, by: Coded) -> Coded:
-    """`coded` with some rows replaced, in order, by those of another."""
-    records = list(coded.records)
-    error, payload = coded.squared_error.copy(), coded.payload.copy()
-    for k, record in zip(rows.tolist(), by.records, strict=True):
-        records[k] = record
-    error[rows], payload[rows] = by.squared_error, by.payload
-    return Coded(records, error, payload)

@@ -18,7 +18,7 @@ import torch
 
 from ..adapter import Layout
 from ..errors import MismatchError, ToleranceError
-from .blocks import code_flat, code_own_or_shared, replaced
+from .blocks import code_flat, code_own_or_shared
 from .collection import Collection, few_threads
 from .groups import init_groups, probes
 from .ledger import Ledger, module_budgets
@@ -29,6 +29,7 @@ from .shard import ShardWriter
 from .stack import Block, Factors, Stack, norms, singular_values
 from .store import Transaction
 
+_ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
 
@@ -312,23 +313,24 @@ class Builder:
         path: str,
     ) -> Coded:
         """Code again what overshot; at last store it exactly."""
-        for attempt in range(5):
-            over = np.flatnonzero(coded.squared_error > ledger.limit(path, rows, f.members))
+        factor = np.ones(len(rows))
+        for attempt in range(_ATTEMPTS):
+            limit = ledger.limit(path, rows, f.members)
+            over = np.flatnonzero(coded.squared_error > limit)
             if not len(over):
                 break
-            if attempt == 4:
+            if attempt == _ATTEMPTS - 1:
                 coded = self._exact_rows(f, over, path, coded)
                 break
-            aim = ledger.limit(path, rows, f.members)[over] / np.maximum(
-                coded.squared_error[over], 1e-300
-            )
+            # On top of what earlier attempts asked for, which was not enough.
+            factor[over] *= 0.97 * limit[over] / coded.squared_error[over]
             again = f.take(over)
-            smaller = target.take(over, np.minimum(aim, 1.0) * 0.97 ** (attempt + 1))
+            smaller = target.take(over, factor[over])
             if plan.flat is not None:
                 redone = code_flat(again, rows[over], plan, smaller)
             else:
                 redone = code_own_or_shared(again, rows[over], plan, smaller)
-            coded = replaced(coded, over, redone)
+            coded = coded.replaced(over, redone)
         return coded
 
     def _not_bulky(self, f: Factors, ranks: np.ndarray, path: str, coded: Coded) -> Coded:

@@ -29,7 +29,7 @@ from .coder import (
     rows_nbytes,
     write_rows,
 )
-from .sides import Side, core_svd, projected, residual, weighted_norms
+from .sides import Bases, Side, core_svd, projected, residual, weighted_norms
 from .stack import Block, Factors, decompose, squared_differences
 
 # Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
@@ -121,6 +121,15 @@ class Coded:
         row = slice(k, k + 1)
         return Coded(self.records[row], self.squared_error[row], self.payload[row])
 
+    def replaced(self, rows: np.ndarray, by: Coded) -> Coded:
+        """These with some rows replaced, in order, by those of another."""
+        records = list(self.records)
+        error, payload = self.squared_error.copy(), self.payload.copy()
+        for k, record in zip(rows.tolist(), by.records, strict=True):
+            records[k] = record
+        error[rows], payload[rows] = by.squared_error, by.payload
+        return Coded(records, error, payload)
+
 
 def code_block(
     block: Block | Factors,
@@ -142,7 +151,54 @@ def code_block(
             None. In a bad gauge the decomposition itself is off by more than a small tolerance.
         core: what `projected` gives, where that is known.
     """
-    parts, lost, known = _parts(block, target, U, V, core)
+    lost = np.zeros(len(block.members))
+    if (U is not None or V is not None) and target.kind == "error":
+        core = projected(block.factors(), U, V) if core is None else core
+        missed = block.square() - weighted_norms(*core, U, V)
+        lost = missed.clamp_min(0).cpu().numpy()
+    over = lost > _RESIDUAL * target.amount
+    if not over.any() or over.all():
+        return _code(block, target, ids, U, V, against, core, lost, bool(over.any()))
+    found = Coded([b""] * len(over), lost.copy(), lost.copy())
+    for rows in (np.flatnonzero(~over), np.flatnonzero(over)):
+        index = torch.as_tensor(rows, device=block.square().device)
+        part = _code(
+            block.take(rows),
+            target.take(rows),
+            [ids[k] for k in rows.tolist()] if isinstance(ids, list) else ids,
+            U.take(rows) if isinstance(U, Bases) else U,
+            V.take(rows) if isinstance(V, Bases) else V,
+            None if against is None else against.take(rows),
+            None if core is None else (core[0][index], core[1][index]),
+            lost[rows],
+            bool(over[rows[0]]),
+        )
+        found = found.replaced(rows, part)
+    return found
+
+
+def _code(
+    block: Block | Factors,
+    target: Target,
+    ids: Sides | list[Sides],
+    U: Side,
+    V: Side,
+    against: Factors | None,
+    core: tuple[Tensor, Tensor] | None,
+    lost: np.ndarray,
+    rest: bool,
+) -> Coded:
+    """Code rows that all get a residual of their own beside what is on shared sides, or none do.
+
+    Args:
+        lost: (n,) squared norm that the shared sides miss. rest: whether to code that, too.
+    """
+    parts = _parts(block, U, V, core, rest)
+    total = block.square().cpu().numpy()
+    # Where the bases are orthogonal to what they miss, and that is no small difference.
+    known = U is not None and V is not None and target.kind == "error" and not rest
+    known = known and bool((target.amount >= _PLAIN * total).all())
+    lost = np.zeros_like(lost) if rest else lost
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     bits = target.less(lost).bits(energy, cost)
@@ -177,31 +233,18 @@ def _bad_gauge(block: Block | Factors, factors: Factors) -> bool:
 
 
 def _parts(
-    block: Block | Factors,
-    target: Target,
-    U: Side,
-    V: Side,
-    core: tuple[Tensor, Tensor] | None,
-) -> tuple[list[_Part], np.ndarray, bool]:
-    """The parts to be coded, the squared norm (n,) outside of all of them, and whether that norm is
-    exact enough to be stated (otherwise the whole is to be compared).
-    """
-    none = np.zeros(len(block.members))
+    block: Block | Factors, U: Side, V: Side, core: tuple[Tensor, Tensor] | None, rest: bool
+) -> list[_Part]:
+    """The parts to be coded: the update on its sides, and what is missing there if `rest`."""
     if U is None and V is None:
         own = block if isinstance(block, Block) else block.decomposed()
-        return [_Part(own.U, own.S, own.V, None, None)], none, False
+        return [_Part(own.U, own.S, own.V, None, None)]
     f = block.factors()
     left, right = projected(f, U, V) if core is None else core
     parts = [_Part(*core_svd(left, right), U, V)]
-    if target.kind != "error":
-        return parts, none, False
-    total = block.square()
-    lost = (total - weighted_norms(left, right, U, V)).clamp_min(0).cpu().numpy()
-    if (lost > _RESIDUAL * target.amount).any():
-        rest = decompose(*residual(f, left, right, U, V))
-        return [*parts, _Part(*rest, None, None)], none, False
-    fine = (target.amount >= _PLAIN * total.cpu().numpy()).all()
-    return parts, lost, bool(fine) and U is not None and V is not None
+    if rest:
+        parts.append(_Part(*decompose(*residual(f, left, right, U, V)), None, None))
+    return parts
 
 
 def _code_part(

@@ -72,6 +72,10 @@ class Bases:
         self.rank = self._bases[0].rank
         self._gram: Tensor | None = None
 
+    def take(self, rows: np.ndarray) -> Bases:
+        """Those of some of the rows."""
+        return Bases([self._bases[k] for k in rows.tolist()])
+
     @property
     def columns(self) -> Tensor:
         """(n, d, R) float32."""
