@@ -738,12 +738,12 @@ def test_warnings_are_not_part_of_folding(regular):
 
 def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):
     """If the coder lied about what it lost, the measure must stop it."""
-    from lorafold.fold import build
+    from lorafold.fold import build, ledger
 
     monkeypatch.setattr(
         build.Ledger, "limit", lambda self, path, rows, members: np.full(len(rows), np.inf)
     )
-    monkeypatch.setattr(build, "bits_for_error", lambda e, *a: np.full(np.shape(e), 1))
+    monkeypatch.setattr(ledger, "bits_for_error", lambda e, *a: np.full(np.shape(e), 1))
     monkeypatch.setattr(build.Target, "bits", lambda self, e, cost: np.full(e.shape, 1))
     with pytest.raises(ToleranceError, match="above its tolerance"):
         lf.fold(regular, tmp_path / "lib", tolerance=0.01, form="svd")

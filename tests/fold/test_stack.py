@@ -11,6 +11,7 @@ from lorafold.fold.stack import (
     singular_values,
     squared_differences,
     squared_norms,
+    tamed,
 )
 
 SHAPES = [(48, 32, 4), (32, 48, 1), (20, 20, 20), (8, 40, 12), (40, 8, 12), (5, 6, 9)]
@@ -98,7 +99,7 @@ def test_mixed_ranks_are_padded_with_nothing(make_update, dense):
     assert f.B.shape == (4, 24, 16)
     for k, u in enumerate(updates):
         torch.testing.assert_close(product(f.B, f.A)[k], dense(u), rtol=1e-6, atol=1e-6)
-    (block,) = stack.blocks()
+    block = f.decomposed()
     for k, u in enumerate(updates):
         assert (block.S[k] > 0).sum() == u.rank
 
@@ -122,21 +123,58 @@ def test_blocks_hold_every_member_once_in_order(make_update, dense, block_bytes)
 def test_small_stacks_are_read_once_until_forgotten(make_update):
     updates = [make_update(8, 8, 2, seed=i) for i in range(3)]
     stack, reads = stack_of(updates)
-    list(stack.blocks())
-    list(stack.blocks())
+    list(stack.factors())
+    list(stack.pairs())
     assert len(reads) == 3
     stack.forget()
-    list(stack.blocks())
+    list(stack.factors())
     assert len(reads) == 6
     large, reads = stack_of(updates, block_bytes=1)
-    list(large.blocks())
-    list(large.blocks())
+    list(large.factors())
+    list(large.factors())
     assert len(reads) == 6
+
+
+def test_what_is_kept_is_given_until_forgotten(make_update):
+    stack, reads = stack_of([make_update(12, 10, 2)])
+    (f,) = stack.factors()
+    assert [known for _, known in stack.pairs()] == [None]
+    stack.forget()
+    block = f.decomposed()
+    stack.keep(f, block)
+    assert list(stack.pairs()) == [(f, block)]
+    assert len(reads) == 1
+    stack.forget()
+    assert [known for _, known in stack.pairs()] == [None]
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_bad_gauge_is_tamed_and_a_good_one_left_alone(make_update, exact):
+    u, v = make_update(40, 30, 3, seed=1), make_update(40, 30, 3, seed=2)
+    zero = torch.zeros_like(u.A)
+    good = Factors(np.arange(3), torch.stack([u.B, v.B, u.B]), torch.stack([u.A, v.A, zero]))
+    same, left, right, kept = tamed(good, exact)
+    assert same is good
+    assert kept
+    torch.testing.assert_close(left, good.B.mT.double() @ good.B.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(right, good.A.double() @ good.A.mT.double(), rtol=1e-5, atol=1e-5)
+    Q = torch.linalg.qr(make_update(3, 3, 3).B.double())[0]
+    G = Q * torch.logspace(0, 4, 3, dtype=torch.float64) @ Q.T
+    A = torch.linalg.solve(G, u.A.double()).float()
+    bad = Factors(np.arange(1), (u.B.double() @ G).float()[None], A[None])
+    even, left, right, kept = tamed(bad, exact)
+    assert not kept
+    assert float(even.B.norm() * even.A.norm()) < 30 * float(product(bad.B, bad.A).norm())
+    torch.testing.assert_close(product(even.B, even.A), product(bad.B, bad.A), rtol=0, atol=1e-3)
+    size = (left * right).sum() / product(bad.B, bad.A).square().sum()
+    assert abs(float(size) - 1) < 1e-3
 
 
 def test_taking_some_of_a_block(make_update):
     stack, _ = stack_of([make_update(12, 10, 2, seed=i) for i in range(3)])
-    (f,), (block,) = stack.factors(), stack.blocks()
+    (f,) = stack.factors()
+    block = f.decomposed()
     taken = f.take(np.array([1])), block.take(np.array([1]))
     assert [t.members.tolist() for t in taken] == [[1], [1]]
     assert torch.equal(taken[0].B[0] @ taken[0].A[0], f.B[1] @ f.A[1])

@@ -8,20 +8,31 @@ import torch
 from . import flat
 from .module_plan import ModulePlan, basis_at, side_pairs
 from .record import Coded, Target, code_block
-from .stack import Block, Factors, decompose, squared_residuals
+from .stack import Block, Factors, decompose, squared_residuals, tamed
 
 
 def code_own_or_shared(
-    block: Block, rows: np.ndarray, plan: ModulePlan, target: Target, whole: Factors
+    f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, block: Block | None = None
 ) -> Coded:
-    """Code a block, each adapter with the sides it has; errors against `whole`."""
+    """Code some updates, each with the sides it has.
+
+    Args:
+        f: as they came. rows: of the stack. block: their decomposition where it is known; without
+            it only those that share nothing are decomposed, and those in a bad gauge.
+    """
     n = len(rows)
     result = Coded([b""] * n, np.zeros(n), np.zeros(n))
     for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
         ids = (u if U else None, v if V else None)
-        part = code_block(block.take(members), target.take(members), ids, U, V, whole.take(members))
-        result = replaced(result, members, part)
+        own = f.take(members)
+        x: Block | Factors = own
+        if block is not None:
+            x = block.take(members)
+        elif U is not None or V is not None:
+            x = tamed(own, exact=False)[0]
+        part = code_block(x, target.take(members), ids, U, V, own)
+        result = result.replaced(members, part)
     return result
 
 
@@ -37,15 +48,5 @@ def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) ->
         block = Block(f.members[over], *decompose(B, A))
         rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        coded = replaced(coded, over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
     return coded
-
-
-def replaced(coded: Coded, rows: np.ndarray, by: Coded) -> Coded:
-    """`coded` with some rows replaced, in order, by those of another."""
-    records = list(coded.records)
-    error, payload = coded.squared_error.copy(), coded.payload.copy()
-    for k, record in zip(rows.tolist(), by.records, strict=True):
-        records[k] = record
-    error[rows], payload[rows] = by.squared_error, by.payload
-    return Coded(records, error, payload)

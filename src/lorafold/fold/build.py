@@ -18,23 +18,23 @@ import torch
 
 from ..adapter import Layout
 from ..errors import MismatchError, ToleranceError
-from .allocate import bits_for_bytes, bits_for_error, predicted_error
-from .blocks import code_flat, code_own_or_shared, replaced
+from .blocks import code_flat, code_own_or_shared
 from .collection import Collection, few_threads
 from .groups import init_groups, probes
-from .ledger import SLACK, Ledger
+from .ledger import Ledger, module_budgets
 from .module_plan import ModulePlan
 from .plan import Options, Planner
 from .record import NOTHING, Coded, Target, exact_record
 from .shard import ShardWriter
-from .stack import Block, Factors, Stack, decompose, norms, singular_values
+from .stack import Block, Factors, Stack, norms, singular_values
 from .store import Transaction
 
+_ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
-_CHUNK = 256  # adapters whose bits are allocated at once
 
 Progress = Callable[[int, int, str], None]
+Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
 @dataclass
@@ -209,68 +209,22 @@ class Builder:
             total += 2 * int(w[order][:kept].sum())
         return total
 
-    # Budgets
-
-    def _budgets(self, plans: Mapping[str, ModulePlan]) -> dict[str, Target]:
-        """What each module may lose (or take) of each adapter, water-filled over its modules."""
-        o = self.options
-        if o.tolerance is None and not o.coded:
-            amount = float(o.bits or 32)
-            return {p: Target("bits", np.full(len(s), amount)) for p, s in self.stacks.items()}
-        amounts = {p: np.zeros(len(s)) for p, s in self.stacks.items()}
-        rows = {p: _row_of(s, self.collection.folded) for p, s in self.stacks.items()}
-        for start in range(0, self.collection.folded, _CHUNK):
-            members = np.arange(start, min(start + _CHUNK, self.collection.folded))
-            self._fill(members, plans, rows, amounts)
-        return {p: Target("bytes" if o.coded else "error", a) for p, a in amounts.items()}
-
-    def _fill(
-        self,
-        members: np.ndarray,
-        plans: Mapping[str, ModulePlan],
-        rows: Mapping[str, np.ndarray],
-        amounts: dict[str, np.ndarray],
-    ) -> None:
-        energy, widths, spans, total = [], [], {}, np.zeros(len(members))
-        at = 0
-        for path, plan in plans.items():
-            row = rows[path][members]
-            there = row >= 0
-            piece = np.zeros((len(members), plan.energy.shape[1]))
-            piece[there] = plan.energy[row[there]]
-            total[there] += (self.singular_values[path][row[there]] ** 2).sum(1)
-            energy.append(piece)
-            widths.append(plan.widths)
-            spans[path] = slice(at, at + piece.shape[1])
-            at += piece.shape[1]
-        if not plans:
-            return
-        E, cost = np.concatenate(energy, 1), np.concatenate(widths) / 8
-        pair = np.ones(len(cost), bool)
-        if self.options.coded:
-            assert self.options.bits is not None
-            bits = bits_for_bytes(E, cost, pair, self.options.bits * ((E > 0) * cost).sum(1))
-            spread = np.ones(len(members))
-        else:
-            allowed = (1 - SLACK) * self.tolerances[members] ** 2 * total
-            bits = bits_for_error(E, cost, pair, allowed)
-            # What the levels leave of the budget is spread in proportion, so that the sum is it.
-            spent = np.asarray(predicted_error(E, pair, bits))
-            spread = np.divide(allowed, spent, out=np.ones_like(spent), where=spent > 0)
-        for path, span in spans.items():
-            row = rows[path][members]
-            if self.options.coded:
-                value = (bits[:, span] * cost[span]).sum(1)
-            else:
-                value = np.asarray(predicted_error(E[:, span], True, bits[:, span]))
-            amounts[path][row[row >= 0]] = (value * spread)[row >= 0]
-
     # Second pass
 
-    def write_plans(self, writer: ShardWriter, plans: Mapping[str, ModulePlan]) -> Written:
-        """Code every module as planned into one shard, measured as it is written."""
+    def write_plans(
+        self, writer: ShardWriter, plans: Mapping[str, ModulePlan], ahead: Ahead | None = None
+    ) -> Written:
+        """Code every module as planned into one shard, measured as it is written.
+
+        Args:
+            ahead: from the ledger, modules of a single block that are coded and booked already.
+        """
         c, n = self.collection, self.collection.folded
-        ledger = Ledger(self._budgets(plans), self.tolerances, self._totals())
+        budgets = module_budgets(
+            self.options, self.tolerances, self.stacks, self.singular_values, plans
+        )
+        ledger = Ledger(budgets, self.tolerances, self._totals())
+        known: Mapping[str, Coded] = {} if ahead is None else ahead(ledger)
         at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
         result = Written(writer.name, np.zeros(n), ledger.total, np.zeros(n), [])
         for j, path in enumerate(c.paths):
@@ -279,7 +233,7 @@ class Builder:
             sizes = np.zeros(len(c.names), np.int64)
             with writer.stream(f"m{j}") as stream:
                 if plan is not None and stack is not None:
-                    for members, coded in self._coded(stack, plan, ledger):
+                    for members, coded in self._coded(stack, plan, ledger, known.get(path)):
                         result.squared_error[members] += coded.squared_error
                         result.payload[members] += coded.payload
                         for i, record in zip(members.tolist(), coded.records, strict=True):
@@ -307,29 +261,40 @@ class Builder:
         return total
 
     def _coded(
-        self, stack: Stack, plan: ModulePlan, ledger: Ledger
+        self, stack: Stack, plan: ModulePlan, ledger: Ledger, known: Coded | None
     ) -> Iterator[tuple[np.ndarray, Coded]]:
         start = 0
-        flat_only = plan.flat is not None
-        for f, block in ((f, None) for f in stack.factors()) if flat_only else stack.pairs():
+        for f, decomposed in stack.pairs():
             rows = np.arange(start, start + len(f.members))
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
-            if block is None:
+            if known is not None:
+                coded = known
+            elif plan.flat is not None:
                 coded = code_flat(f, rows, plan, target)
             else:
-                coded = code_own_or_shared(self._cut(block), rows, plan, target, f)
+                block = self.cut(decomposed or f.decomposed()) if self.cuts else decomposed
+                coded = code_own_or_shared(f, rows, plan, target, block)
             if target.kind == "error":
-                coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
+                if known is None:
+                    coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
+                coded = self._not_bulky(f, stack.ranks[rows], stack.path, coded)
+                if known is None:
+                    ledger.book(stack.path, rows, f.members, coded.squared_error)
             yield f.members, coded
 
-    def _cut(self, block: Block) -> Block:
-        """The block without the directions that a rank or an energy drops."""
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank or an energy drops directions of an adapter's own."""
         o = self.options
-        if o.form not in ("svd", "auto") or (o.rank is None and o.energy is None):
+        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
+
+    def cut(self, block: Block) -> Block:
+        """The block without the directions that a rank or an energy drops."""
+        if not self.cuts:
             return block
         S = block.S.cpu().numpy()
-        keep = self.planner._kept(S)
+        keep = self.planner.kept(S)
         return Block(
             block.members,
             block.U,
@@ -348,31 +313,33 @@ class Builder:
         path: str,
     ) -> Coded:
         """Code again what overshot; at last store it exactly."""
-        raw = f.B.shape[1] + f.A.shape[2]
-        ranks = self.stacks[path].ranks[rows]
-        for attempt in range(5):
-            over = np.flatnonzero(coded.squared_error > ledger.limit(path, rows, f.members))
+        factor = np.ones(len(rows))
+        for attempt in range(_ATTEMPTS):
+            limit = ledger.limit(path, rows, f.members)
+            over = np.flatnonzero(coded.squared_error > limit)
             if not len(over):
                 break
-            if attempt == 4:
+            if attempt == _ATTEMPTS - 1:
                 coded = self._exact_rows(f, over, path, coded)
                 break
-            aim = ledger.limit(path, rows, f.members)[over] / np.maximum(
-                coded.squared_error[over], 1e-300
-            )
+            # On top of what earlier attempts asked for, which was not enough.
+            factor[over] *= 0.97 * limit[over] / coded.squared_error[over]
             again = f.take(over)
-            smaller = target.take(over, np.minimum(aim, 1.0) * 0.97 ** (attempt + 1))
+            smaller = target.take(over, factor[over])
             if plan.flat is not None:
                 redone = code_flat(again, rows[over], plan, smaller)
             else:
-                block = Block(again.members, *decompose(again.B, again.A))
-                redone = code_own_or_shared(block, rows[over], plan, smaller, again)
-            coded = replaced(coded, over, redone)
+                redone = code_own_or_shared(again, rows[over], plan, smaller)
+            coded = coded.replaced(over, redone)
+        return coded
+
+    def _not_bulky(self, f: Factors, ranks: np.ndarray, path: str, coded: Coded) -> Coded:
+        """Records that outgrew the tensors that they stand for give way to these."""
         itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
+        raw = f.B.shape[1] + f.A.shape[2]
         bulky = np.array([len(r) for r in coded.records]) > itemsize * raw * ranks
         if bulky.any():
             coded = self._exact_rows(f, np.flatnonzero(bulky), path, coded, only_smaller=True)
-        ledger.book(path, rows, f.members, coded.squared_error)
         return coded
 
     def _exact_rows(
@@ -487,9 +454,3 @@ def check_contract(names: list[str], error: np.ndarray, tolerances: np.ndarray) 
     for name, e, t in zip(names, error, tolerances, strict=True):
         if e > t * (1 + 1e-9):
             raise ToleranceError(f"{name!r} came out at error {e:.4g}, above its tolerance {t:.4g}")
-
-
-def _row_of(stack: Stack, count: int) -> np.ndarray:
-    rows = np.full(count, -1)
-    rows[stack.members] = np.arange(len(stack))
-    return rows

@@ -15,18 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import Adapter
 from ..errors import MismatchError, ToleranceError, UnknownNameError, did_you_mean
 from ..files import open_adapter
 from ..lowrank import LowRank
-from .build import Builder, check_contract, layout_entry
-from .collection import Collection, Handle, block_bytes, few_threads, named_handles
-from .entries import adapter_entries
-from .module_plan import FlatBases, ModulePlan, Shared
-from .plan import Options, Planner
+from .adding import write_added
+from .collection import Handle, named_handles
 from .shard import Shard, ShardWriter
-from .sides import Basis, basis_of
-from .stack import Block, Stack
 
 if TYPE_CHECKING:
     from .library import Library
@@ -81,198 +76,12 @@ def add_to(
                 f"the library already has an adapter {name!r}; use replace=True or another name"
             )
         manifest = copy.copy(t.manifest)
-        manifest["modules"] = copy.deepcopy(manifest["modules"])
+        manifest["modules"] = copied_modules(manifest["modules"])
         manifest["adapters"] = dict(manifest["adapters"])
-        writer, entry = _write_added(lib, t, manifest, name, handle, tolerance, form)
+        writer, entry = write_added(lib, t, manifest, name, handle, tolerance, form)
         manifest["adapters"][name] = entry
         _commit(t, manifest, writer)
     return float(entry["error"])
-
-
-def _write_added(
-    lib: Library,
-    t: Transaction,
-    manifest: dict[str, Any],
-    name: str,
-    handle: Handle,
-    tolerance: float | None,
-    form: str | None,
-) -> tuple[ShardWriter, dict[str, Any]]:
-    options = Options(**manifest["options"])
-    bound = options.tolerance if tolerance is None else tolerance
-    exact = form == "exact" or options.form == "exact" or bound == 0
-    if bound is not None:
-        options = Options(options.form if form is None else form, bound)
-    collection = Collection(
-        {name: handle},
-        exact={name} if exact else (),
-        block_bytes=block_bytes("1GiB"),
-        device=lib._device,
-    )
-    known = [m["path"] for m in manifest["modules"]]
-    collection.paths = known + [p for p in collection.paths if p not in set(known)]
-    for m in manifest["modules"]:
-        collection.shapes.setdefault(m["path"], tuple(m["shape"]))
-    bounds = np.full(collection.folded, bound or 0.0)
-    builder = Builder(collection, options, bounds)
-    with few_threads(collection.small):
-        plans = _plans_for(lib, builder, options, own_sides=form == "svd")
-        writer = t.new_shard(header_capacity=builder.header_capacity(plans))
-        written = builder.write_plans(writer, plans)
-    entries = adapter_entries(
-        collection, written, bounds, Options(**manifest["options"]), manifest["config"]
-    )
-    if bound is not None and collection.folded:
-        check_contract([name], np.array([entries[name]["error"]]), bounds)
-    for j, module in enumerate(written.modules):
-        if j == len(manifest["modules"]):
-            manifest["modules"].append(module)
-        for basis, segments in module.get("bases", {}).items():
-            manifest["modules"][j].setdefault("bases", {}).setdefault(basis, []).extend(segments)
-    entries[name]["layouts"] = _own_layouts(manifest["modules"], handle)
-    if not entries[name]["layouts"]:
-        del entries[name]["layouts"]
-    return writer, entries[name]
-
-
-def _own_layouts(modules: list[dict[str, Any]], handle: Handle) -> dict[str, Any]:
-    """Layouts that differ from the library's for the module."""
-    own = {}
-    for m in modules:
-        if m["path"] in handle.shapes:
-            mine = layout_entry(handle.layouts.get(m["path"], Layout()))
-            if mine != m.get("layout", {}):
-                own[m["path"]] = mine
-    return own
-
-
-def _plans_for(
-    lib: Library, builder: Builder, options: Options, own_sides: bool
-) -> dict[str, ModulePlan]:
-    """How each module of one new adapter is stored in the present bases."""
-    plans = {}
-    numbers = {m["path"]: j for j, m in enumerate(lib.modules)}
-    for path, stack in builder.stacks.items():
-        (block,) = list(stack.blocks())  # to the end, so that the stack keeps it
-        S = builder.singular_values[path] = block.S.cpu().numpy()
-        svd = builder.planner.svd(stack, S)
-        plans[path] = svd
-        j = numbers.get(path)
-        if j is None or own_sides:
-            continue
-        if "A0" in lib.modules[j].get("bases", {}):
-            plans[path] = _flat_plan(lib, j, builder.planner, stack, S) or svd
-            continue
-        sides = nearest_sides(lib, j, block)
-        if sides is None:
-            continue
-        shared = _shared_plan(builder.planner, lib.modules[j]["form"], stack, S, *sides)
-        candidates = [shared]
-        # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
-        if options.tolerance is not None and shared.nbytes > _CLOSE * svd.nbytes:
-            candidates.append(svd)
-            candidates += _extended(
-                builder.planner, lib.modules[j]["form"], stack, S, block, sides, options.tolerance
-            )
-        plans[path] = min(candidates, key=lambda plan: plan.nbytes)
-    return plans
-
-
-Numbered = tuple[int, Basis | None]
-
-
-def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbered] | None:
-    """The module's bases that miss least of an update; None where it shares nothing.
-
-    Returns:
-        ((number, U), (number, V)); a side that is the adapter's own is (−1, None).
-    """
-    found = lib.sides(j)
-    if not found["U"] and not found["V"]:
-        return None
-    chosen: list[Numbered] = []
-    for side, X in (("U", block.U), ("V", block.V)):
-        if len(found[side]) == 1:
-            chosen.append((0, found[side][0]))
-            continue
-        best: Numbered = (-1, None)
-        least = np.inf
-        for number, basis in enumerate(found[side]):
-            miss = X - basis.columns @ basis.coordinates(X)
-            lost = float(((miss.double() ** 2).sum(1) * block.S**2).sum())
-            if lost < least:
-                best, least = (number, basis), lost
-        chosen.append(best)
-    return chosen[0], chosen[1]
-
-
-def _shared_plan(
-    planner: Planner, form: str, stack: Stack, S: np.ndarray, U: Numbered, V: Numbered
-) -> ModulePlan:
-    shared = [None if b is None else Shared(np.array([g]), {g: b}) for g, b in (U, V)]
-    return planner.with_sides(form, stack, S, shared[0], shared[1])
-
-
-def _extended(
-    planner: Planner,
-    form: str,
-    stack: Stack,
-    S: np.ndarray,
-    block: Block,
-    sides: tuple[Numbered, Numbered],
-    tolerance: float,
-) -> list[ModulePlan]:
-    """Plans that append what the bases miss of the update to one side, or to each."""
-    (u, U), (v, V) = sides
-    longer = []
-    for basis, X, side in ((U, block.U, "U"), (V, block.V, "V")):
-        longer.append(
-            None if basis is None else _appended(basis, X, block.S, side, 0.5 * tolerance**2)
-        )
-    options: list[tuple[Numbered, Numbered]] = []
-    if longer[0] is not None:
-        options.append(((u, longer[0]), (v, V)))
-    if longer[1] is not None:
-        options.append(((u, U), (v, longer[1])))
-    if longer[0] is not None and longer[1] is not None:
-        options.append(((u, longer[0]), (v, longer[1])))
-    return [_shared_plan(planner, form, stack, S, *option) for option in options]
-
-
-def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Basis | None:
-    """The basis with the missing directions of X that matter; None if none does."""
-    total = float((S**2).sum())
-    if not total > 0:
-        return None
-    missing = ((X - basis.columns @ basis.coordinates(X)) * S.to(X.dtype)[:, None, :])[0]
-    directions, strength, _ = torch.linalg.svd(missing, full_matrices=False)
-    energy = (strength.double() ** 2).cpu().numpy() / total
-    tail = energy[::-1].cumsum()[::-1]
-    count = int((tail > share / 2).sum())
-    if count == 0:
-        return None
-    fresh = basis_of(directions, np.where(np.arange(len(energy)) < count, _NEW_BITS, 0), side)
-    return Basis(torch.cat([basis.columns, fresh.columns], 1), fresh.record, fresh.rank)
-
-
-def _flat_plan(
-    lib: Library, j: int, planner: Planner, stack: Stack, S: np.ndarray
-) -> ModulePlan | None:
-    from .flat import FlatSide
-
-    out, inner = stack.shape
-    r = int(stack.ranks[0])
-    try:
-        A = FlatSide(lib.basis(j, "A", 0, r), b"")
-        B = FlatSide(lib.basis(j, "B", 0, r), b"")
-    except (RuntimeError, ValueError):
-        return None
-    if A.rows.shape[1] != r * inner or B.rows.shape[1] != r * out:
-        return None  # another rank than the flattened factors have
-    wide = lib.modules[j].get("wide", False)
-    plan = planner.flat_plan(stack, S, FlatBases(A, B, wide))
-    svd = planner.svd(stack, S)
-    return plan if planner.options.tolerance is None or plan.nbytes <= svd.nbytes else svd
 
 
 # remove and refold
@@ -284,7 +93,7 @@ def remove_from(lib: Library, name: str) -> None:
         lib._entry(name)
         manifest = copy.copy(t.manifest)
         manifest["adapters"] = {k: v for k, v in manifest["adapters"].items() if k != name}
-        manifest["modules"] = copy.deepcopy(manifest["modules"])
+        manifest["modules"] = copied_modules(manifest["modules"])
         _commit(t, manifest, None)
 
 
@@ -350,6 +159,16 @@ class Stored:
 
 
 # Shards
+
+
+def copied_modules(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The manifest's modules, to be changed: only the lists of their bases' pieces ever are."""
+    return [
+        {**m, "bases": {name: list(pieces) for name, pieces in m["bases"].items()}}
+        if "bases" in m
+        else dict(m)
+        for m in modules
+    ]
 
 
 def _commit(t: Transaction, manifest: dict[str, Any], fresh: ShardWriter | None) -> None:

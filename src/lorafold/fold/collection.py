@@ -184,7 +184,7 @@ class Collection:
             for p in self.paths
             if p in self.handles[first[p]].layouts
         }
-        self._block_bytes, self._device = block_bytes, device
+        self.block_bytes, self._device = block_bytes, device
         self.num_parameters = sum(
             r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values()
         )
@@ -216,7 +216,7 @@ class Collection:
             np.array(members),
             ranks,
             read,
-            self._block_bytes,
+            self.block_bytes,
             self._device,
             self._keep,
         )

@@ -305,7 +305,8 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape.
             RefusedError: ΔW algebra would be wrong.
         """
-        from .change import nearest_sides, one_handle
+        from .adding import nearest_sides
+        from .change import one_handle
 
         _, handle = one_handle(adapter)
         if handle.refusal:
@@ -323,8 +324,9 @@ class Library(Mapping[str, Adapter]):
                 lost += norm
                 continue
             (_, U), (_, V) = sides
-            left, right = projected(block, U, V)
-            lost += float(squared_norms(*residual(block, left, right, U, V)))
+            f = block.factors()
+            left, right = projected(f, U, V)
+            lost += float(squared_norms(*residual(f, left, right, U, V)))
             loadings[path] = (left @ right)[0]
         return Projection(loadings, (lost / total) ** 0.5 if total > 0 else 0.0)
 

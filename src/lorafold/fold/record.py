@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from .coder import (
     rows_nbytes,
     write_rows,
 )
-from .sides import Basis, core_svd, projected, residual, weighted_norms
+from .sides import Bases, Side, core_svd, projected, residual, weighted_norms
 from .stack import Block, Factors, decompose, squared_differences
 
 # Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
@@ -52,27 +52,31 @@ class Target:
         kind: "error": squared error at most `amount`; "bytes": payload at most `amount` bytes;
             "bits": every kept component at `amount` bits (16 or 32).
         amount: (n,) float64.
+        together: the rows are modules of one adapter: what counts is the sum of the amounts.
     """
 
     kind: str
     amount: np.ndarray
+    together: bool = False
 
     def bits(self, energy: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """(n, k) bits for components of these energies (n, k) at these bytes a bit (k,)."""
-        pair = np.ones(energy.shape[1], bool)
         if self.kind == "bits":
             return np.where(energy > 0, self.amount[:, None], 0).astype(np.int64)
         rule = bits_for_error if self.kind == "error" else bits_for_bytes
-        return rule(energy, cost, pair, self.amount)
+        if self.together:
+            every = rule(energy.reshape(-1), np.tile(cost, len(energy)), True, self.amount.sum())
+            return every.reshape(energy.shape)
+        return rule(energy, cost, True, self.amount)
 
     def less(self, lost: np.ndarray) -> Target:
         """What is left of an error budget after a squared error that no bits can mend."""
         if self.kind != "error":
             return self
-        return Target(self.kind, np.maximum(self.amount - lost, 0.05 * self.amount))
+        return replace(self, amount=np.maximum(self.amount - lost, 0.05 * self.amount))
 
     def take(self, rows: np.ndarray, factor: np.ndarray | float = 1.0) -> Target:
-        return Target(self.kind, self.amount[rows] * factor)
+        return replace(self, amount=self.amount[rows] * factor)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class _Part:
     left: Tensor  # (n, du, k) orthonormal
     S: Tensor  # (n, k)
     right: Tensor  # (n, dv, k)
-    U: Basis | None
-    V: Basis | None
+    U: Side
+    V: Side
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -91,7 +95,7 @@ class _Part:
         """Factors (n, out, k), (n, k, in) of a core's factors."""
         if self.U is not None:
             left = self.U.columns @ left
-        return left, right if self.V is None else right @ self.V.columns.T
+        return left, right if self.V is None else right @ self.V.columns.mT
 
     def apart(self, core: tuple[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Factors of this part less those of a coded core, to be concatenated."""
@@ -112,83 +116,140 @@ class Coded:
     squared_error: np.ndarray
     payload: np.ndarray
 
+    def row(self, k: int) -> Coded:
+        """One of them alone."""
+        row = slice(k, k + 1)
+        return Coded(self.records[row], self.squared_error[row], self.payload[row])
+
+    def replaced(self, rows: np.ndarray, by: Coded) -> Coded:
+        """These with some rows replaced, in order, by those of another."""
+        records = list(self.records)
+        error, payload = self.squared_error.copy(), self.payload.copy()
+        for k, record in zip(rows.tolist(), by.records, strict=True):
+            records[k] = record
+        error[rows], payload[rows] = by.squared_error, by.payload
+        return Coded(records, error, payload)
+
 
 def code_block(
-    block: Block,
+    block: Block | Factors,
     target: Target,
-    ids: Sides = (None, None),
-    U: Basis | None = None,
-    V: Basis | None = None,
+    ids: Sides | list[Sides] = (None, None),
+    U: Side = None,
+    V: Side = None,
     against: Factors | None = None,
+    core: tuple[Tensor, Tensor] | None = None,
 ) -> Coded:
-    """Code a block whose adapters all use the same sides.
+    """Code a block whose rows all use the same sides, or sides of one width each.
 
     Args:
-        block: n updates. target: what each must meet.
-        ids: the numbers of the shared bases U and V (None where the side is the update's own).
+        block: n updates; in the gauge they have where sides are shared, which must not be a bad
+            one. target: what each must meet.
+        ids: the numbers of the shared bases U and V (None where the side is the update's own):
+            one pair, or one for each row.
         against: the updates as they came, which the error is measured against; the block when
             None. In a bad gauge the decomposition itself is off by more than a small tolerance.
+        core: what `projected` gives, where that is known.
     """
-    parts, lost, known = _parts(block, target, U, V)
+    lost = np.zeros(len(block.members))
+    if (U is not None or V is not None) and target.kind == "error":
+        core = projected(block.factors(), U, V) if core is None else core
+        missed = block.square() - weighted_norms(*core, U, V)
+        lost = missed.clamp_min(0).cpu().numpy()
+    over = lost > _RESIDUAL * target.amount
+    if not over.any() or over.all():
+        return _code(block, target, ids, U, V, against, core, lost, bool(over.any()))
+    found = Coded([b""] * len(over), lost.copy(), lost.copy())
+    for rows in (np.flatnonzero(~over), np.flatnonzero(over)):
+        index = torch.as_tensor(rows, device=block.square().device)
+        part = _code(
+            block.take(rows),
+            target.take(rows),
+            [ids[k] for k in rows.tolist()] if isinstance(ids, list) else ids,
+            U.take(rows) if isinstance(U, Bases) else U,
+            V.take(rows) if isinstance(V, Bases) else V,
+            None if against is None else against.take(rows),
+            None if core is None else (core[0][index], core[1][index]),
+            lost[rows],
+            bool(over[rows[0]]),
+        )
+        found = found.replaced(rows, part)
+    return found
+
+
+def _code(
+    block: Block | Factors,
+    target: Target,
+    ids: Sides | list[Sides],
+    U: Side,
+    V: Side,
+    against: Factors | None,
+    core: tuple[Tensor, Tensor] | None,
+    lost: np.ndarray,
+    rest: bool,
+) -> Coded:
+    """Code rows that all get a residual of their own beside what is on shared sides, or none do.
+
+    Args:
+        lost: (n,) squared norm that the shared sides miss. rest: whether to code that, too.
+    """
+    parts = _parts(block, U, V, core, rest)
+    total = block.square().cpu().numpy()
+    # Where the bases are orthogonal to what they miss, and that is no small difference.
+    known = U is not None and V is not None and target.kind == "error" and not rest
+    known = known and bool((target.amount >= _PLAIN * total).all())
+    lost = np.zeros_like(lost) if rest else lost
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     bits = target.less(lost).bits(energy, cost)
     cores = []
     records = [b""] * len(block.members)
+    numbers = ids if isinstance(ids, list) else [ids] * len(records)
     start = 0
     for p in parts:
         stop = start + p.S.shape[1]
-        left, right, coded = _code_part(p, bits[:, start:stop], ids)
+        left, right, coded = _code_part(p, bits[:, start:stop], numbers)
         cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    if known and not _bad_gauge(block, against):
+    if known and (against is None or against is block or not _bad_gauge(block, against)):
         # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
         left, right = (
             torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
         )
         error = lost + weighted_norms(left, right, U, V).cpu().numpy()
     else:
-        own = against or Factors(
-            block.members, block.U * block.S.to(block.U.dtype)[:, None, :], block.V.mT
-        )
+        own = against or block.factors()
         whole = [p.unfolded(*core) for p, core in zip(parts, cores, strict=True)]
         left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
         error = squared_differences(own.B, own.A, left, right).cpu().numpy()
     return Coded(records, error, (bits * cost).sum(1))
 
 
-def _bad_gauge(block: Block, factors: Factors | None) -> bool:
+def _bad_gauge(block: Block | Factors, factors: Factors) -> bool:
     """Whether ‖A‖ ‖B‖ is so far above ‖ΔW‖ that the decomposition itself has lost digits."""
-    if factors is None:
-        return False
     size = factors.A.norm(dim=(1, 2)) * factors.B.norm(dim=(1, 2))
-    return bool((size > 1e3 * block.S.norm(dim=1)).any())
+    return bool((size > 1e3 * block.square().sqrt()).any())
 
 
 def _parts(
-    block: Block, target: Target, U: Basis | None, V: Basis | None
-) -> tuple[list[_Part], np.ndarray, bool]:
-    """The parts to be coded, the squared norm (n,) outside of all of them, and whether that norm is
-    exact enough to be stated (otherwise the whole is to be compared).
-    """
-    none = np.zeros(len(block.members))
+    block: Block | Factors, U: Side, V: Side, core: tuple[Tensor, Tensor] | None, rest: bool
+) -> list[_Part]:
+    """The parts to be coded: the update on its sides, and what is missing there if `rest`."""
     if U is None and V is None:
-        return [_Part(block.U, block.S, block.V, None, None)], none, False
-    left, right = projected(block, U, V)
+        own = block if isinstance(block, Block) else block.decomposed()
+        return [_Part(own.U, own.S, own.V, None, None)]
+    f = block.factors()
+    left, right = projected(f, U, V) if core is None else core
     parts = [_Part(*core_svd(left, right), U, V)]
-    if target.kind != "error":
-        return parts, none, False
-    total = (block.S**2).sum(1)
-    lost = (total - weighted_norms(left, right, U, V)).clamp_min(0).cpu().numpy()
-    if (lost > _RESIDUAL * target.amount).any():
-        rest = decompose(*residual(block, left, right, U, V))
-        return [*parts, _Part(*rest, None, None)], none, False
-    fine = (target.amount >= _PLAIN * total.cpu().numpy()).all()
-    return parts, lost, bool(fine) and U is not None and V is not None
+    if rest:
+        parts.append(_Part(*decompose(*residual(f, left, right, U, V)), None, None))
+    return parts
 
 
-def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, list[bytes]]:
+def _code_part(
+    p: _Part, bits: np.ndarray, ids: Sequence[Sides]
+) -> tuple[Tensor, Tensor, list[bytes]]:
     """Code one part of every adapter; its core's factors as decoded, and a record each."""
     n, k = bits.shape
     flat = bits.reshape(-1)
@@ -200,7 +261,7 @@ def _code_part(p: _Part, bits: np.ndarray, ids: Sides) -> tuple[Tensor, Tensor, 
     c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
     hats = [side.hat.reshape(n, k, -1) for side in coded]
     left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
-    return left, hats[1], [_pairs_record(coded, bits, c, i, p, ids) for i in range(n)]
+    return left, hats[1], [_pairs_record(coded, bits, c, i, p, ids[i]) for i in range(n)]
 
 
 def _pairs_record(

@@ -41,8 +41,19 @@ class Block:
 
     def take(self, rows: np.ndarray) -> Block:
         """The block of some of its rows."""
+        if len(rows) == len(self.members):
+            return self  # rows ascend: it is all of them
         index = torch.as_tensor(rows, device=self.U.device)
         return Block(self.members[rows], self.U[index], self.S[index], self.V[index])
+
+    def factors(self) -> Factors:
+        """The same updates as U S and Vᵀ, an even gauge."""
+        return Factors(self.members, self.U * self.S.to(self.U.dtype)[:, None, :], self.V.mT)
+
+    def square(self) -> Tensor:
+        """‖ΔW_i‖², (n,) float64."""
+        square: Tensor = (self.S**2).sum(1)
+        return square
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,18 @@ class Factors:
             return self  # rows ascend: it is all of them
         index = torch.as_tensor(rows, device=self.B.device)
         return Factors(self.members[rows], self.B[index], self.A[index])
+
+    def factors(self) -> Factors:
+        """These, as `Block.factors` gives them."""
+        return self
+
+    def square(self) -> Tensor:
+        """‖ΔW_i‖², (n,) float64."""
+        return squared_norms(self.B, self.A)
+
+    def decomposed(self) -> Block:
+        """The updates by their singular values."""
+        return Block(self.members, *decompose(self.B, self.A))
 
 
 class Stack:
@@ -97,7 +120,7 @@ class Stack:
         self.ranks = ranks
         self.device = device
         self._read = read
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
         self._keep = keep
         self._read_already: list[Factors] | None = None
         self._decomposed: list[Block] | None = None
@@ -123,25 +146,15 @@ class Stack:
             yield f
         self._read_already = keep
 
-    def blocks(self) -> Iterator[Block]:
-        """The blocks decomposed, in order; a stack of few blocks stays in memory until `forget`."""
-        if self._decomposed is not None:
-            yield from self._decomposed
-            return
-        small = self.nbytes <= _KEPT_BLOCKS * self._block_bytes
-        keep: list[Block] | None = [] if small else None
-        for f in self.factors():
-            block = Block(f.members, *decompose(f.B, f.A))
-            if keep is not None:
-                keep.append(block)
-            yield block
-        self._decomposed = keep
-
-    def pairs(self) -> Iterator[tuple[Factors, Block]]:
-        """The blocks as read and decomposed, in order."""
+    def pairs(self) -> Iterator[tuple[Factors, Block | None]]:
+        """The blocks as read, in order, each with its decomposition where that was kept."""
         known = self._decomposed
         for k, f in enumerate(self.factors()):
-            yield f, known[k] if known is not None else Block(f.members, *decompose(f.B, f.A))
+            yield f, None if known is None else known[k]
+
+    def keep(self, factors: Factors, block: Block) -> None:
+        """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""
+        self._read_already, self._decomposed = [factors], [block]
 
     def kept(self) -> list[Factors] | None:
         """All the blocks as read, where they stay in memory; None where they don't."""
@@ -152,7 +165,7 @@ class Stack:
 
     @property
     def _stays(self) -> bool:
-        return self._keep or self.nbytes <= _KEPT_BLOCKS * self._block_bytes
+        return self._keep or self.nbytes <= _KEPT_BLOCKS * self.block_bytes
 
     def forget(self) -> None:
         """Drop what is kept in memory, unless all of the collection may be."""
@@ -165,19 +178,30 @@ class Stack:
         start, top = 0, 0
         for row, rank in enumerate(self.ranks.tolist()):
             top = max(top, rank)
-            if row > start and (row + 1 - start) * top * width > self._block_bytes:
+            if row > start and (row + 1 - start) * top * width > self.block_bytes:
                 yield np.arange(start, row)
                 start, top = row, rank
         yield np.arange(start, len(self))
 
     def _load(self, rows: np.ndarray) -> Factors:
-        r = int(self.ranks[rows].max())
-        B, A, scales = zip(*(self._read(int(self.members[row])) for row in rows), strict=True)
-        lefts = _stacked([_padded(b, 1, r) for b in B], self.device)
-        rights = _stacked([_padded(a, 0, r) for a in A], self.device)
-        if any(scale != 1 for scale in scales):
-            lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
-        return Factors(self.members[rows], lefts, rights)
+        members = self.members[rows]
+        parts = [self._read(int(i)) for i in members]
+        return joined_factors(members, parts, self.device)
+
+
+def joined_factors(
+    members: np.ndarray,
+    parts: Sequence[tuple[Tensor, Tensor, float]],
+    device: torch.device | str | None = None,
+) -> Factors:
+    """Updates (B, A, scale) of one shape as one batch, each scale multiplied into B."""
+    B, A, scales = zip(*parts, strict=True)
+    r = max(a.shape[0] for a in A)
+    lefts = _stacked([_padded(b, 1, r) for b in B], device)
+    rights = _stacked([_padded(a, 0, r) for a in A], device)
+    if any(scale != 1 for scale in scales):
+        lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
+    return Factors(members, lefts, rights)
 
 
 def _padded(t: Tensor, axis: int, r: int) -> Tensor:
@@ -272,6 +296,22 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     if len(poor):
         square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
     return square.clamp_min(0)
+
+
+def tamed(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor, bool]:
+    """Updates in factors whose float32 products are good: as they are, unless their gauge is bad.
+
+    Args:
+        exact: take the Grams in float64, otherwise good to 1e-6 only.
+
+    Returns:
+        The factors, BᵀB and A Aᵀ (n, r, r) float64, and whether the factors are the given ones.
+    """
+    G_B, G_A = (gram(X) if exact else (X.mT @ X).double() for X in (f.B, f.A.mT))
+    if _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+        return f, G_B, G_A, True
+    even = f.decomposed().factors()
+    return even, gram(even.B), gram(even.A.mT), False
 
 
 def _inner(X: Tensor, Y: Tensor) -> Tensor:

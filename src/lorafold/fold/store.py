@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import FileError
 from ..files.atomic import new_directory, replace_file, sync_directory, writer_lock
 from .shard import Shard, ShardInfo, ShardWriter
-from .store_manifest import MANIFEST, SHARD_NAME, manifest_bytes, parse_manifest, read_manifest
+from .store_manifest import MANIFEST, SHARD_NAME, KnownEntries, parse_manifest, read_manifest
 
 _LOCK = ".lock"
 _LEFT_BY_WRITERS = re.compile(rf"{SHARD_NAME.pattern}|\.{re.escape(MANIFEST)}\.[0-9a-f]{{16}}\.tmp")
@@ -58,6 +58,7 @@ class Store:
         self.manifest: dict[str, Any] = {}
         self.shards: dict[str, Shard] = {}
         self._raw = b""  # the manifest as written
+        self._entries = KnownEntries()
         self._alone = threading.Lock()  # what the lock file is to a store on disk
 
     @classmethod
@@ -233,7 +234,7 @@ class Transaction:
             place.enter_context(_held(store._alone, self._timeout))
         elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
             place.enter_context(writer_lock(store.path / _LOCK, self._timeout))
-            place.enter_context(_without_leftovers(store.path))
+            place.enter_context(_without_leftovers(store, store.path))
             self._folder, self._in_place = store.path, True
         else:
             folder = new_directory(store.path, overwrite=self._kind == "overwrite")
@@ -300,8 +301,7 @@ class Transaction:
                 # Opened before the manifest names them: what can't be opened is not committed.
                 shards[writer.name] = Shard.of(writer)
         infos = {name: shard.info for name, shard in shards.items() if shard.info is not None}
-        raw = manifest_bytes(manifest, infos)
-        parsed, _ = parse_manifest(raw, self._store.path)
+        raw, parsed = self._store._entries.made(manifest, infos)
         if self._folder is not None:
             self._check_undisturbed()
             sync_directory(self._folder)  # the shards' names are safe before the manifest has them
@@ -355,19 +355,21 @@ def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_leftovers(folder: Path) -> Iterator[None]:
+def _without_leftovers(store: Store, folder: Path) -> Iterator[None]:
     """Remove what no manifest names, of killed writers before the block and of this one after."""
-    _remove_leftovers(folder)
+    _remove_leftovers(store, folder)
     try:
         yield
     finally:
-        _remove_leftovers(folder)
+        _remove_leftovers(store, folder)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(store: Store, folder: Path) -> None:
     try:
         # What counts is the disk: a failed commit may have replaced the manifest or not.
-        _, named = parse_manifest(read_manifest(folder), folder)
+        raw = read_manifest(folder)
+        known = bool(store._raw) and raw == store._raw
+        named = set(store.shards if known else parse_manifest(raw, folder)[1])
         names = os.listdir(folder)
     except (FileError, OSError):
         return

@@ -22,6 +22,7 @@ VERSION = 1
 MANIFEST = "library.json"
 SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def read_manifest(path: Path) -> bytes:
@@ -97,14 +98,9 @@ def manifest_bytes(manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo])
     Raises:
         FileError: it has no form in JSON.
     """
-    own = {
-        name: {"bytes": i.nbytes, "header_sha256": i.header_sha256, "data_sha256": i.data_sha256}
-        for name, i in shards.items()
-    }
-    rest = {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")}
-    whole = {"format": FORMAT, "version": VERSION, **rest, "shards": own}
+    whole = _whole(manifest, shards)
     try:
-        text = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _encode(whole)
     except (TypeError, ValueError, RecursionError) as e:
         raise FileError(f"the manifest can't be written as JSON: {e}") from e
     try:
@@ -117,3 +113,59 @@ def manifest_bytes(manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo])
             around = text[max(0, pair.start() - 20) : pair.end() + 20]
             raise FileError(f"the manifest can't hold a pair of surrogates: {around!r}") from None
         return json.dumps(whole, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _whole(manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo]) -> dict[str, Any]:
+    own = {
+        name: {"bytes": i.nbytes, "header_sha256": i.header_sha256, "data_sha256": i.data_sha256}
+        for name, i in shards.items()
+    }
+    rest = {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")}
+    return {"format": FORMAT, "version": VERSION, **rest, "shards": own}
+
+
+class KnownEntries:
+    """Makes manifests that mostly repeat the one before, and encodes only what is new in them.
+
+    An entry is one item of an object of the manifest, such as one adapter. Entries are replaced,
+    never changed in place, so one that is the same object as before has the same text. With a
+    thousand adapters, to encode and to parse all of them takes as long as to code a new one.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, tuple[Any, str]]] = {}  # object -> name -> entry, text
+
+    def made(
+        self, manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo]
+    ) -> tuple[bytes, dict[str, Any]]:
+        """What `manifest_bytes` gives, and what parsing that gives.
+
+        Raises:
+            FileError: it has no form in JSON.
+        """
+        parsed: dict[str, Any] = {}
+        parts = []
+        try:
+            for key, value in _whole(manifest, shards).items():
+                text, parsed[key] = self._object(key, value)
+                parts.append(f"{_encode(key)}:{text}")
+            return ("{" + ",".join(parts) + "}").encode(), parsed
+        except (TypeError, ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+            raw = manifest_bytes(manifest, shards)
+            return raw, parse_manifest(raw, None)[0]
+
+    def _object(self, key: str, value: Any) -> tuple[str, Any]:
+        if type(value) is not dict or not all(type(name) is str for name in value):
+            text = _encode(value)
+            return text, json.loads(text)
+        known = self._known.get(key, {})
+        found: dict[str, tuple[Any, str]] = {}
+        for name, entry in value.items():
+            before = known.get(name)
+            if before is None or before[0] is not entry:
+                text = _encode(entry)
+                before = (json.loads(text), text)
+            found[name] = before
+        self._known[key] = found
+        text = ",".join(f"{_encode(name)}:{text}" for name, (_, text) in found.items())
+        return "{" + text + "}", {name: entry for name, (entry, _) in found.items()}
