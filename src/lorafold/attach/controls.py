@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ SCALINGS: dict[str, Callable[[float], float]] = {
     "sqrt": math.sqrt,
 }
 EVERYTHING = 1 << 30  # a rank that no module has
+
+# Of a uniform selection at one layer: by group, (slot, coefficient, rank); and (key, coefficient,
+# rank) of the trainable adapters.
+Numbers: TypeAlias = "tuple[dict[str, list[tuple[int, float, int]]], list[tuple[str, float, int]]]"
 
 
 @dataclass
@@ -77,22 +81,16 @@ class LayerControls:
     gate: Tensor
     w: dict[str, Tensor] = field(default_factory=dict)
     trained_w: dict[str, Tensor] = field(default_factory=dict)
-    _items: tuple[int, Any, Any] = (-1, None, None)
 
     @property
     def items(self) -> dict[str, list[tuple[int, float, int]]]:
         """By group, (slot, coefficient, rank) of a uniform selection."""
-        return self._current()[1]  # type: ignore[no-any-return]
+        return self.controls.numbers()[self.index][0]
 
     @property
     def trained(self) -> list[tuple[str, float, int]]:
         """(key, coefficient, rank) of the trainable adapters of a uniform selection."""
-        return self._current()[2]  # type: ignore[no-any-return]
-
-    def _current(self) -> tuple[int, Any, Any]:
-        if self._items[0] != self.controls.version:
-            self._items = (self.controls.version, *self.controls.uniform_at(self.index))
-        return self._items
+        return self.controls.numbers()[self.index][1]
 
 
 class Controls:
@@ -116,8 +114,9 @@ class Controls:
     ) -> None:
         self.tables, self.trained = tables, trained
         self.uniform: Selection | None = None
-        self.all_on, self.any_on, self.version = False, False, 0
+        self.all_on, self.any_on = False, False
         self.gates: list[float] = [0.0]
+        self._numbers: list[Numbers] | None = None
         self._grouped: dict[torch.device, Grouping | None] = {}
         self._entries: list[tuple[int, int]] = []
         self._slots: dict[str, int] = {}
@@ -183,8 +182,8 @@ class Controls:
         self.gates = gates
         self._slots, self._keys = dict(slots), dict(keys)
         self._scaling, self._paths = scaling, paths
-        self.version += 1
         self._grouped.clear()
+        self._numbers = None
         ids, c = self._mixes(selection)
         values = {
             "ids": ids,
@@ -219,7 +218,7 @@ class Controls:
                 slot = self._slots.get(name)
                 if slot is not None:
                     ids[i][j], c[i][j] = slot, value
-                    if row.on and value != 0:
+                    if value != 0 and row.rank != 0:
                         self._entries.append((slot, i * width + j))
         return torch.tensor(ids), torch.tensor(c, dtype=torch.float64)
 
@@ -244,33 +243,34 @@ class Controls:
         coefficient = c * scales[:, None] * _factors(self._scaling, have, k)
         return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
 
-    # Eager and uniform: what applies at one layer, as numbers
+    def numbers(self) -> list[Numbers]:
+        """What applies at each layer for a uniform selection, in eager mode."""
+        if self._numbers is None:
+            self._numbers = self._find_numbers()
+        return self._numbers
 
-    def uniform_at(self, index: int) -> tuple[dict[str, Any], list[Any]]:
-        """See `LayerControls.items` and `trained`."""
+    def _find_numbers(self) -> list[Numbers]:
         assert self.uniform is not None
         (row,) = self.uniform.rows
-        rank = ranks_at(row.rank, [self._paths[index]])[0]
-        items: dict[str, list[tuple[int, float, int]]] = {}
-        trained = []
-        for name, c in row.mix:
-            if c == 0 or rank == 0:
+        ranks = ranks_at(row.rank, self._paths)
+        found: list[Numbers] = [({}, []) for _ in ranks]
+        for name, c in row.mix if row.on else ():
+            if c == 0:
                 continue
             if name in self._keys:
                 key = self._keys[name]
-                have = int(self.trained[key][0][index])
-                k = min(rank, have)
-                if k:
-                    trained.append((key, c * self._scaling(have / k), k))
+                for at, rank, have in zip(found, ranks, self.trained[key][0].tolist(), strict=True):
+                    if k := min(rank, have):
+                        at[1].append((key, c * self._scaling(have / k), k))
                 continue
             slot = self._slots[name]
             for group, t in self.tables.items():
-                have = int(t.ranks[slot, index])
-                k = min(max(0, rank - int(t.first[slot, index])), have)
-                if k:
-                    coefficient = c * float(t.scales[slot, index]) * self._scaling(have / k)
-                    items.setdefault(group, []).append((slot, coefficient, k))
-        return items, trained
+                columns = (column[slot].tolist() for column in (t.ranks, t.first, t.scales))
+                for at, rank, have, first, scale in zip(found, ranks, *columns, strict=True):
+                    if k := min(max(0, rank - first), have):
+                        item = (slot, c * scale * self._scaling(have / k), k)
+                        at[0].setdefault(group, []).append(item)
+        return found
 
 
 def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
