@@ -48,10 +48,11 @@ class Fresh(nn.Module):
         """y plus coefficient · ΔW x at rank prefix k."""
         x = self._dropped(x)
         # Summed before they are added, so that a start cancels to the rounding of its own size.
-        delta: Any = 0
+        delta: Any = None
         for A, B, g in self.parts(k):
             h = _times(self.kind.down(layer, x, A), g * (coefficient * self.scale), self.kind)
-            delta = delta + self.kind.up(layer, h, B)
+            part = self.kind.up(layer, h, B)
+            delta = part if delta is None else delta + part
         total: Tensor = y + delta.to(y.dtype)
         return total
 
@@ -59,13 +60,14 @@ class Fresh(nn.Module):
         """y plus each row's own share; w (rows, r) weights of the ranks, scale included."""
         x = self._dropped(x)
         weights = w.repeat_interleave(y.shape[0] // len(w), 0)
-        delta: Any = 0
+        delta: Any = None
         for A, B, g in self.parts(self.rank):
             h = self.kind.down(layer, x, A)
             channel = self.kind.channel % h.ndim
             shape = [h.shape[0] if d == 0 else -1 if d == channel else 1 for d in range(h.ndim)]
             h = (_times(h, g, self.kind) * weights.view(shape)).to(h.dtype)
-            delta = delta + self.kind.up(layer, h, B)
+            part = self.kind.up(layer, h, B)
+            delta = part if delta is None else delta + part
         total: Tensor = y + delta.to(y.dtype)
         return total
 
