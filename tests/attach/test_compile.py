@@ -180,6 +180,19 @@ def test_attaching_after_compiling(small, adapters, x):
         assert torch.equal(fast(x), base(x))
 
 
+def test_a_compiled_model_is_attached_by_its_own_names(small, adapters, x):
+    net, base = small(), small()
+    fast = torch.compile(net, backend="eager", fullgraph=True)
+    live = lf.attach(fast, adapters)
+    assert lf.Live.of(fast) is live
+    assert live.model is net
+    with live.use("a"), torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), **CLOSE)
+        assert not torch.equal(net(x), base(x))
+    live.detach()
+    assert torch.equal(net(x), base(x))
+
+
 def test_generation_compiles_no_more_than_the_base():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -164,6 +164,14 @@ def test_replacing_what_is_kept(live, three, net, base, x, expected):
         torch.testing.assert_close(net(x), wanted, **TIGHT)
 
 
+def test_one_at_a_time(live, three, gives):
+    with pytest.raises(MismatchError, match="add takes one adapter at a time, not a dict"):
+        live.add({"x": three["a"]}, "x")
+    with pytest.raises(MismatchError, match="not a int"):
+        live.add(3, "x")
+    assert gives({})
+
+
 @pytest.mark.parametrize("name", ["", 3, None])
 def test_names_are_texts(live, three, name):
     with pytest.raises(MismatchError, match="non-empty text"):

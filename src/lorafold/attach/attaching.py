@@ -87,6 +87,9 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
+    if type(model).__name__ == "OptimizedModule":
+        wrapped: Any = model
+        model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
     if any(isinstance(module, Swapped) for module in model.modules()):
         raise RefusedError(
             "adapters are attached to this model already: add to that handle (live.add), or "
@@ -142,6 +145,8 @@ def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> 
         raise MismatchError(
             f"an adapter {name!r} is attached already; use replace=True or another name"
         )
+    if isinstance(x, Library | Mapping) and not isinstance(x, Adapter):
+        raise MismatchError(f"add takes one adapter at a time, not a {type(x).__name__}")
     source, slots = _source(x), live.slots
     before = slots.rank, slots.dtype
     if isinstance(source, Adapter) and not trainable:
