@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "safetensors", "peft", "vlora-dev")
+PACKAGES = ("torch", "numpy", "safetensors", "peft", "vlora-dev", "bitsandbytes", "torchao")
 
 
 def arguments(question: str, add: Callable[[argparse.ArgumentParser], object] | None = None) -> Any:
