@@ -719,3 +719,34 @@ def test_peft_on_the_same_base(wide, x, options):
     live = lf.attach(wide, lf.Adapter(modules))
     with torch.no_grad(), live.use("default"):
         torch.testing.assert_close(wide(x), theirs(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_base_as_transformers_quantises_it(bits):
+    tf = pytest.importorskip("transformers")
+    from lorafold.demo.model import data_dir
+
+    config = tf.BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_threshold=0.0,
+    )
+    options = {"dtype": torch.float32, "device_map": "cpu"}
+    load = tf.AutoModelForCausalLM.from_pretrained
+    theirs = load(data_dir() / "base", quantization_config=config, **options)
+    mine = load(data_dir() / "base", **options)
+    lf.quantize_base(mine, bits)
+    tokens = torch.arange(32)[None]
+    adapter = lf.load(data_dir() / "adapters" / "roman")
+    outputs = []
+    for model in (theirs, mine):
+        live = lf.attach(model, adapter)
+        with torch.no_grad(), live.use("default"):
+            outputs.append(model(tokens).logits)
+            lf.dequantize(model)
+            live.merge()
+            off = (model(tokens).logits - outputs[-1]).norm() / outputs[-1].norm()
+        assert off < (1e-5 if bits == 4 else 0.03)  # in 8 bits the inputs were rounded as well
+    assert torch.equal(*outputs)
