@@ -45,6 +45,25 @@ class Net(nn.Module):
         return self.lm_head(h)
 
 
+class Wide(nn.Module):
+    """Tokens (n, length) to logits, through two blocks of width 64; its weights fit all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 64)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(64, 128), "down": nn.Linear(128, 64, bias=False)})
+            for _ in range(2)
+        )
+        self.lm_head = nn.Linear(64, 13)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = h + layer["down"](torch.tanh(layer["up"](h)))
+        return self.lm_head(h)
+
+
 def _net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -201,3 +220,11 @@ def small_state() -> Callable[..., dict[str, Tensor]]:
 def small(make_adapter: Callable[..., Adapter]) -> Adapter:
     """An adapter for the two layers of `small_state`."""
     return make_adapter({f"layers.{n}.q": (6, 4) for n in range(2)}, 2)
+
+
+@pytest.fixture
+def wide() -> Wide:
+    """A model wide enough to be quantised, float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Wide().eval()
