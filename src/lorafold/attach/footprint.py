@@ -69,8 +69,8 @@ class Footprint:
     double_quant: bool
     compute_dtype: torch.dtype | None
     scale_dtype: torch.dtype
-    before: int
-    after: int
+    before: int = 0
+    after: int = 0
     forward_error: float | None = None
     adapters: int = 0
 

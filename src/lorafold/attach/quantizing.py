@@ -80,8 +80,8 @@ def quantize_base(
         Bytes before and after, and the errors; `print` gives a table.
 
     Raises:
-        MismatchError: an option or a size that is not supported, with those that are; numbers that
-            are not finite. RefusedError: adapters are attached, or a layer can't be quantised.
+        MismatchError: what is not supported, with what is; numbers that are not finite.
+        RefusedError: adapters are attached, or a layer can't be quantised.
         MissingExtraError: the package is not installed. The model is unchanged then.
 
     Example:
@@ -107,20 +107,11 @@ def quantize_base(
     made = {path: _quantized(path, layer, choice) for path, layer in layers.items()}
     for path, (new, _) in made.items():
         _become(layers[path], new)
-    footprints = tuple(footprint for _, footprint in made.values())
-    first: Any = layers[footprints[0].path]
-    return Footprint(
-        footprints,
-        choice.format.bits,
-        choice.kind,
-        choice.group_size,
-        choice.double_quant,
-        getattr(first, "compute_dtype", None),
-        stored(first)[2].dtype,
-        before,
-        model_bytes(model),
-        None if output is None else relative(output_of(model, inputs), output),
-    )
+    footprint = _footprint(choice, layers, [footprint for _, footprint in made.values()])
+    footprint = replace(footprint, before=before, after=model_bytes(model))
+    if output is None:
+        return footprint
+    return replace(footprint, forward_error=relative(output_of(model, inputs), output))
 
 
 def dequantize(x: nn.Module) -> nn.Module:
@@ -223,6 +214,22 @@ def _quantized(path: str, layer: Any, choice: Choice) -> tuple[nn.Linear, LayerF
     dense = weight_of(new, path)
     probe = copy.deepcopy(new).eval()  # a first forward leaves traces on an 8-bit layer
     return new, layer_footprint(path, W, probe, dense)
+
+
+def _footprint(
+    choice: Choice, layers: Mapping[str, Any], footprints: list[LayerFootprint]
+) -> Footprint:
+    """The report, but for what concerns the whole model."""
+    first = layers[footprints[0].path]
+    return Footprint(
+        tuple(footprints),
+        choice.format.bits,
+        choice.kind,
+        choice.group_size,
+        choice.double_quant,
+        getattr(first, "compute_dtype", None),
+        stored(first)[2].dtype,
+    )
 
 
 def _become(layer: Any, new: Any) -> None:
