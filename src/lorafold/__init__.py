@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from .attach import attach as attach
     from .attach import calibrate as calibrate
     from .attach import dequantize as dequantize
-    from .attach import quantize_base as quantize_base
     from .attach import merge_into_weights as merge_into_weights
+    from .attach import quantize_base as quantize_base
     from .errors import FileError as FileError
     from .errors import LorafoldError as LorafoldError
     from .errors import MismatchError as MismatchError
