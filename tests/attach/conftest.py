@@ -100,6 +100,11 @@ def _expected(
         return functional_call(copy.deepcopy(base).double(), weights, (x,))
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_net() -> Callable[..., Net]:
     """make_net(dtype=float64, seed=0) -> a model from tokens (n, length) to logits."""

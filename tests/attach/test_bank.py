@@ -85,6 +85,20 @@ def test_rows_by_the_definition(kind, recorded, rows, each, length):
             assert torch.equal(chunk, LAYERS[kind](x).chunk(len(rows))[i])
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "as in a graph"])
+def test_rows_of_the_base_are_selected_and_not_added_to(monkeypatch, recorded):
+    # 0 · ∞ would be no number.
+    monkeypatch.setattr(patch, "_is_recorded", lambda y: recorded)
+    model, live = MODELS["linear"]
+    x = torch.full((3, 6), 1e308, dtype=torch.float64)
+    x[2] = 1.0
+    with live.use(["e", None, "e"], c=[0, 1, 1]), torch.no_grad():
+        found = model(x)
+    assert torch.equal(found[:2], LAYERS["linear"](x)[:2])
+    assert not torch.equal(found[2], LAYERS["linear"](x)[2])
+    assert found[2].isfinite().all()
+
+
 def test_one_row_of_a_list_is_the_whole_batch():
     model, live = MODELS["linear"]
     x = torch.randn(5, 6, dtype=torch.float64)
