@@ -85,23 +85,10 @@ def attach(
         >>> torch.allclose(y, model(x) + 0.5 * a["0"](x), atol=1e-5)
         True
     """
-    if not isinstance(model, nn.Module):
-        raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
     if type(model).__name__ == "OptimizedModule":
         wrapped: Any = model
         model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
-    if any(isinstance(module, Swapped) for module in model.modules()):
-        raise RefusedError(
-            "adapters are attached to this model already: add to that handle (live.add), or "
-            "detach it first"
-        )
-    if rank_scaling not in SCALINGS:
-        raise MismatchError(
-            f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
-        )
-    for label, value in (("slots", slots), ("max_rank", max_rank)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise MismatchError(f"{label} must be at least 1, found {value!r}")
+    _check(model, slots, max_rank, rank_scaling)
     if isinstance(x, Library):
         if cache is not None and slots is not None:
             raise MismatchError("slots= and cache= say the same in two ways: give one of them")
@@ -118,6 +105,24 @@ def attach(
     live = Live(model, room, SCALINGS[rank_scaling])
     _add_all(live, named, trainable)
     return live
+
+
+def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str) -> None:
+    """Refuse what can't be attached to, and options out of range."""
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise RefusedError(
+            "adapters are attached to this model already: add to that handle (live.add), or "
+            "detach it first"
+        )
+    if rank_scaling not in SCALINGS:
+        raise MismatchError(
+            f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
+        )
+    for label, value in (("slots", slots), ("max_rank", max_rank)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise MismatchError(f"{label} must be at least 1, found {value!r}")
 
 
 def _attach_library(
