@@ -1,8 +1,8 @@
-"""What do `add` and `open` cost in a large library?
+"""What do `fold`, `add` and `open` cost in a large library?
 
-`add` to a library of 1,000 adapters against what it can't do without, reading the adapter's file
-and projecting it on the library's bases: at most twice that. Opening a library of 10,000 names:
-under 10 opens of files.
+Folding 1,000 adapters of one family: under three minutes. `add` to that library against what it
+can't do without, reading the adapter's file and projecting it on the library's bases: at most twice
+that. Opening a library of 10,000 names: under 10 opens of files. All on one thread.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from _common import arguments, report, seconds
 
 import lorafold as lf
 
-QUESTION = "add to a library of 1,000 against reading and projecting; files opened for 10,000 names"
+QUESTION = "Folding 1,000; add against reading and projecting; files opened for 10,000 names"
 D, RANK, WIDTH, MODULES = 4096, 16, 32, 8
-AT_MOST, OPENS_AT_MOST = 2.0, 10
+AT_MOST, OPENS_AT_MOST, FOLD_AT_MOST = 2.0, 10, 180.0
 
 
 def family(count: int, d: int, modules: int, seed: int = 0) -> dict[str, lf.Adapter]:
@@ -43,19 +43,21 @@ def family(count: int, d: int, modules: int, seed: int = 0) -> dict[str, lf.Adap
 
 
 def add_and_read(folder: Path, repeats: int) -> dict[str, float]:
-    """Median seconds of adding, and of reading with projecting, in turn."""
+    """Seconds of folding, and the medians of adding and of reading with projecting, in turn."""
     adapters = family(1000 + repeats, D, MODULES)
     names = list(adapters)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
     for name in names[1000:]:
         lf.save(lf.Adapter(adapters[name].modules, config=config), folder / name)
-    lf.fold({n: adapters[n] for n in names[:1000]}, folder / "lib", form="shared")
+    sources = {n: adapters[n] for n in names[:1000]}
+    folding = seconds(lambda: lf.fold(sources, folder / "lib", form="shared"))
     lib = lf.Library.open(folder / "lib")
     times: dict[str, list[float]] = {"add": [], "read and project": []}
     for name in names[1000:]:
         times["read and project"].append(seconds(lambda n=name: lib.project(lf.load(folder / n))))
         times["add"].append(seconds(lambda n=name: lib.add(folder / n)))
-    return {name: statistics.median(values) for name, values in times.items()}
+    assert max(lib.error(n) for n in lib) <= 0.1
+    return {"fold": folding, **{name: statistics.median(t) for name, t in times.items()}}
 
 
 def opens_of(folder: Path, count: int) -> tuple[int, float]:
@@ -80,11 +82,15 @@ def opens_of(folder: Path, count: int) -> tuple[int, float]:
 
 def main() -> None:
     args = arguments(QUESTION, lambda p: p.add_argument("--repeats", type=int, default=15))
+    # All of it is thin. Where another process uses the second core, sharing each product with a
+    # thread there makes reading and projecting ten times as slow, and the ratio look good.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         medians = add_and_read(Path(folder), args.repeats)
         opens, took = opens_of(Path(folder), 10_000)
     ratio = medians["add"] / medians["read and project"]
     rows = [
+        {"what": "fold 1,000, s", "value": medians["fold"]},
         {"what": "read and project, ms", "value": 1e3 * medians["read and project"]},
         {"what": "add to 1,000, ms", "value": 1e3 * medians["add"]},
         {"what": "add / (read and project)", "value": ratio},
@@ -96,7 +102,11 @@ def main() -> None:
         "ratio": ratio,
         "opens": opens,
         "seconds_to_open": took,
-        "met": {"add ≤ 2×": ratio <= AT_MOST, "opens < 10": opens < OPENS_AT_MOST},
+        "met": {
+            "fold ≤ 3 min": medians["fold"] <= FOLD_AT_MOST,
+            "add ≤ 2×": ratio <= AT_MOST,
+            "opens < 10": opens < OPENS_AT_MOST,
+        },
     }
     report(QUESTION, rows, result, args.save)
 

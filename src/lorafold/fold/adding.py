@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapter import Layout
 from .build import Builder, check_contract, layout_entry
-from .collection import Collection, Handle, block_bytes, few_threads
+from .collection import Collection, Handle, block_bytes, threads
 from .entries import adapter_entries
 from .ledger import Ledger
 from .module_plan import FlatBases, ModulePlan, Shared
@@ -72,7 +72,7 @@ def write_added(
     bounds = np.full(collection.folded, bound or 0.0)
     builder = Builder(collection, options, bounds)
     adding = Adding(lib, builder, own_sides=form == "svd")
-    with few_threads(collection.small):
+    with threads(1):
         adding.plan()
         writer = t.new_shard(header_capacity=builder.header_capacity(adding.plans))
         written = builder.write_plans(writer, adding.plans, adding.coded)

@@ -19,7 +19,7 @@ import torch
 from ..adapter import Layout
 from ..errors import MismatchError, ToleranceError
 from .blocks import code_flat, code_own_or_shared
-from .collection import Collection, few_threads
+from .collection import Collection, threads
 from .groups import init_groups, probes
 from .ledger import Ledger, module_budgets
 from .module_plan import ModulePlan
@@ -83,15 +83,17 @@ class Builder:
 
     def write(self, transaction: Transaction) -> Written:
         """Plan, write, and keep the smallest of the plans that were predicted to be near."""
-        small = self.collection.small
-        with few_threads(small):
+        # Only flat sides are large products; all else is thin.
+        many = 1 if self.collection.small else torch.get_num_threads()
+        self.planner.flat_threads = many
+        with threads(1):
             self.measure()
             plans = list(self._plans())
         written: list[tuple[ShardWriter, Written]] = []
         for chosen in plans:
             writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
-            # Only flat sides are large products; all else is thin.
-            with few_threads(small or all(plan.flat is None for plan in chosen.values())):
+            flat = any(plan.flat is not None for plan in chosen.values())
+            with threads(many if flat else 1):
                 written.append((writer, self.write_plans(writer, chosen)))
         best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
         for k, (writer, _) in enumerate(written):

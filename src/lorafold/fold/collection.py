@@ -305,19 +305,20 @@ def memory_bytes(memory: str | int) -> int:
 
 
 @contextmanager
-def few_threads(few: bool) -> Iterator[None]:
-    """One torch thread while `few` holds.
+def threads(count: int | None) -> Iterator[None]:
+    """So many torch threads in the block; as many as there are where None.
 
     Operations on thin blocks take microseconds, and handing each to a second thread costs more
     than it saves: milliseconds where another process uses that core.
     """
     before = torch.get_num_threads()
-    if few and before > 1:
-        torch.set_num_threads(1)
+    if count is not None and count != before:
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def torch_device(device: Any) -> torch.device | None:

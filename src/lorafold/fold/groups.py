@@ -82,11 +82,15 @@ def _folded(X: Tensor, m: int) -> Tensor:
 
 
 class _Pairs:
-    """Mean overlap of pairs over the modules looked at, thresholded into connected groups."""
+    """At how many of the modules looked at each pair overlaps; connected pairs make groups.
+
+    Kin are all pairs of a group, so which ones overlap is kept as bits: a row for each adapter, one
+    for each later adapter.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._score: dict[tuple[int, int], list[float]] = {}
+        self._agree: list[np.ndarray] = []  # (count, ⌈count / 8⌉) for each module
         self._looks = np.zeros(count, np.int64)
 
     def add(self, members: np.ndarray, bases: list[Tensor], m: int) -> None:
@@ -99,38 +103,33 @@ class _Pairs:
         ranks = np.array([Q.shape[1] for Q in bases])
         top = int(ranks.max())
         whole = torch.stack([torch.nn.functional.pad(Q, (0, top - Q.shape[1])) for Q in bases])
+        agree = np.zeros((self._count, -(-self._count // 8)), np.uint8)
         size = max(1, _PIECE // top)
         for lo in range(0, len(whole), size):
             left = whole[lo : lo + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
+            near = np.zeros((left.shape[1] // top, self._count), bool)
             for lo2 in range(lo, len(whole), size):
                 right = whole[lo2 : lo2 + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
                 square = (left.T @ right).square_().reshape(-1, top, right.shape[1] // top, top)
                 o = square.sum((1, 3)).cpu().numpy()
                 r = np.minimum(ranks[lo : lo + size, None], ranks[None, lo2 : lo2 + size])
                 chance = np.minimum(r / m, 0.999)
-                excess = (o / r - chance) / (1 - chance)
-                for i, j in zip(*np.nonzero(excess > THRESHOLD), strict=True):
-                    if lo + i < lo2 + j:
-                        pair = (int(members[lo + i]), int(members[lo2 + j]))
-                        self._score.setdefault(pair, []).append(float(excess[i, j]))
+                near[:, members[lo2 : lo2 + size]] = (o / r - chance) / (1 - chance) > THRESHOLD
+            agree[members[lo : lo + size]] = np.packbits(near, axis=1)
+        self._agree.append(agree)
 
     def groups(self) -> np.ndarray:
-        parent = np.arange(self._count)
-
-        def root(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = int(parent[i])
-            return i
-
-        for (i, j), scores in self._score.items():
+        first = np.arange(self._count)  # member of each one's group
+        for i in range(self._count):
             # A pair counts where it agrees at most of the modules that both were seen at.
-            if 2 * len(scores) > min(self._looks[i], self._looks[j]):
-                a, b = sorted((root(i), root(j)))
-                parent[b] = a
-        roots = np.array([root(i) for i in range(self._count)], np.int64)
+            counts = sum(np.unpackbits(a[i], count=self._count).astype(int) for a in self._agree)
+            near = np.flatnonzero(2 * counts > np.minimum(self._looks[i], self._looks))
+            found = np.unique(first[near[near > i]])
+            if len(found) and (found != first[i]).any():
+                found = np.union1d(found, first[i])
+                first[np.isin(first, found)] = found[0]
         numbers = np.full(self._count, -1, np.int64)
-        firsts, sizes = np.unique(roots, return_counts=True)
-        for number, first in enumerate(firsts[sizes > 1]):
-            numbers[roots == first] = number
+        firsts, sizes = np.unique(first, return_counts=True)
+        for number, one in enumerate(firsts[sizes > 1]):
+            numbers[first == one] = number
         return numbers

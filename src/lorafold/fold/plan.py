@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import flat
+from .collection import threads
 from .module_plan import FlatBases, ModulePlan, Shared
 from .record import predicted_nbytes
 from .sharing import SIDES, Sharing
@@ -41,12 +42,13 @@ class Planner:
 
     Args:
         options: how to fold. budgets: (N_all,) allowed relative squared error of each adapter.
-        groups: side → (N_all,) init groups.
+        groups: side → (N_all,) init groups. flat_threads: torch threads that flat sides are worth.
     """
 
     options: Options
     budgets: np.ndarray
     groups: dict[str, np.ndarray] = field(default_factory=dict)
+    flat_threads: int | None = None
 
     def svd(self, stack: Stack, S: np.ndarray) -> ModulePlan:
         """Own sides: the plan that is always there."""
@@ -73,7 +75,8 @@ class Planner:
                 if not plans:
                     plans.append(self.svd(stack, S))
             elif form == "flat":
-                plans += self._flat(stack, S, limit)
+                with threads(self.flat_threads):
+                    plans += self._flat(stack, S, limit)
             else:
                 sharing = sharing or Sharing(self, stack, S, [f for f in forms if f in SIDES])
                 plans += [plan for plan in [sharing.plan(form, limit)] if plan is not None]

@@ -151,68 +151,77 @@ def code_block(
             None. In a bad gauge the decomposition itself is off by more than a small tolerance.
         core: what `projected` gives, where that is known.
     """
-    lost = np.zeros(len(block.members))
-    if (U is not None or V is not None) and target.kind == "error":
-        core = projected(block.factors(), U, V) if core is None else core
-        missed = block.square() - weighted_norms(*core, U, V)
-        lost = missed.clamp_min(0).cpu().numpy()
+    n = len(block.members)
+    numbers = ids if isinstance(ids, list) else [ids] * n
+    rows = _Rows(block, target, numbers, U, V, against, core, np.zeros(n), np.zeros(n))
+    if (U is None and V is None) or target.kind != "error":
+        return _code(rows, rest=False)
+    core = projected(block.factors(), U, V) if core is None else core
+    total = block.square()
+    lost = (total - weighted_norms(*core, U, V)).clamp_min(0).cpu().numpy()
+    rows = replace(rows, core=core, lost=lost, total=total.cpu().numpy())
     over = lost > _RESIDUAL * target.amount
     if not over.any() or over.all():
-        return _code(block, target, ids, U, V, against, core, lost, bool(over.any()))
-    found = Coded([b""] * len(over), lost.copy(), lost.copy())
-    for rows in (np.flatnonzero(~over), np.flatnonzero(over)):
-        index = torch.as_tensor(rows, device=block.square().device)
-        part = _code(
-            block.take(rows),
-            target.take(rows),
-            [ids[k] for k in rows.tolist()] if isinstance(ids, list) else ids,
-            U.take(rows) if isinstance(U, Bases) else U,
-            V.take(rows) if isinstance(V, Bases) else V,
-            None if against is None else against.take(rows),
-            None if core is None else (core[0][index], core[1][index]),
-            lost[rows],
-            bool(over[rows[0]]),
-        )
-        found = found.replaced(rows, part)
+        return _code(rows, rest=bool(over.any()))
+    found = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    for index, rest in ((np.flatnonzero(~over), False), (np.flatnonzero(over), True)):
+        found = found.replaced(index, _code(rows.take(index), rest))
     return found
 
 
-def _code(
-    block: Block | Factors,
-    target: Target,
-    ids: Sides | list[Sides],
-    U: Side,
-    V: Side,
-    against: Factors | None,
-    core: tuple[Tensor, Tensor] | None,
-    lost: np.ndarray,
-    rest: bool,
-) -> Coded:
-    """Code rows that all get a residual of their own beside what is on shared sides, or none do.
+@dataclass(frozen=True)
+class _Rows:
+    """What `code_block` is given; lost: (n,) squared norm that shared sides miss of `total`."""
 
-    Args:
-        lost: (n,) squared norm that the shared sides miss. rest: whether to code that, too.
-    """
-    parts = _parts(block, U, V, core, rest)
-    total = block.square().cpu().numpy()
+    block: Block | Factors
+    target: Target
+    ids: list[Sides]
+    U: Side
+    V: Side
+    against: Factors | None
+    core: tuple[Tensor, Tensor] | None
+    lost: np.ndarray
+    total: np.ndarray
+
+    def take(self, rows: np.ndarray) -> _Rows:
+        core = self.core
+        if core is not None:
+            index = torch.as_tensor(rows, device=core[0].device)
+            core = core[0][index], core[1][index]
+        return _Rows(
+            self.block.take(rows),
+            self.target.take(rows),
+            [self.ids[k] for k in rows.tolist()],
+            self.U.take(rows) if isinstance(self.U, Bases) else self.U,
+            self.V.take(rows) if isinstance(self.V, Bases) else self.V,
+            None if self.against is None else self.against.take(rows),
+            core,
+            self.lost[rows],
+            self.total[rows],
+        )
+
+
+def _code(rows: _Rows, rest: bool) -> Coded:
+    """Code rows that all get a residual of their own beside what is on shared sides, or none do."""
+    block, target, U, V, against = rows.block, rows.target, rows.U, rows.V, rows.against
+    parts = _parts(block, U, V, rows.core, rest)
     # Where the bases are orthogonal to what they miss, and that is no small difference.
     known = U is not None and V is not None and target.kind == "error" and not rest
-    known = known and bool((target.amount >= _PLAIN * total).all())
-    lost = np.zeros_like(lost) if rest else lost
+    known = known and bool((target.amount >= _PLAIN * rows.total).all())
+    lost = np.zeros_like(rows.lost) if rest else rows.lost
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     bits = target.less(lost).bits(energy, cost)
     cores = []
     records = [b""] * len(block.members)
-    numbers = ids if isinstance(ids, list) else [ids] * len(records)
     start = 0
     for p in parts:
         stop = start + p.S.shape[1]
-        left, right, coded = _code_part(p, bits[:, start:stop], numbers)
+        left, right, coded = _code_part(p, bits[:, start:stop], rows.ids)
         cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    if known and (against is None or against is block or not _bad_gauge(block, against)):
+    if known and (against is None or against is block or not _bad_gauge(rows)):
         # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
         left, right = (
             torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
@@ -226,10 +235,11 @@ def _code(
     return Coded(records, error, (bits * cost).sum(1))
 
 
-def _bad_gauge(block: Block | Factors, factors: Factors) -> bool:
+def _bad_gauge(rows: _Rows) -> bool:
     """Whether ‖A‖ ‖B‖ is so far above ‖ΔW‖ that the decomposition itself has lost digits."""
-    size = factors.A.norm(dim=(1, 2)) * factors.B.norm(dim=(1, 2))
-    return bool((size > 1e3 * block.square().sqrt()).any())
+    assert rows.against is not None
+    size = rows.against.A.norm(dim=(1, 2)) * rows.against.B.norm(dim=(1, 2))
+    return bool((size.cpu().numpy() > 1e3 * np.sqrt(rows.total)).any())
 
 
 def _parts(
