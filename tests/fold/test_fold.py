@@ -322,6 +322,44 @@ def test_bits_are_an_average_that_is_kept(make_adapter, form, bits):
         assert lib.error("a0") < 1e-6
 
 
+def _on_common_sides(make, count, d, rank, width):
+    """Adapters on common sides of `width` directions, with a little of their own."""
+    sides = make({"m": (d, d), "n": (d, d // 2)}, width, seed=99)
+
+    def update(side, g):
+        own = 0.1 * torch.randn(rank, side.shape[1], generator=g)
+        A = torch.randn(rank, width, generator=g) @ side.A.float() + own
+        return lf.LowRank(A, side.B.float() @ torch.randn(width, rank, generator=g))
+
+    draws = [torch.Generator().manual_seed(i) for i in range(count)]
+    return {
+        f"a{i}": lf.Adapter({p: update(side, g) for p, side in sides.items()})
+        for i, g in enumerate(draws)
+    }
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2.5, 2])
+@pytest.mark.parametrize("form", ["shared", "input", "output"])
+def test_an_average_is_one_over_bases_and_cores(make_adapter, form, bits):
+    adapters = _on_common_sides(make_adapter, 20, 256, 8, 24)
+    lib = lf.fold(adapters, form=form, bits=bits)
+    stats = lib.stats()
+    spent = sum(lib.entry(n)["bits"] * a.num_parameters for n, a in adapters.items())
+    numbers = 0
+    for m in stats["modules"]:
+        d_out, d_in = m["shape"]
+        U, V = (m["ranks"].get(side) for side in ("U0", "V0"))
+        bases = (U or 0) * d_out + (V or 0) * d_in
+        k = min(8, U or 8, V or 8)
+        numbers += bases + len(adapters) * k * ((U or d_out) + (V or d_in))
+        rows = [rank for rank in (U, V) if rank]
+        heads = sum(7 + -(-rank // 2) + 2 * rank for rank in rows)  # of records of `Rows`
+        spent += 8 * (m["basis_bytes"] - heads)
+    assert 0.98 * bits <= spent / numbers <= 1.001 * bits
+    for name, a in adapters.items():
+        assert abs(dense_error(a, lib[name]) - lib.error(name)) < 1e-3
+
+
 def test_more_bits_mean_less_error(regular):
     errors = [
         lf.fold(regular, form="svd", bits=b).error("a0") for b in (1, 2, 2.5, 3, 4, 8, 16, 32)

@@ -61,7 +61,8 @@ def fold(
             shared side, of a flattened side); more than there are keeps all of them.
         energy: instead of a tolerance: share of ‖ΔW‖² kept per module and side, in (0, 1].
         bits: with a rank, an energy or alone: 32, 16, or an average in (0, 8] of packed bits per
-            number. Floats of 32 bits when only rank or energy is given.
+            number stored, shared bases included. Floats of 32 bits when only rank or energy is
+            given.
         retention: share of each adapter's lift to keep, by `score`; finds each one's loosest
             tolerance by bisection.
         score: fn(name, adapter, or None for the base) → higher is better; run at most 8 times an

@@ -54,7 +54,7 @@ def _fill(
     amounts: dict[str, np.ndarray],
 ) -> None:
     """The amounts of some adapters, whose rows in each module are given (−1: it has none)."""
-    energy, widths, spans, total = [], [], {}, np.zeros(len(tolerances))
+    energy, widths, rates, spans, total = [], [], [], {}, np.zeros(len(tolerances))
     at = 0
     for path, plan in plans.items():
         row = rows[path]
@@ -64,12 +64,13 @@ def _fill(
         total[there] += (singular_values[path][row[there]] ** 2).sum(1)
         energy.append(piece)
         widths.append(plan.widths)
+        rates.append(np.full(len(plan.widths), options.bits if plan.rate is None else plan.rate))
         spans[path] = slice(at, at + piece.shape[1])
         at += piece.shape[1]
     E, cost = np.concatenate(energy, 1), np.concatenate(widths) / 8
     if options.coded:
-        assert options.bits is not None
-        bits = bits_for_bytes(E, cost, True, options.bits * ((E > 0) * cost).sum(1))
+        shared = any(plan.rate is not None for plan in plans.values())
+        bits = _averaging(E, cost, np.concatenate(rates), shared)
         spread = np.ones(len(tolerances))
     else:
         allowed = (1 - SLACK) * tolerances**2 * total
@@ -84,6 +85,27 @@ def _fill(
         else:
             value = np.asarray(predicted_error(E[:, span], True, bits[:, span]))
         amounts[path][row[row >= 0]] = (value * spread)[row >= 0]
+
+
+def _averaging(E: np.ndarray, cost: np.ndarray, rates: np.ndarray, shared: bool) -> np.ndarray:
+    """Bits (N, k) of components at these bytes a bit (k,) and average bits (k,).
+
+    Args:
+        shared: the average is one over all adapters, as it is where they share bases. Cores have few
+            components, so what one can't spend of its average is much of it, and others, for which
+            that is least short of a step, take that step.
+    """
+    budget = ((E > 0) * cost * rates).sum(1)
+    bits = bits_for_bytes(E, cost, True, budget)
+    if not shared:
+        return bits
+    left = budget - (bits * cost).sum(1)
+    step = np.where(E > 0, cost, np.inf).min(1)
+    order = np.argsort(-left / step, kind="stable")
+    more = order[np.cumsum(step[order]) <= left.sum()]
+    budget[more] += (step - left)[more]
+    bits[more] = bits_for_bytes(E[more], cost, True, budget[more] * (1 + 1e-12))
+    return bits
 
 
 def _row_of(stack: Stack, count: int) -> np.ndarray:

@@ -43,6 +43,8 @@ class ModulePlan:
         energy: (N, K) squared norms of the components that may be coded; widths: (K,) numbers each.
         nbytes: predicted, bases and records.
         certificate: bounds of the squared error of the shared sides.
+        fixed: bytes an adapter pays whatever its bits.
+        rate: average bits of a number in the components, where bases take a part of the average.
     """
 
     form: str
@@ -53,7 +55,8 @@ class ModulePlan:
     V: Shared | None = None
     flat: FlatBases | None = None
     certificate: dict[str, Any] | None = None
-    fixed: float = 0.0  # bytes an adapter pays whatever its bits
+    fixed: float = 0.0
+    rate: float | None = None
 
     def release(self) -> None:
         """Keep the bases as the bytes that will be written, until they are needed."""

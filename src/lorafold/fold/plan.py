@@ -102,16 +102,21 @@ class Planner:
         return allowed
 
     def record_sizes(
-        self, energy: np.ndarray, widths: np.ndarray, budget: np.ndarray
+        self,
+        energy: np.ndarray,
+        widths: np.ndarray,
+        budget: np.ndarray,
+        rate: float | None = None,
     ) -> np.ndarray:
         """(n,) bytes of records with these components (n, k) of these widths (k,).
 
         Args:
             budget: (n,) squared error of each; not looked at where a size is asked for.
+            rate: average bits, where these are not the options'.
         """
         o = self.options
         if o.tolerance is None:
-            bits = 32.0 if o.bits is None else o.bits
+            bits = (32.0 if o.bits is None else o.bits) if rate is None else rate
             size: np.ndarray = ((energy > 0) * widths).sum(1) * bits / 8
             return size
         return predicted_nbytes(energy, widths, budget)
@@ -148,11 +153,12 @@ class Planner:
         U: Shared | None,
         V: Shared | None,
         certificate: dict[str, float] | None = None,
+        rate: float | None = None,
     ) -> ModulePlan:
         """The plan of a stack on sides that are there: cores, and where these miss it residuals.
 
         Args:
-            tails: (N,) squared norm that the sides miss of each update.
+            tails: (N,) squared norm that the sides miss of each update. rate: see `ModulePlan`.
         """
         width = np.zeros(len(stack))
         nbytes = 0.0
@@ -165,8 +171,10 @@ class Planner:
             )
             nbytes += sum(len(b.record) for b in shared.bases.values())
         energy, widths = self.components(S, tails, float(width.mean()), float(sum(stack.shape)))
-        nbytes += float(self.record_sizes(energy, widths, self.allowed(stack, S)).sum())
-        return ModulePlan(form, energy, widths, nbytes, U, V, certificate=certificate)
+        if self.options.coded:
+            energy = energy * _there(energy, U, V)
+        nbytes += float(self.record_sizes(energy, widths, self.allowed(stack, S), rate).sum())
+        return ModulePlan(form, energy, widths, nbytes, U, V, certificate=certificate, rate=rate)
 
     # Flattened factors
 
@@ -227,3 +235,14 @@ def flat_count(s: flat.FlatSpectrum, energy: float) -> int:
     """Directions of a flat side that keep this share of the centred energy."""
     before = np.cumsum(s.energies) - s.energies
     return int((before < energy * s.energies.sum()).sum())
+
+
+def _there(energy: np.ndarray, U: Shared | None, V: Shared | None) -> np.ndarray:
+    """(N, k) True for the components that cores have: no more than either side has columns."""
+    most = np.full(len(energy), energy.shape[1])
+    for shared in (U, V):
+        if shared is not None:
+            for g, basis in shared.bases.items():
+                most[shared.groups == g] = np.minimum(most[shared.groups == g], basis.rank)
+    there: np.ndarray = np.arange(energy.shape[1]) < most[:, None]
+    return there

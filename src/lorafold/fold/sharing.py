@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .allocate import bits_for_error
+from .averaging import Columns, averaged_bits
+from .codebook import DISTORTION
 from .module_plan import ModulePlan, Shared
 from .sides import basis_of
 from .spans import Groups, Key, Spans, Spectrum
@@ -29,6 +31,7 @@ _FINE = 0.01  # tolerances below this need float64 Grams
 SIDES = {"input": "V", "output": "U", "shared": "UV"}  # form -> the sides that are shared
 
 Choice = int | None  # number of a partition; None for a side that is each adapter's own
+_Chosen = tuple[str, int, Key | None, dict[int, Spectrum]]
 
 
 class Sharing:
@@ -48,6 +51,7 @@ class Sharing:
             for side in sorted({side for form in forms for side in SIDES[form]})
             for k, groups in enumerate(self._partitions(side))
         }
+        self._averages: dict[tuple[Choice, Choice], tuple[list[dict[int, np.ndarray]], float]] = {}
         shares = {1 / len(SIDES[form]) for form in forms}
         tolerance = planner.budgets[stack.members].min() ** 0.5
         self._spans = Spans(
@@ -85,13 +89,11 @@ class Sharing:
         mine = np.where(np.isin(mine, [g for g, n in sizes.items() if n > 1]), mine, -1)
         return [everyone, mine] if (mine >= 0).any() else [everyone]
 
-    def _chosen(
-        self, U: Choice, V: Choice
-    ) -> list[tuple[str, int, Key | None, dict[int, Spectrum]]]:
+    def _chosen(self, U: Choice, V: Choice) -> list[_Chosen]:
         """Side, its length, the partition and its spectra, for either side."""
-        found = []
+        found: list[_Chosen] = []
         for side, d, k in zip("UV", self._stack.shape, (U, V), strict=True):
-            key = None if k is None else (side, k)
+            key: Key | None = None if k is None else (side, k)
             found.append((side, d, key, {} if key is None else self._spans.spectra[key]))
         return found
 
@@ -99,17 +101,18 @@ class Sharing:
         """Bytes of a sharing, from spectra alone."""
         stack, S = self._stack, self._S
         share = 1 / sum(k is not None for k in (U, V))
+        found, rate = self._levels(theta, U, V)
         total = 0.0
         widths = np.zeros(len(stack))
         spent = np.zeros(len(stack))
-        for _, d, key, spectra in self._chosen(U, V):
+        for (_, d, key, spectra), levels_of in zip(self._chosen(U, V), found, strict=True):
             if key is None:
                 widths += d
                 continue
             groups = self._groups[key]
             widths[groups < 0] += d
-            for g, spectrum in spectra.items():
-                levels = self._levels(spectrum, d, theta, share)
+            for g in spectra:
+                levels = levels_of[g]
                 total += levels.sum() * d / 8 + 3 * (levels > 0).sum()
                 widths[groups == g] += (levels > 0).sum()
                 spent[groups == g] += theta * share
@@ -117,31 +120,65 @@ class Sharing:
         for width in np.unique(widths):
             rows = widths == width
             sizes = self._planner.record_sizes(
-                S[rows] ** 2, np.full(S.shape[1], width), allowed[rows]
+                S[rows] ** 2, np.full(S.shape[1], width), allowed[rows], rate
             )
             total += float(sizes.sum())
         return total
 
-    def _levels(self, spectrum: Spectrum, d: int, theta: float, share: float) -> np.ndarray:
-        """Bits of each direction of a side that may spend `share` of the tolerance."""
+    def _levels(
+        self, theta: float, U: Choice, V: Choice
+    ) -> tuple[list[dict[int, np.ndarray]], float | None]:
+        """Bits of the directions on either side by group, and the average that is left for cores."""
+        sides = self._chosen(U, V)
+        if self._planner.options.coded:
+            if (U, V) not in self._averages:
+                self._averages[U, V] = self._averaged(sides)
+            return self._averages[U, V]
+        share = 1 / sum(key is not None for _, _, key, _ in sides)
+        return [
+            {g: self._side_levels(s, d, theta * share) for g, s in spectra.items()}
+            for _, d, _, spectra in sides
+        ], None
+
+    def _side_levels(self, spectrum: Spectrum, d: int, share: float) -> np.ndarray:
+        """Bits of each direction of a side that may spend `share` of the squared tolerance."""
         o = self._planner.options
         energies = spectrum.energies[: spectrum.directions.shape[1]]
         if o.tolerance is not None:
-            budget = max(theta * share * o.tolerance**2 - spectrum.tail(len(energies)), 0.0)
+            budget = max(share * o.tolerance**2 - spectrum.tail(len(energies)), 0.0)
             return bits_for_error(energies, d / 8, False, budget)
-        kept = len(energies)
-        if o.energy is not None:
-            kept = _reaching(energies, o.energy)
-        bits = 32 if o.bits is None else int(np.ceil(o.bits))
+        kept = len(energies) if o.energy is None else _reaching(energies, o.energy)
+        bits = 32 if o.bits is None else int(o.bits)
         return np.where(np.arange(len(energies)) < kept, bits, 0)
+
+    def _averaged(self, sides: list[_Chosen]) -> tuple[list[dict[int, np.ndarray]], float]:
+        """As `_levels`, where an average number of bits holds over bases and cores together."""
+        o = self._planner.options
+        assert o.bits is not None
+        own = np.zeros(len(self._stack))
+        columns, names = [], []
+        for at, (_, d, key, spectra) in enumerate(sides):
+            groups = np.full(len(own), -1) if key is None else self._groups[key]
+            own += d * (groups < 0)
+            for g, s in spectra.items():
+                energies = s.energies[: s.directions.shape[1]]
+                if o.energy is not None:
+                    energies = energies[: _reaching(energies, o.energy)]
+                users = groups == g
+                columns.append(Columns(d, users, energies * users.sum()))
+                names.append((at, g))
+        given = o.rank is not None or o.energy is not None
+        found, rate = averaged_bits(o.bits, columns, self._S, own, keep_all=given)
+        levels: list[dict[int, np.ndarray]] = [{}, {}]
+        for (at, g), bits in zip(names, found, strict=True):
+            missing = sides[at][3][g].directions.shape[1] - len(bits)
+            levels[at][g] = np.pad(bits, (0, missing))
+        return levels, rate
 
     def _fitted(self, form: str, theta: float, U: Choice, V: Choice) -> ModulePlan:
         sides = self._chosen(U, V)
         shared = [key is not None for _, _, key, _ in sides]
-        levels = [
-            {g: self._levels(s, d, theta, 1 / sum(shared)) for g, s in spectra.items()}
-            for _, d, _, spectra in sides
-        ]
+        levels, rate = self._levels(theta, U, V)
         directions = [{g: s.directions for g, s in spectra.items()} for *_, spectra in sides]
         certificate: dict[str, float] | None = None
         if all(shared) and all((self._groups[key] == 0).all() for *_, key, _ in sides if key):
@@ -163,7 +200,7 @@ class Sharing:
             bases.append((key, coded))
         tails = self._spans.missed(bases[0], bases[1])
         return self._planner.on_sides(
-            form, self._stack, self._S, tails, plans[0], plans[1], certificate
+            form, self._stack, self._S, tails, plans[0], plans[1], certificate, rate
         )
 
     def _alternated(self, sides: Any, ranks: list[int], directions: Any) -> dict[str, float]:
@@ -200,7 +237,12 @@ class Needs:
             self._budgets = [x * s * options.tolerance**2 for x in _THETAS for s in shares]
 
     def settled(self, missed: float) -> bool:
-        return bool(self._budgets) and missed <= _SETTLED * min(self._budgets)
+        return missed <= _SETTLED * min(self._budgets) if self._budgets else missed <= self._lost()
+
+    def _lost(self) -> float:
+        """A share that is small beside what rounding at an average number of bits loses."""
+        o = self._options
+        return _SETTLED * DISTORTION[int(np.ceil(o.bits))] if o.bits and o.coded else 1e-12
 
     def enough(self, energies: np.ndarray, further: int) -> bool:
         weakest = float(energies[-1]) if len(energies) else 0.0
@@ -209,7 +251,7 @@ class Needs:
             short = self._options.energy - (1 - missed)
             return short <= 0 or short > further * weakest
         if not self._budgets:
-            return weakest * further <= 1e-6
+            return weakest * further <= self._lost()
         for budget in self._budgets:
             if missed > budget:
                 reached = missed - budget <= further * weakest
