@@ -91,9 +91,9 @@ def _averaging(E: np.ndarray, cost: np.ndarray, rates: np.ndarray, shared: bool)
     """Bits (N, k) of components at these bytes a bit (k,) and average bits (k,).
 
     Args:
-        shared: the average is one over all adapters, as it is where they share bases. Cores have few
-            components, so what one can't spend of its average is much of it, and others, for which
-            that is least short of a step, take that step.
+        shared: the average is one over all adapters, as where they share bases. Cores have few
+            components, so what one can't spend of its average is much of it; those that are the
+            least short of a step take it instead.
     """
     budget = ((E > 0) * cost * rates).sum(1)
     bits = bits_for_bytes(E, cost, True, budget)

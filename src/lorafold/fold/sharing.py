@@ -128,7 +128,7 @@ class Sharing:
     def _levels(
         self, theta: float, U: Choice, V: Choice
     ) -> tuple[list[dict[int, np.ndarray]], float | None]:
-        """Bits of the directions on either side by group, and the average that is left for cores."""
+        """Bits of the directions on either side by group; the average that is left for cores."""
         sides = self._chosen(U, V)
         if self._planner.options.coded:
             if (U, V) not in self._averages:
