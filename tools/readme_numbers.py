@@ -142,6 +142,53 @@ def _qlora(r: Result) -> list[Cells]:
     ]
 
 
+def _attach(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for label, found in r["steps"].items():
+        rows.append(
+            (
+                f"a forward with adapters attached: {label}",
+                f"{found['lorafold / base']:.2f}× the base's time",
+                f"PEFT: {found['PEFT / base']:.2f}×",
+            )
+        )
+    switch, begin = r["switch"], r["begin"]
+    rows.append(
+        (
+            "another adapter, the whole model",
+            f"{switch['adapter']['switch ms']:.2f} ms",
+            f"vLoRA's `set_task`: {switch['vLoRA set_task']['switch ms']:.0f} ms",
+        )
+    )
+    attach = r["attach, ms"]
+    rows.append(
+        (
+            "attaching the 64th adapter",
+            f"{attach['61st to 64th']:.1f} ms",
+            f"PEFT: {attach['PEFT, 61st to 64th']:.0f} ms",
+        )
+    )
+    name = "pissa_niter_4"
+    rows.append(
+        (
+            f'fresh factors by `init="{name}"`, the whole model',
+            f"{begin[f'lorafold {name}']['ms']:.0f} ms",
+            f"PEFT: {begin[f'PEFT {name}']['ms']:.0f} ms",
+        )
+    )
+    return rows
+
+
+def _attach_library(r: Result) -> list[Cells]:
+    return [
+        (
+            "a library of 1,000 attached, 64 rows all different, hidden 2048: throughput of base",
+            f"{r['throughput']:.0%}",
+            f"64 separate adapters: {r['throughput_separate']:.0%}",
+        )
+    ]
+
+
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -150,6 +197,8 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_memory": _fold_memory,
     "library_ops": _library_ops,
     "lowrank_svd": _lowrank_svd,
+    "attach": _attach,
+    "attach_library": _attach_library,
     "qlora": _qlora,
 }
 

@@ -1,5 +1,8 @@
 """Spans of a stack against dense eigenvectors and the dense Tucker error, sketched and not."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -338,3 +341,16 @@ def test_a_rank_or_an_energy_says_how_far():
     assert not needs.enough(np.array([0.5, 0.3]), 100)
     assert needs.enough(np.array([0.5, 0.001]), 100)
     assert not needs.settled(1e-9)
+
+
+def test_spans_are_freed_at_once(kin, dense):
+    stack, _ = stack_of(kin)
+    found = Spans(stack, weights_of(kin, dense), everyone(stack), All())
+    held = [weakref.ref(X) for s in found._searches.values() for _, X in s.coordinates]
+    assert held
+    gc.disable()
+    try:
+        del found
+        assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()

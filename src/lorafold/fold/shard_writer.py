@@ -212,7 +212,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._descriptor is not None and self._pending:
             write_all(self._descriptor, self._pending)
-            self._pending.clear()
+            self._pending = bytearray()  # not cleared: a debugger may hold a view of it
 
     def _move_data(self, by: int) -> None:
         """Make room for a longer header, from the end backwards so that nothing is overwritten."""

@@ -275,7 +275,8 @@ class _Search:
         self._multiplied = 0
         self._eager = wish.most is not None  # multiply twice before looking
         self._at = np.zeros(0, np.int64)
-        self._use: Callable[[Tensor, Tensor], None] = self._multiply
+        # Named by the class: a method of its own would be a cycle, and its tensors wait for it.
+        self._use: Callable[[_Search, Tensor, Tensor], None] = _Search._multiply
         self._widths = [w for w in _WIDTHS if w < self._limit] or [self._limit]
         if wish.most is not None:
             self._widths = [min(wish.most + _MARGIN, self._limit)]
@@ -295,7 +296,7 @@ class _Search:
         """The next pass has all coordinates, or looks at all columns to find them."""
         self._whole = True
         self._Q = None
-        self._use = self._project if self._d <= self._columns else self._collect
+        self._use = _Search._project if self._d <= self._columns else _Search._collect
 
     @property
     def nbytes(self) -> int:
@@ -306,7 +307,7 @@ class _Search:
         """Start a pass over the stack; coordinates may take `room` bytes."""
         self._sum, self._total, self._pieces, self.coordinates = None, 0.0, [], []
         width = self._d if self._Q is None else self._Q.shape[1]
-        self.kept = self._use == self._project and (
+        self.kept = self._use == _Search._project and (
             4 * width * self._ranks[0] * self._ranks[1] <= room
         )
 
@@ -325,7 +326,7 @@ class _Search:
         X = f.B.mT if self.side == "U" else f.A  # (n, r, d)
         other = piece.right if self.side == "U" else piece.left
         self._at = index
-        self._use(X, other[at] * w[:, None, None])
+        self._use(self, X, other[at] * w[:, None, None])
 
     # What is done with the rows X (n, r, d) of a block; G (n, r, r) are the other side's Grams.
 
@@ -363,15 +364,15 @@ class _Search:
 
     def advance(self) -> None:
         """Decide what the next pass does, or that none is needed."""
-        if self._use == self._collect:
+        if self._use == _Search._collect:
             self._Q = torch.linalg.qr(torch.cat(self._pieces).T)[0]
-            self._use = self._project
-        elif self._use == self._multiply:
+            self._use = _Search._project
+        elif self._use == _Search._multiply:
             assert self._sum is not None
             self._Q = torch.linalg.qr(self._sum)[0]
             self._multiplied += 1
             again = self._eager and self._multiplied < 2
-            self._use = self._multiply if again else self._project
+            self._use = _Search._multiply if again else _Search._project
         else:
             self._judge()
 
@@ -392,7 +393,7 @@ class _Search:
     def _look_further(self, energies: np.ndarray) -> bool:
         """Multiply once more, or widen, where that helps; False where it is enough."""
         if self._multiplied < 2:
-            self._use = self._multiply
+            self._use = _Search._multiply
             return True
         small = self._limit <= _DIAGONALISED
         further = (self._limit if small else _WIDTHS[-1]) - len(energies)
@@ -410,7 +411,7 @@ class _Search:
         assert self._Q is not None
         self._Q = torch.cat([self._Q, self._random(width - self._Q.shape[1])], 1)
         self._multiplied, self._eager = 0, True
-        self._use = self._multiply
+        self._use = _Search._multiply
 
     def _ritz(self) -> tuple[np.ndarray, Tensor]:
         """Shares and directions in the span, strongest first, without those that are rounding."""
