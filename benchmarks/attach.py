@@ -9,7 +9,8 @@ PEFT and vLoRA in the same process, in turn, with the same adapters. The claims:
   ratio look better. The vocabulary is small for the same reason: no large head hides the rest.
 - One adapter on 32 × 16 tokens: not slower than PEFT. Eight adapters on them: not slower either.
 - Another adapter, rank or c: less than 1 ms for the whole model, where vLoRA's `set_task`
-  reconstructs every ΔW. What the first forward afterwards takes longer is listed too.
+  reconstructs every ΔW. What the first forward afterwards takes longer is listed too, and what it
+  takes to choose anew for each of 64 rows.
 - The 64th adapter is attached in the time of the first ones, within half.
 - `init="pissa_niter_4"` is not slower than PEFT's, and explains as much of the weights.
 """
@@ -325,10 +326,8 @@ def met(step: Result, switch: Result, attach: Result, begin: Result) -> dict[str
         >= LESS_OVERHEAD,
         "one adapter not slower than PEFT": one["lorafold ms"] <= one["PEFT ms"],
         "eight adapters not slower than PEFT": eight["lorafold ms"] <= eight["PEFT ms"],
-        f"every switch < {SWITCH_MS:g} ms": all(
-            v["switch ms"] < SWITCH_MS
-            for k, v in switch.items()
-            if k != "difference" and "vLoRA" not in k
+        f"a switch of adapter, rank or c < {SWITCH_MS:g} ms": all(
+            switch[k]["switch ms"] < SWITCH_MS for k in ("adapter", "rank", "c", "two adapters")
         ),
         f"64th adapter ≤ {ALIKE} × the first": attach["64th / 1st"] <= ALIKE,
         "pissa_niter_4 not slower than PEFT": niter["lorafold pissa_niter_4"]

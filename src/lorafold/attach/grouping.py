@@ -53,10 +53,20 @@ class Grouping:
             source[place] = row
         self.full = self.places == len(entries)
         self.in_order = self.places == rows and source == list(range(rows))
+        # Where each row runs one adapter, the place of its change: reading from there is faster
+        # than adding to each row from where it comes.
+        once = dict(zip(target, where, strict=True))
+        self.each_once = len(entries) == rows == len(once)
         device = next(iter(w.values())).device if w else None
-        self.source, self.where, self.target, at = (
+        self.source, self.where, self.target, self.place, at = (
             torch.tensor(values, dtype=torch.int64, device=device)
-            for values in (source, where, target, [at for _, at in entries])
+            for values in (
+                source,
+                where,
+                target,
+                [once[row] for row in range(rows)] if self.each_once else [],
+                [at for _, at in entries],
+            )
         )
         self.w = {group: self._placed(weights, width, at) for group, weights in w.items()}
 
@@ -77,16 +87,21 @@ class Grouping:
             return y
         xs = x if self.in_order else x.index_select(0, self.source)
         if not self.dense:
-            return y.index_add(0, self.target, self._one_by_one(xs, A, Bt, w).to(y.dtype))
+            return self._onto(y, self._one_by_one(xs, A, Bt, w))
         slots = slice(self.first, self.first + self.span)
         h = torch.bmm(xs.view(self.span, -1, x.shape[2]), A[slots].mT)
         h = (h.view(self.places, x.shape[1], -1) * w[:, None]).to(h.dtype).view(h.shape)
         if self.in_order and y.dtype == h.dtype:
             return torch.baddbmm(y.view(self.span, -1, y.shape[2]), h, Bt[slots]).view(y.shape)
-        delta = torch.bmm(h, Bt[slots]).view(self.places, x.shape[1], -1).to(y.dtype)
+        return self._onto(y, torch.bmm(h, Bt[slots]).view(self.places, x.shape[1], -1))
+
+    def _onto(self, y: Tensor, delta: Tensor) -> Tensor:
+        """y plus the changes (places, n, out)."""
+        if self.each_once:
+            return y + delta.index_select(0, self.place).to(y.dtype)
         if not self.full:
             delta = delta.index_select(0, self.where)
-        return y.index_add(0, self.target, delta)
+        return y.index_add(0, self.target, delta.to(y.dtype))
 
     def _one_by_one(self, xs: Tensor, A: Tensor, Bt: Tensor, w: Tensor) -> Tensor:
         """The change of each entry, in their order."""
