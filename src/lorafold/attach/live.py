@@ -137,8 +137,8 @@ class Live(Core):
             selection.names & set(self.merged) or not all(row.mix for row in selection.rows)
         ):
             raise MismatchError(
-                f"{', '.join(map(repr, self.merged))} is merged into the weights, where no dial "
-                "reaches it: unmerge() first"
+                "no dial reaches what is merged into the weights "
+                f"({', '.join(map(repr, self.merged))}): unmerge() first"
             )
         before = self._selection
         self._show(selection)
