@@ -225,8 +225,8 @@ def test_missing_modules_are_listed(net, three, make_adapter):
         (3, {}, "not a int"),
         ({"": lf.LoRA()}, {}, "non-empty text"),
         ({1: lf.LoRA()}, {}, "non-empty text"),
-        (lf.LoRA(rank=2), {"slots": 0}, "slots must be at least 1"),
-        (lf.LoRA(rank=2), {"max_rank": 0}, "max_rank must be at least 1"),
+        (lf.LoRA(rank=2), {"slots": 0}, "slots must be a whole number of at least 1"),
+        (lf.LoRA(rank=2), {"max_rank": 0}, "max_rank must be a whole number of at least 1"),
         (lf.LoRA(rank=2), {"rank_scaling": "cubic"}, "constant, linear, sqrt; found 'cubic'"),
         (lf.LoRA(rank=9), {}, r"rank 9 is above min\(out, in\) = 8 of module 'layers.0.q'"),
         (lf.LoRA(rank=2, targets="k"), {}, "targets 'k' match no module"),
@@ -348,3 +348,11 @@ def test_pickles_are_of_the_model_with_its_adapters(net, base, three, x):
     again = pickle.loads(pickle.dumps(net))
     assert torch.equal(again(x), net(x))
     assert lf.Live.of(again).names == live.names
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.int8}, {"slots": "3"}, {"slots": 2.5}, {"rank_scaling": []}]
+)
+def test_options_of_another_type(net, three, options):
+    with pytest.raises(lf.MismatchError, match="must be"):
+        lf.attach(net, three, **options)

@@ -124,3 +124,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         live.save(tmp_path / "b", metadata={"x": object()})
     assert not (tmp_path / "b").exists()
     assert torch.equal(model(X), y)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_another_scale_resumes_the_same_update(init, tmp_path):
+    model, live = trained(lf.LoRA(rank=3, alpha=6, init=init, seed=1))
+    live.save(tmp_path / "a")
+    again = fresh_model()
+    lf.attach(again, lf.LoRA(rank=3, alpha=24, init=init, seed=2)).resume(tmp_path / "a")
+    torch.testing.assert_close(again(X), model(X), atol=1e-5, rtol=1e-5)
+
+
+def test_the_score_is_kept(tmp_path):
+    spec = lf.PiSSA(rank=2, select="act_only", calibration={"0": X, "2": torch.randn(5, 12)})
+    _, live = trained(spec)
+    live.save(tmp_path / "a")
+    again = lf.attach(fresh_model(), lf.PiSSA(rank=2))
+    again.resume(tmp_path / "a")
+    assert {m.select for m in again.trained_modules("default").values()} == {"act_only"}

@@ -108,3 +108,16 @@ def test_experts_that_do_not_fit_are_named(base, written):
     with pytest.raises(lf.MismatchError, match="the adapter has 4 experts"):
         lf.attach(other, written[0])
     assert not any(hasattr(m, "lorafold") for m in other.modules())
+
+
+@torch.no_grad()
+def test_experts_do_not_replace_what_rows_use(base, written):
+    adapter, _ = written
+    model = copy.deepcopy(base)
+    plain = lf.Adapter({p: u for p, u in adapter.modules.items() if "q_proj" in p})
+    live = lf.attach(model, {"q": plain})
+    live.use(["q", None])
+    y = model(IDS).logits
+    with pytest.raises(lf.RefusedError, match="in use by rows"):
+        live.add(adapter, "q", replace=True)
+    assert torch.equal(model(IDS).logits, y)

@@ -209,3 +209,22 @@ def test_a_step_without_any_forward_moves_nothing(net, x):
     optimizer.step()
     after = snapshot(live)
     assert all(torch.equal(a, b) for p in before for a, b in zip(before[p], after[p], strict=True))
+
+
+def test_each_of_several_optimizers_is_guarded(net, x):
+    live = trained(net)
+    modules = list(live.trained_modules("one").values())
+    optimizers = [torch.optim.SGD([getattr(m, n) for m in modules], lr=0.1) for n in ("A", "B")]
+    guards = [live.guard(optimizer) for optimizer in optimizers]
+    before = snapshot(live)
+    with live.use("one", rank=2):
+        net(x).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for path, (A, B) in snapshot(live).items():
+        assert (A[:2] != before[path][0][:2]).any()
+        assert (B[:, :2] != before[path][1][:, :2]).any()
+        assert torch.equal(A[2:], before[path][0][2:])
+        assert torch.equal(B[:, 2:], before[path][1][:, 2:])
+    for guard in guards:
+        guard.remove()

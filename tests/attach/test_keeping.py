@@ -326,3 +326,27 @@ def test_more_than_updates_can_t_be_kept(net, three, x, base):
     assert live.active == before
     live.keep("a")
     assert live.kept == {"a": 1.0}
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_always_runs_once_the_only_current_one_is_kept(make_net, x, used):
+    net = make_net()
+    live = lf.attach(net, lf.PiSSA(rank=3, std=0.5, seed=0))
+    y = net(x)
+    if not used:
+        live.use(None)
+        live._show(None)
+    live.keep("default")
+    live.gate = "always"
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_what_can_t_be_kept_does_not_replace_what_is(live, net, three, x, fingerprint):
+    live.keep("a", 0.5)
+    live.gate = "always"
+    y = net(x)
+    spec = lf.LoRA(rank=2, targets="q", modules_to_save=["lm_head"])
+    with pytest.raises(lf.RefusedError, match="can't run in the background"):
+        live.add(spec, "a", replace=True)
+    assert live.kept == {"a": 0.5}
+    assert torch.equal(net(x), y)

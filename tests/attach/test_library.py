@@ -1,6 +1,8 @@
 """A library runs as the adapters that it gives back would, and reads what it is asked for."""
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -161,3 +163,34 @@ def test_what_can_not_run_is_refused_and_leaves_all_as_it_was(wide, family):
     with pytest.raises(lf.MismatchError, match="belongs to another base"):
         lf.attach(small, library)
     assert type(small[0]) is torch.nn.Linear
+
+
+def test_models_with_a_library_can_be_copied(make_update, tmp_path):
+    adapters = {n: lf.Adapter({"0": make_update(4, 8, 2, seed=i)}) for i, n in enumerate("ab")}
+    x = torch.randn(3, 8)
+    for where in (None, tmp_path / "lib"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        live = lf.attach(model, lf.fold(adapters, where), slots=1)
+        live.use("a")
+        twin = copy.deepcopy(model)
+        lf.Live.of(twin).use("b")  # loads it
+        live.use("b")
+        assert torch.equal(twin(x), model(x))
+        if where is None:
+            with pytest.raises(lf.MismatchError, match="save it to a folder"):
+                pickle.dumps(model)
+        else:
+            again = pickle.loads(pickle.dumps(model))
+            lf.Live.of(again).use("a")
+            live.use("a")
+            assert torch.equal(again(x), model(x))
+        del twin
+        gc.collect()
+        live.use("b")  # its files are still open
+
+
+def test_what_is_not_for_a_library_is_refused(make_update):
+    lib = lf.fold({"a": lf.Adapter({"0": make_update(4, 8, 2, seed=0)})})
+    for options in ({"trainable": True}, {"max_rank": 4}):
+        with pytest.raises(lf.MismatchError, match="is not for a Library"):
+            lf.attach(torch.nn.Sequential(torch.nn.Linear(8, 4)), lib, **options)

@@ -67,9 +67,7 @@ class Machine(RuleBasedStateMachine):
         chosen = {n: c * w for n, w in mix.items()}
         if not self.allowed(mix, rank) or not self.fits([chosen]):
             return
-        if self.merged is not None and (not chosen or any(
-            n in self.merged[0] and w != 0 for n, w in chosen.items()
-        )):  # fmt: skip
+        if self.merged is not None and (not chosen or set(chosen) & set(self.merged[0])):
             return
         self.live.use(mix or None, c=c, rank=rank)
         self.rows = [(chosen, rank)]
@@ -117,8 +115,11 @@ class Machine(RuleBasedStateMachine):
         self.forget(name)
 
     def forget(self, name):
-        if self.rows is not None:
-            self.rows = [({n: c for n, c in mix.items() if n != name}, k) for mix, k in self.rows]
+        if self.rows is None:
+            return
+        left = [({n: c for n, c in mix.items() if n != name}, k) for mix, k in self.rows]
+        emptied = any(mix for mix, _ in self.rows) and not any(mix for mix, _ in left)
+        self.rows = None if emptied else left
 
     @rule(name=names, c=cs)
     def keep(self, name, c):
@@ -142,7 +143,7 @@ class Machine(RuleBasedStateMachine):
     @rule(mix=st.dictionaries(names, cs, min_size=1, max_size=2), keep=st.booleans())
     def merge(self, mix, keep):
         mix = {n: c for n, c in mix.items() if n in self.there}
-        if not mix:
+        if not mix or (self.rows and len(self.rows) > 1 and not all(m for m, _ in self.rows)):
             return
         self.live.merge(mix, keep=keep)
         if keep:
@@ -153,7 +154,7 @@ class Machine(RuleBasedStateMachine):
                 if path in self.there[n]:
                     layer.weight.data = layer.weight + delta(self.there[n][path], c, None)
         if not keep:
-            for n in mix:
+            for n in (n for n, c in mix.items() if c != 0):
                 del self.there[n]
                 self.trained.discard(n)
                 self.kept.pop(n, None)

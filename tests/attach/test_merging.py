@@ -325,3 +325,39 @@ def test_verify_finds_the_fast_path_of_torchs_encoder(make_update):
         base = layer(x)
         live.merge("default")
         assert not torch.allclose(layer(x), base)  # merging reaches it
+
+
+@pytest.mark.parametrize("choice", [("a", 0), (["a", "b"], [0, 1])])
+def test_c_0_is_refused_while_merged(net, three, choice):
+    live = lf.attach(net, three)
+    live.merge({"a": 1.0})
+    with pytest.raises(MismatchError, match="no dial reaches"):
+        live.use(choice[0], c=choice[1])
+
+
+def test_rows_of_the_base_are_not_merged_into(net, three, x, fingerprint):
+    live = lf.attach(net, three)
+    before = fingerprint(net)
+    live.use(["b", None])
+    with pytest.raises(MismatchError, match="row 1 in use is the base's"):
+        live.merge({"a": 1.0})
+    assert fingerprint(net) == before
+    assert live.merged == {}
+
+
+def test_a_final_merge_at_0_leaves_an_adapter(net, three):
+    live = lf.attach(net, three)
+    live.merge({"a": 1.0, "b": 0.0}, keep=False)
+    assert live.names == ["b", "c"]
+
+
+def test_what_is_merged_is_frozen_with_the_base(net, three):
+    required = {n: p.requires_grad for n, p in net.named_parameters()}
+    live = lf.attach(net, three)
+    live.merge({"a": 1.0})
+    live.add(lf.LoRA(rank=2, targets="q"), "fresh")
+    live.unmerge()
+    mine = {id(p) for p in live.parameters()}
+    assert not [n for n, p in net.named_parameters() if p.requires_grad and id(p) not in mine]
+    live.detach()
+    assert {n: p.requires_grad for n, p in net.named_parameters()} == required

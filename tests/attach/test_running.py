@@ -140,3 +140,33 @@ def test_empty_batches(net, three):
     for what in ("a", ["a", None], {"a": 1, "b": 1}):
         with live.use(what):
             assert net(x).shape == (0, 5, 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_without_gradients(make_net, three, x, dtype):
+    net = make_net(torch.float32)
+    live = lf.attach(net, three, dtype=torch.float32)
+    live.use({"a": 1.0, "b": 0.5})
+    with torch.no_grad():
+        y = net(x)
+        with torch.autocast("cpu", dtype):
+            found = net(x)
+    torch.testing.assert_close(found.float(), y, rtol=0.05, atol=0.05 * float(y.abs().max()))
+
+
+def test_two_forwards_of_rows_before_one_backward(make_update):
+    layer = torch.nn.Conv2d(3, 4, 3)
+    adapters = {n: lf.Adapter({"0": make_update(4, 27, 2, seed=i)}) for i, n in enumerate("ab")}
+    net = torch.nn.Sequential(layer)
+    live = lf.attach(net, adapters)
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+
+    def gradient(*choices):
+        total = 0
+        for choice in choices:
+            live.use(choice)
+            total = total + net(x).square().sum()
+        return torch.autograd.grad(total, x)[0]
+
+    both = gradient(["a", "b"], ["b", "a"])
+    torch.testing.assert_close(both, gradient(["a", "b"]) + gradient(["b", "a"]))

@@ -136,3 +136,19 @@ def test_what_has_no_place_is_refused(base, make_adapter):
     with pytest.raises(lf.MismatchError, match="modules_to_save='tail' matches no module"):
         lf.attach(model, lf.LoRA(rank=2, targets=["q"], modules_to_save="tail"))
     assert not any(hasattr(m, "lorafold") for m in model.modules())
+
+
+def test_a_loaded_head_trains_on(base, written, x):
+    adapter, _ = written
+    model = copy.deepcopy(base)
+    live = lf.attach(model, adapter, trainable=True)
+    live.use("default")
+    before = live.adapter("default").extras
+    optimizer = torch.optim.SGD(live.parameters(), 0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    after = live.adapter("default").extras
+    assert set(after) == set(before)
+    assert all((after[key] != before[key]).any() for key in after)
+    live.detach()
+    assert torch.equal(model(x), base(x))

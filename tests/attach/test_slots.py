@@ -132,3 +132,21 @@ def test_layers_that_come_with_trained_adapters(net, base, three, x, expected, s
         with live.use(what):
             wanted = expected(base, [(three["a"], 1)], x)
             torch.testing.assert_close(net(x)[:3].detach(), wanted[:3], **TIGHT)
+
+
+def test_what_runs_goes_on_where_another_can_t_be_loaded(net, three, x, monkeypatch):
+    live = lf.attach(net, three, slots=1)
+    live.use("a")
+    y = net(x)
+    write = live._write
+
+    def broken(slot, name):
+        write(slot, name)
+        if name == "b":
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr(live, "_write", broken)
+    with pytest.raises(OSError, match="disk"):
+        live.use("b")
+    assert live.active == {"a": 1.0}
+    assert torch.equal(net(x), y)

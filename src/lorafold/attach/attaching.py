@@ -20,7 +20,7 @@ from .controls import SCALINGS
 from .experts import AttachedExperts, ExpertsPatch, expert_modules, owner_of
 from .fresh import Factors, Fresh
 from .inference import outside_inference_mode
-from .keeping import frozen_updates, rebuild
+from .keeping import frozen_updates, no_background, rebuild
 from .library import Sides, library_places, library_sources, slots_within
 from .live import Live
 from .modulation import fresh_modulation, taken
@@ -89,7 +89,15 @@ def attach(
         wrapped: Any = model
         model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
     _check(model, slots, max_rank, rank_scaling)
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype}")
     if isinstance(x, Library):
+        if trainable or max_rank is not None:
+            given = "trainable" if trainable else "max_rank"
+            raise MismatchError(
+                f"{given}= is not for a Library, whose adapters run as they are stored: attach "
+                "{name: library[name]}"
+            )
         if cache is not None and slots is not None:
             raise MismatchError("slots= and cache= say the same in two ways: give one of them")
         if cache is not None:
@@ -116,13 +124,13 @@ def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scali
             "adapters are attached to this model already: add to that handle (live.add), or "
             "detach it first"
         )
-    if rank_scaling not in SCALINGS:
+    if not isinstance(rank_scaling, str) or rank_scaling not in SCALINGS:
         raise MismatchError(
             f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
         )
     for label, value in (("slots", slots), ("max_rank", max_rank)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise MismatchError(f"{label} must be at least 1, found {value!r}")
+        if value is not None and (type(value) is not int or value < 1):
+            raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")
 
 
 def _attach_library(
@@ -223,6 +231,8 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
             copies[name] = saved_copies(live, name, a)
             if trainable and experts[name]:
                 raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
+            for module in copies[name].values() if trainable else ():
+                module.requires_grad_(True)
             if name in frozen:
                 if a.rank > live.slots.rank:
                     raise MismatchError(
@@ -234,6 +244,7 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
             fresh, source = _trained_factors(a, found, live.slots.dtype)
         places |= found
         trained[name] = (fresh, source)
+    _check_replaced(live, named, experts, copies)
     selection, kept, background = live._selection, dict(live.kept), dict(live.background)
     for name in named:
         if name in live.names:
@@ -256,6 +267,26 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
     live._refresh()
     if trained and live._selection is None and not live.merged:
         live.use(next(iter(trained)))
+
+
+def _check_replaced(
+    live: Live,
+    named: Mapping[str, Any],
+    experts: Mapping[str, Mapping[str, nn.Module]],
+    copies: Mapping[str, Mapping[str, nn.Module]],
+) -> None:
+    """Refuse what can't go on where the adapter that it replaces is in use."""
+    selection = live._selection
+    rows = set() if selection is None or selection.uniform else set(selection.names)
+    for name in named:
+        more = [*experts.get(name, ()), *copies.get(name, ())]
+        if name in live.kept and more:
+            raise no_background(name, more[0])
+        if name in rows and experts.get(name):
+            raise RefusedError(
+                f"{name!r} is in use by rows, and experts ({next(iter(experts[name]))!r}) take one "
+                "mix per batch: choose others before replacing it"
+            )
 
 
 def _begin(live: Live, spec: Spec) -> tuple[dict[str, Place], dict[str, Fresh], Source]:
@@ -357,7 +388,9 @@ def _add_frozen(live: Live, name: str, a: Adapter) -> None:
 
 def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Source) -> None:
     if live._frozen is None:
-        live._frozen = [(p, p.requires_grad) for p in live.model.parameters()]
+        hidden = () if live._merged is None else live._merged[1].values()  # behind what is merged
+        there = [*live.model.parameters(), *(p for p in hidden if p is not None)]
+        live._frozen = [(p, p.requires_grad) for p in there]
         for p, _ in live._frozen:
             p.requires_grad_(False)
     taken = {s.key for s in live._sources.values()}

@@ -89,6 +89,8 @@ class Bank(nn.Module):
             y, x: (rows · m, ...). ids: (rows, K) slots. w: (rows, K · R) weights of the ranks.
         """
         h = self.kind.rows_down(layer, x, self.A, ids)
+        if h.requires_grad:
+            w = w.clone()  # the next choice is written there, before the backward pass maybe
         h = (h * w[:, None]).to(h.dtype)
         return self.kind.rows_up(layer, y, h, of_rows(self.Bt, ids))
 
@@ -150,6 +152,8 @@ class SharedBank(Bank):
 
     def rows(self, layer: Any, y: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         h = LINEAR.rows_down(layer, self._in(x), self.A, ids)
+        if h.requires_grad:
+            w = w.clone()
         h = (h * w[:, None]).to(h.dtype)
         core = torch.bmm(h, of_rows(self.Bt, ids))
         return y + self._out(core).to(y.dtype).view(y.shape)

@@ -74,12 +74,15 @@ def resume_trained(live: Live, path: str | os.PathLike[str], name: str) -> dict[
     place = Path(path)
     state = place / STATE_NAME
     metadata: dict[str, Any] = {}
+    select: str | None = None
     if place.is_file():
         found_kind, found = _flat(live, place)
     elif state.is_file():
         header, tensors = _read(state)
         found_kind, metadata = header["kind"], header["metadata"]
+        select = header.get("select")
         found = _by_module(tensors)
+        _rescale(found, header.get("scales", {}), modules)
     else:
         found_kind, found = _plain(path, modules)
     if found_kind != kind:
@@ -91,7 +94,23 @@ def resume_trained(live: Live, path: str | os.PathLike[str], name: str) -> dict[
     with torch.no_grad():
         for p, tensors in found.items():
             modules[p].load_state_dict(tensors, strict=False)
+            module = modules[p]
+            if isinstance(module, Modulation) and select is not None:
+                module.select = select
     return metadata
+
+
+def _rescale(
+    found: Mapping[str, dict[str, Tensor]],
+    scales: Mapping[str, float],
+    modules: Mapping[str, Fresh],
+) -> None:
+    """Bring what was saved to the scale that it is trained with here; the update is the same."""
+    for p, tensors in found.items():
+        if p not in modules or p not in scales or scales[p] == modules[p].scale:
+            continue
+        for key in {"B", "B0"} & set(tensors):
+            tensors[key] = tensors[key] * (scales[p] / modules[p].scale)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -147,7 +147,12 @@ class Core:
             running = running.without(self.merged)
         # Adapters at c = 0 are shown as well: for a compiled graph that is no other graph.
         if not running.uniform or any(row.mix for row in running.rows) or any(gates):
-            self._load(running)
+            try:
+                self._load(running)
+            except BaseException:
+                if selection is not self._selection:  # what runs may have left its slots
+                    self._show(self._selection)
+                raise
             controls = self._sized(len(running.rows), running.width)
             keys = {name: s.key for name, s in self._sources.items() if s.key is not None}
             paths = list(self.patches)

@@ -7,9 +7,9 @@ and puts it back after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .controls import ranks_at
 
 if TYPE_CHECKING:
     from .core import Core
+
+Ledger: TypeAlias = "dict[str, list[int]]"
 
 
 class Pauses:
@@ -29,7 +31,18 @@ class Pauses:
 
     def __init__(self) -> None:
         self.ran = False
-        self._prefixes: dict[str, list[int]] = {}  # key → the largest prefix of each layer
+        # For each optimiser: key → the largest prefix of each layer since it stepped; first, since
+        # any of them did.
+        self._ledgers: list[Ledger] = [{}]
+
+    def open(self) -> Ledger:
+        """What has run since an optimiser's last step, from now on."""
+        self._ledgers.append(dict(self._ledgers[0]))
+        return self._ledgers[-1]
+
+    def close(self, ledger: Ledger) -> None:
+        """An optimiser is no longer guarded."""
+        self._ledgers = [known for known in self._ledgers if known is not ledger]
 
     def note(self, live: Core) -> None:
         """Take down what the selection in use has run, before another takes its place."""
@@ -41,27 +54,31 @@ class Pauses:
             ranks = ranks_at(row.rank, paths)
             for name, c in row.mix:
                 key = live._sources[name].key if name in live._sources else None
-                if c != 0 and key is not None:
-                    old = self._prefixes.get(key, [0] * len(paths))
-                    self._prefixes[key] = [max(a, b) for a, b in zip(old, ranks, strict=True)]
+                if c == 0 or key is None:
+                    continue
+                for ledger in self._ledgers:
+                    old = ledger.get(key, [0] * len(paths))
+                    ledger[key] = [max(a, b) for a, b in zip(old, ranks, strict=True)]
 
     def forget(self, key: str) -> None:
         """A trained adapter has gone."""
-        self._prefixes.pop(key, None)
+        for ledger in self._ledgers:
+            ledger.pop(key, None)
 
-    def paused(self, live: Core) -> Iterator[tuple[nn.Parameter, Any]]:
+    def paused(self, live: Core, ledger: Ledger) -> Iterator[tuple[nn.Parameter, Any]]:
         """Parameters, each with the index of its entries that have not run."""
         self.note(live)
         for key in live._trained:
-            ran = self._prefixes.get(key, [0] * len(live.patches))
+            ran = ledger.get(key, [0] * len(live.patches))
             for patch in live.patches.values():
                 if key in patch.fresh and ran[patch.index] < patch.trained(key).rank:
                     yield from patch.trained(key).paused(ran[patch.index])
 
-    def stepped(self, live: Core) -> None:
-        """An optimiser has stepped: what runs from here on counts for the next step."""
+    def stepped(self, live: Core, ledger: Ledger) -> None:
+        """An optimiser has stepped: what runs from here on counts for its next step."""
         self.note(live)
-        self._prefixes.clear()
+        ledger.clear()
+        self._ledgers[0].clear()
 
 
 @dataclass
@@ -69,21 +86,24 @@ class Guard:
     """Hooks on an optimiser; `remove` takes them off."""
 
     handles: list[Any]
+    close: Callable[[], None]
 
     def remove(self) -> None:
         """Let the optimiser go."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.close()
 
 
 def guarded(live: Core, optimizer: torch.optim.Optimizer) -> Guard:
     """See `Live.guard`."""
+    ledger = live.pauses.open()
     held: list[tuple[nn.Parameter, Any, Tensor, dict[str, Tensor]]] = []
 
     def before(*_: Any) -> None:
         held.clear()
-        for parameter, index in live.pauses.paused(live):
+        for parameter, index in live.pauses.paused(live, ledger):
             state = optimizer.state.get(parameter, {})
             kept = {
                 key: value[index].clone()
@@ -100,8 +120,9 @@ def guarded(live: Core, optimizer: torch.optim.Optimizer) -> Guard:
                     if isinstance(now, Tensor) and now.shape == parameter.shape:
                         now[index] = kept.get(key, 0)  # what came with this step begins at 0
         held.clear()
-        live.pauses.stepped(live)
+        live.pauses.stepped(live, ledger)
 
     return Guard(
-        [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)],
+        lambda: live.pauses.close(ledger),
     )

@@ -53,6 +53,14 @@ def gates_of(gate: Gate, selection: Selection) -> list[float]:
     return found
 
 
+def no_background(name: str, path: str) -> RefusedError:
+    """The error for an adapter that is more than updates of layers."""
+    return RefusedError(
+        f"{name!r} also holds {path!r} (experts, or a module saved whole), which can't run in the "
+        "background: merge it instead (live.merge)"
+    )
+
+
 @outside_inference_mode
 def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
     """{path: update} of an adapter as it is now, to be kept.
@@ -65,10 +73,7 @@ def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
         if any(live.update(name, p) is not None for p in experts.layouts):
             more.append(path)
     if more:
-        raise RefusedError(
-            f"{name!r} also holds {more[0]!r} (experts, or a module saved whole), which can't run "
-            "in the background: merge it instead (live.merge)"
-        )
+        raise no_background(name, more[0])
     return {path: u for path in live.patches if (u := live.update(name, path)) is not None}
 
 

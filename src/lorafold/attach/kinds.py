@@ -71,7 +71,8 @@ class _Linear:
         if y.dtype != h.dtype:
             return y + (coefficient * (h @ Bt)).to(y.dtype)
         flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, len(Bt))
-        if not torch.is_grad_enabled() and layer._swapped.forward is nn.Linear.forward:
+        in_place = not torch.is_grad_enabled() and Bt.dtype == h.dtype  # not so under autocast
+        if in_place and layer._swapped.forward is nn.Linear.forward:
             # Nobody else has this output, and copying it takes longer than adding to it.
             return flat.addmm_(h, Bt, alpha=coefficient).view(y.shape)
         return torch.addmm(flat, h, Bt, alpha=coefficient).view(y.shape)

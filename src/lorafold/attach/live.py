@@ -133,8 +133,9 @@ class Live(Core):
         for row in selection.rows:
             self._check_rank(row)
         refuse_rows(selection, self.experts, self)
+        named = {name for row in selection.rows for name, _ in row.mix}
         if self._merged is not None and (
-            selection.names & set(self.merged) or not all(row.mix for row in selection.rows)
+            named & set(self.merged) or not all(row.mix for row in selection.rows)
         ):
             raise MismatchError(
                 "no dial reaches what is merged into the weights "
@@ -254,7 +255,7 @@ class Live(Core):
         self.kept[name] = row.mix[0][1]
         rebuild(self)
         if self._selection is not None:
-            self._selection = self._selection.without([name])
+            self._selection = self._selection.left_by([name])
         self._refresh()
 
     def drop(self, name: str) -> None:
@@ -347,7 +348,7 @@ class Live(Core):
         if name in self.kept:
             self.drop(name)
         if self._selection is not None:
-            self._show(self._selection.without([name]))
+            self._show(self._selection.left_by([name]))
         for saved in self.saved.values():
             saved.drop(name)
         del self._sources[name]

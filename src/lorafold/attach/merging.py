@@ -34,6 +34,12 @@ def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
     if live.merged:
         raise MismatchError(f"{_listed(live.merged)} merged already: unmerge() first")
     row = row_to_merge(live, what, c, rank)
+    if live._selection is not None and not live._selection.uniform:
+        bare = next((i for i, r in enumerate(live._selection.rows) if not r.mix), None)
+        if bare is not None:
+            raise MismatchError(
+                f"row {bare} in use is the base's, and a merge would change it: choose other rows"
+            )
     weights = {k: nn.Parameter(W, requires_grad=False) for k, W in _merged(live, row).items()}
     kept = {key: _owner(live, key)[0][_owner(live, key)[1]] for key in weights}
     for key, old in kept.items():
@@ -48,8 +54,9 @@ def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
         for key, old in kept.items():
             if id(old) in required and live._frozen is not None:
                 live._frozen.append((weights[key], required[id(old)]))
-        for name, _ in row.mix:
-            live.remove(name)
+        for name, value in row.mix:
+            if value != 0:
+                live.remove(name)
         return 0
     return sum(p.nbytes for p in kept.values() if p is not None)
 

@@ -58,6 +58,12 @@ class Selection:
         rows = tuple(Row(tuple(p for p in r.mix if p[0] not in gone), r.rank) for r in self.rows)
         return Selection(rows, self.uniform)
 
+    def left_by(self, names: Iterable[str]) -> Selection | None:
+        """The selection once some adapters have gone; None where it was of nothing else."""
+        left = self.without(names)
+        emptied = any(row.mix for row in self.rows) and not any(row.mix for row in left.rows)
+        return None if emptied else left
+
     @property
     def width(self) -> int:
         """Adapters per row, padded to a power of two."""
@@ -129,6 +135,8 @@ def _row(what: Any, c: Any, rank: Any, known: set[str]) -> Row:
 def _number(value: Any, label: str) -> float:
     if type(value) is float and math.isfinite(value):
         return value  # most are, and asking an abstract class takes longer than all the rest
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # of a tensor or an array
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise MismatchError(f"{label} must be a finite number, found {value!r}")
     return float(value)

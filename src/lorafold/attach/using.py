@@ -25,5 +25,5 @@ class Using:
         before = self._before
         if before is not None:  # some of it may have been removed inside
             named = {name for row in before.rows for name, _ in row.mix}
-            before = before.without(named - set(self._live.names))
+            before = before.left_by(named - set(self._live.names))
         self._live._show(before)

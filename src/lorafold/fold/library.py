@@ -436,6 +436,14 @@ class Library(Mapping[str, Adapter]):
         """The same library, giving its adapters on `device` in `dtype`."""
         return Library(self._store, device or self._device, dtype or self._dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Library:
+        return self.to()  # what is stored never changes, so both read the same
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path is None:
+            raise MismatchError("a library in memory can't be pickled: save it to a folder first")
+        return _opened, (self.path, self._device, self._dtype)
+
     def close(self) -> None:
         """Let go of the files."""
         self._store.close()
@@ -474,6 +482,10 @@ class Library(Mapping[str, Adapter]):
             self._refresh()
             yield t
         self._refresh()
+
+
+def _opened(path: str, device: Any, dtype: torch.dtype | None) -> Library:
+    return Library.open(path, device=device, dtype=dtype)
 
 
 def block_of(u: LowRank) -> Block:

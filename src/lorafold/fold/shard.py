@@ -39,6 +39,12 @@ class _Source:
         self.origin = origin
         self.name = name
 
+    def __deepcopy__(self, memo: dict[int, object]) -> _Source:
+        return self  # a copy would close the descriptor, too
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"shard {self.name} is an open file, which can't be pickled")
+
     def __del__(self) -> None:
         if isinstance(self.origin, int):
             os.close(self.origin)
