@@ -35,6 +35,24 @@ def arguments(question: str, add: Callable[[argparse.ArgumentParser], object] | 
     return parser.parse_args()
 
 
+def llama(hidden: int, intermediate: int, heads: int, layers: int, vocabulary: int) -> Any:
+    """A Llama with random weights, the same at every call, for evaluation."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def seconds(fn: Callable[[], object]) -> float:
     """How long one call takes."""
     start = time.perf_counter()

@@ -32,9 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import peft
 import torch
 import vlora
-from _common import arguments, interleaved, report, seconds, table_of
+from _common import arguments, interleaved, llama, report, seconds, table_of
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafold as lf
 
@@ -50,20 +49,8 @@ Rows = list[dict[str, Any]]
 Result = dict[str, Any]
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config)
-    model.requires_grad_(False)
-    return model.eval()
+def base_model() -> Any:
+    return llama(HIDDEN, 2816, 16, LAYERS, VOCABULARY).requires_grad_(False)
 
 
 def make_adapters() -> dict[str, lf.Adapter]:

@@ -19,8 +19,7 @@ from typing import Any
 
 import peft
 import torch
-from _common import arguments, report
-from transformers import LlamaConfig, LlamaForCausalLM
+from _common import arguments, llama, report
 
 import lorafold as lf
 
@@ -32,21 +31,10 @@ LESS_OVERHEAD = 3.0
 EQUAL = 0.02  # of the largest logit: bfloat16 keeps 8 bits, and the order of sums differs
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=11008,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-    )
+def base_model() -> Any:
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.requires_grad_(False)
-    return model.eval()
+        model = llama(HIDDEN, 11008, 32, LAYERS, VOCABULARY).to(torch.bfloat16)
+    return model.requires_grad_(False)
 
 
 def make_adapters() -> dict[str, lf.Adapter]:

@@ -25,9 +25,9 @@ from typing import Any
 
 import peft
 import torch
-from _common import arguments, report, table_of
+from _common import arguments, llama, report, table_of
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 import lorafold as lf
@@ -106,20 +106,6 @@ def formats() -> tuple[Rows, dict[str, Any]]:
     return rows, result
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def by_transformers(model: Any) -> Any:
     """The same model, quantised by transformers with bitsandbytes."""
     config = BitsAndBytesConfig(
@@ -183,7 +169,7 @@ def same(ours: float, theirs: float) -> float:
 
 def peers(repeats: int) -> tuple[Rows, dict[str, Any]]:
     """Our base and adapter against transformers' base and PEFT's adapter."""
-    floats = llama()
+    floats = llama(HIDDEN, 2816, 16, LAYERS, VOCABULARY)
     model, base = copy.deepcopy(floats), by_transformers(floats)
     footprint = lf.quantize_base(model)
     live = lf.attach(model, lf.LoRA(rank=RANK, alpha=2 * RANK, seed=0))

@@ -35,7 +35,7 @@ def written(out):
     return found
 
 
-def same_bits(found, wanted):
+def assert_same_bits(found, wanted):
     assert found.keys() == wanted.keys()
     for key, t in wanted.items():
         assert found[key].dtype == t.dtype, key
@@ -60,7 +60,7 @@ def quietly_applied(adapter, state):
 def test_the_demo_base_gets_the_bits_of_apply_to(tmp_path):
     merged = lf.merge_into_weights(BASE, ROMAN, tmp_path / "out")
     adapter, base = lf.load(ROMAN), load_file(BASE / "model.safetensors")
-    same_bits(written(tmp_path / "out"), adapter.apply_to(base))
+    assert_same_bits(written(tmp_path / "out"), adapter.apply_to(base))
     assert sorted(merged.changed) == sorted(f"{p}.weight" for p in adapter)
     assert merged.unplaced == {}
     assert (merged.shared, merged.left_out) == ((), ())
@@ -128,7 +128,7 @@ def test_names_headers_and_what_is_not_touched_stay(small_state, shards, folder,
             assert f.metadata()["by"] == "a test"
     if shards > 1:
         assert (tmp_path / "out" / INDEX).read_bytes() == (base / INDEX).read_bytes()
-    same_bits(written(tmp_path / "out"), small.apply_to(state))
+    assert_same_bits(written(tmp_path / "out"), small.apply_to(state))
     assert merged.nbytes == sum((base / n).stat().st_size for n in merged.files)
     assert merged.tensors == len(state)
 
@@ -140,7 +140,7 @@ def test_an_adapter_may_be_a_path_and_progress_is_told(small_state, folder, smal
     lf.merge_into_weights(
         base, tmp_path / "adapter", tmp_path / "out", progress=lambda *step: told.append(step)
     )
-    same_bits(written(tmp_path / "out"), small.apply_to(small_state()))
+    assert_same_bits(written(tmp_path / "out"), small.apply_to(small_state()))
     total = sum(t.nbytes for t in small_state().values())
     assert told[-1][:2] == (total, total)
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
@@ -198,7 +198,7 @@ def test_every_kind_of_module_as_apply_to(dtype, folder, tmp_path, monkeypatch):
         adapter = lf.Adapter(modules, layouts=layouts, config=config)
         out = tmp_path / f"out{number}"
         merged = lf.merge_into_weights(folder(state, name=f"b{number}"), adapter, out)
-        same_bits(written(out), adapter.apply_to(state))
+        assert_same_bits(written(out), adapter.apply_to(state))
         assert set(merged.changed) == set(state) - {"other"}, what
         wide = {torch.float32, torch.float64} if what != "double factors" else {torch.float64}
         assert (merged.rounding == 0) == (dtype in wide), what
@@ -245,7 +245,7 @@ def test_every_kind_of_extra_as_apply_to(small_state, dtype, with_modules, folde
         adapter = lf.Adapter(small.modules if with_modules else {}, extras, config)
         merged = lf.merge_into_weights(base, adapter, tmp_path / what)
         wanted = adapter.apply_to(state)
-        same_bits(written(tmp_path / what), wanted)
+        assert_same_bits(written(tmp_path / what), wanted)
         changed = {key for key in state if bits(wanted[key]) != bits(state[key])}
         assert set(merged.changed) == changed
         assert len(changed) >= 1 + with_modules or what == "updated weight"
@@ -269,7 +269,7 @@ def test_a_bases_extras_of_training_alone_and_what_has_no_place(
         Q.format(7): "not in the base",
         f"{PREFIX}score.weight": "not in the base",
     }
-    same_bits(written(tmp_path / "out"), quietly_applied(adapter, state))
+    assert_same_bits(written(tmp_path / "out"), quietly_applied(adapter, state))
 
 
 # c and dtype
@@ -281,7 +281,7 @@ def test_c_is_the_dial(small_state, folder, small, tmp_path):
     base = folder(state)
     for c in (-0.5, 2, 0.3):
         lf.merge_into_weights(base, small, tmp_path / f"{c}", c=c)
-        same_bits(written(tmp_path / f"{c}"), (c * small).apply_to(state))
+        assert_same_bits(written(tmp_path / f"{c}"), (c * small).apply_to(state))
     merged = lf.merge_into_weights(base, small, tmp_path / "none", c=0)
     assert (merged.changed, merged.rounding) == ((), 0)
     name = "model.safetensors"
@@ -323,16 +323,18 @@ def test_a_wider_dtype_keeps_the_sum_and_a_narrower_one_rounds_once(
     wide, half = small_state(), small_state(torch.bfloat16)
     bases = folder(wide, name="wide"), folder(half, name="half")
     kept = lf.merge_into_weights(bases[1], small, tmp_path / "a", dtype=torch.float32)
-    same_bits(written(tmp_path / "a"), small.apply_to({k: t.float() for k, t in half.items()}))
+    assert_same_bits(
+        written(tmp_path / "a"), small.apply_to({k: t.float() for k, t in half.items()})
+    )
     assert kept.rounding == 0
     lf.merge_into_weights(bases[0], small, tmp_path / "b", dtype=torch.bfloat16)
     once = {k: t.bfloat16() for k, t in small.apply_to(wide).items()}
-    same_bits(written(tmp_path / "b"), once)
+    assert_same_bits(written(tmp_path / "b"), once)
     lf.merge_into_weights(bases[1], small, tmp_path / "c", dtype=torch.float16)
     through = small.apply_to({k: t.float() for k, t in half.items()})
-    same_bits(written(tmp_path / "c"), {k: t.half() for k, t in through.items()})
+    assert_same_bits(written(tmp_path / "c"), {k: t.half() for k, t in through.items()})
     zero = lf.merge_into_weights(bases[0], small, tmp_path / "d", c=0, dtype=torch.float16)
-    same_bits(written(tmp_path / "d"), {k: t.half() for k, t in wide.items()})
+    assert_same_bits(written(tmp_path / "d"), {k: t.half() for k, t in wide.items()})
     assert zero.changed == ()
 
 
@@ -390,7 +392,7 @@ lf.merge_into_weights(base, adapter, out, progress=kill)
     done = fresh(code, *args, "")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == sorted([*there, "out"])
-    same_bits(written(tmp_path / "out"), small.apply_to(small_state()))
+    assert_same_bits(written(tmp_path / "out"), small.apply_to(small_state()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux tells it")

@@ -15,7 +15,7 @@ from lorafold.files import ranges
 Q = "layers.{}.q"
 
 
-def same_bits(found, wanted):
+def assert_same_bits(found, wanted):
     assert found.keys() == wanted.keys()
     for key, t in wanted.items():
         assert found[key].dtype == t.dtype
@@ -43,7 +43,7 @@ def test_the_name_of_the_body_may_be_left_out(longer, folder, make_adapter, tmp_
         key.removeprefix(theirs): t
         for key, t in load_file(tmp_path / "out" / "model.safetensors").items()
     }
-    same_bits(found, {key.removeprefix(mine): t for key, t in full.items()})
+    assert_same_bits(found, {key.removeprefix(mine): t for key, t in full.items()})
 
 
 def test_a_head_that_is_the_embedding_is_reported_and_not_invented(
@@ -56,7 +56,7 @@ def test_a_head_that_is_the_embedding_is_reported_and_not_invented(
     with pytest.warns(UserWarning, match="'lm_head'"):
         merged = lf.merge_into_weights(base, adapter, tmp_path / "out")
     assert "shares the weight of 'embed_tokens.weight'" in merged.unplaced["lm_head"]
-    same_bits(load_file(tmp_path / "out" / "model.safetensors"), small.apply_to(state))
+    assert_same_bits(load_file(tmp_path / "out" / "model.safetensors"), small.apply_to(state))
     with pytest.raises(lf.MismatchError, match=r"nothing of .* shares the weight of"):
         lf.merge_into_weights(base, lf.Adapter({"lm_head": head}), tmp_path / "no")
 
@@ -80,7 +80,7 @@ def test_an_embedding_that_is_the_output_layer_is_told(small_state, folder, tmp_
 # Refusals: before anything is written
 
 
-def refused(tmp_path, base, adapter, error, match, **options):
+def assert_refused(tmp_path, base, adapter, error, match, **options):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=match) as info:
         lf.merge_into_weights(base, adapter, tmp_path / "out", **options)
@@ -91,8 +91,8 @@ def refused(tmp_path, base, adapter, error, match, **options):
 def test_options_out_of_range(small_state, folder, small, tmp_path):
     base = folder(small_state())
     for c in (float("nan"), float("inf"), "1", True, None):
-        refused(tmp_path, base, small, lf.MismatchError, "c must be a finite number", c=c)
-    refused(tmp_path, base, small, lf.MismatchError, "not as torch.int8", dtype=torch.int8)
+        assert_refused(tmp_path, base, small, lf.MismatchError, "c must be a finite number", c=c)
+    assert_refused(tmp_path, base, small, lf.MismatchError, "not as torch.int8", dtype=torch.int8)
 
 
 def test_nothing_matches_or_a_shape_does_not_fit(
@@ -101,14 +101,14 @@ def test_nothing_matches_or_a_shape_does_not_fit(
     base = folder(small_state())
     other = make_adapter({"x.y": (6, 4)}, 2)
     match = r"nothing of the adapter's 1 modules is in .*'x\.y' \(not in the base\)"
-    refused(tmp_path, base, other, lf.MismatchError, match)
+    assert_refused(tmp_path, base, other, lf.MismatchError, match)
     extra = lf.Adapter({}, {f"{PREFIX}score.weight": torch.ones(2, 2)})
-    refused(tmp_path, base, extra, lf.MismatchError, "nothing of the adapter's 1 tensors")
+    assert_refused(tmp_path, base, extra, lf.MismatchError, "nothing of the adapter's 1 tensors")
     wide = make_adapter({Q.format(0): (6, 4), Q.format(1): (6, 5)}, 2)
     match = r"'layers\.1\.q\.weight' has shape \(6, 4\), the update fits"
-    refused(tmp_path, base, wide, lf.MismatchError, match)
+    assert_refused(tmp_path, base, wide, lf.MismatchError, match)
     long = lf.Adapter(small.modules, {f"{PREFIX}embed_tokens.weight": torch.ones(10, 4)})
-    refused(tmp_path, base, long, lf.MismatchError, "resize the base")
+    assert_refused(tmp_path, base, long, lf.MismatchError, "resize the base")
 
 
 def test_shapes_are_found_wrong_before_a_byte_is_read(
@@ -121,15 +121,15 @@ def test_shapes_are_found_wrong_before_a_byte_is_read(
         raise AssertionError
 
     monkeypatch.setattr(ranges, "read_tensors", fail)
-    refused(tmp_path, base, wide, lf.MismatchError, "has shape")
+    assert_refused(tmp_path, base, wide, lf.MismatchError, "has shape")
 
 
 def test_adapters_that_are_no_plain_update(small_state, folder, small, tmp_path):
     base = folder(small_state())
     dora = lf.Adapter(small.modules, {}, {"use_dora": True})
-    refused(tmp_path, base, dora, lf.RefusedError, "this is a DoRA adapter")
+    assert_refused(tmp_path, base, dora, lf.RefusedError, "this is a DoRA adapter")
     replicated = lf.Adapter(small.modules, {}, {"layer_replication": [[0, 2], [1, 2]]})
-    refused(tmp_path, base, replicated, lf.MismatchError, "layer_replication")
+    assert_refused(tmp_path, base, replicated, lf.MismatchError, "layer_replication")
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,11 @@ def test_quantised_weights(small_state, suffix, value, folder, small, tmp_path):
     state = small_state()
     del state["layers.1.q.weight"]
     base = folder(state | {f"layers.1.q.{suffix}": value})
-    refused(tmp_path, base, small, lf.RefusedError, rf"is quantised: 'layers\.1\.q\.{suffix}'")
+    assert_refused(
+        tmp_path, base, small, lf.RefusedError, rf"is quantised: 'layers\.1\.q\.{suffix}'"
+    )
     extra = lf.Adapter({}, {f"{PREFIX}layers.1.q.{suffix}": torch.zeros(value.shape)})
-    refused(tmp_path, base, extra, lf.RefusedError, "is quantised")
+    assert_refused(tmp_path, base, extra, lf.RefusedError, "is quantised")
     alone = lf.Adapter({Q.format(0): small[Q.format(0)]})
     lf.merge_into_weights(base, alone, tmp_path / "out")  # a float layer of a mixed model
 
@@ -156,7 +158,7 @@ def test_quantised_weights(small_state, suffix, value, folder, small, tmp_path):
 def test_a_quantised_model_keeps_its_dtypes(small_state, folder, small, tmp_path):
     base = folder(small_state(), config={"quantization_config": {"bits": 4}})
     match = "its tensors keep their dtypes"
-    refused(tmp_path, base, small, lf.RefusedError, match, dtype=torch.float16)
+    assert_refused(tmp_path, base, small, lf.RefusedError, match, dtype=torch.float16)
 
 
 def test_a_module_in_another_form_is_listed(small_state, folder, small, tmp_path):
@@ -171,21 +173,21 @@ def test_numbers_beyond_the_range_of_the_dtype(small_state, folder, small, make_
     large = make_adapter({Q.format(0): (6, 4)}, 2, scale=1e6)
     base = folder(small_state(torch.float16))
     match = r"'layers\.0\.q\.weight' has numbers beyond the range of float16"
-    refused(tmp_path, base, large, lf.MismatchError, match)
+    assert_refused(tmp_path, base, large, lf.MismatchError, match)
     lf.merge_into_weights(base, large, tmp_path / "fine", dtype=torch.bfloat16)
     state = small_state() | {"norm.weight": torch.full((4,), 1e5)}
     wide = folder(state, name="wide")
     match = r"'norm\.weight' has numbers beyond the range of float16"
-    refused(tmp_path, wide, small, lf.MismatchError, match, dtype=torch.float16)
+    assert_refused(tmp_path, wide, small, lf.MismatchError, match, dtype=torch.float16)
     extra = lf.Adapter(small.modules, {f"{PREFIX}norm.weight": torch.full((4,), 1e5)})
-    refused(tmp_path, base, extra, lf.MismatchError, match)
+    assert_refused(tmp_path, base, extra, lf.MismatchError, match)
 
 
 def test_folders_that_are_not_there_or_in_the_way(small_state, folder, small, tmp_path):
     base = folder(small_state())
-    refused(tmp_path, tmp_path / "no", small, lf.FileError, "no such folder")
+    assert_refused(tmp_path, tmp_path / "no", small, lf.FileError, "no such folder")
     file = base / "model.safetensors"
-    refused(tmp_path, file, small, lf.FileError, "give the folder of the base model")
+    assert_refused(tmp_path, file, small, lf.FileError, "give the folder of the base model")
     for out in (base, base / "inside", tmp_path, base / ".." / "base"):
         with pytest.raises(lf.FileError, match="write elsewhere"):
             lf.merge_into_weights(base, small, out, overwrite=True)
@@ -196,7 +198,7 @@ def test_folders_that_are_not_there_or_in_the_way(small_state, folder, small, tm
     with pytest.raises(lf.FileError, match="give overwrite=True"):
         lf.merge_into_weights(base, small, tmp_path / "out")
     lf.merge_into_weights(base, small, tmp_path / "out", c=2, overwrite=True)
-    same_bits(
+    assert_same_bits(
         load_file(tmp_path / "out" / "model.safetensors"), (2 * small).apply_to(small_state())
     )
     assert sorted(os.listdir(tmp_path)) == ["base", "link", "out"]

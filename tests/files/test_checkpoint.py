@@ -62,7 +62,7 @@ def tensors(folder):
     return found
 
 
-def same_bits(found, wanted):
+def assert_same_bits(found, wanted):
     assert found.keys() == wanted.keys()
     for key, t in wanted.items():
         assert (found[key].dtype, found[key].shape) == (t.dtype, t.shape), key
@@ -92,7 +92,7 @@ def test_without_a_change_every_byte_stays(within_the_system, base, monkeypatch)
 def test_a_change_changes_its_tensor_alone(base):
     out, _ = rewritten(base, {"layers.1.q.weight": lambda t: t.neg_()})
     state = state_of()
-    same_bits(tensors(out), state | {"layers.1.q.weight": -state["layers.1.q.weight"]})
+    assert_same_bits(tensors(out), state | {"layers.1.q.weight": -state["layers.1.q.weight"]})
 
 
 def test_an_error_of_the_system_is_no_reason_to_copy_ourselves(base, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_dtype_reaches_config_and_index_and_spares_whole_numbers(base, monkeyp
     out, _ = rewritten(base, dtype=torch.bfloat16)
     state = state_of()
     wanted = state | {k: t.bfloat16() for k, t in state.items() if t.is_floating_point()}
-    same_bits(tensors(out), wanted)
+    assert_same_bits(tensors(out), wanted)
     found = json.loads((out / "config.json").read_text())
     inner = {"torch_dtype": "bfloat16"}
     assert found == {"dtype": "bfloat16", "text_config": inner, "other": "float32"}
@@ -155,7 +155,7 @@ def test_numbers_that_a_dtype_does_not_have_are_refused_and_infinite_ones_are_no
     state = {"a": torch.tensor([1.0, float("inf"), float("nan")])}
     save_file(state, base / "model.safetensors")
     out, _ = rewritten(base, dtype=torch.float16)
-    same_bits(tensors(out), {"a": state["a"].half()})
+    assert_same_bits(tensors(out), {"a": state["a"].half()})
     save_file({"a": torch.tensor([1e5])}, base / "model.safetensors")
     (out / "model.safetensors").unlink()
     out.rmdir()

@@ -133,14 +133,13 @@ class Live(Core):
         for row in selection.rows:
             self._check_rank(row)
         refuse_rows(selection, self.experts, self)
-        named = {name for row in selection.rows for name, _ in row.mix}
-        if self._merged is not None and (
-            named & set(self.merged) or not all(row.mix for row in selection.rows)
-        ):
-            raise MismatchError(
-                "no dial reaches what is merged into the weights "
-                f"({', '.join(map(repr, self.merged))}): unmerge() first"
-            )
+        if self._merged is not None:
+            dialled = (name in self.merged for row in selection.rows for name, _ in row.mix)
+            if any(dialled) or not all(row.mix for row in selection.rows):
+                raise MismatchError(
+                    "no dial reaches what is merged into the weights "
+                    f"({', '.join(map(repr, self.merged))}): unmerge() first"
+                )
         before = self._selection
         self._show(selection)
         return Using(self, before)
