@@ -15,10 +15,10 @@ import torch
 from _common import arguments, report, seconds
 
 import lorafold as lf
+from lorafold.collection.batch import Block, decompose, squared_differences
 from lorafold.demo.model import data_dir
-from lorafold.fold.allocate import predicted_error
-from lorafold.fold.record import Target, code_block
-from lorafold.fold.stack import Block, decompose, squared_differences
+from lorafold.fold.coding.bits import predicted_error
+from lorafold.fold.coding.record import Target, code_block
 
 QUESTION = "Coder: error against its prediction and against absmax rounding; rate"
 BITS = (4, 3, 2, 1)

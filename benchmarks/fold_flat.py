@@ -18,9 +18,9 @@ import vlora
 from _common import arguments, report, seconds
 
 import lorafold as lf
-from lorafold.fold.collection import block_bytes
-from lorafold.fold.flat import flat_spectrum
-from lorafold.fold.stack import Stack
+from lorafold.collection.limits import block_bytes
+from lorafold.collection.stack import Stack
+from lorafold.fold.planning.flat import flat_spectrum
 
 QUESTION = "16 shared directions of 128 adapters × 4 modules (4096×4096, rank 16): time"
 COUNT, MODULES, D, RANK, K = 128, 4, 4096, 16, 16

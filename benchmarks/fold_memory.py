@@ -24,7 +24,7 @@ AT_MOST = 0.25
 _PEAK = (
     "print('peak', __import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss)"
 )
-_IMPORT = "import lorafold, torch, lorafold.fold.folding"
+_IMPORT = "import lorafold, torch, lorafold.fold.fold"
 _FOLD = """
 import sys, time
 start = time.perf_counter()

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 import lorafold as lf
-from lorafold.attach.footprint import model_bytes
 from lorafold.demo.model import data_dir
+from lorafold.quantize.footprint import model_bytes
 
 QUESTION = "A base in 4 and 8 bits: bytes, errors, lift kept; QLoRA against PEFT on bitsandbytes"
 HIDDEN, LAYERS, VOCABULARY, RANK = 1024, 2, 1024, 16

@@ -5,13 +5,18 @@ All of it is session-scoped, so that hypothesis may use it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,3 +113,221 @@ def dense() -> Callable[[LowRank], Tensor]:
 def shape_watch() -> type[_ShapeWatch]:
     """`with shape_watch() as watch:` … `watch.largest` numbers in the largest tensor made."""
     return _ShapeWatch
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.q(x))
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    """Tokens (n, length) to logits (n, length, 13), through four blocks of width 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.layers = nn.ModuleList(Block(8) for _ in range(4))
+        self.lm_head = nn.Linear(8, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.lm_head(h)
+
+
+class Wide(nn.Module):
+    """Tokens (n, length) to logits, through two blocks of width 64; its weights fit all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 64)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(64, 128), "down": nn.Linear(128, 64, bias=False)})
+            for _ in range(2)
+        )
+        self.lm_head = nn.Linear(64, 13)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = h + layer["down"](torch.tanh(layer["up"](h)))
+        return self.lm_head(h)
+
+
+def _net(dtype: torch.dtype = torch.float64, seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().to(dtype).eval()
+
+
+def _shapes(net: nn.Module, leaves: Iterable[str] = ("q", "up", "down")) -> dict[str, Any]:
+    return {
+        path: (m.out_features, m.in_features)
+        for path, m in net.named_modules()
+        if isinstance(m, nn.Linear) and path.rpartition(".")[2] in leaves
+    }
+
+
+def _expected(
+    base: nn.Module,
+    mix: Iterable[tuple[Adapter, float]],
+    x: Any,
+    rank: int | Mapping[str, int] | None = None,
+    factor: Callable[[float], float] = lambda ratio: 1.0,
+) -> Tensor:
+    """The output of a base that nothing is attached to, with W + Σ c ΔW in place of its weights."""
+    weights = {key: p.detach().double() for key, p in base.state_dict().items()}
+    for adapter, c in mix:
+        for path, u in adapter.modules.items():
+            k = rank.get(path, u.rank) if isinstance(rank, Mapping) else rank
+            k = u.rank if k is None else min(k, u.rank)
+            if k == 0:
+                continue
+            delta = c * u.scale * factor(u.rank / k) * (u.B[:, :k].double() @ u.A[:k].double())
+            W = weights[f"{path}.weight"]
+            weights[f"{path}.weight"] = W + (delta if delta.shape == W.shape else delta.T)
+    with torch.no_grad():
+        return functional_call(copy.deepcopy(base).double(), weights, (x,))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[..., Net]:
+    """make_net(dtype=float64, seed=0) -> a model from tokens (n, length) to logits."""
+    return _net
+
+
+@pytest.fixture(scope="session")
+def shapes_of() -> Callable[..., dict[str, Any]]:
+    """shapes_of(model, leaves=("q", "up", "down")) -> {path: (out, in)} of its linear layers."""
+    return _shapes
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[..., Tensor]:
+    """expected(base, [(adapter, c), …], x, rank=None, factor=…) -> the output by the definition."""
+    return _expected
+
+
+@pytest.fixture
+def net() -> Net:
+    """A model to attach to, float64."""
+    return _net()
+
+
+@pytest.fixture(scope="session")
+def base() -> Net:
+    """The same model, never attached to."""
+    return _net()
+
+
+@pytest.fixture(scope="session")
+def x() -> Tensor:
+    """Tokens (6, 5)."""
+    return torch.randint(0, 13, (6, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def three(make_adapter: Callable[..., Adapter]) -> dict[str, Adapter]:
+    """Adapters "a" (rank 4, everywhere), "b" (rank 2, q only), "c" (mixed ranks), float64."""
+    shapes = _shapes(_net())
+    ranks = {path: 1 + i % 4 for i, path in enumerate(shapes)}
+    only_q = {path: shape for path, shape in shapes.items() if path.endswith(".q")}
+    options: dict[str, Any] = {"scale": 0.7, "dtype": torch.float64}
+    return {
+        "a": make_adapter(shapes, 4, seed=1, **options),
+        "b": make_adapter(only_q, 2, seed=2, **options),
+        "c": make_adapter(shapes, ranks, seed=3, **options),
+    }
+
+
+@pytest.fixture(scope="session")
+def fingerprint() -> Callable[[nn.Module], Any]:
+    """fingerprint(model) -> classes, names, bits, hooks and flags, by module."""
+    return _fingerprint
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    return (
+        [(path, type(m), m.training, tuple(vars(m))) for path, m in model.named_modules()],
+        [
+            (path, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for path, m in model.named_modules()
+        ],
+        [(n, id(p), p.requires_grad, p._version, _bits(p)) for n, p in model.named_parameters()],
+        [(n, id(b), b._version, _bits(b)) for n, b in model.named_buffers()],
+        list(model.state_dict()),
+    )
+
+
+def _bits(t: Tensor) -> bytes:
+    return bytes(t.detach().contiguous().view(torch.uint8).numpy().data)
+
+
+# Checkpoints to merge into
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """folder(state, config=…, shards=n, name="base") -> a model's folder in tmp_path."""
+
+    def make(
+        state: Mapping[str, Tensor], *, config: Any = None, shards: int = 1, name: str = "base"
+    ) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        files = ["model.safetensors"]
+        if shards > 1:
+            files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        where = {key: files[i % shards] for i, key in enumerate(sorted(state))}
+        for file in files:
+            part = {key: t for key, t in state.items() if where[key] == file}
+            save_file(part, path / file, metadata={"format": "pt", "by": "a test"})
+        if shards > 1:
+            index = {"metadata": {}, "weight_map": where}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_state() -> Callable[..., dict[str, Tensor]]:
+    """small_state(dtype=float32, layers=2) -> weights of a base."""
+
+    def make(dtype: torch.dtype = torch.float32, layers: int = 2) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        state = {f"layers.{n}.q.weight": torch.randn(6, 4, generator=g) for n in range(layers)}
+        state["embed_tokens.weight"] = torch.randn(9, 4, generator=g)
+        state["norm.weight"] = torch.ones(4)
+        return {key: t.to(dtype) for key, t in state.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(make_adapter: Callable[..., Adapter]) -> Adapter:
+    """An adapter for the two layers of `small_state`."""
+    return make_adapter({f"layers.{n}.q": (6, 4) for n in range(2)}, 2)
+
+
+@pytest.fixture
+def wide() -> Wide:
+    """A model wide enough to be quantised, float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Wide().eval()

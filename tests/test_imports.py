@@ -161,7 +161,7 @@ def test_a_function_is_not_hidden_by_the_subpackage_of_its_name():
     code = "import lorafold as lf; import lorafold.fold; lf.Library; print(callable(lf.fold))"
     assert in_fresh_process(code) == "True"
     package = importlib.import_module("lorafold.fold")
-    function = importlib.import_module("lorafold.fold.folding").fold
+    function = importlib.import_module("lorafold.fold.fold").fold
     mine, its = inspect.signature(package).parameters, inspect.signature(function).parameters
     assert {n: (p.kind, p.default) for n, p in mine.items()} == {
         n: (p.kind, p.default) for n, p in its.items()

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapter",
-    "Layout": "adapter",
+    "Layout": "parts",
     "LowRank": "lowrank",
     "load": "files",
     "save": "files",
@@ -22,9 +22,9 @@ _HOME = {
     "PiSSA": "attach",
     "Live": "attach",
     "calibrate": "attach",
-    "quantize_base": "attach",
-    "dequantize": "attach",
-    "merge_into_weights": "attach",
+    "quantize_base": "quantize",
+    "dequantize": "quantize",
+    "merge_into_weights": "merge",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -39,15 +39,11 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
-    from .adapter import Layout as Layout
     from .attach import Live as Live
     from .attach import LoRA as LoRA
     from .attach import PiSSA as PiSSA
     from .attach import attach as attach
     from .attach import calibrate as calibrate
-    from .attach import dequantize as dequantize
-    from .attach import merge_into_weights as merge_into_weights
-    from .attach import quantize_base as quantize_base
     from .errors import FileError as FileError
     from .errors import LorafoldError as LorafoldError
     from .errors import MismatchError as MismatchError
@@ -61,6 +57,10 @@ if TYPE_CHECKING:
     from .fold import Projection as Projection
     from .fold import fold as fold
     from .lowrank import LowRank as LowRank
+    from .merge import merge_into_weights as merge_into_weights
+    from .parts import Layout as Layout
+    from .quantize import dequantize as dequantize
+    from .quantize import quantize_base as quantize_base
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (all of them are strings)
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MismatchError, RefusedError, UnknownNameError, did_you_mean
-from .extras import apply_extras, check_bias_scales, check_replicated, refusal_reason
-from .layout import LINEAR, add_updates, weight_key
-from .layout import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
+from .errors import MismatchError, RefusedError, UnknownNameError
 from .lowrank import LowRank, from_svd
+from .parts import LINEAR, check_bias_scales, refusal_reason
+from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
+from .placing import add_updates, apply_extras, check_replicated, weight_key
+from .words import did_you_mean
 
 
 @dataclass(frozen=True, eq=False)

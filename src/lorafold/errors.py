@@ -37,22 +37,3 @@ class UnknownNameError(LorafoldError, KeyError):
 
 class MissingExtraError(LorafoldError, ImportError):
     """A feature whose optional dependency is not installed; the message names the command."""
-
-
-def did_you_mean(name: str, known: object) -> str:
-    """The tail of an unknown-name message: the near names, or how many there are.
-
-    Args:
-        name: what was asked for.
-        known: an iterable of the names there are.
-    """
-    import difflib
-
-    names = [str(n) for n in known]  # type: ignore[attr-defined]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    if not names:
-        return "there are no names at all"
-    shown = ", ".join(repr(n) for n in sorted(names)[:5])
-    return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold.cli import check
-from lorafold.extras import ExtraKind
 from lorafold.files import base as base_files
 from lorafold.lowrank import LowRank
+from lorafold.parts import ExtraKind
 
 PREFIX = "base_model.model."
 Q = "model.layers.{}.self_attn.q_proj"
@@ -47,7 +47,7 @@ def test_an_adapter_that_fits(here, cli):
 
 
 def test_no_weights_are_read(here, cli, monkeypatch):
-    from lorafold.files import ranges
+    from lorafold.files import safetensors as ranges
 
     read = []
     original = ranges.read_tensors

@@ -13,7 +13,7 @@ import lorafold as lf
 from lorafold.cli import _library
 from lorafold.cli._writing import folder_names
 from lorafold.cli.fold import FORMS
-from lorafold.fold.plan import FORMS as KNOWN_FORMS
+from lorafold.fold.options import FORMS as KNOWN_FORMS
 
 
 def tree(folder):
@@ -40,7 +40,7 @@ def test_every_option_of_fold_is_a_flag():
     import inspect
 
     from lorafold.cli.fold import fold as fold_command
-    from lorafold.fold.folding import fold
+    from lorafold.fold.fold import fold
 
     flags = {p.name for p in fold_command.params}
     assert set(inspect.signature(fold).parameters) - {"progress"} <= flags

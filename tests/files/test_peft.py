@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import lorafold as lf
 from lorafold.errors import FileError, MismatchError, RefusedError, UnknownNameError
 from lorafold.files import AdapterFile, load_many, open_adapter
-from lorafold.files import ranges as ranges_module
-from lorafold.files.targets import exact_pattern
+from lorafold.files import safetensors as ranges_module
+from lorafold.files.peft_targets import exact_pattern
 
 P = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}

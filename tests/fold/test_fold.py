@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold as lf
+from lorafold.collection.limits import block_bytes, memory_bytes
 from lorafold.errors import FileError, MismatchError, ToleranceError
-from lorafold.fold.collection import block_bytes, memory_bytes
-from lorafold.fold.plan import FORMS
+from lorafold.fold.options import FORMS
 
 SHAPES = {"layers.0.q_proj": (48, 32), "layers.0.down_proj": (32, 64), "layers.1.q_proj": (48, 32)}
 
@@ -587,7 +587,7 @@ def test_memory_limits_the_blocks_and_changes_no_contract(mixed, monkeypatch):
     assert memory_bytes("2e9") == 2 * 10**9
     assert memory_bytes(12345) == 12345
     assert block_bytes("1GiB") < 1 << 30
-    from lorafold.fold import folding
+    from lorafold.fold import fold as folding
 
     monkeypatch.setattr(folding, "block_bytes", lambda memory: 4096)
     for form in ANY_RANK:
@@ -776,7 +776,8 @@ def test_warnings_are_not_part_of_folding(regular):
 
 def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):
     """If the coder lied about what it lost, the measure must stop it."""
-    from lorafold.fold import build, ledger
+    from lorafold.fold import write as build
+    from lorafold.fold.planning import budget as ledger
 
     monkeypatch.setattr(
         build.Ledger, "limit", lambda self, path, rows, members: np.full(len(rows), np.inf)

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 
 import lorafold as lf
-from lorafold.fold.codebook import codebook
+from lorafold.fold.coding.codebook import codebook
 
 PAGE = Path(lf.__file__).parents[2] / "docs" / "formats.md"
 

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 import lorafold as lf
-from lorafold.errors import (
-    FileError,
-    MismatchError,
-    RefusedError,
-    ToleranceError,
-    UnknownNameError,
-)
-from lorafold.fold.plan import FORMS
+from lorafold.errors import FileError, MismatchError, RefusedError, ToleranceError, UnknownNameError
+from lorafold.fold.options import FORMS
 
 SHAPES = {"q": (48, 32), "v": (32, 64)}
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lorafold.extras import scaling
-from lorafold.files.targets import finds_module
+from lorafold.files.peft_targets import finds_module
+from lorafold.parts import scaling
 
 names = st.lists(
     st.sampled_from(["q", "v", "0", "1", "12", "layers", "xq"]), min_size=1, max_size=4

@@ -22,8 +22,8 @@ from ..errors import FileError, MismatchError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.save import peft_form, write_form
-from .begin import weight_matrix
-from .fresh import Fresh, Modulation
+from ..layers.kinds import weight_matrix
+from .run.factors import Fresh, Modulation
 
 if TYPE_CHECKING:
     from .live import Live
@@ -204,7 +204,7 @@ def _load_copies(live: Live, place: Path, name: str) -> None:
     own = {p: s.copy_of(name) for p, s in live.saved.items() if name in s.keys}
     if not own or not place.is_dir():
         return
-    from .saved import saved_copies
+    from .additions import saved_copies
 
     for p, module in saved_copies(live, name, load(place)).items():
         if p in own:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .controls import ranks_at
+from .selection import ranks_at
 
 if TYPE_CHECKING:
-    from .core import Core
+    from .state import Core
 
 Ledger: TypeAlias = "dict[str, list[int]]"
 

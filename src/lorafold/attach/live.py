@@ -14,17 +14,16 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import MismatchError, UnknownNameError, did_you_mean
-from .core import Core
-from .experts import refuse_rows
+from ..errors import MismatchError, UnknownNameError
+from ..layers.kinds import is_transposed, layout_of
+from ..layers.swap import Swapped, swap_out
+from ..layers.targets import matches, shown
+from ..words import did_you_mean
 from .guard import Guard, guarded
-from .keeping import Gate, checked_gate, frozen_updates, rebuild
-from .kinds import is_transposed, layout_of
-from .saved import saved_extras
+from .running import Gate, checked_gate, frozen_updates, rebuild, refuse_rows
 from .selection import Row, Selection, parsed
-from .swap import Swapped, swap_out
-from .targets import matches, shown
-from .using import Using
+from .sources import saved_extras
+from .state import Core
 
 if TYPE_CHECKING:
     from .summary import Summary
@@ -286,7 +285,7 @@ class Live(Core):
         Raises:
             MismatchError: something is merged already. RefusedError: a quantised weight.
         """
-        from .merging import merge_into
+        from .merged import merge_into
 
         self._check_attached()
         return merge_into(self, what, c=c, rank=rank, keep=keep)
@@ -297,7 +296,7 @@ class Live(Core):
         Raises:
             MismatchError: nothing is merged.
         """
-        from .merging import unmerge_from
+        from .merged import unmerge_from
 
         self._check_attached()
         unmerge_from(self)
@@ -310,7 +309,7 @@ class Live(Core):
         Args:
             args, kwargs: what the model is called with, in evaluation mode.
         """
-        from .merging import verified
+        from .merged import verified
 
         self._check_attached()
         return verified(self, args, kwargs)
@@ -330,7 +329,7 @@ class Live(Core):
         Raises:
             MismatchError: the name is taken, shapes differ, or its rank is above the slots'.
         """
-        from .attaching import add_to
+        from .additions import add_to
 
         self._check_attached()
         add_to(self, adapter, name, replace=replace, trainable=trainable)
@@ -380,3 +379,22 @@ class Live(Core):
         self._controls.clear()
         self.detached = True
         return self.model
+
+
+class Using:
+    """What `use` returns: as a context it gives the earlier selection back when left."""
+
+    def __init__(self, live: Live, before: Selection | None) -> None:
+        self._live, self._before = live, before
+
+    def __enter__(self) -> Live:
+        return self._live
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.detached:
+            return
+        before = self._before
+        if before is not None:  # some of it may have been removed inside
+            named = {name for row in before.rows for name, _ in row.mix}
+            before = before.left_by(named - set(self._live.names))
+        self._live._show(before)

@@ -7,12 +7,14 @@ how: `rows` entries, of which a uniform selection has one that stands for the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-from ..errors import MismatchError, UnknownNameError, did_you_mean
+from ..errors import MismatchError, UnknownNameError
+from ..layers.targets import matches
+from ..words import did_you_mean
 
 Rank: TypeAlias = "int | Mapping[Any, int] | None"
 
@@ -154,3 +156,25 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
         raise MismatchError(f"rank must be a whole number of at least 0, found {value!r}")
     return int(value)
+
+
+def _constant(ratio: float) -> float:
+    return 1.0
+
+
+# The factor of a rank prefix k of r, from r / k. Functions by name, so that handles can be pickled.
+SCALINGS: dict[str, Callable[[float], float]] = {
+    "constant": _constant,
+    "linear": float,
+    "sqrt": math.sqrt,
+}
+EVERYTHING = 1 << 30  # a rank that no module has
+
+
+def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
+    """The prefix that each module runs."""
+    if rank is None:
+        return [EVERYTHING] * len(paths)
+    if isinstance(rank, int):
+        return [rank] * len(paths)
+    return [next((k for t, k in rank.items() if matches(t, p)), EVERYTHING) for p in paths]

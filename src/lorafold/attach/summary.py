@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .begin import num_weights
-from .quantized import is_quantized
-from .table import aligned
+from ..layers.kinds import num_weights
+from ..layers.storage import is_quantized
+from ..words import aligned
 
 if TYPE_CHECKING:
     from .live import Live

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import LorafoldError, ToleranceError, did_you_mean
+from ..errors import LorafoldError, ToleranceError
+from ..words import did_you_mean
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 

@@ -32,7 +32,7 @@ def adapter_options(function: F) -> F:
 
 def is_library(path: str | Path) -> bool:
     """Whether the folder holds a library."""
-    from ..fold.store_manifest import MANIFEST
+    from ..fold.store.manifest import MANIFEST
 
     return (Path(path) / MANIFEST).is_file()
 
@@ -59,7 +59,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
         UnknownNameError: the library has no such name.
     """
     from ..files import AdapterFile, open_adapter
-    from ..files.locate import SUBSPACE_NAME
+    from ..files.config import SUBSPACE_NAME
     from ..fold import Library
 
     found = in_library(text)
@@ -119,7 +119,7 @@ def _without_subspaces(
 ) -> tuple[list[str], dict[str, Any]]:
     """The other paths, and the adapters of vLoRA folders among them by name."""
     from ..files import load_many
-    from ..files.locate import SUBSPACE_NAME
+    from ..files.config import SUBSPACE_NAME
 
     others: list[str] = []
     found: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def paths_by_name(sources: Iterable[str]) -> dict[str, str]:
         FileError: one that stands for none.
         MismatchError: two with one name.
     """
-    from ..fold.collection import named_handles
+    from ..collection.sources import named_handles
 
     handles: Mapping[str, Any] = named_handles(list(sources))  # all of them `AdapterFile`s
     return {name: str(handle.path) for name, handle in handles.items()}

@@ -152,7 +152,7 @@ def _weight_shapes(layout: Layout | None, shape: tuple[int, int]) -> list[tuple[
 
 def _check_extras(base: Base, file: AdapterFile, results: dict[str, list[Any]]) -> list[str]:
     """Sort extras into the results; those that are new in the adapter are returned."""
-    from ..extras import extra_kind, extra_places
+    from ..parts import extra_kind, extra_places
 
     new = []
     for key, tensor in file.read_extras().items():
@@ -190,7 +190,7 @@ def _ignored(file: AdapterFile) -> list[dict[str, Any]]:
     """What readers that know plain ΔW only leave out or get wrong."""
     from collections import Counter
 
-    from ..extras import extra_kind
+    from ..parts import extra_kind
 
     rows = []
     for what, n in Counter(extra_kind(key, file.config) for key in file.extra_keys).items():

@@ -77,7 +77,7 @@ def fold(
     if not sources and not named:
         raise click.UsageError("give the adapters to fold", click.get_current_context())
     function = None if score is None else score_function(score)
-    from ..fold.folding import fold as fold_sources
+    from ..fold.fold import fold as fold_sources
 
     with output.progress("folding") as advance:
         lib = fold_sources(

@@ -68,7 +68,7 @@ def _library(path: str) -> None:
 
 def _places(path: str) -> list[str]:
     """The adapters that a path stands for: those in the folder where it is not itself one."""
-    from ..files.locate import adapters_below, is_adapter
+    from ..files.find import adapters_below, is_adapter
 
     folder = Path(path)
     if not folder.is_dir() or is_adapter(folder) or is_library(folder):
@@ -94,7 +94,7 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
         path: as it was given.
         file: the opened adapter; its tensors are read.
     """
-    from ..extras import extra_kind
+    from ..parts import extra_kind
 
     adapter = file.load()
     config, refusal = adapter.config, adapter.refusal

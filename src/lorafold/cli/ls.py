@@ -61,7 +61,7 @@ def _record_bytes(at: np.ndarray) -> np.ndarray:
 
 def _ranks(common: dict[str, Any], entry: dict[str, Any]) -> list[int]:
     """The ranks that the config names, r first; none where there is no config."""
-    from ..fold.configs import config_of
+    from ..fold.store.manifest import config_of
 
     config = config_of(common, entry)
     patterns = config.get("rank_pattern") or {}

@@ -54,7 +54,7 @@ def _merged(
     advance: output.Advance,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    from ..attach.export import write_merged
+    from ..merge.into_checkpoint import write_merged
 
     merged = write_merged(
         base, loaded(adapter, **options), folder, c, torch_dtype(dtype), overwrite, advance

@@ -75,9 +75,9 @@ def _measured(
     lib: Library, sources: tuple[str, ...], named: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Every source against what the library gives back; a broken bound doesn't end it."""
+    from ..collection.sources import named_handles
     from ..errors import ToleranceError
     from ..fold.change import checked_error
-    from ..fold.collection import named_handles
 
     handles = named_handles(named_sources(sources, named))
     entries = {name: lib.entry(name) for name in handles}  # an unknown name is told at once

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
-from . import ranges
-from .ranges import Entry
+from . import safetensors as ranges
+from .safetensors import Entry
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"

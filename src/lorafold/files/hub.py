@@ -17,7 +17,7 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     Raises:
         FileError: no such path, and no such adapter on the Hub (or no huggingface_hub).
     """
-    from .locate import PICKLE_NAME, WEIGHTS_NAME
+    from .config import PICKLE_NAME, WEIGHTS_NAME
 
     if not _ID.fullmatch(name):
         raise FileError(f"no such file or directory: {name!r}")

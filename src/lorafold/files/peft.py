@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Layout
-from ..errors import FileError, MismatchError, UnknownNameError, did_you_mean
-from ..extras import refusal_reason
+from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
-from . import ranges
+from ..parts import refusal_reason
+from ..words import did_you_mean
+from . import safetensors as ranges
 from .config import checked, parsed, plain, read_text
-from .locate import Location, locate
-from .plan import Plan, Slot, make_plan
+from .find import Location, locate
+from .peft_keys import Plan, Slot, make_plan
 
 
 class _Record:

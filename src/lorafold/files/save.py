@@ -23,13 +23,12 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
-from ..extras import PREFIX, extra_kind, lora_bias_path, scaling
 from ..lowrank import LowRank
+from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
 from .atomic import new_directory
-from .config import CONFIG_NAME, plain
-from .locate import WEIGHTS_NAME
-from .plan import OUT_PROJ_TIMES, is_out_proj, parameter_order, pattern_key, stem_scaling
-from .targets import exact_pattern, finds_module, parameters_of
+from .config import CONFIG_NAME, WEIGHTS_NAME, plain
+from .peft_keys import OUT_PROJ_TIMES, is_out_proj, parameter_order, pattern_key, stem_scaling
+from .peft_targets import exact_pattern, finds_module, parameters_of
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
 _DEFAULTS: dict[str, Any] = {

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import FileError, MismatchError, UnknownNameError, did_you_mean
-from ..extras import PREFIX
+from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
-from . import ranges
-from .config import read_text
-from .locate import SUBSPACE_NAME, adapters_below, is_adapter
+from ..parts import PREFIX
+from ..words import did_you_mean
+from . import safetensors as ranges
+from .config import SUBSPACE_NAME, read_text
+from .find import adapters_below, is_adapter
 from .peft import load
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.

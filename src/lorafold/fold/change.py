@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import MismatchError, ToleranceError, UnknownNameError, did_you_mean
+from ..collection.sources import Handle, named_handles
+from ..errors import MismatchError, ToleranceError, UnknownNameError
 from ..files import open_adapter
 from ..lowrank import LowRank
-from .adding import write_added
-from .collection import Handle, named_handles
-from .shard import Shard, ShardWriter
+from ..words import did_you_mean
+from .addition import write_added
+from .store.shard import Shard, ShardWriter
 
 if TYPE_CHECKING:
     from .library import Library
-    from .store import Transaction
+    from .store.store import Transaction
 
 _MOST_SHARDS = 7  # more are copied together, so that opening a library opens few files
 _KEPT_SHARDS = 3  # the largest ones, which are left alone then
@@ -101,7 +102,8 @@ def refold_all(
     lib: Library, tolerance: float | None, sources: Any, options: Mapping[str, Any]
 ) -> None:
     """See `Library.refold`."""
-    from .folding import FoldOptions, folded
+    from .one_pass import folded
+    from .options import FoldOptions
 
     given = dict(options)
     if tolerance is not None:

@@ -20,22 +20,17 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import (
-    MismatchError,
-    RefusedError,
-    UnknownNameError,
-    did_you_mean,
-)
+from ..collection.batch import Block, decompose, squared_norms
+from ..collection.sources import named_handles
+from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
-from .build import read_layout
-from .collection import named_handles
-from .configs import config_of
-from .flat import read_side
-from .record import StoredPart, decode, stored_parts
-from .shard import Shard
-from .sides import Basis, projected, read_basis, residual
-from .stack import Block, decompose, squared_norms
-from .store import Store
+from ..words import did_you_mean
+from .coding.bases import Basis, projected, read_basis, residual
+from .coding.record import StoredPart, decode, stored_parts
+from .planning.flat import read_side
+from .store.manifest import config_of, read_layout
+from .store.shard import Shard
+from .store.store import Store
 
 
 @dataclass(frozen=True)
@@ -305,7 +300,7 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape.
             RefusedError: ΔW algebra would be wrong.
         """
-        from .adding import nearest_sides
+        from .addition import nearest_sides
         from .change import one_handle
 
         _, handle = one_handle(adapter)

@@ -13,11 +13,13 @@ import os
 from collections.abc import Mapping
 
 from ..adapter import Adapter
+from ..collection.sources import Handle
 from ..errors import MismatchError
-from .collection import Handle
-from .folding import FoldOptions, Score, fold, folded
+from .fold import fold
 from .library import Library
-from .store import Store
+from .one_pass import folded
+from .options import FoldOptions, Score
+from .store.store import Store
 
 RUNS = 8  # of the score, an adapter: the base, the full adapter, the bisection, the check
 LOOSEST, TIGHTEST = 0.9, 0.005

@@ -1,0 +1,134 @@
+"""The verb itself: a model and what to attach in, the handle out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..collection.limits import memory_bytes
+from ..errors import MismatchError, RefusedError
+from ..fold import Library
+from ..layers.modes import outside_inference_mode
+from ..layers.swap import Swapped
+from .additions import _add_all, _named, _patch, _widest, library_places
+from .live import Live
+from .run.slots import BY_ITSELF, Slots
+from .selection import SCALINGS
+from .sources import Sides, library_sources, slots_within
+
+
+@outside_inference_mode
+def attach(
+    model: nn.Module,
+    x: Any,
+    *,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    cache: str | int | None = None,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+    rank_scaling: str = "constant",
+) -> Live:
+    """Attach adapters to a model in place, without changing its weights.
+
+    Adapters that are given run when `live.use(...)` says so; fresh ones, which are there to be
+    trained, run from the start.
+
+    Args:
+        model: any module that holds linear, Conv1D, embedding or convolution layers, or is one.
+        x: an `Adapter`, its path, a specification (`lf.LoRA`, `lf.PiSSA`), {name: one of these},
+            or a `Library`. A single one is named "default".
+        slots: adapters that are on the model's device at once; the least recently used leaves.
+            When None, room is made for up to 64 as they come; a number reserves it.
+        max_rank: rank that a slot has room for; by default the largest given.
+        cache: instead of slots, for a `Library`: bytes that its adapters may take on the device,
+            as "256MiB"; as many slots as fit.
+        trainable: train the adapters; their factors become parameters.
+        dtype: of the factors, in which their products are computed; by default the widest of the
+            adapters' own and of the dtype that most of the model's weights have.
+        rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k).
+
+    Returns:
+        The handle, `Live`.
+
+    Raises:
+        MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
+            layer or adapter that can't be attached, naming it. The model is unchanged then.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> a = lf.Adapter({"0": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
+        >>> live = lf.attach(model, a)
+        >>> x = torch.randn(3, 8)
+        >>> with live.use("default", c=0.5):
+        ...     y = model(x)
+        >>> torch.allclose(y, model(x) + 0.5 * a["0"](x), atol=1e-5)
+        True
+    """
+    if type(model).__name__ == "OptimizedModule":
+        wrapped: Any = model
+        model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
+    _check(model, slots, max_rank, rank_scaling)
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype}")
+    if isinstance(x, Library):
+        if trainable or max_rank is not None:
+            given = "trainable" if trainable else "max_rank"
+            raise MismatchError(
+                f"{given}= is not for a Library, whose adapters run as they are stored: attach "
+                "{name: library[name]}"
+            )
+        if cache is not None and slots is not None:
+            raise MismatchError("slots= and cache= say the same in two ways: give one of them")
+        if cache is not None:
+            slots = slots_within(x, memory_bytes(cache), dtype or torch.float32)
+        return _attach_library(model, x, slots, dtype, SCALINGS[rank_scaling])
+    if cache is not None:
+        raise MismatchError("cache= limits what is read of a Library; adapters have slots=")
+    named = _named(x)
+    adapters = [a for a in named.values() if isinstance(a, Adapter)]
+    rank = max_rank or max((a.rank for a in adapters), default=0)
+    room = Slots(slots, rank, dtype or _widest(model, adapters))
+    room.fixed_rank, room.fixed_dtype = max_rank is not None, dtype is not None
+    live = Live(model, room, SCALINGS[rank_scaling])
+    _add_all(live, named, trainable)
+    return live
+
+
+def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str) -> None:
+    """Refuse what can't be attached to, and options out of range."""
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise RefusedError(
+            "adapters are attached to this model already: add to that handle (live.add), or "
+            "detach it first"
+        )
+    if not isinstance(rank_scaling, str) or rank_scaling not in SCALINGS:
+        raise MismatchError(
+            f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
+        )
+    for label, value in (("slots", slots), ("max_rank", max_rank)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")
+
+
+def _attach_library(
+    model: nn.Module,
+    library: Library,
+    slots: int | None,
+    dtype: torch.dtype | None,
+    scaling: Callable[[float], float],
+) -> Live:
+    kind = dtype or torch.float32
+    live = Live(model, Slots(slots or min(len(library), BY_ITSELF), 0, kind), scaling)
+    places = library_places(live, library)
+    live._sources.update(library_sources(library))
+    _patch(live, places)
+    live.sides = Sides(library, kind)
+    return live

@@ -1,0 +1,1 @@
+"""How fresh adapters begin."""

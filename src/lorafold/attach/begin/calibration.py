@@ -1,0 +1,169 @@
+"""How strongly inputs excite the singular directions of each layer's weight: `lf.calibrate`.
+
+The batches are streamed with Vh at hand, and a few sums per direction are all that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MismatchError
+from ...layers.kinds import CONV, EMBEDDING, kind_of, weight_matrix
+from ...layers.swap import input_of
+from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
+
+
+@dataclass(frozen=True)
+class DirectionStats:
+    """Statistics of v_i · x at one layer.
+
+    Args:
+        mean_abs: (k,) mean|v_i · x| over all inputs. std: (k,) of the (first) set of inputs.
+        other_std: (k,) of the second set.
+    """
+
+    mean_abs: Tensor
+    std: Tensor
+    other_std: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Calibration(Mapping[str, DirectionStats]):
+    """{path: statistics} of a model's layers; made by `lf.calibrate`."""
+
+    stats: Mapping[str, DirectionStats]
+
+    @property
+    def contrasted(self) -> bool:
+        """Whether there were two sets of inputs."""
+        return all(s.other_std is not None for s in self.stats.values())
+
+    def __getitem__(self, path: str) -> DirectionStats:
+        return self.stats[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stats)
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+
+class _Sums:
+    """Running sums of z = Vh x, in float64."""
+
+    def __init__(self, Vh: Tensor) -> None:
+        self.Vh, self.n = Vh, 0
+        self.absolute, self.first, self.second = (
+            torch.zeros(len(Vh), dtype=torch.float64, device=Vh.device) for _ in range(3)
+        )
+        self.shift: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        z = (x.detach().reshape(-1, x.shape[-1]).to(self.Vh) @ self.Vh.T).double()
+        if self.shift is None:  # near the mean, so that the difference below keeps its digits
+            self.shift = z.mean(0)
+        self.n += len(z)
+        self.absolute += z.abs().sum(0)
+        self.first += (z - self.shift).sum(0)
+        self.second += (z - self.shift).square().sum(0)
+
+    def std(self) -> Tensor:
+        spread = self.second - self.first**2 / max(self.n, 1)
+        return (spread.clamp_min(0) / max(self.n - 1, 1)).sqrt().float()
+
+
+def stats_of(sets: Sequence[Tensor], Vh: Tensor) -> DirectionStats:
+    """Statistics of one or two sets of inputs (n, in)."""
+    sums = [_Sums(Vh) for _ in sets]
+    for s, X in zip(sums, sets, strict=True):
+        s.add(X.to(Vh.device))
+    return _joined(sums)
+
+
+def _joined(sums: Sequence[_Sums]) -> DirectionStats:
+    n = sum(s.n for s in sums)
+    total = torch.stack([s.absolute for s in sums]).sum(0)
+    other = sums[1].std() if len(sums) > 1 else None
+    return DirectionStats((total / max(n, 1)).float(), sums[0].std(), other)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    rejected: Iterable[Any] | None = None,
+    *,
+    targets: Any = ALL_LINEAR,
+    exclude: Any = DEFAULT_EXCLUDE,
+    layers: tuple[float, float] = (0, 1),
+) -> Calibration:
+    """Run batches through a model, in evaluation mode, and measure its singular directions.
+
+    Args:
+        batches: what the model is called with: tensors, tuples of arguments, or mappings of
+            keyword arguments. rejected: a second set, to tell apart from the first.
+        targets, exclude, layers: as for `lf.LoRA`.
+
+    Returns:
+        {path: `DirectionStats`}, to be given to `lf.PiSSA(calibration=…)`.
+
+    Raises:
+        MismatchError: no batch, a layer that no batch reached, or targets that match nothing.
+    """
+    found = found_layers(
+        model, as_targets(targets, "targets"), as_targets(exclude, "exclude"), layers
+    )
+    sides = {}
+    for path, layer in found.items():
+        kind = kind_of(layer, path)
+        if kind is EMBEDDING or kind is CONV:
+            raise MismatchError(f"module {path!r} is no linear layer: calibrate takes those only")
+        sides[path] = torch.linalg.svd(weight_matrix(layer, kind), full_matrices=False)[2]
+    sets = [_run(model, found, sides, batches)]
+    if rejected is not None:
+        sets.append(_run(model, found, sides, rejected))
+    return Calibration({path: _joined([s[path] for s in sets]) for path in found})
+
+
+def _run(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    sides: Mapping[str, Tensor],
+    batches: Iterable[Any],
+) -> dict[str, _Sums]:
+    sums = {path: _Sums(Vh) for path, Vh in sides.items()}
+
+    def hook_of(path: str) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            sums[path].add(input_of(args, kwargs))
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(hook_of(path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, list | tuple):
+                    model(*batch)
+                else:
+                    model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    silent = [path for path, s in sums.items() if s.n < 2]
+    if silent:
+        raise MismatchError(f"no batch reached module {silent[0]!r}: there is nothing to measure")
+    return sums

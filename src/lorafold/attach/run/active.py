@@ -1,0 +1,242 @@
+"""What is active, as tensors that are rewritten in place.
+
+For a selection of `rows` rows, each a mix of at most K adapters, every layer sees the slots
+`ids (rows, K)` and, for each group of banks, one weight per row and rank: the coefficient times the
+adapter's scale, zero beyond the rank prefix. These live in one tensor over all layers, so that a
+switch is a few copies whatever the depth, and a compiled graph, which sees the same tensors again,
+needs no new compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..selection import SCALINGS, Selection, ranks_at
+from .grouping import Grouping
+from .slots import Table
+
+# Of a uniform selection at one layer: by group, (slot, coefficient, rank); and (key, coefficient,
+# rank) of the trainable adapters.
+Numbers: TypeAlias = "tuple[dict[str, list[tuple[int, float, int]]], list[tuple[str, float, int]]]"
+
+
+@dataclass
+class LayerControls:
+    """What one layer sees: views into `Controls`, and in eager mode what of it applies here."""
+
+    controls: Controls
+    index: int
+    ids: Tensor
+    on: Tensor
+    gate: Tensor
+    w: dict[str, Tensor] = field(default_factory=dict)
+    trained_w: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def items(self) -> dict[str, list[tuple[int, float, int]]]:
+        """By group, (slot, coefficient, rank) of a uniform selection."""
+        return self.controls.numbers()[self.index][0]
+
+    @property
+    def trained(self) -> list[tuple[str, float, int]]:
+        """(key, coefficient, rank) of the trainable adapters of a uniform selection."""
+        return self.controls.numbers()[self.index][1]
+
+
+class Controls:
+    """The tensors of selections of one size.
+
+    Args:
+        rows, width: of the selections. tables: by group. trained: key → (L,) ranks of a trainable
+            adapter, and its scales (L,). members: by group and key, which layers have it.
+        devices: of each layer. dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        tables: Mapping[str, Table],
+        trained: Mapping[str, tuple[Tensor, Tensor]],
+        members: Mapping[str, list[bool]],
+        devices: list[torch.device],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tables, self.trained = tables, trained
+        self.uniform: Selection | None = None
+        self.all_on, self.any_on = False, False
+        self.gates: list[float] = [0.0]
+        self._numbers: list[Numbers] | None = None
+        self._grouped: dict[torch.device, Grouping | None] = {}
+        self._entries: list[tuple[int, int]] = []
+        self._slots: dict[str, int] = {}
+        self._keys: dict[str, str] = {}
+        self._scaling = SCALINGS["constant"]
+        self._paths: list[str] = []
+        layers = len(devices)
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+        for device in dict.fromkeys(devices):
+            options: Any = {"device": device, "dtype": dtype}
+            self._on_device[device] = {
+                "ids": torch.zeros(rows, width, dtype=torch.int64, device=device),
+                "on": torch.zeros(rows, dtype=torch.bool, device=device),
+                "gate": torch.zeros(rows, **options),
+                **{
+                    f"w.{group}": torch.zeros(layers, rows, width * t.width, **options)
+                    for group, t in tables.items()
+                },
+                **{
+                    f"t.{key}": torch.zeros(layers, rows, int(ranks.max()), **options)
+                    for key, (ranks, _) in trained.items()
+                },
+            }
+        self.layers = [self._view(i, devices[i], members) for i in range(layers)]
+
+    def _view(
+        self, i: int, device: torch.device, members: Mapping[str, list[bool]]
+    ) -> LayerControls:
+        t = self._on_device[device]
+        return LayerControls(
+            self,
+            i,
+            t["ids"],
+            t["on"],
+            t["gate"],
+            {g: t[f"w.{g}"][i] for g in self.tables if members[g][i]},
+            {
+                key: t[f"t.{key}"][i][:, : int(ranks[i])]
+                for key, (ranks, _) in self.trained.items()
+                if members[key][i]
+            },
+        )
+
+    def set(
+        self,
+        selection: Selection,
+        slots: Mapping[str, int],
+        keys: Mapping[str, str],
+        gates: list[float],
+        scaling: Callable[[float], float],
+        paths: list[str],
+    ) -> None:
+        """Write a selection of this size.
+
+        Args:
+            slots: name → slot. keys: name → key of a trainable adapter.
+            gates: (rows,) of the background. scaling: factor by rank there is / rank prefix.
+            paths: of the layers.
+        """
+        self.uniform = selection if selection.uniform else None
+        on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
+        self.all_on, self.any_on = all(on), any(on)
+        self.gates = gates
+        self._slots, self._keys = dict(slots), dict(keys)
+        self._scaling, self._paths = scaling, paths
+        self._grouped.clear()
+        self._numbers = None
+        ids, c = self._mixes(selection)
+        values = {
+            "ids": ids,
+            "on": torch.tensor(on),
+            "gate": torch.tensor(gates, dtype=torch.float64),
+        }
+        ranks = _ranks(selection, paths)
+        values |= {f"w.{g}": self._bank_weights(ids, c, t, ranks) for g, t in self.tables.items()}
+        values |= {f"t.{key}": self._trained_weights(selection, key, ranks) for key in self.trained}
+        for tensors in self._on_device.values():
+            for name, value in values.items():
+                tensors[name].copy_(value)
+
+    def grouped(self, device: torch.device) -> Grouping | None:
+        """What runs by slot, for layers on a device; None where gathering the factors is better."""
+        if device not in self._grouped:
+            tensors = self._on_device[device]
+            w = {group: tensors[f"w.{group}"] for group in self.tables}
+            rows, width = tensors["ids"].shape
+            by = Grouping(self._entries, rows, width, w)
+            # One by one is many small calls, which an accelerator waits for.
+            self._grouped[device] = by if by.dense or device.type == "cpu" else None
+        return self._grouped[device]
+
+    def _mixes(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Slots and coefficients (rows, K); the entries that run are noted."""
+        width = selection.width
+        ids, c = ([[zero] * width for _ in selection.rows] for zero in (0, 0.0))
+        self._entries = []
+        for i, row in enumerate(selection.rows):
+            for j, (name, value) in enumerate(row.mix):
+                slot = self._slots.get(name)
+                if slot is not None:
+                    ids[i][j], c[i][j] = slot, value
+                    if value != 0 and row.rank != 0:
+                        self._entries.append((slot, i * width + j))
+        return torch.tensor(ids), torch.tensor(c, dtype=torch.float64)
+
+    def _bank_weights(self, ids: Tensor, c: Tensor, table: Table, ranks: Tensor) -> Tensor:
+        """(L, rows, K · R)."""
+        have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
+        first = table.first[ids].permute(2, 0, 1)
+        coefficient = c * table.scales[ids].permute(2, 0, 1)
+        k = (ranks[:, :, None] - first).clamp_min(0).minimum(have)
+        if self._scaling is not SCALINGS["constant"]:
+            coefficient = coefficient * _factors(self._scaling, have, k)
+        mask = torch.arange(table.width) < k[..., None]
+        return (coefficient[..., None] * mask).flatten(2)
+
+    def _trained_weights(self, selection: Selection, key: str, ranks: Tensor) -> Tensor:
+        """(L, rows, r)."""
+        have, scales = self.trained[key]
+        found = [sum(c for name, c in r.mix if self._keys.get(name) == key) for r in selection.rows]
+        c = torch.tensor(found, dtype=torch.float64)
+        have = have[:, None].expand(-1, len(c))
+        k = ranks.minimum(have)
+        coefficient = c * scales[:, None] * _factors(self._scaling, have, k)
+        return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
+
+    def numbers(self) -> list[Numbers]:
+        """What applies at each layer for a uniform selection, in eager mode."""
+        if self._numbers is None:
+            self._numbers = self._find_numbers()
+        return self._numbers
+
+    def _find_numbers(self) -> list[Numbers]:
+        assert self.uniform is not None
+        (row,) = self.uniform.rows
+        ranks = ranks_at(row.rank, self._paths)
+        found: list[Numbers] = [({}, []) for _ in ranks]
+        for name, c in row.mix if row.on else ():
+            if c == 0:
+                continue
+            if name in self._keys:
+                key = self._keys[name]
+                for at, rank, have in zip(found, ranks, self.trained[key][0].tolist(), strict=True):
+                    if k := min(rank, have):
+                        at[1].append((key, c * self._scaling(have / k), k))
+                continue
+            slot = self._slots[name]
+            for group, t in self.tables.items():
+                columns = (column[slot].tolist() for column in (t.ranks, t.first, t.scales))
+                for at, rank, have, first, scale in zip(found, ranks, *columns, strict=True):
+                    if k := min(max(0, rank - first), have):
+                        item = (slot, c * scale * self._scaling(have / k), k)
+                        at[0].setdefault(group, []).append(item)
+        return found
+
+
+def _ranks(selection: Selection, paths: list[str]) -> Tensor:
+    """The prefixes (L, rows), or (1, rows) where all layers run the same."""
+    alike = [row.rank is None or isinstance(row.rank, int) for row in selection.rows]
+    found = [ranks_at(row.rank, paths[:1] if all(alike) else paths) for row in selection.rows]
+    return torch.tensor(found).T
+
+
+def _factors(scaling: Callable[[float], float], have: Tensor, k: Tensor) -> Tensor:
+    if scaling is SCALINGS["constant"]:
+        return torch.ones(())
+    ratio = have.double() / k.clamp_min(1)
+    return ratio if scaling is SCALINGS["linear"] else ratio.sqrt()

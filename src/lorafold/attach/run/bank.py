@@ -1,0 +1,170 @@
+"""Banks: the factors of many adapters at one layer, in fixed slots.
+
+A is kept as (slots, R, in) and B transposed, as (slots, R, out): the rows of both are the ranks, so
+that a rank prefix is a view, and the batched products of a decode step read them in order. Ranks
+that an adapter doesn't have carry the weight 0; what stands there is never cleared.
+
+A shared bank holds a library's cores: A (slots, R, in) in coordinates of V, B in those of U, and
+every row of the batch goes through the same V and U. δ = U B_i A_i Vᵀ x costs one product with V
+and one with U for the whole batch, however many adapters there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...layers.kinds import LINEAR, Kind, of_rows
+from ...lowrank import LowRank
+from .grouping import Grouping
+
+Item = tuple[int, float, int]  # slot, coefficient, rank
+
+
+class Bank(nn.Module):
+    """The adapters' factors at one layer.
+
+    Args:
+        kind: of the layer. dims: (out, in) of the factors. slots: how many. rank: rows in each.
+    """
+
+    A: Tensor
+    Bt: Tensor
+
+    def __init__(
+        self,
+        kind: Kind,
+        dims: tuple[int, int],
+        slots: int,
+        rank: int,
+        *,
+        device: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        out, inner = dims
+        options: Any = {"device": device, "dtype": dtype}
+        self.register_buffer("A", torch.zeros(slots, rank, inner, **options), persistent=False)
+        self.register_buffer("Bt", torch.zeros(slots, rank, out, **options), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.A.nbytes + self.Bt.nbytes
+
+    def write(self, slot: int, u: LowRank) -> None:
+        """Put an update into a slot; its scale is kept elsewhere."""
+        self.A[slot, : u.rank].copy_(u.A)
+        self.Bt[slot, : u.rank].copy_(u.B.mT)
+
+    def read(self, slot: int, rank: int, scale: float) -> LowRank:
+        """A copy of what is in a slot."""
+        return LowRank(self.A[slot, :rank].clone(), self.Bt[slot, :rank].mT.clone(), scale)
+
+    def grow(self, slots: int, dtype: torch.dtype, rank: int | None = None) -> None:
+        """More slots, a wider dtype, or room for a larger rank; what is there stays."""
+        for name in ("A", "Bt"):
+            old = getattr(self, name)
+            new = old.new_zeros(slots, rank or old.shape[1], old.shape[2], dtype=dtype)
+            new[: len(old), : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def uniform(self, layer: Any, y: Tensor, x: Tensor, items: Sequence[Item]) -> Tensor:
+        """y plus the whole batch's mix."""
+        for slot, coefficient, k in items:
+            h = self.kind.down(layer, x, self.A[slot, :k])
+            y = self.kind.added(layer, y, h, self.Bt[slot, :k], coefficient)
+        return y
+
+    def rows(self, layer: Any, y: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        """y plus each row's own mix.
+
+        Args:
+            y, x: (rows · m, ...). ids: (rows, K) slots. w: (rows, K · R) weights of the ranks.
+        """
+        h = self.kind.rows_down(layer, x, self.A, ids)
+        if h.requires_grad:
+            w = w.clone()  # the next choice is written there, before the backward pass maybe
+        h = (h * w[:, None]).to(h.dtype)
+        return self.kind.rows_up(layer, y, h, of_rows(self.Bt, ids))
+
+    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
+        """The same for a kind whose h is x Aᵀ, with the rows in the order of the slots.
+
+        Args:
+            w: (places, R), of `by`.
+        """
+        x = x.to(self.A.dtype).reshape(by.rows, -1, x.shape[-1])
+        shaped = y.reshape(by.rows, -1, y.shape[-1])
+        return by.added(shaped, x, self.A, self.Bt, w).view(y.shape)
+
+
+class SharedBank(Bank):
+    """A library's cores between shared sides.
+
+    Args:
+        U: (out, R_U) or None where the side is each adapter's own. V: (in, R_V) or None.
+    """
+
+    U: Tensor | None
+    V: Tensor | None
+
+    def __init__(
+        self, dims: tuple[int, int], slots: int, rank: int, U: Tensor | None, V: Tensor | None
+    ) -> None:
+        out, inner = dims
+        core = (out if U is None else U.shape[1], inner if V is None else V.shape[1])
+        like = U if U is not None else V
+        assert like is not None
+        super().__init__(LINEAR, core, slots, rank, device=like.device, dtype=like.dtype)
+        self.register_buffer("U", U, persistent=False)
+        self.register_buffer("V", V, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        sides = [t for t in (self.U, self.V) if t is not None]
+        return super().nbytes + sum(t.nbytes for t in sides)
+
+    def grow(self, slots: int, dtype: torch.dtype, rank: int | None = None) -> None:
+        super().grow(slots, dtype, rank)
+        for name in ("U", "V"):
+            side = getattr(self, name)
+            if side is not None:
+                setattr(self, name, side.to(dtype))
+
+    def uniform(self, layer: Any, y: Tensor, x: Tensor, items: Sequence[Item]) -> Tensor:
+        if not items:
+            return y
+        z = self._in(x)
+        core: Tensor | None = None
+        for slot, coefficient, k in items:
+            h = coefficient * F.linear(z, self.A[slot, :k])
+            part = h @ self.Bt[slot, :k]
+            core = part if core is None else core + part
+        assert core is not None
+        return y + self._out(core).to(y.dtype)
+
+    def rows(self, layer: Any, y: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        h = LINEAR.rows_down(layer, self._in(x), self.A, ids)
+        if h.requires_grad:
+            w = w.clone()
+        h = (h * w[:, None]).to(h.dtype)
+        core = torch.bmm(h, of_rows(self.Bt, ids))
+        return y + self._out(core).to(y.dtype).view(y.shape)
+
+    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
+        z = self._in(x).reshape(by.rows, -1, self.A.shape[2])
+        core = by.added(z.new_zeros(*z.shape[:2], self.Bt.shape[2]), z, self.A, self.Bt, w)
+        return y + self._out(core).to(y.dtype).view(y.shape)
+
+    def _in(self, x: Tensor) -> Tensor:
+        x = x.to(self.A.dtype)
+        return x if self.V is None else x @ self.V
+
+    def _out(self, core: Tensor) -> Tensor:
+        return core if self.U is None else F.linear(core, self.U)

@@ -1,0 +1,187 @@
+"""Fresh, trainable factors at one layer: LoRA and modulated singular directions.
+
+`Factors` runs s · B A x, or, where it began with part of the weight (PiSSA), s (B A − B₀ A₀) x with
+the start frozen beside it, so that W is never altered. `Modulation` runs U (Δs ⊙ Vh x): the same
+map as taking the directions out of W and putting U diag(S + Δs) Vh back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...layers.kinds import Kind
+from ...lowrank import LowRank
+
+
+class Fresh(nn.Module):
+    """Trainable factors of one adapter at one layer; see the two final classes.
+
+    Attributes:
+        rank: how many rows. scale: of the product.
+    """
+
+    def __init__(self, kind: Kind, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.kind, self.rank, self.scale, self.dropout = kind, rank, scale, dropout
+
+    def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
+        """(A (k, in), B (out, k), what h is multiplied by) whose products add up to ΔW / scale."""
+        raise TypeError("Fresh is abstract")  # pragma: no cover
+
+    def update(self) -> LowRank:
+        """A copy of the present update."""
+        with torch.no_grad():
+            parts = self.parts(self.rank)
+            A = torch.cat([A for A, _, _ in parts])
+            B = torch.cat([B * g for _, B, g in parts], 1)
+            return LowRank(A.detach().clone(), B.detach().clone(), self.scale)
+
+    def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
+        """Each parameter with the index of its entries that a rank prefix k leaves out."""
+        raise TypeError("Fresh is abstract")  # pragma: no cover
+
+    def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: float, k: int) -> Tensor:
+        """y plus coefficient · ΔW x at rank prefix k."""
+        x = self._dropped(x)
+        # Summed before they are added, so that a start cancels to the rounding of its own size.
+        delta: Any = None
+        for A, B, g in self.parts(k):
+            h = _times(self.kind.down(layer, x, A), g * (coefficient * self.scale), self.kind)
+            part = self.kind.up(layer, h, B)
+            delta = part if delta is None else delta + part
+        total: Tensor = y + delta.to(y.dtype)
+        return total
+
+    def rows(self, layer: Any, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """y plus each row's own share; w (rows, r) weights of the ranks, scale included."""
+        x = self._dropped(x)
+        weights = w.repeat_interleave(y.shape[0] // len(w), 0)
+        delta: Any = None
+        for A, B, g in self.parts(self.rank):
+            h = self.kind.down(layer, x, A)
+            channel = self.kind.channel % h.ndim
+            shape = [h.shape[0] if d == 0 else -1 if d == channel else 1 for d in range(h.ndim)]
+            h = (_times(h, g, self.kind) * weights.view(shape)).to(h.dtype)
+            part = self.kind.up(layer, h, B)
+            delta = part if delta is None else delta + part
+        total: Tensor = y + delta.to(y.dtype)
+        return total
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.dropout and self.training and x.is_floating_point():
+            return F.dropout(x, self.dropout)
+        return x
+
+
+def _times(h: Tensor, g: Tensor | float, kind: Kind) -> Tensor:
+    """h times a number, or a number a rank, in h's dtype."""
+    if isinstance(g, Tensor):
+        channel = kind.channel % h.ndim
+        g = g.view([-1 if d == channel else 1 for d in range(h.ndim)])
+    return (h * g).to(h.dtype)
+
+
+class Factors(Fresh):
+    """s · B A, less its frozen start where there is one.
+
+    Args:
+        A: (r, in). B: (out, r). start: (A₀, B₀) that is subtracted.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self,
+        kind: Kind,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__(kind, len(A), scale, dropout)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("A0", None if start is None else start[0])
+        self.register_buffer("B0", None if start is None else start[1])
+
+    def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
+        found: list[tuple[Tensor, Tensor, Tensor | float]] = [(self.A[:k], self.B[:, :k], 1.0)]
+        if self.A0 is not None and self.B0 is not None:
+            found.append((self.A0[:k], self.B0[:, :k], -1.0))
+        return found
+
+    def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
+        return [(self.A, slice(k, None)), (self.B, (slice(None), slice(k, None)))]
+
+
+class Modulation(Fresh):
+    """U (Δs ⊙ Vh x) on chosen singular directions of the weight.
+
+    Args:
+        U: (out, r). S: (r,). Vh: (r, in). delta_s: (r,), the only thing that is trained.
+        index: (r,) which of the weight's singular directions they are.
+
+    Attributes:
+        directions: how many the weight has. select: by which score they were chosen.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    index: Tensor
+
+    def __init__(
+        self, kind: Kind, U: Tensor, S: Tensor, Vh: Tensor, delta_s: Tensor, index: Tensor
+    ) -> None:
+        super().__init__(kind, len(S), 1.0)
+        self.directions, self.select = len(S), "s_only"
+        for name, t in (("U", U), ("S", S), ("Vh", Vh), ("index", index)):
+            self.register_buffer(name, t)
+        self.delta_s = nn.Parameter(delta_s)
+
+    def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
+        return [(self.Vh[:k], self.U[:, :k], self.delta_s[:k])]
+
+    def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
+        return [(self.delta_s, slice(k, None))]
+
+
+class Kept(nn.Module):
+    """Frozen updates that run in the background, as one pair of products.
+
+    Args:
+        updates: what runs, coefficients included; joined in the widest dtype.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, kind: Kind, updates: list[LowRank], device: Any) -> None:
+        super().__init__()
+        self.kind = kind
+        dtype = updates[0].B.dtype
+        for u in updates:
+            for t in (u.A, u.B):
+                dtype = torch.promote_types(dtype, t.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        A = torch.cat([u.A.to(device, dtype) for u in updates])
+        B = torch.cat([(u.scale * u.B.to(device, wide)).to(dtype) for u in updates], 1)
+        self.register_buffer("A", A.detach().clone(), persistent=False)
+        self.register_buffer("B", B.detach().clone(), persistent=False)
+
+    def uniform(self, layer: Any, y: Tensor, x: Tensor, gate: float) -> Tensor:
+        """y plus gate times the background."""
+        h = self.kind.down(layer, x, self.A)
+        return y + (gate * self.kind.up(layer, h, self.B)).to(y.dtype)
+
+    def rows(self, layer: Any, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """y plus the background, each row by its own gate (rows,)."""
+        delta = self.kind.up(layer, self.kind.down(layer, x, self.A), self.B)
+        weights = gate.repeat_interleave(y.shape[0] // len(gate), 0)
+        weights = weights.view(-1, *[1] * (y.ndim - 1))
+        return y + (weights * delta).to(y.dtype)

@@ -1,0 +1,125 @@
+"""What is added to one attached layer: the child that its class hands each output to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MismatchError
+from ...layers.kinds import Kind
+from ...layers.swap import device_of, input_of
+from .bank import Bank
+from .factors import Fresh, Kept
+
+if TYPE_CHECKING:
+    from ..state import Core
+    from .active import Controls, LayerControls
+
+
+class Patch(nn.Module):
+    """What is added to one layer.
+
+    Args:
+        live: the handle. index: of the layer in its tables. path: of the layer.
+        kind: of the layer. dims: (out, in) of its updates.
+
+    Attributes:
+        banks: by group, the adapters in slots. fresh: by position, the trainable ones.
+        kept: the background. now: what is active, None for nothing.
+    """
+
+    def __init__(
+        self, live: Core, index: int, path: str, kind: Kind, dims: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.live, self.index, self.path, self.kind, self.dims = live, index, path, kind, dims
+        self.banks = nn.ModuleDict()
+        self.fresh = nn.ModuleDict()
+        self.kept: Kept | None = None
+        self.now: LayerControls | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "now": None}  # views of the handle's tensors
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.live._stale = True  # on another device, maybe
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        own = next(iter([*self.parameters(), *self.buffers()]), None)
+        return device_of(self.live.layer(self.path)) if own is None else own.device
+
+    def forward(self, layer: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with what is active added."""
+        if self.live._stale:
+            self.live._refresh()
+        now = self.now
+        if now is None or y.numel() == 0:  # an expert that no token goes to, for one
+            return y
+        x = input_of(args, kwargs)
+        if self.fresh and torch.is_grad_enabled():
+            self.live.pauses.ran = True
+        if now.controls.uniform is not None and not _is_recorded(y):
+            return self._uniform(layer, y, x, now)
+        return self._rows(layer, y, x, now, now.controls)
+
+    def _uniform(self, layer: Any, y: Tensor, x: Tensor, now: LayerControls) -> Tensor:
+        for group, items in now.items.items():
+            bank: Any = self.banks[group]
+            y = bank.uniform(layer, y, x, items)
+        for key, coefficient, k in now.trained:
+            fresh: Any = self.fresh[key]
+            y = fresh.uniform(layer, y, x, coefficient, k)
+        if self.kept is not None and now.controls.gates[0] != 0:
+            y = self.kept.uniform(layer, y, x, now.controls.gates[0])
+        return y
+
+    def _rows(
+        self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
+    ) -> Tensor:
+        rows = len(now.ids)
+        if y.shape[0] % rows:
+            raise MismatchError(
+                f"a batch of {y.shape[0]} at {self.path!r} is no multiple of the {rows} rows given "
+                "to use([...])"
+            )
+        if not _is_recorded(y) and not controls.any_on:
+            return y
+        out = y
+        by = None if _is_recorded(y) else controls.grouped(y.device)
+        for group, w in now.w.items():
+            bank: Any = self.banks[group]
+            if by is None or not bank.kind.plain:
+                out = bank.rows(layer, out, x, now.ids, w)
+            else:
+                out = bank.grouped(out, x, by, by.w[group][self.index])
+        for key, w in now.trained_w.items():
+            fresh: Any = self.fresh[key]
+            out = fresh.rows(layer, out, x, w)
+        if self.kept is not None:
+            out = self.kept.rows(layer, out, x, now.gate)
+        # In this order: what a graph looks at, it is compiled again for.
+        if not _is_recorded(y) and controls.all_on:
+            return out
+        # A row of the base is selected, so that it is the base's to the bit.
+        on = now.on.repeat_interleave(y.shape[0] // rows, 0).view(-1, *[1] * (y.ndim - 1))
+        return torch.where(on, out, y)
+
+    def bank(self, group: str) -> Bank:
+        """One of its banks."""
+        found: Any = self.banks[group]
+        return found  # type: ignore[no-any-return]
+
+    def trained(self, key: str) -> Fresh:
+        """One of its trainable adapters."""
+        found: Any = self.fresh[key]
+        return found  # type: ignore[no-any-return]
+
+
+def _is_recorded(y: Tensor) -> bool:
+    """Whether what runs now will be run again for other adapters: in a graph of either kind."""
+    return torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())

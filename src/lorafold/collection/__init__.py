@@ -1,0 +1,1 @@
+"""Many adapters as one thing: sources, named handles, and batches of one module of them all."""

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
+_NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some adapters' updates at one module, decomposed: ΔW_i = U_i diag(S_i) V_iᵀ.
+
+    Args:
+        members: (n,) positions of the adapters in the collection.
+        U: (n, out, r), S: (n, r) descending, V: (n, in, r); float32 (S float64); dead directions
+            have zero columns and S = 0.
+    """
+
+    members: np.ndarray
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def take(self, rows: np.ndarray) -> Block:
+        """The block of some of its rows."""
+        if len(rows) == len(self.members):
+            return self  # rows ascend: it is all of them
+        index = torch.as_tensor(rows, device=self.U.device)
+        return Block(self.members[rows], self.U[index], self.S[index], self.V[index])
+
+    def factors(self) -> Factors:
+        """The same updates as U S and Vᵀ, an even gauge."""
+        return Factors(self.members, self.U * self.S.to(self.U.dtype)[:, None, :], self.V.mT)
+
+    def square(self) -> Tensor:
+        """‖ΔW_i‖², (n,) float64."""
+        square: Tensor = (self.S**2).sum(1)
+        return square
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Some adapters' updates at one module as they come: ΔW_i = B_i A_i, scale in B.
+
+    Args:
+        members: (n,) positions of the adapters in the collection.
+        B: (n, out, r), A: (n, r, in), zero-padded to the largest rank.
+    """
+
+    members: np.ndarray
+    B: Tensor
+    A: Tensor
+
+    def take(self, rows: np.ndarray) -> Factors:
+        """The block of some of its rows."""
+        if len(rows) == len(self.members):
+            return self  # rows ascend: it is all of them
+        index = torch.as_tensor(rows, device=self.B.device)
+        return Factors(self.members[rows], self.B[index], self.A[index])
+
+    def factors(self) -> Factors:
+        """These, as `Block.factors` gives them."""
+        return self
+
+    def square(self) -> Tensor:
+        """‖ΔW_i‖², (n,) float64."""
+        return squared_norms(self.B, self.A)
+
+    def decomposed(self) -> Block:
+        """The updates by their singular values."""
+        return Block(self.members, *decompose(self.B, self.A))
+
+
+def joined_factors(
+    members: np.ndarray,
+    parts: Sequence[tuple[Tensor, Tensor, float]],
+    device: torch.device | str | None = None,
+) -> Factors:
+    """Updates (B, A, scale) of one shape as one batch, each scale multiplied into B."""
+    B, A, scales = zip(*parts, strict=True)
+    r = max(a.shape[0] for a in A)
+    lefts = _stacked([_padded(b, 1, r) for b in B], device)
+    rights = _stacked([_padded(a, 0, r) for a in A], device)
+    if any(scale != 1 for scale in scales):
+        lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
+    return Factors(members, lefts, rights)
+
+
+def _padded(t: Tensor, axis: int, r: int) -> Tensor:
+    short = r - t.shape[axis]
+    if not short:
+        return t
+    return torch.nn.functional.pad(t, (0, short) if axis == 1 else (0, 0, 0, short))
+
+
+def _stacked(parts: Sequence[Tensor], device: torch.device | str | None) -> Tensor:
+    """One fresh float32 tensor of them all; few large operations, whatever their number."""
+    if len({(t.dtype, t.device) for t in parts}) > 1:
+        parts = [t.to(device, torch.float32) for t in parts]
+    return torch.stack(list(parts)).to(device, torch.float32)
+
+
+def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batched singular value decomposition of B_i A_i from r×r Grams.
+
+    Args:
+        B: (n, out, r). A: (n, r, in).
+
+    Returns:
+        U (n, out, k), S (n, k) float64 descending, V (n, in, k) with k = min(r, out, in).
+    """
+    G_A, G_B = gram(A.mT), gram(B)
+    lam, W = _eigh(G_A)
+    top = lam[:, -1:].clamp_min(torch.finfo(lam.dtype).tiny)
+    alive = lam > 1e-14 * top
+    root = torch.where(alive, lam, 0.0).clamp_min(0).sqrt()
+    inverse = torch.where(alive, 1 / root.clamp_min(1e-300), 0.0)
+    WR = W * root[:, None, :]
+    square, Z = _eigh(WR.mT @ G_B @ WR)
+    k = min(B.shape[1], B.shape[2], A.shape[2])
+    S = square.clamp_min(0).sqrt().flip(1)[:, :k]
+    Z = Z.flip(2)[:, :, :k]
+    S = torch.where(_NOISE * S[:, :1] < S, S, 0.0)
+    S_inverse = torch.where(S > 0, 1 / S.clamp_min(1e-300), 0.0)
+    to_U = WR @ Z * S_inverse[:, None, :]
+    to_V = (W * inverse[:, None, :]) @ Z * (S > 0)[:, None, :]
+    if bool((alive & (lam < _BAD_GAUGE * top)).any()):
+        # The columns of A (or B) nearly cancel here: float32 products would lose them.
+        return (B.double() @ to_U).to(B.dtype), S, (A.mT.double() @ to_V).to(A.dtype)
+    return B @ to_U.to(B.dtype), S, A.mT @ to_V.to(A.dtype)
+
+
+def gram(X: Tensor) -> Tensor:
+    """Batched XᵀX in float64, (n, d, r) → (n, r, r)."""
+    if X.dtype != torch.float64:
+        X = X.double()
+    return X.mT @ X
+
+
+def squared_norms(B: Tensor, A: Tensor) -> Tensor:
+    """‖B_i A_i‖² for a batch, (n,) float64; B (n, out, r), A (n, r, in)."""
+    return (gram(B) * gram(A.mT)).sum((1, 2)).clamp_min(0)
+
+
+def squared_differences(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Tensor:
+    """‖B_i A_i − B̂_i Â_i‖² for a batch, (n,) float64.
+
+    The factors are concatenated and their Grams taken in float64: exact to 1e-8 of the norm,
+    where the expansion in float32 is off by 2e-4. Where a bad gauge makes the factors far larger
+    than their product, and the difference small, it is taken from their QRs instead.
+    """
+    r = B.shape[2]
+    B, A = torch.cat([B, -B_hat.to(B.dtype)], 2), torch.cat([A, A_hat.to(A.dtype)], 1)
+    G_B, G_A = gram(B), gram(A.mT)
+    difference = (G_B * G_A).sum((1, 2)).clamp_min(0)
+    size = (G_B[:, :r, :r] * G_A[:, :r, :r]).sum((1, 2))
+    largest = G_B.diagonal(0, 1, 2).sum(1) * G_A.diagonal(0, 1, 2).sum(1)
+    poor = torch.nonzero((largest > 1e3 * size) & (difference < 1e-12 * largest))[:, 0]
+    if len(poor):
+        R_B = torch.linalg.qr(B[poor].double(), mode="r")[1]
+        R_A = torch.linalg.qr(A[poor].mT.double(), mode="r")[1]
+        difference[poor] = (R_B @ R_A.mT).square().sum((1, 2))
+    return difference
+
+
+def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Tensor:
+    """‖B_i A_i − B̂_i Â_i‖² for factors in one gauge and of one rank, (n,) float64.
+
+    B A − B̂ Â = (B − B̂) Â + B (A − Â): both parts are as small as the error, so that float32 Grams
+    do. Where the parts cancel, as in a bad gauge, `squared_differences` is asked.
+    """
+    E_B, E_A = B - B_hat, A - A_hat
+    EE_B, BB, EB_B = E_B.mT @ E_B, B.mT @ B, E_B.mT @ B
+    HH_A, EE_A, HE_A = A_hat @ A_hat.mT, E_A @ E_A.mT, A_hat @ E_A.mT
+    square = _inner(EE_B, HH_A) + _inner(BB, EE_A) + 2 * _inner(EB_B, HE_A)
+    parts = _traces(EE_B) * _traces(HH_A) + _traces(BB) * _traces(EE_A)
+    poor = torch.nonzero(~((square > 1e-4 * parts) | (parts == 0)))[:, 0]
+    if len(poor):
+        square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
+    return square.clamp_min(0)
+
+
+def tamed(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor, bool]:
+    """Updates in factors whose float32 products are good: as they are, unless their gauge is bad.
+
+    Args:
+        exact: take the Grams in float64, otherwise good to 1e-6 only.
+
+    Returns:
+        The factors, BᵀB and A Aᵀ (n, r, r) float64, and whether the factors are the given ones.
+    """
+    G_B, G_A = (gram(X) if exact else (X.mT @ X).double() for X in (f.B, f.A.mT))
+    if _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+        return f, G_B, G_A, True
+    even = f.decomposed().factors()
+    return even, gram(even.B), gram(even.A.mT), False
+
+
+def _inner(X: Tensor, Y: Tensor) -> Tensor:
+    """Σ x y of each pair of a batch, (n,) float64."""
+    return (X.double() * Y.double()).sum((1, 2))
+
+
+def _traces(G: Tensor) -> Tensor:
+    return G.diagonal(0, 1, 2).double().sum(1)
+
+
+def norms(factors: Factors) -> Tensor:
+    """‖B_i A_i‖ of each member, (n, 1) float64, as `singular_values(exact=False)` would add up."""
+    G_A, G_B = (X.mT @ X for X in (factors.A.mT, factors.B))
+    size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
+    if _fine(size, largest):
+        return size.sqrt()[:, None]
+    exact: Tensor = torch.linalg.vector_norm(singular_values(factors), dim=1, keepdim=True)
+    return exact
+
+
+def _fine(size: Tensor, largest: Tensor) -> bool:
+    """Whether float32 Grams hold ‖B A‖² = size, where ‖B‖² ‖A‖² = largest."""
+    small = torch.finfo(torch.float32).tiny ** 0.5
+    return bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all())
+
+
+def singular_values(factors: Factors, exact: bool = True) -> Tensor:
+    """(n, r) float64 singular values, descending, without the vectors.
+
+    Args:
+        exact: take the Grams in float64; in float32, half the work, values below 3e-4 of the
+            largest are lost in rounding. Factors far larger than their product (a bad gauge) or
+            than float32 squares may be are taken in float64 all the same.
+    """
+    right, left = factors.A.mT, factors.B
+    G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
+    if not exact and not _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+        return singular_values(factors)
+    lam, W = _eigh(G_A)
+    WR = W * lam.clamp_min(0).sqrt()[:, None, :]
+    squares: Tensor = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
+    return squares.clamp_min(0).sqrt().flip(1)
+
+
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(G)
+    return values, vectors

@@ -1,0 +1,337 @@
+"""From the keys of a PEFT file to modules, and nothing read but the header.
+
+    base_model.model.<stem>.lora_A.weight                 linear, convolution, attention
+    base_model.model.<stem>.lora_embedding_A              embedding
+
+The stem is the module path, except that PEFT's wrappers show: `<path>.base_layer.out_proj` is
+the output projection of a MultiheadAttention, and one trailing `.base_layer` per further wrapper
+marks a targeted parameter (`target_parameters`). An adapter name after `lora_A` and a missing
+prefix are both accepted.
+
+A targeted 3-D parameter holds E experts, each of them a module here, `<module>.<parameter>[e]`:
+A (E·r, in) counts the expert slowest, B (out, E·r) fastest. Which parameter a wrapper belongs to
+is not in the file. PEFT wraps a module's parameters in the order in which the module registers
+them, the first innermost; that order is taken from the usual names, checked against the shapes,
+and else from the config.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import MismatchError
+from ..parts import LINEAR, PREFIX, Layout, refusal_reason, scaling
+from .peft_targets import finds_module, parameters_of
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, tuple[torch.dtype, Shape]]
+
+_KEY = re.compile(
+    rf"(?:{re.escape(PREFIX)})?(?P<stem>.+)\."
+    r"(?:(?P<plain>lora_[AB])(?:\.[^.]+)?\.weight|(?P<embedding>lora_embedding_[AB])(?:\.[^.]+)?)"
+)
+_OUT_PROJ = ".base_layer.out_proj"
+
+# PEFT (all releases so far) adds the update of a MultiheadAttention's output projection twice,
+# in the forward pass and in a merge: https://github.com/huggingface/peft/pull/3774. That is the
+# update that was trained, so it is the one that is read, and halved again when written.
+OUT_PROJ_TIMES = 2.0
+
+# The order in which mixture-of-experts layers register their parameters.
+_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2", "w3")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one module's factors lie in a file, and what they are.
+
+    Args:
+        A, B: the file's keys.
+        shape: (out, in) of the update.
+        rank: of this module (of one expert).
+        scale: multiplies the product.
+        layout: how the weight relates to the update.
+        dtype: of the factors (promoted, should they differ).
+    """
+
+    A: str
+    B: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    layout: Layout
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All modules of a file, and the keys that are none."""
+
+    slots: Mapping[str, Slot]
+    extra_keys: tuple[str, ...]
+
+
+@dataclass
+class _Pair:
+    """The two keys of one stem, while they are being collected."""
+
+    stem: str
+    embedding: bool
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(
+    tensors: Tensors, config: Mapping[str, Any] | None, alpha: float | None, where: str
+) -> Plan:
+    """Find the modules among the tensors of a PEFT file.
+
+    Args:
+        tensors: {key: (dtype, shape)}.
+        config: the adapter's configuration; None where there is none.
+        alpha: α, for a file without a config; the rank is then the factors' own.
+        where: the file, for messages.
+
+    Raises:
+        MismatchError: naming file and key: an A without B or the reverse, ranks that disagree
+            with each other or with the config, a dtype that is not floating point, two keys for
+            one module.
+    """
+    pairs, extra_keys = _pairs(tensors, where)
+    plain: list[tuple[_Pair, Shape, Shape]] = []
+    for pair in pairs:
+        if set(pair.keys) != {"A", "B"}:
+            (there,) = pair.keys
+            other = "B" if there == "A" else "A"
+            raise MismatchError(
+                f"{where}: {pair.keys[there]!r} has no partner lora_{other}: the file is incomplete"
+            )
+        shapes = _checked_shapes(pair, tensors, config, where)
+        if shapes is None:
+            extra_keys += pair.keys.values()
+        else:
+            plain.append((pair, *shapes))
+    try:
+        slots = _slots(plain, tensors, config, alpha)
+    except MismatchError as e:
+        raise MismatchError(f"{where}: {e}") from e
+    # In the order of the file, which is the order in which they are read.
+    order = {key: i for i, key in enumerate(tensors)}
+    slots = dict(sorted(slots.items(), key=lambda item: order[item[1].A]))
+    return Plan(slots, tuple(sorted(extra_keys, key=order.__getitem__)))
+
+
+def stem_scaling(config: Mapping[str, Any], layout: Layout, path: str) -> tuple[int, float]:
+    """Rank and scale that the config gives to the module at `path`, as PEFT applies it."""
+    rank, scale = scaling(config, pattern_key(layout, path))
+    return rank, scale * OUT_PROJ_TIMES if is_out_proj(layout) else scale
+
+
+def pattern_key(layout: Layout, path: str) -> str:
+    """What PEFT matches `rank_pattern` and `alpha_pattern` (and its targets) against.
+
+    Modules with one key share rank and scale in PEFT: all experts of a parameter, and the two
+    projections of a MultiheadAttention.
+    """
+    if layout.kind == "expert":
+        return path.rpartition("[")[0] if path.endswith("]") else path
+    if is_out_proj(layout):
+        return path.removesuffix(".out_proj")
+    return path
+
+
+def is_out_proj(layout: Layout) -> bool:
+    """Whether this is the output projection of a MultiheadAttention."""
+    return layout.stem is not None and layout.stem.endswith(_OUT_PROJ)
+
+
+def parameter_order(names: list[str], shapes: list[tuple[int, int]] | None = None) -> list[str]:
+    """Parameters of one module in the order of registration, as far as names and shapes tell.
+
+    Args:
+        names: in the order to fall back on.
+        shapes: (out, in) of the factors in that order, the innermost first, where there are any.
+    """
+    known = {name: i for i, name in enumerate(_ORDER)}
+    default = sorted(names, key=known.__getitem__) if set(names) <= set(known) else list(names)
+    if shapes is None or _fit(default, shapes):
+        return default
+    fitting = [list(p) for p in itertools.permutations(default) if _fit(list(p), shapes)]
+    return fitting[0] if len(fitting) == 1 else default
+
+
+def _fit(names: list[str], shapes: list[tuple[int, int]]) -> bool:
+    """Whether a gated MLP could have these shapes: gate and up lead to where down starts."""
+    by_name = dict(zip(names, shapes, strict=True))
+    downs = [s for name, s in by_name.items() if name.startswith("down")]
+    ups = [s for name, s in by_name.items() if name.startswith(("gate", "up"))]
+    return all(up[1] == down[0] and up[0] in (down[1], 2 * down[1]) for up in ups for down in downs)
+
+
+def _pairs(tensors: Tensors, where: str) -> tuple[list[_Pair], list[str]]:
+    pairs: dict[tuple[str, bool], _Pair] = {}
+    extra_keys = []
+    for key in tensors:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            extra_keys.append(key)
+            continue
+        side = match["plain"] or match["embedding"]
+        stem, embedding = match["stem"], match["plain"] is None
+        pair = pairs.setdefault((stem, embedding), _Pair(stem, embedding))
+        twin = pair.keys.setdefault(side[-1], key)
+        if twin != key:
+            raise MismatchError(
+                f"{where}: {twin!r} and {key!r} are the same module {stem!r}; "
+                "keep one of them (one file holds one adapter)"
+            )
+    return list(pairs.values()), extra_keys
+
+
+def _checked_shapes(
+    pair: _Pair, tensors: Tensors, config: Mapping[str, Any] | None, where: str
+) -> tuple[Shape, Shape] | None:
+    """Shapes of A and B; None where they are no plain factors and have to stay extras."""
+    for key in pair.keys.values():
+        dtype, shape = tensors[key]
+        if not dtype.is_floating_point:
+            raise MismatchError(f"{where}: {key!r} must be floating point, found {dtype}")
+        if len(shape) < 2 or 0 in shape:
+            raise MismatchError(
+                f"{where}: {key!r} has shape {shape}, a factor has two dimensions or more and "
+                "no empty one (it may be a shard that was not gathered before saving)"
+            )
+    A, B = tensors[pair.keys["A"]][1], tensors[pair.keys["B"]][1]
+    fits = len(A) == len(B) and all(n == 1 for n in B[2:])
+    if fits and A[0] == B[1]:
+        return A, B
+    if fits and len(A) > 2 and A[0] % B[1] == 0:
+        return None  # a grouped convolution: B (out, r / groups, 1, …)
+    if refusal_reason(config or {}, ()) is not None:
+        return None  # a variant with factors of its own, block-diagonal ones for example
+    raise MismatchError(
+        f"{where}: ranks disagree: {pair.keys['A']!r} is {A} and {pair.keys['B']!r} is {B}"
+    )
+
+
+def _slots(
+    plain: list[tuple[_Pair, Shape, Shape]],
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+    alpha: float | None,
+) -> dict[str, Slot]:
+    stems = {pair.stem for pair, _, _ in plain}
+    slots: dict[str, Slot] = {}
+    wrapped: dict[str, list[tuple[_Pair, Shape, Shape]]] = {}
+    for pair, A, B in plain:
+        owner = re.sub(r"(\.base_layer)+$", "", pair.stem)
+        if owner != pair.stem or _is_parameter(config, owner, pair):
+            wrapped.setdefault(owner, []).append((pair, A, B))
+        else:
+            path, layout = _layout(pair, A, stems)
+            _add(slots, path, _slot(pair, A, B, path, layout, tensors, config, alpha))
+    for owner, group in wrapped.items():
+        for path, slot in _parameter_slots(owner, group, tensors, config).items():
+            _add(slots, path, slot)
+    return slots
+
+
+def _add(slots: dict[str, Slot], path: str, slot: Slot) -> None:
+    twin = slots.setdefault(path, slot)
+    if twin is not slot:
+        raise MismatchError(f"{twin.A!r} and {slot.A!r} are the same module {path!r}; keep one")
+
+
+def _layout(pair: _Pair, A: Shape, stems: set[str]) -> tuple[str, Layout]:
+    stem = pair.stem
+    if pair.embedding:
+        return stem, Layout("embedding")
+    if len(A) > 2:
+        return stem, Layout("conv", kernel=A[1:])
+    if stem.endswith(_OUT_PROJ):
+        return stem.removesuffix(_OUT_PROJ) + ".out_proj", Layout(stem=stem)
+    if stem + _OUT_PROJ in stems:
+        return stem, Layout(parameter="in_proj_weight")
+    return stem, LINEAR
+
+
+def _slot(
+    pair: _Pair,
+    A: Shape,
+    B: Shape,
+    path: str,
+    layout: Layout,
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+    alpha: float | None,
+) -> Slot:
+    rank = A[0]
+    if config is None:
+        assert alpha is not None
+        scale = alpha / rank * (OUT_PROJ_TIMES if is_out_proj(layout) else 1)
+    else:
+        expected, scale = stem_scaling(config, layout, path)
+        if rank != expected:
+            raise MismatchError(
+                f"{pair.keys['A']!r} is {A}, but the config gives {path!r} the rank {expected}"
+            )
+    dtype = _common_dtype(pair, tensors)
+    return Slot(
+        pair.keys["A"], pair.keys["B"], (B[0], math.prod(A[1:])), rank, scale, layout, dtype
+    )
+
+
+def _is_parameter(config: Mapping[str, Any] | None, module: str, pair: _Pair) -> bool:
+    if pair.embedding or config is None or not parameters_of(config, module):
+        return False
+    # A target without a module part ("weight") fits any module; what `target_modules` finds by
+    # itself is a module.
+    return not finds_module(config, module)
+
+
+def _parameter_slots(
+    owner: str,
+    group: list[tuple[_Pair, Shape, Shape]],
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+) -> dict[str, Slot]:
+    names = parameters_of(config or {}, owner)
+    if len(names) != len(group):
+        raise MismatchError(
+            f"{group[0][0].keys['A']!r}: {len(group)} parameters of {owner!r} have factors, "
+            f"but target_parameters in the config names {names or 'none'}"
+        )
+    group = sorted(group, key=lambda item: -len(item[0].stem))  # the innermost first
+    shapes = [(B[0], A[1]) for _, A, B in group]
+    order = parameter_order(names, shapes)
+    slots = {}
+    for (pair, A, B), name in zip(group, order, strict=True):
+        path = f"{owner}.{name}"
+        rank, scale = scaling(config or {}, path)
+        a, b = pair.keys["A"], pair.keys["B"]
+        count, rest = divmod(A[0], rank)
+        if rest:
+            raise MismatchError(
+                f"{a!r} is {A}, which is no multiple of the rank {rank} "
+                f"that the config gives {path!r}"
+            )
+        dtype = _common_dtype(pair, tensors)
+        for e in range(count):
+            layout = Layout("expert", parameter=name, stem=pair.stem, expert=(e, count))
+            slot = Slot(a, b, (B[0], A[1]), rank, scale, layout, dtype)
+            slots[f"{path}[{e}]" if count > 1 else path] = slot
+    return slots
+
+
+def _common_dtype(pair: _Pair, tensors: Tensors) -> torch.dtype:
+    a, b = (tensors[key][0] for key in pair.keys.values())
+    if a == b:
+        return a
+    # torch refuses to promote its 8-bit types.
+    return torch.promote_types(a, b) if min(a.itemsize, b.itemsize) > 1 else torch.float32

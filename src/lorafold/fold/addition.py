@@ -1,0 +1,422 @@
+"""One new adapter in a library: its modules on the present bases, those of one shape together.
+
+`fold` goes module by module over many adapters; here there is one adapter and many modules, each a
+few numbers on bases of its own. What costs is the number of operations, so a batch has a row for
+each module of one shape: one decomposition, one projection, one rotation and rounding for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import Layout
+from ..collection.batch import Block, Factors, decompose, joined_factors
+from ..collection.limits import block_bytes, threads
+from ..collection.sources import Collection, Handle
+from ..collection.stack import Stack
+from .coding.bases import Bases, Basis, Side, basis_of, projected, weighted_norms
+from .coding.record import Coded, Target, code_block
+from .one_pass import adapter_entries
+from .options import Options
+from .planning.budget import Ledger
+from .planning.forms import Planner
+from .planning.plan import FlatBases, ModulePlan, Shared
+from .store.manifest import layout_entry
+from .store.shard import ShardWriter
+from .write import Builder, check_contract
+
+if TYPE_CHECKING:
+    from .library import Library
+    from .store.store import Transaction
+
+
+_CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
+_SPENT, _AIM = 0.98, 0.995  # of the allowed error: enough of it used, and what to try for
+_NEW_BITS = 5  # of directions that `add` appends to a shared basis
+
+Numbered = tuple[int, Basis | None]
+Core = tuple[Tensor, Tensor]
+
+
+def write_added(
+    lib: Library,
+    t: Transaction,
+    manifest: dict[str, Any],
+    name: str,
+    handle: Handle,
+    tolerance: float | None,
+    form: str | None,
+) -> tuple[ShardWriter, dict[str, Any]]:
+    """Write an adapter into a shard of its own; the manifest's modules are completed in place.
+
+    Returns:
+        The shard, and the manifest's entry of the adapter.
+    """
+    options = Options(**manifest["options"])
+    bound = options.tolerance if tolerance is None else tolerance
+    exact = form == "exact" or options.form == "exact" or bound == 0
+    if bound is not None:
+        options = Options(options.form if form is None else form, bound)
+    collection = Collection(
+        {name: handle},
+        exact={name} if exact else (),
+        block_bytes=block_bytes("1GiB"),
+        device=lib._device,
+    )
+    known = [m["path"] for m in manifest["modules"]]
+    collection.paths = known + [p for p in collection.paths if p not in set(known)]
+    for m in manifest["modules"]:
+        collection.shapes.setdefault(m["path"], tuple(m["shape"]))
+    bounds = np.full(collection.folded, bound or 0.0)
+    builder = Builder(collection, options, bounds)
+    adding = Adding(lib, builder, own_sides=form == "svd")
+    with threads(1):
+        adding.plan()
+        writer = t.new_shard(header_capacity=builder.header_capacity(adding.plans))
+        written = builder.write_plans(writer, adding.plans, adding.coded)
+    entries = adapter_entries(
+        collection, written, bounds, Options(**manifest["options"]), manifest["config"]
+    )
+    if bound is not None and collection.folded:
+        check_contract([name], np.array([entries[name]["error"]]), bounds)
+    for j, module in enumerate(written.modules):
+        if j == len(manifest["modules"]):
+            manifest["modules"].append(module)
+        for basis, segments in module.get("bases", {}).items():
+            manifest["modules"][j].setdefault("bases", {}).setdefault(basis, []).extend(segments)
+    entries[name]["layouts"] = _own_layouts(manifest["modules"], handle)
+    if not entries[name]["layouts"]:
+        del entries[name]["layouts"]
+    return writer, entries[name]
+
+
+def _own_layouts(modules: list[dict[str, Any]], handle: Handle) -> dict[str, Any]:
+    """Layouts that differ from the library's for the module."""
+    own = {}
+    for m in modules:
+        if m["path"] in handle.shapes:
+            mine = layout_entry(handle.layouts.get(m["path"], Layout()))
+            if mine != m.get("layout", {}):
+                own[m["path"]] = mine
+    return own
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Modules of one shape and rank, a row each."""
+
+    paths: list[str]
+    factors: Factors
+    block: Block
+
+    @cached_property
+    def even(self) -> Factors:
+        """The updates in a gauge whose products are good."""
+        return self.block.factors()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.block.U.shape[1], self.block.V.shape[1]
+
+    def take(self, rows: list[int]) -> Batch:
+        """Some of the rows, in order."""
+        if len(rows) == len(self.paths):
+            return self
+        index = np.array(rows)
+        return Batch(
+            [self.paths[k] for k in rows], self.factors.take(index), self.block.take(index)
+        )
+
+
+@dataclass
+class Adding:
+    """How each module of one new adapter is stored in the present bases.
+
+    Args:
+        lib: the library. builder: of the collection that is the adapter alone.
+        own_sides: keep it off the shared bases.
+
+    Attributes:
+        plans: module path → plan, after `plan`.
+    """
+
+    lib: Library
+    builder: Builder
+    own_sides: bool
+    plans: dict[str, ModulePlan] = field(default_factory=dict)
+    _batches: list[Batch] = field(default_factory=list)
+    _cores: dict[str, Core] = field(default_factory=dict)  # of those that are only projected
+
+    def plan(self) -> None:
+        """Decompose the modules, and choose among the ways to store each."""
+        self._batches = _decomposed(self.builder)
+        numbers = {m["path"]: j for j, m in enumerate(self.lib.modules)}
+        for batch in self._batches:
+            self._plan_without_sharing(batch)
+            if self.own_sides:
+                continue
+            sides: dict[int, tuple[Numbered, Numbered]] = {}
+            for k, path in enumerate(batch.paths):
+                j = numbers.get(path)
+                if j is None:
+                    continue
+                if "A0" in self.lib.modules[j].get("bases", {}):
+                    stack, S = self._module(path)
+                    flat = _flat_plan(self.lib, j, self.builder.planner, stack, S)
+                    self.plans[path] = flat or self.plans[path]
+                elif found := nearest_sides(self.lib, j, batch.block.take(np.array([k]))):
+                    sides[k] = found
+            for rows in _alike({k: _widths(*pair) for k, pair in sides.items()}):
+                self._plan_shared(batch.take(rows), [sides[k] for k in rows])
+
+    def _module(self, path: str) -> tuple[Stack, np.ndarray]:
+        return self.builder.stacks[path], self.builder.singular_values[path]
+
+    def _plan_without_sharing(self, batch: Batch) -> None:
+        planner = self.builder.planner
+        S = batch.block.S.cpu().numpy()
+        energy, widths = S**2 * planner.kept(S), np.full(S.shape[1], float(sum(batch.shape)))
+        sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
+        for k, path in enumerate(batch.paths):
+            self.plans[path] = ModulePlan("svd", energy[k : k + 1], widths, float(sizes[k]))
+
+    def _plan_shared(self, batch: Batch, sides: list[tuple[Numbered, Numbered]]) -> None:
+        """Plans of modules whose bases are of the same widths, one product for all."""
+        planner = self.builder.planner
+        plans, (left, right) = _on_bases(self.lib, planner, batch, sides)
+        tolerance = planner.options.tolerance
+        for k, (path, plan) in enumerate(zip(batch.paths, plans, strict=True)):
+            best = plan
+            # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
+            if tolerance is not None and plan.nbytes > _CLOSE * self.plans[path].nbytes:
+                one = batch.take([k])
+                longer = [
+                    _on_bases(self.lib, planner, one, [pair])[0][0]
+                    for pair in _extended(one.block, sides[k], tolerance)
+                ]
+                best = min([plan, self.plans[path], *longer], key=lambda p: p.nbytes)
+            self.plans[path] = best
+            if best is plan:
+                self._cores[path] = left[k : k + 1], right[k : k + 1]
+
+    def coded(self, ledger: Ledger) -> dict[str, Coded]:
+        """Every module that has no flat bases, coded to its budget."""
+        found: dict[str, Coded] = {}
+        for batch in self._batches:
+            keys = {}
+            for k, path in enumerate(batch.paths):
+                plan = self.plans[path]
+                if plan.flat is None:
+                    keys[k] = (*_widths(*_sides_of(plan)), path in self._cores)
+            for rows in _alike(keys):
+                part = batch.take(rows)
+                coded = self._within(part, ledger)
+                for k, path in enumerate(part.paths if coded else ()):
+                    assert coded is not None
+                    found[path] = coded.row(k)
+        return found
+
+    def _within(self, batch: Batch, ledger: Ledger) -> Coded | None:
+        """The rows coded and booked; None where they miss their bound, and go one by one then."""
+        target, most = ledger.together(batch.paths, 0)
+        best: Coded | None = None
+        for _ in range(3):
+            coded = self._code(batch, target)
+            lost = float(coded.squared_error.sum())
+            if lost > most and best is not None:
+                break
+            best = coded if lost <= most else None
+            # Short vectors lose less to rounding than is predicted: what that leaves is spent, too.
+            if target.kind != "error" or _SPENT * most <= lost <= most:
+                break
+            factor = min(_AIM * most / max(lost, 1e-300), 1.25)
+            target = target.take(np.arange(len(batch.paths)), factor)
+        if best is not None and target.kind == "error":
+            one = np.zeros(1, np.int64)
+            for k, path in enumerate(batch.paths):
+                ledger.book(path, one, one, best.squared_error[k : k + 1])
+        return best
+
+    def _code(self, batch: Batch, target: Target) -> Coded:
+        sides = [_sides_of(self.plans[path]) for path in batch.paths]
+        U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
+        ids = [(u if U else None, v if V else None) for (u, _), (v, _) in sides]
+        core = None
+        if batch.paths[0] in self._cores:
+            known = [self._cores[path] for path in batch.paths]
+            core = torch.cat([left for left, _ in known]), torch.cat([right for _, right in known])
+        return code_block(self.builder.cut(batch.block), target, ids, U, V, batch.factors, core)
+
+
+def _decomposed(builder: Builder) -> list[Batch]:
+    """The adapter's modules in batches; the stacks keep what is theirs until they are written."""
+    collection = builder.collection
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for path, stack in builder.stacks.items():
+        alike.setdefault((stack.shape, int(stack.ranks[0])), []).append(path)
+    batches = []
+    for ((out, inner), r), paths in alike.items():
+        size = max(1, collection.block_bytes // (4 * r * (out + inner)))
+        for start in range(0, len(paths), size):
+            part = paths[start : start + size]
+            reads = [collection.read(0, path) for path in part]
+            factors = joined_factors(
+                np.zeros(len(part), np.int64),
+                [(u.B, u.A, u.scale) for u in reads],
+                builder.stacks[part[0]].device,
+            )
+            block = Block(factors.members, *decompose(factors.B, factors.A))
+            S = block.S.cpu().numpy()
+            for k, path in enumerate(part):
+                row = slice(k, k + 1)
+                own = Factors(factors.members[row], factors.B[row], factors.A[row])
+                builder.stacks[path].keep(
+                    own, Block(own.members, block.U[row], block.S[row], block.V[row])
+                )
+                builder.singular_values[path] = S[row]
+            batches.append(Batch(part, factors, block))
+    return batches
+
+
+def _alike(keys: Mapping[int, Any]) -> list[list[int]]:
+    """The rows with equal keys, together."""
+    found: dict[Any, list[int]] = {}
+    for row, key in keys.items():
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
+def _on_bases(
+    lib: Library, planner: Planner, batch: Batch, sides: list[tuple[Numbered, Numbered]]
+) -> tuple[list[ModulePlan], Core]:
+    """A plan for each row on bases that are there, all of the same widths, and the cores."""
+    U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
+    core = projected(batch.even, U, V)
+    S = batch.block.S.cpu().numpy()
+    missed = batch.block.square() - weighted_norms(*core, U, V)
+    tails = missed.clamp_min(0).cpu().numpy()
+    width = sum(d if b is None else b.rank for b, d in zip((U, V), batch.shape, strict=True))
+    energy, widths = planner.components(S, tails, float(width), float(sum(batch.shape)))
+    sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
+    forms = {m["path"]: m["form"] for m in lib.modules}
+    plans = []
+    for k, (path, ((u, basis_U), (v, basis_V))) in enumerate(zip(batch.paths, sides, strict=True)):
+        fresh = sum(len(b.record) for b in (basis_U, basis_V) if b is not None)
+        plan = ModulePlan(
+            forms[path],
+            energy[k : k + 1],
+            widths,
+            float(sizes[k]) + fresh,
+            None if basis_U is None else Shared(np.array([u]), {u: basis_U}),
+            None if basis_V is None else Shared(np.array([v]), {v: basis_V}),
+        )
+        plans.append(plan)
+    return plans, core
+
+
+def _widths(U: Numbered, V: Numbered) -> tuple[int, int]:
+    """Of a pair of sides; −1 where one is the adapter's own."""
+    return tuple(-1 if b is None else b.rank for _, b in (U, V))  # type: ignore[return-value]
+
+
+def _together(bases: list[Basis | None]) -> Side:
+    """One side of a batch, whose rows all have a basis there, or none has."""
+    there = [b for b in bases if b is not None]
+    return Bases(there) if there else None
+
+
+def _sides_of(plan: ModulePlan) -> tuple[Numbered, Numbered]:
+    """The numbers and bases of a plan for a single adapter."""
+    found: list[Numbered] = []
+    for shared in (plan.U, plan.V):
+        g = -1 if shared is None else int(shared.groups[0])
+        found.append((g, None if shared is None else shared.bases[g]))
+    return found[0], found[1]
+
+
+def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbered] | None:
+    """The module's bases that miss least of an update; None where it shares nothing.
+
+    Returns:
+        ((number, U), (number, V)); a side that is the adapter's own is (−1, None).
+    """
+    found = lib.sides(j)
+    if not found["U"] and not found["V"]:
+        return None
+    chosen: list[Numbered] = []
+    for side, X in (("U", block.U), ("V", block.V)):
+        if len(found[side]) == 1:
+            chosen.append((0, found[side][0]))
+            continue
+        best: Numbered = (-1, None)
+        least = np.inf
+        for number, basis in enumerate(found[side]):
+            miss = X - basis.columns @ basis.coordinates(X)
+            lost = float(((miss.double() ** 2).sum(1) * block.S**2).sum())
+            if lost < least:
+                best, least = (number, basis), lost
+        chosen.append(best)
+    return chosen[0], chosen[1]
+
+
+def _extended(
+    block: Block, sides: tuple[Numbered, Numbered], tolerance: float
+) -> list[tuple[Numbered, Numbered]]:
+    """The sides with what the bases miss of the update appended to one, or to each."""
+    (u, U), (v, V) = sides
+    longer = []
+    for basis, X, side in ((U, block.U, "U"), (V, block.V, "V")):
+        longer.append(
+            None if basis is None else _appended(basis, X, block.S, side, 0.5 * tolerance**2)
+        )
+    options: list[tuple[Numbered, Numbered]] = []
+    if longer[0] is not None:
+        options.append(((u, longer[0]), (v, V)))
+    if longer[1] is not None:
+        options.append(((u, U), (v, longer[1])))
+    if longer[0] is not None and longer[1] is not None:
+        options.append(((u, longer[0]), (v, longer[1])))
+    return options
+
+
+def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Basis | None:
+    """The basis with the missing directions of X that matter; None if none does."""
+    total = float((S**2).sum())
+    if not total > 0:
+        return None
+    missing = ((X - basis.columns @ basis.coordinates(X)) * S.to(X.dtype)[:, None, :])[0]
+    directions, strength, _ = torch.linalg.svd(missing, full_matrices=False)
+    energy = (strength.double() ** 2).cpu().numpy() / total
+    tail = energy[::-1].cumsum()[::-1]
+    count = int((tail > share / 2).sum())
+    if count == 0:
+        return None
+    fresh = basis_of(directions, np.where(np.arange(len(energy)) < count, _NEW_BITS, 0), side)
+    return Basis(torch.cat([basis.columns, fresh.columns], 1), fresh.record, fresh.rank)
+
+
+def _flat_plan(
+    lib: Library, j: int, planner: Planner, stack: Stack, S: np.ndarray
+) -> ModulePlan | None:
+    from .planning.flat import FlatSide
+
+    out, inner = stack.shape
+    r = int(stack.ranks[0])
+    try:
+        A = FlatSide(lib.basis(j, "A", 0, r), b"")
+        B = FlatSide(lib.basis(j, "B", 0, r), b"")
+    except (RuntimeError, ValueError):
+        return None
+    if A.rows.shape[1] != r * inner or B.rows.shape[1] != r * out:
+        return None  # another rank than the flattened factors have
+    wide = lib.modules[j].get("wide", False)
+    plan = planner.flat_plan(stack, S, FlatBases(A, B, wide))
+    svd = planner.svd(stack, S)
+    return plan if planner.options.tolerance is None or plan.nbytes <= svd.nbytes else svd

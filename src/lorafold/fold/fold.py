@@ -1,0 +1,82 @@
+"""The verb itself: sources and options in, a library out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..collection.sources import named_handles
+from .library import Library
+from .one_pass import folded
+from .options import FoldOptions, Progress, Score
+from .store.store import Store
+
+
+def fold(
+    sources: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    tolerance: float | None = None,
+    form: str = "auto",
+    rank: int | None = None,
+    energy: float | None = None,
+    bits: float | None = None,
+    retention: float | None = None,
+    score: Score | None = None,
+    memory: str | int = "1GiB",
+    device: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Library:
+    """Fold adapters into one library.
+
+    Args:
+        sources: adapters as paths, globs, folders of adapters, `Adapter` objects, or {name: one of
+            these}. A path's name is its last component; an unnamed `Adapter` becomes task_0, ….
+        path: the folder to write; None keeps the library in memory.
+        tolerance: bound on ‖ΔŴ − ΔW‖ / ‖ΔW‖ of every adapter, measured on what is written; 0
+            stores every tensor bit for bit. 0.1 when none of tolerance, rank, energy, bits and
+            retention is given.
+        form: "auto", "svd", "input", "output", "shared", "flat" or "exact".
+        rank: instead of a tolerance: directions kept per module (of each adapter for "svd", of a
+            shared side, of a flattened side); more than there are keeps all of them.
+        energy: instead of a tolerance: share of ‖ΔW‖² kept per module and side, in (0, 1].
+        bits: with a rank, an energy or alone: 32, 16, or an average in (0, 8] of packed bits per
+            number stored, shared bases included. Floats of 32 bits when only rank or energy is
+            given.
+        retention: share of each adapter's lift to keep, by `score`; finds each one's loosest
+            tolerance by bisection.
+        score: fn(name, adapter, or None for the base) → higher is better; run at most 8 times an
+            adapter.
+        memory: limit for what is held of the collection at once.
+        device: where the algebra runs.
+        overwrite: replace what is at `path`.
+        progress: called with (done, total, stage).
+
+    Returns:
+        The `Library`, opened.
+
+    Raises:
+        MismatchError: options that exclude each other or are out of range; adapters that disagree.
+        FileError: a source that can't be read, or something at `path` already.
+        ToleranceError: a bound that can't be met.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> u = lf.LowRank(torch.randn(4, 64), torch.randn(32, 4))
+        >>> lib = lf.fold([lf.Adapter({"q_proj": u})], tolerance=0.1)
+        >>> lib.names
+        ['task_0']
+    """
+    settings = FoldOptions.of(
+        tolerance=tolerance, form=form, rank=rank, energy=energy, bits=bits, retention=retention,
+        score=score, memory=memory, device=device, progress=progress,
+    )  # fmt: skip
+    handles = named_handles(sources)
+    if settings.retention is not None:
+        from .retention import fold_by_retention
+
+        return fold_by_retention(handles, settings, path, overwrite)
+    with Store.create(path, overwrite=overwrite) as t:
+        store = t.commit(folded(handles, settings, t))
+    return Library(store)

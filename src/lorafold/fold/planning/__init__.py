@@ -1,0 +1,1 @@
+"""Which form for which module, and how much each adapter may lose."""

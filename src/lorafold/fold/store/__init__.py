@@ -1,0 +1,1 @@
+"""A library on disk: manifest, shards, and what replaces them."""

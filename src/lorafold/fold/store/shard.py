@@ -1,0 +1,301 @@
+"""Shards: immutable safetensors files, open from first to last and read by ranges.
+
+Tensors follow each other without padding, so one may start at an address that its type can't be
+read from. Reading therefore always copies; nothing is mapped, as mapped pages count as memory.
+Opening checks the size, and the header against its checksum; `Shard.verify` checks all the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import FileError
+from ...files.atomic import CREATE_FLAGS, READ_FLAGS, write_all
+from .shard_format import DTYPES, MAX_HEADER, TORCH_ONLY, Place, ShardInfo, parse_header
+from .shard_writer import ShardStream, ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["Shard", "ShardInfo", "ShardStream", "ShardWriter"]
+
+_BLOCK = 1 << 20  # bytes read at a time when verifying
+
+
+class _Source:
+    """The bytes of a shard: an open file or memory.
+
+    The descriptor is closed when the last reader lets go of this object, never under a running
+    read: its number could by then belong to another file.
+    """
+
+    def __init__(self, origin: int | memoryview, name: str) -> None:
+        self.origin = origin
+        self.name = name
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Source:
+        return self  # a copy would close the descriptor, too
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"shard {self.name} is an open file, which can't be pickled")
+
+    def __del__(self) -> None:
+        if isinstance(self.origin, int):
+            os.close(self.origin)
+
+    def size(self) -> int:
+        return os.fstat(self.origin).st_size if isinstance(self.origin, int) else len(self.origin)
+
+    def read_into(self, target: memoryview, offset: int) -> bool:
+        """Fill `target` from `offset` on; False when the file ends before."""
+        if not isinstance(self.origin, int):
+            part = self.origin[offset : offset + len(target)]
+            target[: len(part)] = part
+            return len(part) == len(target)
+        while len(target):
+            try:
+                count = _read_at(self.origin, target, offset)
+            except OSError as e:
+                raise FileError(f"shard {self.name} can't be read: {e.strerror}") from e
+            if count == 0:
+                return False
+            target, offset = target[count:], offset + count
+        return True
+
+
+class Shard:
+    """An open, immutable shard. Made by `Shard.open` and `Shard.of`.
+
+    The file stays open, so its tensors stay readable after its name is gone.
+    """
+
+    def __init__(self, origin: int | memoryview, name: str, info: ShardInfo | None) -> None:
+        self.name = name
+        self.info = info
+        self.nbytes = 0
+        self.metadata: dict[str, str] = {}
+        self._source: _Source | None = _Source(origin, name)
+        self._tensors: dict[str, Place] = {}
+        self._read_header()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], info: ShardInfo | None = None) -> Shard:
+        """Open a shard: size, header and the header's checksum are checked, the tensors not read.
+
+        Args:
+            path: the file.
+            info: what it must be; None to take any safetensors file.
+
+        Raises:
+            FileError: missing, unreadable, not what `info` says, or not valid safetensors.
+        """
+        try:
+            descriptor = os.open(path, READ_FLAGS)
+        except FileNotFoundError as e:
+            raise FileError(f"shard {path} is missing") from e
+        except OSError as e:
+            raise FileError(f"shard {path} can't be read: {e.strerror}") from e
+        return cls(descriptor, str(path), info)
+
+    @classmethod
+    def of(cls, writer: ShardWriter) -> Shard:
+        """What a writer wrote, after its `close`.
+
+        Raises:
+            FileError: it isn't closed yet, or was dropped.
+        """
+        if writer.aborted:
+            raise FileError(f"shard {writer.name} was dropped")
+        if writer.info is None:
+            raise FileError(f"shard {writer.name} is still being written")
+        if writer.path is not None:
+            return cls.open(writer.path, writer.info)
+        return cls(memoryview(writer.memory).toreadonly(), writer.name, writer.info)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; a read that runs in another thread still ends well."""
+        self._source = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._source is None
+
+    def keys(self) -> list[str]:
+        """The tensors' names, in file order."""
+        return list(self._tensors)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._find(key).shape
+
+    def dtype(self, key: str) -> str:
+        """Dtype of a tensor, as safetensors calls it (`F32`, `BF16`, …)."""
+        return self._find(key).dtype
+
+    def read(self, key: str) -> NDArray[Any]:
+        """A copy of a tensor.
+
+        Raises:
+            FileError: no such key, a dtype that numpy doesn't have, or the file can't be read.
+        """
+        code, shape, begin, _ = self._find(key)
+        if code in TORCH_ONLY:
+            raise FileError(f"{self._at(key)}: numpy has no {code}; use read_tensor")
+        array = np.empty(shape, np.dtype(DTYPES[code][0]).newbyteorder("<"))
+        self._fill(key, array.reshape(-1).view(np.uint8).data, begin)
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """A copy of a tensor, of any dtype, on the CPU.
+
+        Raises:
+            FileError: no such key, a dtype that this torch doesn't have, or the file can't be
+                read.
+        """
+        import torch
+
+        code, shape, begin, end = self._find(key)
+        dtype = getattr(torch, DTYPES[code][0], None)
+        if dtype is None:
+            raise FileError(f"{self._at(key)}: torch {torch.__version__} has no {code} yet")
+        flat = torch.empty(end - begin, dtype=torch.uint8)
+        self._fill(key, flat.numpy().data, begin)
+        return flat.view(dtype).reshape(shape)
+
+    def read_bytes(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of a tensor as stored (little-endian); all by default.
+
+        Raises:
+            FileError: no such key, a range outside of the tensor, or the file can't be read.
+        """
+        _, _, begin, end = self._find(key)
+        stop = end - begin if stop is None else stop
+        if not 0 <= start <= stop <= end - begin:
+            raise FileError(f"{self._at(key)}: [{start}, {stop}) is not within {end - begin} bytes")
+        data = bytearray(stop - start)
+        self._fill(key, memoryview(data), begin + start)
+        return bytes(data)
+
+    def verify(self) -> None:
+        """Read all of the shard and compare with the checksums.
+
+        Raises:
+            FileError: they differ, or none are known.
+        """
+        self._check_all(lambda part: None)
+
+    def copy_to(self, path: str | os.PathLike[str]) -> None:
+        """Write the shard, byte for byte, to a new file, and flush it to the disk.
+
+        Raises:
+            FileError: it is damaged; what was written then stays.
+        """
+        descriptor = os.open(path, CREATE_FLAGS, 0o666)
+        try:
+            self._check_all(lambda part: write_all(descriptor, part))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_all(self, use: Callable[[memoryview], None]) -> None:
+        """Pass all bytes to `use`, in order, and compare them with the checksums."""
+        if self.info is None:
+            raise FileError(f"shard {self.name}: no checksums are known for it")
+        source = self._open_source()
+        self._check_size(source)
+        block = memoryview(bytearray(min(_BLOCK, self.nbytes)))
+        for what, begin, end, expected in (
+            ("header", 0, self._start, self.info.header_sha256),
+            ("tensors", self._start, self.nbytes, self.info.data_sha256),
+        ):
+            digest = hashlib.sha256()
+            for at in range(begin, end, len(block)):
+                part = block[: end - at]
+                if not source.read_into(part, at):
+                    raise FileError(f"shard {self.name} was truncated after it was opened")
+                digest.update(part)
+                use(part)
+            if digest.hexdigest() != expected:
+                raise FileError(
+                    f"shard {self.name} is damaged: its {what} have SHA-256 {digest.hexdigest()}, "
+                    f"recorded was {expected}"
+                )
+
+    def _at(self, key: str) -> str:
+        return f"shard {self.name}, key {key!r}"
+
+    def _find(self, key: str) -> Place:
+        try:
+            return self._tensors[key]
+        except KeyError:
+            raise FileError(f"shard {self.name} holds no tensor {key!r}") from None
+
+    def _open_source(self) -> _Source:
+        source = self._source
+        if source is None:
+            raise FileError(f"shard {self.name} is closed")
+        return source
+
+    def _fill(self, key: str, target: memoryview, begin: int) -> None:
+        if not self._open_source().read_into(target, self._start + begin):
+            raise FileError(f"{self._at(key)}: the file was truncated after it was opened")
+
+    def _check_size(self, source: _Source) -> None:
+        self.nbytes = source.size()
+        if self.info is not None and self.nbytes != self.info.nbytes:
+            raise FileError(
+                f"shard {self.name} is truncated or was changed: {self.nbytes:,} bytes, "
+                f"recorded were {self.info.nbytes:,}"
+            )
+
+    def _read_header(self) -> None:
+        source = self._open_source()
+        self._check_size(source)
+        length = bytearray(8)
+        count = -1
+        if source.read_into(memoryview(length), 0):
+            count = int.from_bytes(length, "little")
+        if not 2 <= count <= min(MAX_HEADER, self.nbytes - 8):
+            raise FileError(
+                f"shard {self.name} is not a safetensors file, or truncated: a header of {count:,} "
+                f"bytes in a file of {self.nbytes:,}"
+            )
+        self._start = 8 + count
+        header = bytearray(count)
+        source.read_into(memoryview(header), 8)
+        if self.info is not None:
+            found = hashlib.sha256(length + header).hexdigest()
+            if found != self.info.header_sha256:
+                raise FileError(
+                    f"shard {self.name} is damaged: its header has SHA-256 {found}, "
+                    f"recorded was {self.info.header_sha256}"
+                )
+        where = f"shard {self.name}"
+        self.metadata, self._tensors = parse_header(bytes(header), self.nbytes - self._start, where)
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    # Windows has no positioned read: threads that read one shard must take turns there.
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    part = os.read(descriptor, len(target))
+    target[: len(part)] = part
+    return len(part)

@@ -1,0 +1,388 @@
+"""A library's disk: immutable shards and one manifest, replaced last.
+
+    library.json             the manifest: format, version, what the library says, and its shards
+    shard-<hex>.safetensors  named once, never written again; size and checksums in the manifest
+    .lock                    locked by whoever changes the library, empty
+
+A change writes new shards beside the old ones, flushes them, and replaces the manifest: that one
+rename is the change. Shards it no longer names are removed after it. A reader opens all shards at
+once and keeps them open, so nothing that a writer does reaches it; a killed writer leaves the old
+state or the new one, and files that no manifest names, which the next writer removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import FileError
+from ...files.atomic import new_directory, replace_file, sync_directory, writer_lock
+from .manifest import MANIFEST, SHARD_NAME, KnownEntries, parse_manifest, read_manifest
+from .shard import Shard, ShardInfo, ShardWriter
+
+_LOCK = ".lock"
+_LEFT_BY_WRITERS = re.compile(rf"{SHARD_NAME.pattern}|\.{re.escape(MANIFEST)}\.[0-9a-f]{{16}}\.tmp")
+_RETRIES = 10  # manifests replaced while a reader was opening shards; each needs one more writer
+
+
+class Store:
+    """Open shards and the manifest that names them, on disk or in memory.
+
+    Open one by `Store.open`, make one by `Store.create`, change it by `transaction`. What is read
+    stays as it was when opened, or when a transaction of this very object last began or ended.
+
+    Attributes:
+        path: the folder; None in memory.
+        manifest: the parsed manifest. Not to be changed in place.
+        shards: name -> `Shard`, in the manifest's order. Replaced, not changed, by a transaction:
+            what was taken from it before stays readable.
+
+    Example:
+        >>> import numpy as np
+        >>> with Store.create(None) as t:
+        ...     with t.new_shard(header_capacity=256) as shard:
+        ...         shard.add("core", np.ones(3, np.float32))
+        ...     store = t.commit({"adapters": {"sql": shard.name}})
+        >>> store.shards[store.manifest["adapters"]["sql"]].read("core")
+        array([1., 1., 1.], dtype=float32)
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self.shards: dict[str, Shard] = {}
+        self._raw = b""  # the manifest as written
+        self._entries = KnownEntries()
+        self._alone = threading.Lock()  # what the lock file is to a store on disk
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Store:
+        """Open a library's folder and all of its shards.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            FileError: no library there, a newer one than this version reads, or a damaged one.
+        """
+        store = cls(Path(os.path.abspath(path)))
+        store._load()
+        return store
+
+    @staticmethod
+    def create(
+        path: str | os.PathLike[str] | None, *, overwrite: bool = False, timeout: float = 10
+    ) -> Transaction:
+        """A transaction whose `commit` makes a new store; nothing is at `path` before it.
+
+        Args:
+            path: the folder; None to keep everything in memory.
+            overwrite: replace what is at `path`. A library is replaced as any transaction would
+                change it, other files in its folder staying; anything else is replaced as a whole.
+            timeout: seconds to wait for another writer of a library to be replaced.
+
+        Raises:
+            FileError: when entered: something is at `path` and `overwrite` is False, or another
+                process is changing it.
+        """
+        return Transaction(
+            Store(None if path is None else Path(os.path.abspath(path))),
+            "overwrite" if overwrite else "create",
+            timeout,
+        )
+
+    def transaction(self, timeout: float = 10) -> Transaction:
+        """A change of this store, alone among all processes.
+
+        Args:
+            timeout: seconds to wait for another writer.
+
+        Raises:
+            FileError: when entered: another process is changing the library, or it is gone.
+        """
+        return Transaction(self, "change", timeout)
+
+    def save(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, timeout: float = 10
+    ) -> Store:
+        """Write this store to a folder, shard by shard as it is.
+
+        Args:
+            path: the folder.
+            overwrite: replace what is there, as a whole.
+            timeout: seconds to wait for another writer of a library to be replaced.
+
+        Returns:
+            The store opened from the folder; this one stays what it is.
+
+        Raises:
+            FileError: something is at `path` and `overwrite` is False, another process is changing
+                it, or a shard of this store is damaged.
+        """
+        with _replaced(Path(os.path.abspath(path)), overwrite, timeout) as folder:
+            for name, shard in self.shards.items():
+                shard.copy_to(folder / name)
+            replace_file(folder / MANIFEST, self._raw)
+        return Store.open(path)
+
+    def verify(self) -> None:
+        """Read all shards and compare with the checksums in the manifest.
+
+        Raises:
+            FileError: naming the first damaged shard.
+        """
+        for shard in self.shards.values():
+            shard.verify()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the manifest and the shards, on disk or as they would be."""
+        return len(self._raw) + sum(shard.nbytes for shard in self.shards.values())
+
+    def close(self) -> None:
+        """Let go of all shards."""
+        for shard in self.shards.values():
+            shard.close()
+        self._raw = b""  # so that a transaction opens them again
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        """Make this store what the disk says now; shards open already stay open."""
+        assert self.path is not None
+        raw = read_manifest(self.path)
+        for _ in range(_RETRIES):
+            if self._raw and raw == self._raw:
+                return
+            manifest, infos = parse_manifest(raw, self.path)
+            try:
+                shards = self._open_shards(infos)
+            except FileError:
+                # Either the library is damaged, or a writer removed a shard after we read which
+                # there are; then the manifest has changed, too.
+                again = read_manifest(self.path)
+                if again == raw:
+                    raise
+                raw = again
+            else:
+                self._become(raw, manifest, shards)
+                return
+        raise FileError(f"{self.path} changes faster than it can be opened; try again")
+
+    def _open_shards(self, infos: Mapping[str, ShardInfo]) -> dict[str, Shard]:
+        assert self.path is not None
+        shards = {}
+        for name, info in infos.items():
+            known = self.shards.get(name)
+            if known is None or known.closed or known.info != info:
+                known = Shard.open(self.path / name, info)
+            shards[name] = known
+        return shards
+
+    def _become(self, raw: bytes, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+        # Shards that are dropped here close when nobody holds them any more. Closing them now would
+        # break a reader in another thread.
+        self._raw, self.manifest, self.shards = raw, manifest, shards
+
+
+class Transaction:
+    """A change being made to a store, or a new store; made by `Store`, used in a `with` block.
+
+    Leaving the block without `commit` leaves everything as it was.
+
+    Attributes:
+        manifest: as it stands on the disk under the writer's lock; empty for a new store.
+        shards: the shards it names.
+    """
+
+    def __init__(self, store: Store, kind: str, timeout: float) -> None:
+        self.manifest: dict[str, Any] = {}
+        self.shards: dict[str, Shard] = {}
+        self._store = store
+        self._kind = kind
+        self._timeout = timeout
+        self._place = contextlib.ExitStack()  # what holds the lock and cleans up
+        self._folder: Path | None = None
+        self._in_place = False  # whether the folder has its final name
+        self._writers: list[ShardWriter] = []
+        self._state = "new"
+
+    def __enter__(self) -> Transaction:
+        if self._state != "new":
+            raise FileError("a transaction can be entered once only")
+        self._state = "open"
+        try:
+            self._begin()
+        except BaseException as e:
+            self.__exit__(type(e), e, None)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        store, place = self._store, self._place
+        if store.path is None:
+            place.enter_context(_held(store._alone, self._timeout))
+        elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
+            place.enter_context(writer_lock(store.path / _LOCK, self._timeout))
+            place.enter_context(_without_leftovers(store, store.path))
+            self._folder, self._in_place = store.path, True
+        else:
+            folder = new_directory(store.path, overwrite=self._kind == "overwrite")
+            self._folder = place.enter_context(folder)
+        if self._kind == "change":
+            if store.path is not None:
+                store._load()  # another writer may have come between
+            self.manifest, self.shards = store.manifest, store.shards
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: Any) -> None:
+        if self._state == "committed":
+            self._place.close()  # does nothing, unless `commit` was interrupted
+            return
+        self._state = "left"
+        for writer in self._writers:
+            # Not the closed ones: where a commit failed after it had replaced the manifest, that
+            # names them. The place removes them where it doesn't.
+            if writer.info is None:
+                with contextlib.suppress(OSError):
+                    writer.abort()
+        # An exception is what tells the place that nothing is to be kept.
+        leaving = error or _LeftWithoutCommitError()
+        self._place.__exit__(type(leaving), leaving, trace)
+
+    def new_shard(
+        self, *, header_capacity: int, metadata: Mapping[str, str] | None = None
+    ) -> ShardWriter:
+        """A writer of a shard that `commit` will take in; its `name` is what to refer to it by.
+
+        Args:
+            header_capacity, metadata: as in `ShardWriter`.
+        """
+        self._check_open()
+        name = f"shard-{secrets.token_hex(8)}.safetensors"
+        path = None if self._folder is None else self._folder / name
+        writer = ShardWriter(path, header_capacity=header_capacity, metadata=metadata, name=name)
+        self._writers.append(writer)
+        return writer
+
+    def commit(self, manifest: Mapping[str, Any], keep: Iterable[str] | None = None) -> Store:
+        """Make the change: all or nothing. Ends the transaction.
+
+        Args:
+            manifest: what the library says, as JSON knows it; `format`, `version` and `shards` are
+                written by the store, whatever is in it under these names.
+            keep: names of the present shards to keep beside the new ones; None keeps all.
+
+        Returns:
+            The store, which is the one that the transaction was made from, as it is now.
+
+        Raises:
+            FileError: the manifest is not JSON, `keep` names an unknown shard, or a shard could not
+                be written; nothing has changed then.
+        """
+        self._check_open()
+        kept = list(self.shards) if keep is None else list(dict.fromkeys(keep))
+        unknown = [name for name in kept if name not in self.shards]
+        if unknown:
+            raise FileError(f"no shard {unknown[0]} to keep; there are {len(self.shards)}")
+        shards = {name: self.shards[name] for name in kept}
+        for writer in self._writers:
+            if not writer.aborted:
+                writer.close()
+                # Opened before the manifest names them: what can't be opened is not committed.
+                shards[writer.name] = Shard.of(writer)
+        infos = {name: shard.info for name, shard in shards.items() if shard.info is not None}
+        raw, parsed = self._store._entries.made(manifest, infos)
+        if self._folder is not None:
+            self._check_undisturbed()
+            sync_directory(self._folder)  # the shards' names are safe before the manifest has them
+            replace_file(self._folder / MANIFEST, raw)
+        if self._in_place or self._folder is None:
+            self._end(raw, parsed, shards)
+            self._place.close()
+        else:
+            self._place.close()  # gives the folder its name
+            self._end(raw, parsed, shards)
+        return self._store
+
+    def _end(self, raw: bytes, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+        self._state = "committed"
+        self._store._become(raw, manifest, shards)
+
+    def _check_undisturbed(self) -> None:
+        """On some network file systems a lock keeps out this machine's processes only."""
+        store = self._store
+        if self._kind == "change" and store.path and read_manifest(store.path) != store._raw:
+            raise FileError(f"{store.path} was changed by another process in spite of the lock")
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise FileError(
+                "the transaction is not open: use it in a `with` block, and commit once, at its end"
+            )
+
+
+class _LeftWithoutCommitError(Exception):
+    """Tells the place of a transaction that nothing is to be kept."""
+
+
+def _is_library(path: Path) -> bool:
+    """Whether a library of this version is at `path`, whatever the state of its shards."""
+    try:
+        parse_manifest(read_manifest(path), path)
+    except FileError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
+    if not lock.acquire(timeout=max(timeout, 0)):
+        raise FileError(f"the store is being changed by another transaction; waited {timeout:g} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _without_leftovers(store: Store, folder: Path) -> Iterator[None]:
+    """Remove what no manifest names, of killed writers before the block and of this one after."""
+    _remove_leftovers(store, folder)
+    try:
+        yield
+    finally:
+        _remove_leftovers(store, folder)
+
+
+def _remove_leftovers(store: Store, folder: Path) -> None:
+    try:
+        # What counts is the disk: a failed commit may have replaced the manifest or not.
+        raw = read_manifest(folder)
+        known = bool(store._raw) and raw == store._raw
+        named = set(store.shards if known else parse_manifest(raw, folder)[1])
+        names = os.listdir(folder)
+    except (FileError, OSError):
+        return
+    for name in names:
+        if _LEFT_BY_WRITERS.fullmatch(name) and name not in named:
+            with contextlib.suppress(OSError):  # the change is made; the next writer tries again
+                os.unlink(folder / name)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path, overwrite: bool, timeout: float) -> Iterator[Path]:
+    """A directory to take the place of `path`, whose writers are kept out if it is a library."""
+    with contextlib.ExitStack() as stack:
+        if overwrite and _is_library(path):
+            stack.enter_context(writer_lock(path / _LOCK, timeout))
+        yield stack.enter_context(new_directory(path, overwrite=overwrite))

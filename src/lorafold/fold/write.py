@@ -1,0 +1,496 @@
+"""Writing a collection into shards: budgets, then one pass over the modules.
+
+First pass: every module's singular values (r×r work), the digests, and where sharing may pay the
+fitted sides. From all of them each adapter's bits are water-filled over all of its modules, which
+fixes what each module may lose. Second pass: every module is coded to its budget and measured on
+what was written; what a module leaves of its budget goes to the next, and one that overshoots is
+coded again. So the sum holds, and nothing but one module's block is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..collection.batch import (
+    Block,
+    Factors,
+    decompose,
+    norms,
+    singular_values,
+    squared_residuals,
+    tamed,
+)
+from ..collection.groups import init_groups, probes
+from ..collection.limits import threads
+from ..collection.sources import Collection
+from ..collection.stack import Stack
+from ..errors import MismatchError, ToleranceError
+from .coding.record import NOTHING, Coded, Target, code_block, exact_record
+from .options import Options, Progress
+from .planning import flat
+from .planning.budget import Ledger, module_budgets
+from .planning.forms import Planner
+from .planning.plan import ModulePlan, basis_at, side_pairs
+from .store.manifest import layout_entry
+from .store.shard import ShardWriter
+from .store.store import Transaction
+
+_ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
+_PROBES = 4  # modules on which all forms are tried before the others follow the winners
+_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
+Ahead = Callable[[Ledger], Mapping[str, Coded]]
+
+
+@dataclass
+class Written:
+    """A collection in one shard.
+
+    Args:
+        shard: its name. squared_error, squared_norm: (N,) over the folded adapters.
+        payload: (N,) bytes of packed codes. modules: what the manifest says of each module.
+        nbytes: of the shard.
+    """
+
+    shard: str
+    squared_error: np.ndarray
+    squared_norm: np.ndarray
+    payload: np.ndarray
+    modules: list[dict[str, Any]]
+    nbytes: int = 0
+    extras: dict[int, dict[str, str]] = field(default_factory=dict)
+
+
+class Builder:
+    """Folds a collection.
+
+    Args:
+        collection: the adapters. options: how. tolerances: (folded,) each adapter's own bound.
+        progress: called with (done, total, stage).
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        options: Options,
+        tolerances: np.ndarray,
+        progress: Progress | None = None,
+    ) -> None:
+        self.collection = collection
+        self.options = options
+        self.tolerances = tolerances
+        self.groups: dict[str, np.ndarray] = {}
+        self._progress = progress or (lambda done, total, stage: None)
+        stacks = {p: collection.stack(p) for p in collection.paths}
+        self.stacks = {p: s for p, s in stacks.items() if s is not None}
+        self.singular_values: dict[str, np.ndarray] = {}
+        self.planner = Planner(options, tolerances**2)
+
+    def write(self, transaction: Transaction) -> Written:
+        """Plan, write, and keep the smallest of the plans that were predicted to be near."""
+        # Only flat sides are large products; all else is thin.
+        many = 1 if self.collection.small else torch.get_num_threads()
+        self.planner.flat_threads = many
+        with threads(1):
+            self.measure()
+            plans = list(self._plans())
+        written: list[tuple[ShardWriter, Written]] = []
+        for chosen in plans:
+            writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
+            flat = any(plan.flat is not None for plan in chosen.values())
+            with threads(many if flat else 1):
+                written.append((writer, self.write_plans(writer, chosen)))
+        best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
+        for k, (writer, _) in enumerate(written):
+            if k != best:
+                writer.abort()
+        return written[best][1]
+
+    # First pass
+
+    def measure(self) -> None:
+        """Init groups and every module's singular values."""
+        count = self.collection.folded
+        if count > 1:
+            stacks = list(self.stacks.values())
+            self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
+            self.planner.groups = self.groups
+        for k, (path, stack) in enumerate(self.stacks.items()):
+            self._progress(k, 2 * len(self.stacks), "measuring")
+            S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
+            stack.forget()
+            width = max(s.shape[1] for s in S)
+            self.singular_values[path] = np.concatenate(
+                [np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S]
+            )
+
+    def _spectra(self, f: Factors) -> torch.Tensor:
+        """Singular values (n, r); where no bits depend on them, what has their norm, (n, 1)."""
+        if self.options.tolerance is None and self.options.form == "flat":
+            return norms(f)
+        exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
+        return singular_values(f, exact)
+
+    def _plans(self) -> Iterator[dict[str, ModulePlan]]:
+        """The plans worth writing, the cheapest by prediction first."""
+        forms = self._forms()
+        if len(forms) == 1 or not self.stacks:
+            yield self._each(forms)
+            return
+        paths = list(self.stacks)
+        won: dict[str, float] = {}
+        totals: dict[str, float] = {}
+        for j in probes(len(paths), _PROBES):
+            plans = self._candidates(paths[j], forms)
+            for plan in plans:
+                totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
+            won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
+        smallest = min(totals.values())
+        worth = [f for f in forms if f in won or totals.get(f, np.inf) < _NEAR * smallest]
+        mix: dict[str, ModulePlan] = {}
+        sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
+        for path in paths:
+            plans = self._candidates(path, worth)
+            mix[path] = plans[0]
+            by_form = {plan.form: plan.nbytes for plan in plans}
+            for form in worth:
+                sizes[form] += by_form.get(form, by_form.get("svd", plans[0].nbytes))
+        yield mix
+        cost = sum(plan.nbytes for plan in mix.values())
+        for form in worth:
+            differs = any(plan.form != form for plan in mix.values())
+            if differs and sizes[form] < _NEAR * cost:
+                yield self._each([form, "svd"] if form == "flat" else [form])
+
+    def _forms(self) -> list[str]:
+        form = self.options.form
+        if form != "auto":
+            return [form]
+        if self.options.tolerance is None or self.collection.folded < 2:
+            return ["svd"]
+        # Flat before those that keep the decomposed stack in memory.
+        return ["svd", "flat", "input", "output", "shared"]
+
+    def _each(self, forms: list[str]) -> dict[str, ModulePlan]:
+        plans = {}
+        for path, stack in self.stacks.items():
+            found = self._candidates(path, forms)
+            if not found:
+                raise MismatchError(
+                    f"form 'flat' needs one rank at each module; {path!r} has ranks "
+                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take "
+                    "another form"
+                )
+            plans[path] = found[0]
+        return plans
+
+    def _candidates(self, path: str, forms: list[str]) -> list[ModulePlan]:
+        stack = self.stacks[path]
+        plans = self.planner.candidates(stack, self.singular_values[path], forms)
+        for plan in plans:
+            plan.release()
+        stack.forget()
+        return plans
+
+    def plain_svd_nbytes(self) -> int:
+        """Bytes that truncated SVD of each adapter in float16 takes at the same tolerance.
+
+        Directions are kept over all modules by energy per byte, the best a truncation can do.
+        """
+        if self.options.tolerance is None:
+            return 0
+        total = 0
+        for i, tolerance in enumerate(self.tolerances):
+            energy, width = [], []
+            for path, stack in self.stacks.items():
+                row = np.searchsorted(stack.members, i)
+                if row < len(stack) and stack.members[row] == i:
+                    energy.append(self.singular_values[path][row] ** 2)
+                    width.append(np.full(len(energy[-1]), sum(stack.shape)))
+            if not energy:
+                continue
+            e, w = np.concatenate(energy), np.concatenate(width)
+            order = np.argsort(-e / w, kind="stable")
+            left = e.sum() - np.cumsum(e[order])
+            kept = 1 + int((left > tolerance**2 * e.sum()).sum())
+            total += 2 * int(w[order][:kept].sum())
+        return total
+
+    # Second pass
+
+    def write_plans(
+        self, writer: ShardWriter, plans: Mapping[str, ModulePlan], ahead: Ahead | None = None
+    ) -> Written:
+        """Code every module as planned into one shard, measured as it is written.
+
+        Args:
+            ahead: from the ledger, modules of a single block that are coded and booked already.
+        """
+        c, n = self.collection, self.collection.folded
+        budgets = module_budgets(
+            self.options, self.tolerances, self.stacks, self.singular_values, plans
+        )
+        ledger = Ledger(budgets, self.tolerances, self._totals())
+        known: Mapping[str, Coded] = {} if ahead is None else ahead(ledger)
+        at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
+        result = Written(writer.name, np.zeros(n), ledger.total, np.zeros(n), [])
+        for j, path in enumerate(c.paths):
+            self._progress(len(c.paths) + j, 2 * len(c.paths), "writing")
+            plan, stack = plans.get(path), self.stacks.get(path)
+            sizes = np.zeros(len(c.names), np.int64)
+            with writer.stream(f"m{j}") as stream:
+                if plan is not None and stack is not None:
+                    for members, coded in self._coded(stack, plan, ledger, known.get(path)):
+                        result.squared_error[members] += coded.squared_error
+                        result.payload[members] += coded.payload
+                        for i, record in zip(members.tolist(), coded.records, strict=True):
+                            stream.write(record or bytes([NOTHING]))
+                            sizes[i] = len(record) or 1
+                    stack.forget()
+                for i in range(n, len(c.names)):
+                    if path in c.handles[i].shapes:
+                        record = exact_record(c.read(i, path))
+                        stream.write(record)
+                        sizes[i] = len(record)
+            at[j, 1:] = np.cumsum(sizes)
+            if plan is not None:
+                plan.release()
+            result.modules.append(self._module_entry(j, path, plan, writer))
+        writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
+        self._write_extras(writer, result)
+        result.nbytes = writer.close().nbytes
+        return result
+
+    def _totals(self) -> np.ndarray:
+        total = np.zeros(self.collection.folded)
+        for path, stack in self.stacks.items():
+            total[stack.members] += (self.singular_values[path] ** 2).sum(1)
+        return total
+
+    def _coded(
+        self, stack: Stack, plan: ModulePlan, ledger: Ledger, known: Coded | None
+    ) -> Iterator[tuple[np.ndarray, Coded]]:
+        start = 0
+        for f, decomposed in stack.pairs():
+            rows = np.arange(start, start + len(f.members))
+            start += len(f.members)
+            target = ledger.target(stack.path, rows, f.members)
+            if known is not None:
+                coded = known
+            elif plan.flat is not None:
+                coded = code_flat(f, rows, plan, target)
+            else:
+                block = self.cut(decomposed or f.decomposed()) if self.cuts else decomposed
+                coded = code_own_or_shared(f, rows, plan, target, block)
+            if target.kind == "error":
+                if known is None:
+                    coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
+                coded = self._not_bulky(f, stack.ranks[rows], stack.path, coded)
+                if known is None:
+                    ledger.book(stack.path, rows, f.members, coded.squared_error)
+            yield f.members, coded
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank or an energy drops directions of an adapter's own."""
+        o = self.options
+        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
+
+    def cut(self, block: Block) -> Block:
+        """The block without the directions that a rank or an energy drops."""
+        if not self.cuts:
+            return block
+        S = block.S.cpu().numpy()
+        keep = self.planner.kept(S)
+        return Block(
+            block.members,
+            block.U,
+            torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0),
+            block.V,
+        )
+
+    def _enforced(
+        self,
+        f: Factors,
+        rows: np.ndarray,
+        plan: ModulePlan,
+        target: Target,
+        coded: Coded,
+        ledger: Ledger,
+        path: str,
+    ) -> Coded:
+        """Code again what overshot; at last store it exactly."""
+        factor = np.ones(len(rows))
+        for attempt in range(_ATTEMPTS):
+            limit = ledger.limit(path, rows, f.members)
+            over = np.flatnonzero(coded.squared_error > limit)
+            if not len(over):
+                break
+            if attempt == _ATTEMPTS - 1:
+                coded = self._exact_rows(f, over, path, coded)
+                break
+            # On top of what earlier attempts asked for, which was not enough.
+            factor[over] *= 0.97 * limit[over] / coded.squared_error[over]
+            again = f.take(over)
+            smaller = target.take(over, factor[over])
+            if plan.flat is not None:
+                redone = code_flat(again, rows[over], plan, smaller)
+            else:
+                redone = code_own_or_shared(again, rows[over], plan, smaller)
+            coded = coded.replaced(over, redone)
+        return coded
+
+    def _not_bulky(self, f: Factors, ranks: np.ndarray, path: str, coded: Coded) -> Coded:
+        """Records that outgrew the tensors that they stand for give way to these."""
+        itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
+        raw = f.B.shape[1] + f.A.shape[2]
+        bulky = np.array([len(r) for r in coded.records]) > itemsize * raw * ranks
+        if bulky.any():
+            coded = self._exact_rows(f, np.flatnonzero(bulky), path, coded, only_smaller=True)
+        return coded
+
+    def _exact_rows(
+        self, f: Factors, rows: np.ndarray, path: str, coded: Coded, only_smaller: bool = False
+    ) -> Coded:
+        records, error, payload = (
+            list(coded.records),
+            coded.squared_error.copy(),
+            coded.payload.copy(),
+        )
+        for k in rows.tolist():
+            record = exact_record(self.collection.read(int(f.members[k]), path))
+            if not only_smaller or len(record) < len(records[k]):
+                records[k], error[k], payload[k] = record, 0.0, len(record)
+        return Coded(records, error, payload)
+
+    # Manifest and extras
+
+    def _module_entry(
+        self, j: int, path: str, plan: ModulePlan | None, writer: ShardWriter
+    ) -> dict[str, Any]:
+        c = self.collection
+        entry: dict[str, Any] = {
+            "path": path,
+            "shape": list(c.shapes[path]),
+            "form": plan.form if plan else "exact",
+        }
+        if path in c.layouts:
+            entry["layout"] = layout_entry(c.layouts[path])
+        if plan is None:
+            return entry
+        if (available := self._clamped(path, plan)) is not None:
+            entry["clamped"] = available
+        if plan.certificate:
+            entry["certificate"] = {k: round(v, 9) for k, v in plan.certificate.items()}
+        bases: dict[str, list[list[Any]]] = {}
+        for side, shared in (("U", plan.U), ("V", plan.V)):
+            for g, basis in shared.bases.items() if shared else ():
+                if basis.fresh:
+                    write_basis(
+                        writer, f"b{j}.{side}{g}", basis.record, bases, f"{side}{g}", basis.fresh
+                    )
+        if plan.flat is not None:
+            for side, half in (("A", plan.flat.A), ("B", plan.flat.B)):
+                if not half.record:
+                    continue
+                write_basis(writer, f"b{j}.{side}0", half.record, bases, f"{side}0", half.count + 1)
+            entry["wide"] = plan.flat.wide
+        if bases:
+            entry["bases"] = bases
+        return entry
+
+    def _clamped(self, path: str, plan: ModulePlan) -> int | None:
+        """How many directions there are, where a rank asks for more."""
+        if plan.flat is not None:
+            available = max(plan.flat.A.count, plan.flat.B.count)
+        elif plan.U is not None or plan.V is not None:
+            available = max(
+                b.rank for s in (plan.U, plan.V) if s is not None for b in s.bases.values()
+            )
+        else:
+            available = min(int(self.stacks[path].ranks.max()), *self.stacks[path].shape)
+        asked = self.options.rank
+        return available if asked is not None and asked > available else None
+
+    def _write_extras(self, writer: ShardWriter, result: Written) -> None:
+        for i, handle in enumerate(self.collection.handles):
+            extras = handle.read_extras()
+            names = {}
+            for k, (key, tensor) in enumerate(extras.items()):
+                names[key] = f"x{i}.{k}"
+                writer.add(names[key], tensor)
+            result.extras[i] = names
+
+    def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
+        """Bytes to reserve for a shard's header."""
+        c = self.collection
+        bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
+        bases += 2 * sum(p.flat is not None for p in plans.values())
+        extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
+        return 256 + 110 * (len(c.paths) + bases + extras)
+
+
+def write_basis(
+    writer: ShardWriter,
+    key: str,
+    record: bytes,
+    bases: dict[str, list[list[Any]]],
+    name: str,
+    columns: int,
+) -> None:
+    """Write a basis as a tensor and enter it: name → [[shard, tensor, columns], …]."""
+    with writer.stream(key) as stream:
+        stream.write(record)
+    bases.setdefault(name, []).append([writer.name, key, columns])
+
+
+def check_contract(names: list[str], error: np.ndarray, tolerances: np.ndarray) -> None:
+    """Before anything is committed: every measured error within its bound."""
+    for name, e, t in zip(names, error, tolerances, strict=True):
+        if e > t * (1 + 1e-9):
+            raise ToleranceError(f"{name!r} came out at error {e:.4g}, above its tolerance {t:.4g}")
+
+
+def code_own_or_shared(
+    f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, block: Block | None = None
+) -> Coded:
+    """Code some updates, each with the sides it has.
+
+    Args:
+        f: as they came. rows: of the stack. block: their decomposition where it is known; without
+            it only those that share nothing are decomposed, and those in a bad gauge.
+    """
+    n = len(rows)
+    result = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
+        U, V = basis_at(plan.U, u), basis_at(plan.V, v)
+        ids = (u if U else None, v if V else None)
+        own = f.take(members)
+        x: Block | Factors = own
+        if block is not None:
+            x = block.take(members)
+        elif U is not None or V is not None:
+            x = tamed(own, exact=False)[0]
+        part = code_block(x, target.take(members), ids, U, V, own)
+        result = result.replaced(members, part)
+    return result
+
+
+def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
+    """Flat parts, and where these miss the target a residual of the adapter's own."""
+    assert plan.flat is not None
+    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
+    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
+    coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
+    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
+    if len(over):
+        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
+        block = Block(f.members[over], *decompose(B, A))
+        rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
+        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
+        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+    return coded

@@ -1,0 +1,58 @@
+"""Where in a model an adapter's modules go, checked before anything is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import MismatchError, RefusedError
+from ..lowrank import LowRank
+from .kinds import Kind, kind_of
+from .swap import CHILD, Swapped
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that takes updates."""
+
+    layer: nn.Module
+    kind: Kind
+    dims: tuple[int, int]
+
+
+def place_at(model: nn.Module, path: str, known: Mapping[str, Any] | None = None) -> Place:
+    """The layer at a path.
+
+    Args:
+        known: patches of layers that the same handle has attached already.
+
+    Raises:
+        RefusedError: it takes no update, or lies in a MultiheadAttention; naming it.
+    """
+    layer = model.get_submodule(path) if path else model
+    if known is not None and path in known:
+        return Place(layer, known[path].kind, known[path].dims)
+    if isinstance(layer, Swapped):
+        raise RefusedError(f"module {path!r} is attached already: detach that first")
+    if CHILD in layer._modules:
+        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
+    parent, _, _ = path.rpartition(".")
+    if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        raise RefusedError(
+            f"module {path!r} is part of an nn.MultiheadAttention, which reads its weight "
+            "directly: leave it out (exclude=), or merge the adapter (adapter.apply_to)"
+        )
+    kind = kind_of(layer, path)
+    return Place(layer, kind, kind.dims(layer))
+
+
+def check_dims(path: str, dims: tuple[int, int], u: LowRank) -> None:
+    """Raise a `MismatchError` where an update does not fit a layer."""
+    if u.shape != dims:
+        raise MismatchError(
+            f"module {path!r} takes updates of shape {dims}, the adapter's is {u.shape}: it "
+            "belongs to another base"
+        )

@@ -1,0 +1,15 @@
+"""Adapters into one adapter, and an adapter into a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._verb import make_face
+
+if TYPE_CHECKING:
+    from .into_checkpoint import Merged as Merged
+    from .into_checkpoint import merge_into_weights as merge_into_weights
+
+__all__ = ["Merged", "merge_into_weights"]
+
+make_face(__name__, {"Merged": "into_checkpoint", "merge_into_weights": "into_checkpoint"})

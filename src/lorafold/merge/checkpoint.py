@@ -1,0 +1,268 @@
+"""A model's folder written anew, with some of its tensors changed and everything else as it was.
+
+The safetensors files keep their names and what is in each of them. Where no dtype changes, a file
+keeps its header byte for byte and what is not changed is copied as bytes; so one pass over the
+bytes is all it takes, and one tensor at a time all that is held.
+
+Weights in other formats would be those of the unchanged model: they are left out, and named.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError, MismatchError
+from ..files import safetensors as ranges
+from ..files.atomic import CREATE_FLAGS, write_all
+from ..files.base import INDEX_SUFFIX, Base
+from ..files.safetensors import Entry
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONFIG_NAME = "config.json"
+
+Change = Callable[[Tensor], Tensor]
+Advance = Callable[[int, str], None]  # bytes, and the file that they are from
+
+_CHUNK = 1 << 24  # bytes
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EBADF}
+# Whole models, wherever in the folder; and weights that stand beside the safetensors files.
+_MODELS = (".pth", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".ckpt")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".bin.index.json", INDEX_SUFFIX, "adapter_config.json")
+_NAMES = {dtype: name for name, dtype in ranges.DTYPES.items()}
+
+
+def write_checkpoint(
+    base: Base,
+    folder: Path,
+    changes: Mapping[str, Change],
+    dtype: torch.dtype | None,
+    advance: Advance,
+) -> list[str]:
+    """Write the base's folder into another one that is there and empty.
+
+    Args:
+        base: of a folder.
+        folder: where it goes.
+        changes: {key: from the tensor to what is stored in its place}: of the same shape, and of
+            the dtype that `stored_dtype` says.
+        dtype: of all floating point tensors of 16 bits or more; their own when None.
+        advance: told of every step.
+
+    Returns:
+        The files of the base that were left out, as weights of another form.
+
+    Raises:
+        FileError: a file can't be read or was changed.
+        MismatchError: a number is beyond the range of `dtype`.
+    """
+    for file in base.files:
+        rewrite(file, folder / file.name, changes, dtype, advance)
+    done = {file.name for file in base.files}
+    if base.index is not None:
+        _write_index(base.index, folder / base.index.name, folder, done, dtype)
+        done.add(base.index.name)
+    left_out = []
+    for path, name in _others(Path(base.path)):
+        if name in done:
+            continue
+        if not path.is_file() or _is_left_out(name):
+            left_out.append(name)
+        elif name == CONFIG_NAME and dtype is not None:
+            _write_config(path, folder / name, dtype)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    return left_out
+
+
+def stored_dtype(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor of dtype `own` is written in."""
+    return dtype if dtype is not None and own in FLOATS else own
+
+
+def narrowed(t: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """The tensor in another dtype.
+
+    Raises:
+        MismatchError: a finite number in it is not finite there.
+    """
+    result = t.to(dtype)
+    if result is not t and bool((t.isfinite() & ~result.isfinite()).any()):
+        raise MismatchError(out_of_range(key, dtype))
+    return result
+
+
+def out_of_range(key: str, dtype: torch.dtype) -> str:
+    """The message."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{key!r} has numbers beyond the range of {name}: write bfloat16 or float32 instead"
+
+
+# One file
+
+
+def rewrite(
+    source: Path,
+    target: Path,
+    changes: Mapping[str, Change],
+    dtype: torch.dtype | None,
+    advance: Advance,
+) -> None:
+    """Write one safetensors file anew; see `write_checkpoint`."""
+    with ranges.open_file(source) as f:
+        header, size = ranges.header_bytes(f, source)
+        entries = ranges.entries(header, size, source)
+        order = sorted(entries.items(), key=lambda item: item[1].start)
+        if any(stored_dtype(entry.dtype, dtype) != entry.dtype for _, entry in order):
+            # Wide numbers first, so that all of them are aligned.
+            order.sort(key=lambda item: -stored_dtype(item[1].dtype, dtype).itemsize)
+            header = _header(header, order, dtype)
+        out = os.open(target, CREATE_FLAGS, 0o666)
+        try:
+            write_all(out, len(header).to_bytes(8, "little") + header)
+            for key, entry in order:
+                _write(f, out, key, entry, source, changes.get(key), dtype)
+                advance(entry.stop - entry.start, source.name)
+        finally:
+            os.close(out)
+
+
+def _write(
+    f: FileIO,
+    out: int,
+    key: str,
+    entry: Entry,
+    source: Path,
+    change: Change | None,
+    dtype: torch.dtype | None,
+) -> None:
+    wanted = stored_dtype(entry.dtype, dtype)
+    if change is not None:
+        (t,) = ranges.read_tensors(f, [(key, entry)], source)
+        _write_tensor(out, change(t))
+    elif wanted == entry.dtype:
+        _copy(f, out, entry.start, entry.stop, f"{source}: {key!r}")
+    else:
+        size = entry.dtype.itemsize
+        count = _CHUNK // size
+        for at in range(0, math.prod(entry.shape), count):
+            n = min(count, math.prod(entry.shape) - at)
+            start = entry.start + at * size
+            piece = Entry(entry.dtype, (n,), start, start + n * size)
+            (t,) = ranges.read_tensors(f, [(key, piece)], source)
+            _write_tensor(out, narrowed(t, wanted, key))
+
+
+def _header(old: bytes, order: list[tuple[str, Entry]], dtype: torch.dtype | None) -> bytes:
+    """The header of the same tensors in the dtypes that they are stored in."""
+    metadata = json.loads(old).get("__metadata__")
+    new: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for key, entry in order:
+        own = stored_dtype(entry.dtype, dtype)
+        stop = at + math.prod(entry.shape) * own.itemsize
+        new[key] = {
+            "dtype": _NAMES[own],
+            "shape": list(entry.shape),
+            "data_offsets": [at, stop],
+        }
+        at = stop
+    text = json.dumps(new, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_tensor(out: int, t: Tensor) -> None:
+    if t.numel():
+        write_all(out, t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _copy(f: FileIO, out: int, start: int, stop: int, what: str) -> None:
+    """Append bytes of a file to another; within the system where it can (Linux)."""
+    while start < stop and hasattr(os, "copy_file_range"):
+        try:
+            n = os.copy_file_range(f.fileno(), out, min(stop - start, _CHUNK), offset_src=start)
+        except OSError as e:
+            if e.errno not in _CANNOT:
+                raise
+            break
+        if not n:
+            break
+        start += n
+    f.seek(start)
+    while start < stop:
+        data = f.read(min(stop - start, _CHUNK))
+        if not data:
+            raise FileError(f"{what} ends too early: the file is cut off or was changed")
+        write_all(out, data)
+        start += len(data)
+
+
+# The other files
+
+
+def _others(top: Path) -> Iterator[tuple[Path, str]]:
+    """(path, name in the folder) of all files, and of what else is no folder."""
+    for folder, inner, names in os.walk(top):
+        # Hidden folders are caches and version control. Linked ones may lead in circles.
+        links = [name for name in inner if Path(folder, name).is_symlink()]
+        inner[:] = sorted(name for name in inner if name[0] != "." and name not in links)
+        for name in sorted(names):
+            path = Path(folder, name)
+            yield path, path.relative_to(top).as_posix()
+        for name in links:
+            yield Path(folder, name), f"{Path(folder, name).relative_to(top).as_posix()}/"
+
+
+def _is_left_out(name: str) -> bool:
+    # In folders of their own are other parts, such as a sentence encoder's dense layer.
+    return name.endswith(_MODELS if "/" in name else _MODELS + _WEIGHTS)
+
+
+def _write_index(
+    source: Path, target: Path, folder: Path, names: set[str], dtype: torch.dtype | None
+) -> None:
+    if dtype is None:
+        shutil.copyfile(source, target)
+        return
+    index = json.loads(source.read_text(encoding="utf-8"))
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = sum(_data_bytes(folder / name) for name in names)
+    target.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _data_bytes(path: Path) -> int:
+    with ranges.open_file(path) as f:
+        header, size = ranges.header_bytes(f, path)
+    return size - 8 - len(header)
+
+
+def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise FileError(f"{source} is not valid JSON: {e}") from e
+    _set_dtype(config, str(dtype).removeprefix("torch."))
+    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _set_dtype(config: Any, name: str) -> None:
+    """Change the dtype in a config and in those of a model's parts."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            config[key] = name
+        elif key.endswith("_config"):
+            _set_dtype(value, name)

@@ -1,0 +1,230 @@
+"""What quantising a base saved and what it cost: bytes, scales counted, and errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.storage import is_quantized, stored
+from ..layers.swap import CHILD
+from ..words import aligned
+
+if TYPE_CHECKING:
+    from ..attach.live import Live
+
+
+PROBES = 64  # inputs that a layer's forward is measured with
+
+
+@dataclass(frozen=True)
+class LayerFootprint:
+    """One quantised layer.
+
+    Args:
+        path: of the layer. shape: (out, in) of its weight.
+        before: bytes of the weight as it was. codes: bytes of the quantised numbers.
+        scales: bytes of all else that they need: scales, scales of scales, tables.
+        groups: how many scales there are. norm: ‖W‖.
+        weight_error: ‖Ŵ − W‖ / ‖W‖. forward_error: the same of the layer's output without its
+            bias, for normally distributed inputs, against W in float32.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    before: int
+    codes: int
+    scales: int
+    groups: int
+    norm: float
+    weight_error: float
+    forward_error: float
+
+    @property
+    def after(self) -> int:
+        """Bytes of the weight as it is now."""
+        return self.codes + self.scales
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What `quantize_base` did.
+
+    Args:
+        layers: one each. bits, kind, group_size, double_quant: as chosen.
+        compute_dtype: in which products are computed; None for that of the inputs.
+        scale_dtype: in which the scales are stored.
+        before, after: bytes of the whole model, other modules and all scales counted.
+        forward_error: ‖ŷ − y‖ / ‖y‖ of the model's output for the inputs given; None without.
+        adapters: bytes of what is attached; see `with_adapters`.
+    """
+
+    layers: tuple[LayerFootprint, ...]
+    bits: int
+    kind: str
+    group_size: int | str
+    double_quant: bool
+    compute_dtype: torch.dtype | None
+    scale_dtype: torch.dtype
+    before: int = 0
+    after: int = 0
+    forward_error: float | None = None
+    adapters: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """before / after, of the quantised weights."""
+        return sum(x.before for x in self.layers) / sum(x.after for x in self.layers)
+
+    @property
+    def weight_error(self) -> float:
+        """‖Ŵ − W‖ / ‖W‖ over all layers."""
+        norm = math.hypot(*(x.norm for x in self.layers))
+        wrong = math.hypot(*(x.norm * x.weight_error for x in self.layers))
+        return wrong / norm if norm else 0.0
+
+    @property
+    def total(self) -> int:
+        """Bytes of the base as it is now and of the adapters."""
+        return self.after + self.adapters
+
+    def with_adapters(self, live: Live) -> Footprint:
+        """The same with what is attached by now: its factors, their starts, reserved slots."""
+        return replace(self, adapters=adapter_bytes(live.model))
+
+    def __str__(self) -> str:
+        head = ("layer", "weight", "before", "codes", "scales", "ratio", "error", "forward")
+        rows = [head]
+        rows += [
+            (
+                layer.path or "(the model)",
+                f"{layer.shape[0]}×{layer.shape[1]}",
+                f"{layer.before:,}",
+                f"{layer.codes:,}",
+                f"{layer.scales:,}",
+                f"{layer.before / layer.after:.2f}",
+                f"{layer.weight_error:.3%}",
+                f"{layer.forward_error:.3%}",
+            )
+            for layer in self.layers
+        ]
+        before, codes, scales = (
+            sum(getattr(layer, name) for layer in self.layers)
+            for name in ("before", "codes", "scales")
+        )
+        sums = (f"{before:,}", f"{codes:,}", f"{scales:,}", f"{self.ratio:.2f}")
+        rows.append(("total", "", *sums, f"{self.weight_error:.3%}", ""))
+        return "\n".join([*aligned(rows), self._options(), self._bytes()])
+
+    def _options(self) -> str:
+        computes = "the dtype of the inputs" if self.compute_dtype is None else self.compute_dtype
+        twice = ", themselves quantised" if self.double_quant else ""
+        groups = "a row" if isinstance(self.group_size, str) else f"{self.group_size} weights"
+        count = sum(layer.groups for layer in self.layers)
+        return (
+            f"{self.kind}, {self.bits} bits, one scale for {groups}: {count:,} scales in "
+            f"{_name(self.scale_dtype)}{twice}; products in {_name(computes)}"
+        )
+
+    def _bytes(self) -> str:
+        text = f"model {self.before:,} → {self.after:,} bytes"
+        if self.adapters:
+            text += f"; with adapters {self.after:,} + {self.adapters:,} = {self.total:,}"
+        if self.forward_error is not None:
+            text += f"; error of its output {self.forward_error:.3%}"
+        return text
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors without adapters; shared ones once, scales of codes included."""
+    return _total(t for path, m in model.named_modules() if not _inside(path) for t in _tensors(m))
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors of what is attached to a model."""
+    return _total(t for path, m in model.named_modules() if _inside(path) for t in _tensors(m))
+
+
+def _inside(path: str) -> bool:
+    return CHILD in path.split(".")
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    own = dict(module._parameters) | dict(module._buffers)
+    if is_quantized(module):
+        codes, rest, _ = stored(module)
+        own["weight"] = None
+        yield from (codes, *rest)
+    yield from (t for t in own.values() if t is not None)
+
+
+def _total(tensors: Iterator[Tensor]) -> int:
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
+
+
+def layer_footprint(path: str, W: Tensor, layer: nn.Module, dense: Tensor) -> LayerFootprint:
+    """What became of one weight.
+
+    Args:
+        W: as it was, (out, in). layer: the quantised one, without a bias. dense: its weight.
+    """
+    codes, rest, scales = stored(layer)
+    reference = W.detach().float()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(PROBES, W.shape[1], generator=g).to(W.device, W.dtype)
+    with torch.no_grad():
+        found = layer(x).float()
+    return LayerFootprint(
+        path,
+        (W.shape[0], W.shape[1]),
+        W.nbytes,
+        codes.nbytes,
+        sum(t.nbytes for t in rest),
+        scales.numel(),
+        float(torch.linalg.vector_norm(reference)),
+        relative(dense.float(), reference),
+        relative(found, x.float() @ reference.T),
+    )
+
+
+def relative(found: Tensor, reference: Tensor) -> float:
+    """‖found − reference‖ / ‖reference‖; 0 where both are 0."""
+    norm = float(torch.linalg.vector_norm(reference.float()))
+    difference = float(torch.linalg.vector_norm(found.float() - reference.float()))
+    return difference / norm if norm else difference
+
+
+def output_of(model: nn.Module, inputs: Any) -> Tensor:
+    """The first floating point tensor that a model gives, in evaluation.
+
+    Args:
+        inputs: its argument, a tuple or list of them, or a mapping of keywords.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                found = model(**inputs)
+            else:
+                found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return next(t.clone() for t in _flat(found) if t.is_floating_point())
+
+
+def _flat(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping | list | tuple):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _flat(part)

@@ -1,0 +1,297 @@
+"""A base in fewer bits, to attach to and to train on: QLoRA (arXiv 2305.14314).
+
+The layers stay the objects that they are, with their names, hooks and biases: each one's class
+becomes that of a quantised linear layer, and its weight is exchanged. `dequantize` goes back to the
+class that it had, with the rounded weight. All layers are quantised before the first is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MismatchError, RefusedError
+from ..layers.kinds import is_transposed
+from ..layers.sites import place_at
+from ..layers.storage import float_dtype, is_quantized, is_torchao, stored, weight_of
+from ..layers.swap import CHILD, Swapped, attached_class
+from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
+from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
+from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear
+
+_ORIGIN = "quantized_from"  # where a layer keeps what it was
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer was before it was quantised.
+
+    Args:
+        cls: its class. dtype: of its weight. requires_grad: of its weight.
+        bias: as it was, where it had to be converted.
+        names: attributes, and hooks: ids of load hooks, that quantising added.
+    """
+
+    cls: type
+    dtype: torch.dtype
+    requires_grad: bool = False
+    bias: nn.Parameter | None = None
+    names: frozenset[str] = frozenset()
+    hooks: frozenset[int] = frozenset()
+
+
+def quantize_base(
+    model: nn.Module,
+    bits: int = 4,
+    kind: str | None = None,
+    group_size: int | str | None = None,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    targets: Any = ALL_LINEAR,
+    exclude: Any = DEFAULT_EXCLUDE,
+    *,
+    inputs: Any = None,
+) -> Footprint:
+    """Quantise the linear layers of a model in place; attach to it afterwards.
+
+    Args:
+        model: float32, bfloat16 or float16, on a CPU or a GPU, or a linear layer by itself.
+        bits: 4 or 8.
+        kind: for 4 bits "nf4" (the default) or "fp4"; for 8 "int8" (the default), which rounds the
+            inputs too, or "int8_weight_only". The last needs torchao, the others bitsandbytes.
+        group_size: weights that share a scale: 32, 64 (the default), 128, … 4096 at 4 bits, "row"
+            for "int8", 32, 64 (the default), 128, 256 or "row" for "int8_weight_only".
+        double_quant: quantise the scales as well, to 8 bits (4 bits only).
+        compute_dtype: in which products are computed (4 bits only); that of the weights when None.
+        targets, exclude: which layers; as for `LoRA`.
+        inputs: what to run the model with, before and after, to state the error of its output: its
+            argument, a tuple of them, or a mapping of keywords.
+
+    Returns:
+        Bytes before and after, and the errors; `print` gives a table.
+
+    Raises:
+        MismatchError: what is not supported, with what is; numbers that are not finite.
+        RefusedError: adapters are attached, or a layer can't be quantised.
+        MissingExtraError: the package is not installed. The model is unchanged then.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> footprint = lf.quantize_base(model)  # nf4, groups of 64
+        >>> footprint.layers[0].before, footprint.layers[0].codes
+        (8192, 1024)
+        >>> live = lf.attach(model, lf.LoRA(rank=8, targets="0"))
+    """
+    choice = chosen(bits, kind, group_size, double_quant, compute_dtype)
+    package_of(choice)
+    if any(isinstance(module, Swapped) for module in model.modules()):
+        raise RefusedError(
+            "adapters are attached to this model: quantise first and attach then (live.detach(), "
+            "lf.quantize_base, lf.attach)"
+        )
+    layers = found_layers(model, as_targets(targets, "targets"), as_targets(exclude, "exclude"))
+    users = _users(model)
+    for path, layer in layers.items():
+        _check(model, path, layer, users, choice)
+    before, output = model_bytes(model), None if inputs is None else output_of(model, inputs)
+    made = {path: _quantized(path, layer, choice) for path, layer in layers.items()}
+    for path, (new, _) in made.items():
+        _become(layers[path], new)
+    footprint = _footprint(choice, layers, [footprint for _, footprint in made.values()])
+    footprint = replace(footprint, before=before, after=model_bytes(model))
+    if output is None:
+        return footprint
+    return replace(footprint, forward_error=relative(output_of(model, inputs), output))
+
+
+def dequantize(x: nn.Module) -> nn.Module:
+    """Give quantised layers their float class and weight back, in place; also under adapters.
+
+    What rounding lost stays lost: the weight is the one that the quantised layer computed with. A
+    bias comes back to the bit.
+
+    Args:
+        x: a quantised layer, or a model that has some.
+
+    Returns:
+        x itself.
+
+    Raises:
+        MismatchError: nothing in it is quantised. RefusedError: a layer that can't be read; nothing
+            is changed then.
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> layer = torch.nn.Linear(64, 32)
+        >>> _ = lf.quantize_base(layer)
+        >>> lf.dequantize(layer).weight.dtype
+        torch.float32
+    """
+    found = {path: m for path, m in _base_modules(x) if is_quantized(m)}
+    if not found:
+        raise MismatchError("nothing here is quantised")
+    for path, layer in found.items():
+        if not isinstance(layer, nn.Linear):
+            raise RefusedError(f"module {path!r} is a {type(layer).__name__}, not a linear layer")
+        weight_of(layer, path)
+    for layer in found.values():
+        _restore(layer, vars(layer).get(_ORIGIN) or _foreign(x, layer))
+    return x
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by path, without what is attached."""
+    return ((p, m) for p, m in model.named_modules() if CHILD not in p.split("."))
+
+
+def _users(model: nn.Module) -> Mapping[int, list[str]]:
+    """Which modules hold each parameter, by its id."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                users[id(p)].append(path)
+    return users
+
+
+def _check(
+    model: nn.Module, path: str, layer: Any, users: Mapping[int, list[str]], choice: Choice
+) -> None:
+    place = place_at(model, path)
+    if is_quantized(layer):
+        raise RefusedError(
+            f"module {path!r} is quantised already: lf.dequantize it first, or leave it out "
+            "(exclude=)"
+        )
+    plain = type(layer).forward is nn.Linear.forward and "weight" in layer._parameters
+    if not plain and not is_transposed(layer):
+        raise RefusedError(
+            f"module {path!r} is a {type(layer).__name__}, which is no plain linear layer: leave "
+            "it out (exclude=)"
+        )
+    weight = layer.weight
+    others = [p for p in users[id(weight)] if p != path]
+    if others:
+        raise RefusedError(
+            f"module {path!r} shares its weight with {others[0]!r}, which would be taken apart: "
+            "leave it out (exclude=)"
+        )
+    if weight.is_meta:
+        raise RefusedError(f"module {path!r} has no weight yet (device 'meta'): load it first")
+    if weight.dtype not in FLOATS:
+        raise MismatchError(
+            f"module {path!r} has a weight of {weight.dtype}: convert the model to float32, "
+            "bfloat16 or float16 first"
+        )
+    reason = fits(place.dims, choice)
+    if reason:
+        raise MismatchError(f"module {path!r} can't be quantised: {reason}")
+    largest = float(weight.detach().abs().max())
+    if not math.isfinite(largest):
+        raise MismatchError(f"the weight of module {path!r} has numbers that are not finite")
+    if choice.kind == "int8" and largest > torch.finfo(torch.float16).max:
+        raise MismatchError(
+            f"the weight of module {path!r} has {largest:g}, and kind 'int8' goes through float16: "
+            "take kind='int8_weight_only'"
+        )
+
+
+def _quantized(path: str, layer: Any, choice: Choice) -> tuple[nn.Linear, LayerFootprint]:
+    """The layer that another one becomes, and what that does to its weight."""
+    W: Tensor = layer.weight.detach()
+    W = W.T.contiguous() if is_transposed(layer) else W
+    new = quantized_linear(W, choice)
+    dense = weight_of(new, path)
+    probe = copy.deepcopy(new).eval()  # a first forward leaves traces on an 8-bit layer
+    return new, layer_footprint(path, W, probe, dense)
+
+
+def _footprint(
+    choice: Choice, layers: Mapping[str, Any], footprints: list[LayerFootprint]
+) -> Footprint:
+    """The report, but for what concerns the whole model."""
+    first = layers[footprints[0].path]
+    return Footprint(
+        tuple(footprints),
+        choice.format.bits,
+        choice.kind,
+        choice.group_size,
+        choice.double_quant,
+        getattr(first, "compute_dtype", None),
+        stored(first)[2].dtype,
+    )
+
+
+def _become(layer: Any, new: Any) -> None:
+    """Make a layer what `new` is, and keep what it was."""
+    bias, dtype = layer._parameters.get("bias"), getattr(new, "compute_dtype", None)
+    converted = bias is not None and dtype is not None and bias.dtype != dtype
+    added = {name: value for name, value in vars(new).items() if name not in _INTERNAL}
+    vars(layer)[_ORIGIN] = Origin(
+        type(layer),
+        layer.weight.dtype,
+        layer.weight.requires_grad,
+        bias if converted else None,
+        frozenset(added) - frozenset(vars(layer)),
+        frozenset(new._load_state_dict_pre_hooks),
+    )
+    vars(layer).update(added)
+    layer._load_state_dict_pre_hooks.update(new._load_state_dict_pre_hooks)
+    layer._parameters["weight"] = new._parameters["weight"]
+    if converted:
+        # The layer would do so itself at its first forward, in the parameter that was given.
+        layer._parameters["bias"] = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+    layer.__class__ = type(new)
+
+
+def _restore(layer: Any, origin: Origin) -> None:
+    """Make a quantised layer what it was, with the weight that it has."""
+    W = weight_of(layer).to(origin.dtype)
+    attached = isinstance(layer, Swapped)
+    cls: Any = attached_class(type(layer).__mro__[1], origin.cls) if attached else origin.cls
+    for name in origin.names:
+        vars(layer).pop(name, None)
+    for key in origin.hooks:
+        layer._load_state_dict_pre_hooks.pop(key, None)
+    vars(layer).pop(_ORIGIN, None)
+    layer.__class__ = cls
+    W = W.T if is_transposed(layer) else W
+    old, weight = layer._parameters["weight"], nn.Parameter(W.contiguous(), origin.requires_grad)
+    if attached and layer.lorafold.live._frozen is not None:  # an adapter trains: the base must not
+        frozen = layer.lorafold.live._frozen
+        frozen[:] = [(p, flag) for p, flag in frozen if p is not old]
+        frozen.append((weight, origin.requires_grad))
+        weight.requires_grad_(False)
+    layer._parameters["weight"] = weight
+    if origin.bias is not None:
+        layer._parameters["bias"] = origin.bias
+
+
+def _foreign(model: nn.Module, layer: Any) -> Origin:
+    """The same of a layer that something else has quantised."""
+    others = (p for _, m in _base_modules(model) for p in m._parameters.values() if p is not None)
+    dtype = float_dtype(layer) or next((p.dtype for p in others if p.dtype in FLOATS), None)
+    origin = Origin(nn.Linear, dtype or torch.float32)
+    if is_torchao(layer.weight):
+        return replace(origin, names=frozenset({"extra_repr"}))
+    theirs = [c for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes")]
+    if not theirs:
+        return origin
+    cls: Any = theirs[-1]
+    fresh, plain = cls(1, 1, bias=False, device="meta"), nn.Linear(1, 1, device="meta")
+    of_fresh = {getattr(h, "hook", h) for h in fresh._load_state_dict_pre_hooks.values()}
+    hooks = layer._load_state_dict_pre_hooks.items()
+    return replace(
+        origin,
+        names=frozenset(vars(fresh)) - frozenset(vars(plain)),
+        hooks=frozenset(key for key, h in hooks if getattr(h, "hook", h) in of_fresh),
+    )

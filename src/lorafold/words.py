@@ -1,0 +1,36 @@
+"""How messages name things: what was meant, and tables in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns under one another: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def did_you_mean(name: str, known: object) -> str:
+    """The tail of an unknown-name message: the near names, or how many there are.
+
+    Args:
+        name: what was asked for.
+        known: an iterable of the names there are.
+    """
+    import difflib
+
+    names = [str(n) for n in known]  # type: ignore[attr-defined]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if not names:
+        return "there are no names at all"
+    shown = ", ".join(repr(n) for n in sorted(names)[:5])
+    return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"

@@ -1,0 +1,170 @@
+"""Flattened factors against a dense principal component analysis in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorafold.collection.batch import Factors
+from lorafold.collection.stack import Stack
+from lorafold.fold.planning import flat
+from lorafold.lowrank import LowRank
+
+N, OUT, INN, R = 8, 20, 12, 3
+
+
+@pytest.fixture
+def updates():
+    """Updates in one gauge: a common start plus two directions and a little noise."""
+    g = torch.Generator().manual_seed(0)
+    A0, B0 = torch.randn(R, INN, generator=g), torch.randn(OUT, R, generator=g)
+    dA = torch.randn(2, R, INN, generator=g)
+    dB = torch.randn(2, OUT, R, generator=g)
+    found = []
+    for _ in range(N):
+        w = torch.randn(2, generator=g)
+        A = A0 + torch.einsum("k,kri->ri", w, dA) + 0.05 * torch.randn(R, INN, generator=g)
+        B = B0 + torch.einsum("k,kor->or", w, dB) + 0.05 * torch.randn(OUT, R, generator=g)
+        found.append(LowRank(A, B, 0.5))
+    return found
+
+
+def stack_of(updates, block_bytes=1 << 20):
+    def read(i):
+        return updates[i].B, updates[i].A, updates[i].scale
+
+    ranks = np.full(len(updates), R)
+    return Stack("m", (OUT, INN), np.arange(len(updates)), ranks, read, block_bytes)
+
+
+def flattened(updates, side):
+    rows = [u.A if side == "A" else u.scale * u.B for u in updates]
+    return torch.stack([t.double().reshape(-1) for t in rows])
+
+
+def factors(updates):
+    return next(iter(stack_of(updates).factors()))
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_columns_in_pieces_give_the_gram_of_the_whole(updates, side, block_bytes, monkeypatch):
+    monkeypatch.setattr(flat, "_PIECE", 1)  # pieces of 256 columns at least
+    wide = [LowRank(u.A.repeat(1, 50), u.B.repeat(50, 1), u.scale) for u in updates]
+    ranks = np.full(N, R)
+
+    def read(i):
+        return wide[i].B, wide[i].A, wide[i].scale
+
+    stack = Stack("m", (50 * OUT, 50 * INN), np.arange(N), ranks, read, block_bytes)
+    gram, mean = flat._centred_gram(stack, side)
+    X = flattened(wide, side)
+    centred = X - X.mean(0)
+    torch.testing.assert_close(mean.double(), X.mean(0), atol=1e-5, rtol=0)
+    assert (gram - centred @ centred.T).norm() < 1e-5 * (centred @ centred.T).norm()
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_the_spectrum_is_the_dense_pca(updates, side, block_bytes):
+    X = flattened(updates, side)
+    s = flat.flat_spectrum(stack_of(updates, block_bytes), side)
+    centred = X - X.mean(0)
+    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
+    torch.testing.assert_close(s.mean.double(), X.mean(0), atol=1e-6, rtol=0)
+    assert len(s.energies) == N - 1  # the mean takes one
+    np.testing.assert_allclose(s.energies, (S**2)[: N - 1].numpy(), rtol=1e-3)  # float32 Gram
+    overlap = (s.directions.double() @ Vh[: N - 1].T).diagonal().abs()
+    assert (overlap - 1).abs().max() < 1e-3
+    rebuilt = s.mean.double() + torch.as_tensor(s.loadings) @ s.directions.double()
+    assert (rebuilt - X).norm() < 1e-4 * X.norm()
+    assert abs(s.total / float(X.square().sum()) - 1) < 1e-5
+    assert len(flat.flat_spectrum(stack_of(updates), side, 2).energies) == 2
+
+
+def test_identical_adapters_are_their_mean(updates):
+    s = flat.flat_spectrum(stack_of([updates[0]] * 4), "A")
+    assert len(s.energies) == 0
+    side = flat.coded_side(s, "A", bits=32)
+    assert side.count == 0
+    parts = flat.code_parts(
+        factors([updates[0]] * 4),
+        side,
+        flat.coded_side(flat.flat_spectrum(stack_of([updates[0]] * 4), "B"), "B", bits=32),
+        0,
+        True,
+    )
+    W = updates[0].scale * updates[0].B @ updates[0].A
+    torch.testing.assert_close(parts.B[0] @ parts.A[0], W, atol=1e-5, rtol=1e-5)
+
+
+def test_loadings_are_least_squares_on_what_was_coded(updates):
+    for side in "AB":
+        s = flat.flat_spectrum(stack_of(updates), side)
+        coded = flat.coded_side(s, side, count=2, bits=3)
+        X = flattened(updates, side)
+        loads = coded.loadings(X.float()).double()
+        basis, mean = coded.rows[1:].double(), coded.rows[0].double()
+        expected = torch.linalg.lstsq(basis.T, (X - mean).T).solution.T
+        torch.testing.assert_close(loads, expected, rtol=1e-3, atol=1e-3)
+        rebuilt = coded.rebuilt(loads.float()).double()
+        torch.testing.assert_close(rebuilt, mean + expected @ basis, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("count", [0, 2, 7])
+def test_a_record_decodes_to_what_was_measured(updates, wide, count):
+    bases = {
+        side: flat.coded_side(
+            flat.flat_spectrum(stack_of(updates), side), side, count=count, bits=32 if wide else 6
+        )
+        for side in "AB"
+    }
+    parts = flat.code_parts(factors(updates), bases["A"], bases["B"], 5, wide)
+    assert {len(r) for r in parts.records} == {flat.part_nbytes(bases["A"], bases["B"], wide)}
+
+    def basis(side, number, rank):
+        assert (number, rank) == (5, R)
+        return flat.read_side(bases[side].record, rank * (INN if side == "A" else OUT), side).rows
+
+    for i, record in enumerate(parts.records):
+        left, right, end = flat.decode_part(b"??" + record, 2, (OUT, INN), basis)
+        assert end == len(record) + 2
+        torch.testing.assert_close(left, parts.B[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(right, parts.A[i], atol=1e-5, rtol=1e-5)
+
+
+def test_a_budget_is_kept(updates):
+    for side in "AB":
+        s = flat.flat_spectrum(stack_of(updates), side)
+        X = flattened(updates, side)
+        sizes = []
+        for budget in (0.1, 1e-3, 1e-5):
+            coded = flat.coded_side(s, side, budget=budget)
+            rebuilt = coded.rebuilt(coded.loadings(X.float())).double()
+            assert float((rebuilt - X).square().sum() / X.square().sum()) < 1.3 * budget + 1e-12
+            sizes.append(len(coded.record))
+        assert sizes == sorted(sizes)
+
+
+def test_a_gauge_breaks_it(updates):
+    """The negative control: the same ΔW in gauges of their own has no two common directions."""
+    g = torch.Generator().manual_seed(1)
+    turned = []
+    for u in updates:
+        G = torch.randn(R, R, generator=g) + 2 * torch.eye(R)
+        turned.append(LowRank(torch.linalg.solve(G, u.A), u.B @ G, u.scale))
+        torch.testing.assert_close(turned[-1].dense(), u.dense(), atol=1e-3, rtol=1e-3)
+    share = {}
+    for name, who in (("one gauge", updates), ("own gauges", turned)):
+        e = flat.flat_spectrum(stack_of(who), "A").energies
+        share[name] = e[:2].sum() / e.sum()
+    assert share["one gauge"] > 0.99
+    assert share["own gauges"] < 0.9
+
+
+def test_factors_are_flattened_row_by_row():
+    f = Factors(
+        np.zeros(1, int), torch.arange(6.0).reshape(1, 3, 2), torch.arange(8.0).reshape(1, 2, 4)
+    )
+    assert flat.flattened(f, "A").tolist() == [list(range(8))]
+    assert flat.flattened(f, "B").tolist() == [list(range(6))]
