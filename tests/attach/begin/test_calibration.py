@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lorafold.attach.begin.lora.calibration import Calibration
+from lorafold.attach.begin.calibration import Calibration
 from torch import nn
 
 import lorafold as lf

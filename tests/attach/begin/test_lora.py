@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from lorafold.attach.begin.lora.lora import leading_directions
+from lorafold.attach.begin.lora import leading_directions
 from torch import nn
 
 import lorafold as lf

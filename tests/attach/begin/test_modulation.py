@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lorafold.attach.begin.lora.modulation import tail_depth
+from lorafold.attach.begin.modulation import tail_depth
 from torch import nn
 
 import lorafold as lf
