@@ -587,9 +587,9 @@ def test_memory_limits_the_blocks_and_changes_no_contract(mixed, monkeypatch):
     assert memory_bytes("2e9") == 2 * 10**9
     assert memory_bytes(12345) == 12345
     assert block_bytes("1GiB") < 1 << 30
-    from lorafold.fold import fold as folding
+    from lorafold.fold import one_pass
 
-    monkeypatch.setattr(folding, "block_bytes", lambda memory: 4096)
+    monkeypatch.setattr(one_pass, "block_bytes", lambda memory: 4096)
     for form in ANY_RANK:
         lib = lf.fold(mixed, tolerance=0.1, form=form, memory="1KiB")
         for name, a in mixed.items():

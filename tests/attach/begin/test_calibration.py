@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from lorafold.attach.begin.calibration import Calibration
 from torch import nn
 
 import lorafold as lf
+from lorafold.attach.begin.calibration import Calibration
 from lorafold.errors import MismatchError, RefusedError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

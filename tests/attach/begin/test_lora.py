@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from lorafold.attach.begin.lora import leading_directions
 from torch import nn
 
 import lorafold as lf
+from lorafold.attach.begin.lora import leading_directions
 from lorafold.errors import MismatchError
 
 INITS = ["kaiming", "orthogonal", "pissa", "pissa_niter_4"]

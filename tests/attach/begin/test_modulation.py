@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lorafold.attach.begin.modulation import tail_depth
 from torch import nn
 
 import lorafold as lf
+from lorafold.attach.begin.modulation import tail_depth
 from lorafold.errors import MismatchError
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

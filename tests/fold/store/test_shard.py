@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from lorafold.fold.store.shard import Shard, ShardInfo, ShardWriter
 
 from lorafold.errors import FileError
 from lorafold.fold.store import shard_writer
+from lorafold.fold.store.shard import Shard, ShardInfo, ShardWriter
 
 NUMPY = ["bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))]
 NUMPY += ["float16", "float32", "float64", "complex64"]

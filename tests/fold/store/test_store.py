@@ -11,12 +11,12 @@ import signal
 import numpy as np
 import pytest
 import safetensors.numpy
-from lorafold.fold.store.shard import Shard
-from lorafold.fold.store.store import Store
 
 from lorafold.errors import FileError
 from lorafold.files import atomic
 from lorafold.fold.store import store as store_module
+from lorafold.fold.store.shard import Shard
+from lorafold.fold.store.store import Store
 
 CAPACITY = 256
 
