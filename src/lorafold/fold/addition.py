@@ -22,11 +22,12 @@ from ..collection.limits import block_bytes, threads
 from ..collection.sources import Collection, Handle
 from ..collection.stack import Stack
 from .coding.bases import Bases, Basis, Side, basis_of, projected, weighted_norms
+from .coding.flat_part import FlatSide
 from .coding.record import Coded, Target, code_block
 from .one_pass import adapter_entries
 from .options import Options
 from .planning.budget import Ledger
-from .planning.forms import Planner
+from .planning.costs import Costs
 from .planning.plan import FlatBases, ModulePlan, Shared
 from .store.manifest import layout_entry
 from .store.shard import ShardWriter
@@ -169,7 +170,7 @@ class Adding:
                     continue
                 if "A0" in self.lib.modules[j].get("bases", {}):
                     stack, S = self._module(path)
-                    flat = _flat_plan(self.lib, j, self.builder.planner, stack, S)
+                    flat = _flat_plan(self.lib, j, self.builder.costs, stack, S)
                     self.plans[path] = flat or self.plans[path]
                 elif found := nearest_sides(self.lib, j, batch.block.take(np.array([k]))):
                     sides[k] = found
@@ -180,25 +181,25 @@ class Adding:
         return self.builder.stacks[path], self.builder.singular_values[path]
 
     def _plan_without_sharing(self, batch: Batch) -> None:
-        planner = self.builder.planner
+        costs = self.builder.costs
         S = batch.block.S.cpu().numpy()
-        energy, widths = S**2 * planner.kept(S), np.full(S.shape[1], float(sum(batch.shape)))
-        sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
+        energy, widths = S**2 * costs.used(S), np.full(S.shape[1], float(sum(batch.shape)))
+        sizes = costs.record_sizes(energy, widths, costs.budgets[0] * (S**2).sum(1))
         for k, path in enumerate(batch.paths):
             self.plans[path] = ModulePlan("svd", energy[k : k + 1], widths, float(sizes[k]))
 
     def _plan_shared(self, batch: Batch, sides: list[tuple[Numbered, Numbered]]) -> None:
         """Plans of modules whose bases are of the same widths, one product for all."""
-        planner = self.builder.planner
-        plans, (left, right) = _on_bases(self.lib, planner, batch, sides)
-        tolerance = planner.options.tolerance
+        costs = self.builder.costs
+        plans, (left, right) = _on_bases(self.lib, costs, batch, sides)
+        tolerance = costs.options.tolerance
         for k, (path, plan) in enumerate(zip(batch.paths, plans, strict=True)):
             best = plan
             # Where the bases nearly hold the update, neither longer ones nor none can be smaller.
             if tolerance is not None and plan.nbytes > _CLOSE * self.plans[path].nbytes:
                 one = batch.take([k])
                 longer = [
-                    _on_bases(self.lib, planner, one, [pair])[0][0]
+                    _on_bases(self.lib, costs, one, [pair])[0][0]
                     for pair in _extended(one.block, sides[k], tolerance)
                 ]
                 best = min([plan, self.plans[path], *longer], key=lambda p: p.nbytes)
@@ -294,7 +295,7 @@ def _alike(keys: Mapping[int, Any]) -> list[list[int]]:
 
 
 def _on_bases(
-    lib: Library, planner: Planner, batch: Batch, sides: list[tuple[Numbered, Numbered]]
+    lib: Library, costs: Costs, batch: Batch, sides: list[tuple[Numbered, Numbered]]
 ) -> tuple[list[ModulePlan], Core]:
     """A plan for each row on bases that are there, all of the same widths, and the cores."""
     U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
@@ -303,8 +304,8 @@ def _on_bases(
     missed = batch.block.square() - weighted_norms(*core, U, V)
     tails = missed.clamp_min(0).cpu().numpy()
     width = sum(d if b is None else b.rank for b, d in zip((U, V), batch.shape, strict=True))
-    energy, widths = planner.components(S, tails, float(width), float(sum(batch.shape)))
-    sizes = planner.record_sizes(energy, widths, planner.budgets[0] * (S**2).sum(1))
+    energy, widths = costs.components(S, tails, float(width), float(sum(batch.shape)))
+    sizes = costs.record_sizes(energy, widths, costs.budgets[0] * (S**2).sum(1))
     forms = {m["path"]: m["form"] for m in lib.modules}
     plans = []
     for k, (path, ((u, basis_U), (v, basis_V))) in enumerate(zip(batch.paths, sides, strict=True)):
@@ -403,10 +404,8 @@ def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Ba
 
 
 def _flat_plan(
-    lib: Library, j: int, planner: Planner, stack: Stack, S: np.ndarray
+    lib: Library, j: int, costs: Costs, stack: Stack, S: np.ndarray
 ) -> ModulePlan | None:
-    from .planning.flat import FlatSide
-
     out, inner = stack.shape
     r = int(stack.ranks[0])
     try:
@@ -417,6 +416,6 @@ def _flat_plan(
     if A.rows.shape[1] != r * inner or B.rows.shape[1] != r * out:
         return None  # another rank than the flattened factors have
     wide = lib.modules[j].get("wide", False)
-    plan = planner.flat_plan(stack, S, FlatBases(A, B, wide))
-    svd = planner.svd(stack, S)
-    return plan if planner.options.tolerance is None or plan.nbytes <= svd.nbytes else svd
+    plan = costs.on_flat_sides(stack, S, FlatBases(A, B, wide))
+    svd = costs.on_own_sides(stack, S)
+    return plan if costs.options.tolerance is None or plan.nbytes <= svd.nbytes else svd

@@ -26,8 +26,8 @@ from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean
 from .coding.bases import Basis, projected, read_basis, residual
+from .coding.flat_part import read_side
 from .coding.record import StoredPart, decode, stored_parts
-from .planning.flat import read_side
 from .store.manifest import config_of, read_layout
 from .store.shard import Shard
 from .store.store import Store

@@ -30,10 +30,11 @@ from ..collection.limits import threads
 from ..collection.sources import Collection
 from ..collection.stack import Stack
 from ..errors import MismatchError, ToleranceError
+from .coding.flat_part import code_parts
 from .coding.record import NOTHING, Coded, Target, code_block, exact_record
 from .options import Options, Progress
-from .planning import flat
 from .planning.budget import Ledger, module_budgets
+from .planning.costs import Costs
 from .planning.forms import Planner
 from .planning.plan import ModulePlan, basis_at, side_pairs
 from .store.manifest import layout_entry
@@ -88,16 +89,15 @@ class Builder:
         stacks = {p: collection.stack(p) for p in collection.paths}
         self.stacks = {p: s for p, s in stacks.items() if s is not None}
         self.singular_values: dict[str, np.ndarray] = {}
-        self.planner = Planner(options, tolerances**2)
+        self.costs = Costs(options, tolerances**2)
 
     def write(self, transaction: Transaction) -> Written:
         """Plan, write, and keep the smallest of the plans that were predicted to be near."""
         # Only flat sides are large products; all else is thin.
         many = 1 if self.collection.small else torch.get_num_threads()
-        self.planner.flat_threads = many
         with threads(1):
             self.measure()
-            plans = list(self._plans())
+            plans = list(self._plans(Planner(self.costs, self.groups, many)))
         written: list[tuple[ShardWriter, Written]] = []
         for chosen in plans:
             writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
@@ -118,7 +118,6 @@ class Builder:
         if count > 1:
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
-            self.planner.groups = self.groups
         for k, (path, stack) in enumerate(self.stacks.items()):
             self._progress(k, 2 * len(self.stacks), "measuring")
             S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
@@ -135,17 +134,17 @@ class Builder:
         exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
         return singular_values(f, exact)
 
-    def _plans(self) -> Iterator[dict[str, ModulePlan]]:
+    def _plans(self, planner: Planner) -> Iterator[dict[str, ModulePlan]]:
         """The plans worth writing, the cheapest by prediction first."""
         forms = self._forms()
         if len(forms) == 1 or not self.stacks:
-            yield self._each(forms)
+            yield self._each(planner, forms)
             return
         paths = list(self.stacks)
         won: dict[str, float] = {}
         totals: dict[str, float] = {}
         for j in probes(len(paths), _PROBES):
-            plans = self._candidates(paths[j], forms)
+            plans = self._candidates(planner, paths[j], forms)
             for plan in plans:
                 totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
@@ -154,7 +153,7 @@ class Builder:
         mix: dict[str, ModulePlan] = {}
         sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
         for path in paths:
-            plans = self._candidates(path, worth)
+            plans = self._candidates(planner, path, worth)
             mix[path] = plans[0]
             by_form = {plan.form: plan.nbytes for plan in plans}
             for form in worth:
@@ -164,7 +163,7 @@ class Builder:
         for form in worth:
             differs = any(plan.form != form for plan in mix.values())
             if differs and sizes[form] < _NEAR * cost:
-                yield self._each([form, "svd"] if form == "flat" else [form])
+                yield self._each(planner, [form, "svd"] if form == "flat" else [form])
 
     def _forms(self) -> list[str]:
         form = self.options.form
@@ -175,10 +174,10 @@ class Builder:
         # Flat before those that keep the decomposed stack in memory.
         return ["svd", "flat", "input", "output", "shared"]
 
-    def _each(self, forms: list[str]) -> dict[str, ModulePlan]:
+    def _each(self, planner: Planner, forms: list[str]) -> dict[str, ModulePlan]:
         plans = {}
         for path, stack in self.stacks.items():
-            found = self._candidates(path, forms)
+            found = self._candidates(planner, path, forms)
             if not found:
                 raise MismatchError(
                     f"form 'flat' needs one rank at each module; {path!r} has ranks "
@@ -188,9 +187,9 @@ class Builder:
             plans[path] = found[0]
         return plans
 
-    def _candidates(self, path: str, forms: list[str]) -> list[ModulePlan]:
+    def _candidates(self, planner: Planner, path: str, forms: list[str]) -> list[ModulePlan]:
         stack = self.stacks[path]
-        plans = self.planner.candidates(stack, self.singular_values[path], forms)
+        plans = planner.candidates(stack, self.singular_values[path], forms)
         for plan in plans:
             plan.release()
         stack.forget()
@@ -305,7 +304,7 @@ class Builder:
         if not self.cuts:
             return block
         S = block.S.cpu().numpy()
-        keep = self.planner.kept(S)
+        keep = self.costs.used(S)
         return Block(
             block.members,
             block.U,
@@ -483,7 +482,7 @@ def code_own_or_shared(
 def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
     """Flat parts, and where these miss the target a residual of the adapter's own."""
     assert plan.flat is not None
-    parts = flat.code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
+    parts = code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
     coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)

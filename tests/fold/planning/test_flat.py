@@ -6,6 +6,7 @@ import torch
 
 from lorafold.collection.batch import Factors
 from lorafold.collection.stack import Stack
+from lorafold.fold.coding import flat_part
 from lorafold.fold.planning import flat
 from lorafold.lowrank import LowRank
 
@@ -86,7 +87,7 @@ def test_identical_adapters_are_their_mean(updates):
     assert len(s.energies) == 0
     side = flat.coded_side(s, "A", bits=32)
     assert side.count == 0
-    parts = flat.code_parts(
+    parts = flat_part.code_parts(
         factors([updates[0]] * 4),
         side,
         flat.coded_side(flat.flat_spectrum(stack_of([updates[0]] * 4), "B"), "B", bits=32),
@@ -119,15 +120,17 @@ def test_a_record_decodes_to_what_was_measured(updates, wide, count):
         )
         for side in "AB"
     }
-    parts = flat.code_parts(factors(updates), bases["A"], bases["B"], 5, wide)
-    assert {len(r) for r in parts.records} == {flat.part_nbytes(bases["A"], bases["B"], wide)}
+    parts = flat_part.code_parts(factors(updates), bases["A"], bases["B"], 5, wide)
+    assert {len(r) for r in parts.records} == {flat_part.part_nbytes(bases["A"], bases["B"], wide)}
 
     def basis(side, number, rank):
         assert (number, rank) == (5, R)
-        return flat.read_side(bases[side].record, rank * (INN if side == "A" else OUT), side).rows
+        return flat_part.read_side(
+            bases[side].record, rank * (INN if side == "A" else OUT), side
+        ).rows
 
     for i, record in enumerate(parts.records):
-        left, right, end = flat.decode_part(b"??" + record, 2, (OUT, INN), basis)
+        left, right, end = flat_part.decode_part(b"??" + record, 2, (OUT, INN), basis)
         assert end == len(record) + 2
         torch.testing.assert_close(left, parts.B[i], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(right, parts.A[i], atol=1e-5, rtol=1e-5)
@@ -166,5 +169,5 @@ def test_factors_are_flattened_row_by_row():
     f = Factors(
         np.zeros(1, int), torch.arange(6.0).reshape(1, 3, 2), torch.arange(8.0).reshape(1, 2, 4)
     )
-    assert flat.flattened(f, "A").tolist() == [list(range(8))]
-    assert flat.flattened(f, "B").tolist() == [list(range(6))]
+    assert flat_part.flattened(f, "A").tolist() == [list(range(8))]
+    assert flat_part.flattened(f, "B").tolist() == [list(range(6))]

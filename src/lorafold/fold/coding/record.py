@@ -21,6 +21,7 @@ from ...errors import FileError
 from ...lowrank import LowRank
 from .bases import Bases, Side, core_svd, projected, residual, weighted_norms
 from .bits import bits_for_bytes, bits_for_error
+from .flat_part import decode_part
 from .rows import (
     LEFT_SEED,
     RIGHT_SEED,
@@ -331,8 +332,6 @@ def decode(
         The file's own tensors for an exact record; else float32 factors with scale 1. A record
         without any component gives a zero update of rank 1.
     """
-    from ..planning import flat
-
     out, inner = shape
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
@@ -347,7 +346,7 @@ def decode(
         if kind == PAIRS:
             left, right, start = _decode_pairs(record, start, shape, basis, device)
         elif kind == FLAT:
-            left, right, start = flat.decode_part(record, start, shape, basis, device)
+            left, right, start = decode_part(record, start, shape, basis, device)
         else:
             raise FileError(f"a record of the library has a part of unknown kind {kind}")
         lefts.append(left)

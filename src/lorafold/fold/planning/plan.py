@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..coding.bases import Basis
-from . import flat
+from ..coding.flat_part import FlatSide
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Shared:
 class FlatBases:
     """Both flattened sides of a module."""
 
-    A: flat.FlatSide
-    B: flat.FlatSide
+    A: FlatSide
+    B: FlatSide
     wide: bool
 
 

@@ -8,10 +8,10 @@ side, on spectra alone. What wins is then fitted, and its real tails replace the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,10 @@ from ...collection.stack import Stack
 from ..coding.bases import basis_of
 from ..coding.bits import bits_for_bytes, bits_for_error
 from ..coding.codebook import DISTORTION
+from ..options import Options
+from .costs import Costs, reaching
 from .directions import Groups, Key, Spans, Spectrum
 from .plan import ModulePlan, Shared
-
-if TYPE_CHECKING:
-    from ..options import Options
-    from .forms import Planner
-
 
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
 _SETTLED = 0.1  # of the smallest of these shares: what a sketch may miss unasked
@@ -40,12 +37,19 @@ class Sharing:
     """The ways to share sides at one module.
 
     Args:
-        planner: whose options and groups count. stack: the updates.
-        S: (N, r) their singular values. forms: those that will be asked for.
+        costs: of plans, under the fold's options. init_groups: side → (N_all,) init groups.
+        stack: the updates. S: (N, r) their singular values. forms: those that will be asked for.
     """
 
-    def __init__(self, planner: Planner, stack: Stack, S: np.ndarray, forms: Sequence[str]) -> None:
-        self._planner, self._stack, self._S = planner, stack, S
+    def __init__(
+        self,
+        costs: Costs,
+        init_groups: Mapping[str, np.ndarray],
+        stack: Stack,
+        S: np.ndarray,
+        forms: Sequence[str],
+    ) -> None:
+        self._costs, self._init_groups, self._stack, self._S = costs, init_groups, stack, S
         norms = (S**2).sum(1)
         weights = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0)
         self._groups: dict[Key, np.ndarray] = {
@@ -55,13 +59,13 @@ class Sharing:
         }
         self._averages: dict[tuple[Choice, Choice], tuple[list[dict[int, np.ndarray]], float]] = {}
         shares = {1 / len(SIDES[form]) for form in forms}
-        tolerance = planner.budgets[stack.members].min() ** 0.5
+        tolerance = costs.budgets[stack.members].min() ** 0.5
         self._spans = Spans(
             stack,
             weights,
             self._groups,
-            Needs(planner.options, shares),
-            exact=planner.options.tolerance is not None and tolerance < _FINE,
+            Needs(costs.options, shares),
+            exact=costs.options.tolerance is not None and tolerance < _FINE,
         )
 
     def plan(self, form: str, limit: float) -> ModulePlan | None:
@@ -70,7 +74,7 @@ class Sharing:
             [k for s, k in self._groups if s == side] if side in SIDES[form] else [None]
             for side in "UV"
         ]
-        thetas = _THETAS if self._planner.options.tolerance is not None else (1.0,)
+        thetas = _THETAS if self._costs.options.tolerance is not None else (1.0,)
         ways = [
             (self._predicted(theta, U, V), theta, U, V)
             for U, V in product(*choices)
@@ -81,7 +85,7 @@ class Sharing:
 
     def _partitions(self, side: str) -> list[np.ndarray]:
         everyone = np.zeros(len(self._stack), np.int64)
-        groups = self._planner.groups.get(side)
+        groups = self._init_groups.get(side)
         if groups is None:
             return [everyone]
         mine = groups[self._stack.members]
@@ -118,10 +122,10 @@ class Sharing:
                 total += levels.sum() * d / 8 + 3 * (levels > 0).sum()
                 widths[groups == g] += (levels > 0).sum()
                 spent[groups == g] += theta * share
-        allowed = self._planner.allowed(stack, S) * (1 - spent)
+        allowed = self._costs.allowed(stack, S) * (1 - spent)
         for width in np.unique(widths):
             rows = widths == width
-            sizes = self._planner.record_sizes(
+            sizes = self._costs.record_sizes(
                 S[rows] ** 2, np.full(S.shape[1], width), allowed[rows], rate
             )
             total += float(sizes.sum())
@@ -132,7 +136,7 @@ class Sharing:
     ) -> tuple[list[dict[int, np.ndarray]], float | None]:
         """Bits of the directions on either side by group; the average that is left for cores."""
         sides = self._chosen(U, V)
-        if self._planner.options.coded:
+        if self._costs.options.coded:
             if (U, V) not in self._averages:
                 self._averages[U, V] = self._averaged(sides)
             return self._averages[U, V]
@@ -144,18 +148,18 @@ class Sharing:
 
     def _side_levels(self, spectrum: Spectrum, d: int, share: float) -> np.ndarray:
         """Bits of each direction of a side that may spend `share` of the squared tolerance."""
-        o = self._planner.options
+        o = self._costs.options
         energies = spectrum.energies[: spectrum.directions.shape[1]]
         if o.tolerance is not None:
             budget = max(share * o.tolerance**2 - spectrum.tail(len(energies)), 0.0)
             return bits_for_error(energies, d / 8, False, budget)
-        kept = len(energies) if o.energy is None else _reaching(energies, o.energy)
+        kept = len(energies) if o.energy is None else reaching(energies, o.energy)
         bits = 32 if o.bits is None else int(o.bits)
         return np.where(np.arange(len(energies)) < kept, bits, 0)
 
     def _averaged(self, sides: list[_Chosen]) -> tuple[list[dict[int, np.ndarray]], float]:
         """As `_levels`, where an average number of bits holds over bases and cores together."""
-        o = self._planner.options
+        o = self._costs.options
         assert o.bits is not None
         own = np.zeros(len(self._stack))
         columns, names = [], []
@@ -165,7 +169,7 @@ class Sharing:
             for g, s in spectra.items():
                 energies = s.energies[: s.directions.shape[1]]
                 if o.energy is not None:
-                    energies = energies[: _reaching(energies, o.energy)]
+                    energies = energies[: reaching(energies, o.energy)]
                 users = groups == g
                 columns.append(Columns(d, users, energies * users.sum()))
                 names.append((at, g))
@@ -201,7 +205,7 @@ class Sharing:
             plans.append(Shared(self._groups[key], coded))
             bases.append((key, coded))
         tails = self._spans.missed(bases[0], bases[1])
-        return self._planner.on_sides(
+        return self._costs.on_shared_sides(
             form, self._stack, self._S, tails, plans[0], plans[1], certificate, rate
         )
 
@@ -272,12 +276,6 @@ class Needs:
         if not within:
             return count
         return int((bits_for_error(energies, 1.0, False, min(within)) > 0).sum())
-
-
-def _reaching(energies: np.ndarray, share: float) -> int:
-    """How many directions it takes to hold a share of the energy."""
-    before = np.cumsum(energies) - energies
-    return int((before < share * energies.sum()).sum())
 
 
 @dataclass(frozen=True)

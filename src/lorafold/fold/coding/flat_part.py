@@ -1,0 +1,174 @@
+"""One adapter's flat part: the loadings of its flattened factors on the mean and directions stored.
+
+A side is row 0, the mean, and k unit directions, all of length r·in (A) or out·r (B). A part holds
+k numbers a side, relative to the largest of them. The byte layout is described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...collection.batch import Factors
+from .rows import (
+    code_rows,
+    joined,
+    read_rows,
+    rounded_coefficients,
+    without_values,
+    write_rows,
+)
+
+_ROWS = 32  # coded at once
+_SEEDS = {"A": 3, "B": 2}
+# kind, basis, rank, loadings of A and of B, 1 where they are float32, the largest of A and of B
+_HEAD = struct.Struct("<BHHHHBff")
+_KIND = 3
+
+
+class FlatSide:
+    """One side as stored: row 0 the mean, then unit directions.
+
+    Args:
+        rows: (1 + k, D) float32 as decoded. record: the bytes, or none.
+        known: (N, k) loadings by row of the stack, where the directions were not rounded.
+        side: "A" or "B" where `record` decodes to the rows, which then can be let go.
+    """
+
+    def __init__(
+        self, rows: Tensor, record: bytes, known: Tensor | None = None, side: str = ""
+    ) -> None:
+        self.record, self.known = record, known
+        self.count = len(rows) - 1  # directions beside the mean
+        self._rows: Tensor | None = rows
+        self._side, self._d, self._device = side, int(rows.shape[1]), rows.device
+
+    @property
+    def rows(self) -> Tensor:
+        """(1 + k, D) float32, decoded again after a `release`."""
+        if self._rows is None:
+            self._rows = read_side(self.record, self._d, self._side, self._device).rows
+        return self._rows
+
+    def release(self) -> None:
+        """Keep the record only."""
+        if self._side:
+            self._rows = None
+
+    def loadings(self, X: Tensor, rows: np.ndarray | None = None) -> Tensor:
+        """Least-squares loadings (n, k) of the flattened factors X (n, D).
+
+        Args:
+            rows: (n,) which rows of the fitted stack they are.
+        """
+        if self.known is not None and rows is not None:
+            return self.known[torch.as_tensor(rows, device=X.device)]
+        D = self.rows[1:]
+        if not len(D):
+            return X.new_zeros(len(X), 0)
+        wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
+        found: Tensor = torch.linalg.solve(wide, ((X - self.rows[0]) @ D.T).double().T)
+        return found.T.to(X.dtype)
+
+    def rebuilt(self, loadings: Tensor) -> Tensor:
+        """(n, D) from loadings (n, k)."""
+        return torch.addmm(self.rows[0], loadings, self.rows[1:])
+
+
+def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
+    """Code row 0 (the mean, at its own length) and unit rows; a dropped mean becomes zero."""
+    levels = np.maximum(levels, 1)
+    coded, lengths = [], []
+    for at in range(0, len(rows), _ROWS):  # a few at a time: coding takes several times their size
+        some = rows[at : at + _ROWS]
+        part = code_rows(some, levels[at : at + _ROWS], _SEEDS[side])
+        lengths.append(some.double().norm(dim=1) / part.hat.double().norm(dim=1).clamp_min(1e-300))
+        coded.append(without_values(part))
+    c = rounded_coefficients(torch.cat(lengths).cpu().numpy(), levels)
+    record = write_rows([joined(coded)], np.arange(len(rows)), c)
+    return read_side(record, rows.shape[1], side, rows.device)
+
+
+def read_side(
+    record: bytes, d: int, side: str, device: torch.device | str | None = None
+) -> FlatSide:
+    """Decode a flat side of rows of length d."""
+    (rows,), c, _ = read_rows(record, 0, [d], [_SEEDS[side]], device)
+    return FlatSide(rows * c[:, None], record, side=side)
+
+
+def flattened(f: Factors, side: str) -> Tensor:
+    """(n, r·in) of A or (n, out·r) of B, row-major as in the file."""
+    return (f.A if side == "A" else f.B).reshape(len(f.members), -1)
+
+
+@dataclass(frozen=True)
+class FlatParts:
+    """Flat parts of a block: their records, and the factors they decode to.
+
+    Args:
+        records: n byte strings. B: (n, out, r), A: (n, r, in) as decoded.
+    """
+
+    records: list[bytes]
+    B: Tensor
+    A: Tensor
+
+
+def code_parts(
+    f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool, rows: np.ndarray | None = None
+) -> FlatParts:
+    """Project a block on the coded sides.
+
+    Args:
+        number: the basis's number at its module. wide: keep loadings in float32.
+        rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
+    """
+    kind = torch.float32 if wide else torch.float16
+    r = f.A.shape[1]
+    tops, loads, rebuilt = [], [], []
+    for side, name in ((A, "A"), (B, "B")):
+        x = side.loadings(flattened(f, name), rows)
+        top = x.abs().amax(1, keepdim=True) if side.count else x.new_zeros(len(x), 1)
+        relative = (x / top.clamp_min(1e-30)).to(kind)
+        tops.append(top[:, 0].tolist())
+        loads.append(relative.cpu().numpy())
+        rebuilt.append(side.rebuilt(relative.to(x.dtype) * top))
+    records = [
+        _HEAD.pack(_KIND, number, r, A.count, B.count, wide, tops[0][i], tops[1][i])
+        + loads[0][i].tobytes()
+        + loads[1][i].tobytes()
+        for i in range(len(f.members))
+    ]
+    return FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
+
+
+def part_nbytes(A: FlatSide, B: FlatSide, wide: bool) -> int:
+    """Bytes of one adapter's flat part."""
+    return _HEAD.size + (4 if wide else 2) * (A.count + B.count)
+
+
+def decode_part(
+    record: bytes,
+    start: int,
+    shape: tuple[int, int],
+    basis: Callable[[str, int, int], Tensor],
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Left (out, r) and right (r, in) factors of a flat part, and where it ends."""
+    _, number, r, k_A, k_B, wide, *tops = _HEAD.unpack_from(record, start)
+    start += _HEAD.size
+    kind = np.dtype(np.float32 if wide else np.float16)
+    sides = []
+    for name, k, top in zip("AB", (k_A, k_B), tops, strict=True):
+        loads = np.frombuffer(record, kind, k, start).astype(np.float32) * np.float32(top)
+        start += k * kind.itemsize
+        rows = basis(name, number, r)  # (1 + k, r·in) or (1 + k, out·r)
+        sides.append(torch.addmv(rows[0], rows[1 : k + 1].T, torch.from_numpy(loads).to(device)))
+    out, inner = shape
+    return sides[1].reshape(out, r), sides[0].reshape(r, inner), start
