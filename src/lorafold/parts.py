@@ -245,5 +245,42 @@ class Layout:
     expert: tuple[int, int] | None = None
     transposed: bool = False
 
+    def weight_name(self, path: str) -> str:
+        """The name of the tensor that an update at `path` changes."""
+        if self.kind == "expert":
+            return path.rpartition("[")[0] if path.endswith("]") else path
+        return f"{path}.{self.parameter}" if path else self.parameter
+
+    def owner(self, path: str) -> str:
+        """The path of the module that has this tensor."""
+        return self.weight_name(path).rpartition(".")[0]
+
+    def group(self, path: str) -> str:
+        """What PEFT matches patterns and targets against; what has it in common shares a scale.
+
+        All experts of a parameter do, and the two projections of a MultiheadAttention.
+        """
+        if self.kind == "expert":
+            return self.weight_name(path)
+        return path.removesuffix(".out_proj") if self.is_out_proj else path
+
+    @property
+    def is_out_proj(self) -> bool:
+        """Whether this is the output projection of a MultiheadAttention."""
+        return self.stem is not None and self.stem.endswith(".base_layer.out_proj")
+
+    def shapes(self, out: int, inner: int) -> list[tuple[int, ...]]:
+        """Shapes of the weight that an update (out, in) fits, the usual one first."""
+        if self.kind == "linear":
+            return [(out, inner), (inner, out)]
+        if self.kind == "embedding":
+            return [(inner, out)]
+        if self.kind == "conv":
+            return [(out, *self.kernel)]
+        count = 1 if self.expert is None else self.expert[1]
+        shapes: list[tuple[int, ...]] = [(count, out, inner), (count, inner, out)]
+        # A 2-D weight is one expert.
+        return shapes + ([(out, inner), (inner, out)] if count == 1 else [])
+
 
 LINEAR = Layout()
