@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
-from . import safetensors as ranges
-from .safetensors import Entry
+from .safetensors import Entry, read_entries
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
@@ -80,9 +79,7 @@ def read_base(path: str, names: Iterable[str]) -> Base:
     entries: dict[str, Entry] = {}
     files, index = _files(Path(path))
     for file in files:
-        with ranges.open_file(file) as f:
-            header, size = ranges.header_bytes(f, file)
-        found = ranges.entries(header, size, file)
+        found = read_entries(file)
         twice = found.keys() & entries.keys()
         if twice:
             raise FileError(f"{path}: {min(twice)!r} is in {file.name} and in another file as well")

@@ -23,17 +23,18 @@ from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import refusal_reason
 from ..words import did_you_mean
-from . import safetensors as ranges
+from . import safetensors
 from .config import checked, parsed, plain, read_text
 from .find import Location, locate
 from .peft_keys import Plan, Slot, make_plan
+from .safetensors import Entry
 
 
 class _Record:
     """What the header and the config say; shared by all files in which they are the same."""
 
     def __init__(
-        self, config: Mapping[str, Any], plan: Plan, entries: Mapping[str, ranges.Entry], size: int
+        self, config: Mapping[str, Any], plan: Plan, entries: Mapping[str, Entry], size: int
     ) -> None:
         self.config = MappingProxyType(dict(config))
         self.slots = plan.slots
@@ -188,11 +189,11 @@ class AdapterFile:
     def _tensors(self, keys: Iterable[str]) -> list[Tensor]:
         assert self._file is not None
         entries = self._record.entries
-        with ranges.open_file(self._file) as f:
+        with safetensors.open_file(self._file) as f:
             size = os.fstat(f.fileno()).st_size
             if size != self._record.size:
                 raise FileError(f"{self._file}: the file was changed since it was opened")
-            return ranges.read_tensors(f, ((k, entries[k]) for k in keys), self._file)
+            return safetensors.read_tensors(f, ((k, entries[k]) for k in keys), self._file)
 
 
 def open_adapter(
@@ -282,13 +283,13 @@ def _open_safetensors(
     place: Location, text: str | None, alpha: float | None, nbytes: int
 ) -> AdapterFile:
     where = str(place.weights)
-    with ranges.open_file(where) as f:
-        header, size = ranges.header_bytes(f, where)
+    with safetensors.open_file(where) as f:
+        header, size = safetensors.header_bytes(f, where)
     digest = hashlib.sha256(header)
     digest.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
     record = _records.get(digest.digest())
     if record is None:
-        entries = ranges.entries(header, size, where)
+        entries = safetensors.parse_header(header, size, where)[0]
         config = None if text is None else parsed(text, str(place.config))
         shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
         record = _Record(config or {}, make_plan(shapes, config, alpha, where), entries, size)

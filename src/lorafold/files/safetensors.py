@@ -1,10 +1,10 @@
-"""Reading single tensors of a safetensors file by their byte range.
+"""The safetensors format: headers parsed with care and written, tensors read by their byte range.
 
-The format (https://github.com/huggingface/safetensors): eight bytes, the little-endian length N of
-the header; N bytes of JSON, {key: {dtype, shape, data_offsets}}; then the data, without holes.
-A tensor is read into memory of its own and never mapped: mapped pages count as the process's
-memory, and a mapping per adapter would hold one descriptor each. A file is open only while it is
-being read, so ten thousand adapters need no more descriptors than one.
+A file (https://github.com/huggingface/safetensors): eight bytes, the little-endian length N of the
+header; N bytes of JSON, {key: {dtype, shape, data_offsets}}, trailing spaces allowed; then the
+data, without holes. A tensor is read into memory of its own and never mapped: mapped pages count
+as the process's memory, and a mapping per adapter would hold one descriptor each. A file is open
+only while it is being read, so ten thousand adapters need no more descriptors than one.
 
 A header that promises anything other than what the file holds is refused before data is touched.
 """
@@ -15,18 +15,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FileError
 
-# What the reference implementation accepts; a longer header is damage, not an adapter.
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000  # bytes; the reference implementation reads no more
+_MAX_DIMENSIONS = 64  # of a numpy array, which a tensor is read through
 
 _NAMES = {
     "BOOL": "bool",
@@ -55,6 +56,9 @@ DTYPES: dict[str, torch.dtype] = {
     for name, torch_name in _NAMES.items()
     if hasattr(torch, torch_name)
 }
+_CODES = {dtype: name for name, dtype in DTYPES.items()}
+
+Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,16 @@ class Entry:
     start: int
     stop: int
 
+    @property
+    def code(self) -> str:
+        """The dtype, as safetensors calls it (`F32`, `BF16`, …)."""
+        return _CODES[self.dtype]
 
-def open_file(path: str | os.PathLike[str]) -> FileIO:
+
+# Reading a file
+
+
+def open_file(path: Path) -> FileIO:
     """The file, unbuffered, for reading.
 
     Raises:
@@ -79,64 +91,29 @@ def open_file(path: str | os.PathLike[str]) -> FileIO:
         raise FileError(f"{os.fspath(path)}: {e.strerror or e}") from e
 
 
-def header_bytes(file: FileIO, path: str | os.PathLike[str]) -> tuple[bytes, int]:
+def header_bytes(file: FileIO, path: Path) -> tuple[bytes, int]:
     """The header's JSON, not yet parsed, and the size of the file.
 
     Raises:
         FileError: the file is empty, cut off, or no safetensors file.
     """
     size = os.fstat(file.fileno()).st_size
-    start = _read(file, 0, min(8, size), path)
-    if size < 8:
-        raise FileError(f"{path}: {size} bytes are too few for a safetensors file; fetch it again")
-    length = int.from_bytes(start, "little")
-    if length > _MAX_HEADER:
-        raise FileError(
-            f"{path}: the header claims {length} bytes, which no safetensors file has; "
-            "the file is damaged or of another format"
-        )
-    if 8 + length > size:
-        raise FileError(
-            f"{path}: the header takes {length} bytes, but the file ends after {size}: "
-            "it is cut off; fetch it again"
-        )
+    length = header_length(_read(file, 0, min(8, size), path), size, path)
     return _read(file, 8, length, path), size
 
 
-def entries(header: bytes, size: int, path: str | os.PathLike[str]) -> dict[str, Entry]:
-    """What a safetensors header says of each tensor, checked against the size of the file.
+def read_entries(path: Path) -> dict[str, Entry]:
+    """What the header of the file says of each tensor.
 
     Raises:
-        FileError: naming the file and the key: no JSON, keys twice, a dtype or shape that is
-            none, ranges that overlap, leave holes, or reach beyond the end.
+        FileError: as `header_bytes` and `parse_header`.
     """
-    try:
-        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{path}: the header is not valid JSON ({e})") from e
-    if not isinstance(parsed, dict):
-        raise FileError(f"{path}: the header must be a JSON object, found a {_kind(parsed)}")
-    parsed.pop("__metadata__", None)
-    data = 8 + len(header)
-    found = {key: _entry(key, value, data, path) for key, value in parsed.items()}
-    end = data
-    for key, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise FileError(f"{path}: the bytes of {key!r} do not follow those before it")
-        end = entry.stop
-        if end > size:
-            raise FileError(
-                f"{path}: {key!r} reaches to byte {end}, but the file ends after {size}: "
-                "it is cut off; fetch it again"
-            )
-    if end != size:
-        raise FileError(f"{path}: {size - end} bytes after the last tensor belong to none")
-    return found
+    with open_file(path) as f:
+        header, size = header_bytes(f, path)
+    return parse_header(header, size, path)[0]
 
 
-def read_tensors(
-    file: FileIO, wanted: Iterable[tuple[str, Entry]], path: str | os.PathLike[str]
-) -> list[Tensor]:
+def read_tensors(file: FileIO, wanted: Iterable[tuple[str, Entry]], path: Path) -> list[Tensor]:
     """The tensors at those entries, each in memory of its own.
 
     Raises:
@@ -144,55 +121,164 @@ def read_tensors(
     """
     result = []
     for key, entry in wanted:
-        t = torch.empty(entry.shape, dtype=entry.dtype)
-        if t.numel():
-            view = t.reshape(-1).view(torch.uint8).numpy().data
-            _fill(file, entry.start, view, f"{path}: {key!r}")
+        t, view = room(entry)
+        _fill(file, entry.start, view, f"{path}: {key!r}")
         result.append(t)
     return result
 
 
-def _entry(key: str, value: Any, data: int, path: str | os.PathLike[str]) -> Entry:
+def room(entry: Entry) -> tuple[Tensor, memoryview]:
+    """A tensor of the entry's dtype and shape, and its bytes, to be filled."""
+    flat = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    return flat.view(entry.dtype).reshape(entry.shape), flat.numpy().data
+
+
+# Headers
+
+
+def header_length(start: bytes | bytearray, size: int, where: Path) -> int:
+    """The length of the JSON, from the first eight bytes of a file of `size` bytes.
+
+    Raises:
+        FileError: the file is empty, cut off, or no safetensors file.
+    """
+    if size < 8:
+        raise FileError(f"{where}: {size} bytes are too few for a safetensors file; fetch it again")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER:
+        raise FileError(
+            f"{where}: the header claims {length} bytes, which no safetensors file has; "
+            "the file is damaged or of another format"
+        )
+    if 8 + length > size:
+        raise FileError(
+            f"{where}: the header takes {length} bytes, but the file ends after {size}: "
+            "it is cut off; fetch it again"
+        )
+    return length
+
+
+def parse_header(
+    header: bytes | bytearray, size: int, where: Path
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a header says of each tensor, checked against the file's size; and its metadata.
+
+    Returns:
+        {key: entry} in the order of the bytes, and the `__metadata__`.
+
+    Raises:
+        FileError: naming the file and the key: no JSON, keys twice, a dtype or shape that is
+            none, ranges that overlap, leave holes, or reach beyond the end.
+    """
+    parsed = _json(header, where)
+    metadata = parsed.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise FileError(f"{where}: __metadata__ in the header must map texts to texts")
+    data = end = 8 + len(header)
+    found = {key: _entry(key, value, data, where) for key, value in parsed.items()}
+    found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
+    for key, entry in found.items():
+        if entry.start != end:
+            what = "overlap" if entry.start < end else "leave a hole after"
+            raise FileError(f"{where}: the bytes of {key!r} {what} those before it")
+        end = entry.stop
+        if end > size:
+            raise FileError(
+                f"{where}: {key!r} reaches to byte {end}, but the file ends after {size}: "
+                "it is cut off; fetch it again"
+            )
+    if end != size:
+        raise FileError(f"{where}: {size - end} bytes after the last tensor belong to none")
+    return found, metadata
+
+
+def header_of(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+    where: Path,
+    room: int = 0,
+) -> bytes:
+    """A file up to its first tensor: the length, and the JSON padded to a multiple of 8 bytes.
+
+    Args:
+        tensors: (key, dtype, shape), in the order of the bytes.
+        metadata: None to write none.
+        where: the file, for messages.
+        room: the least that is returned, in bytes; a multiple of 8.
+
+    Raises:
+        FileError: it is longer than any reader takes.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
+    for key, dtype, shape in tensors:
+        stop = at + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise FileError(
+            f"{where}: a header of {len(text):,} bytes exceeds the {MAX_HEADER:,} of the format; "
+            "use several files"
+        )
+    length = max(room - 8, -(-len(text) // 8) * 8)
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _json(header: bytes | bytearray, where: Path) -> dict[str, Any]:
+    try:
+        # What no encoder writes could not be written again: a lone surrogate, spelled \ud800.
+        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{where}: the header is not valid JSON ({e})") from e
+    if not isinstance(parsed, dict):
+        raise FileError(
+            f"{where}: the header must be a JSON object, found a {type(parsed).__name__}"
+        )
+    return parsed
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        key.encode()  # raises a ValueError where it is no Unicode
+        if key in result:
+            raise ValueError(f"the key {key!r} appears twice")
+        result[sys.intern(key)] = value
+    return result
+
+
+def _entry(key: str, value: Any, data: int, where: Path) -> Entry:
     if not isinstance(value, dict):
-        raise FileError(f"{path}: the header's entry for {key!r} must be an object")
-    name: Any = value.get("dtype")
-    shape: Any = value.get("shape")
-    offsets: Any = value.get("data_offsets")
+        raise FileError(f"{where}: the header's entry for {key!r} must be an object")
+    name, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise FileError(f"{path}: {key!r} has the unknown dtype {name!r}")
-    if not _are_sizes(shape):
-        raise FileError(f"{path}: {key!r} has the impossible shape {shape!r}")
-    if not (_are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise FileError(f"{path}: {key!r} has the impossible byte range {offsets!r}")
+        late = name in _NAMES if isinstance(name, str) else False
+        why = f"which torch {torch.__version__} does not have yet" if late else "which is unknown"
+        raise FileError(f"{where}: {key!r} has the dtype {name!r:.80}, {why}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise FileError(f"{where}: {key!r} has the impossible shape {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileError(f"{where}: {key!r} has the impossible byte range {offsets!r:.80}")
     expected = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != expected:
         raise FileError(
-            f"{path}: {key!r} is {name} of shape {tuple(shape)}, which takes {expected} bytes, "
-            f"but has {offsets[1] - offsets[0]}"
+            f"{where}: {key!r} is {name} of shape {tuple(shape)!r:.80}, which takes {expected} "
+            f"bytes, but has {offsets[1] - offsets[0]}"
         )
     return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 
-def _are_sizes(values: Any) -> bool:
-    # `True` is an int to Python, and 2⁶³ is none to torch.
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    # `True` is an int to Python, and 2⁶³ is none to torch, not even in a product without the zeros.
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        return False
+    product: int = math.prod(v for v in values if v)
+    return product < 2**63
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twin!r} appears twice")
-    return {sys.intern(k): v for k, v in result.items()}
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
-def _read(file: FileIO, start: int, length: int, path: str | os.PathLike[str]) -> bytes:
+def _read(file: FileIO, start: int, length: int, path: Path) -> bytes:
     buffer = bytearray(length)
     _fill(file, start, memoryview(buffer), str(path))
     return bytes(buffer)
@@ -209,3 +295,35 @@ def _fill(file: FileIO, start: int, view: memoryview, what: str) -> None:
             done += n
     except OSError as e:
         raise FileError(f"{what} can't be read: {e.strerror or e}") from e
+
+
+# Tensors as bytes
+
+
+def stored(array: Any, where: str) -> tuple[torch.dtype, tuple[int, ...], memoryview]:
+    """Dtype, shape, and the bytes, little-endian in row-major order, of an array or a tensor.
+
+    Raises:
+        FileError: of a type or layout that the format does not have.
+    """
+    if not isinstance(array, Tensor):
+        return _stored_array(array, where)
+    if array.dtype not in _CODES or array.layout != torch.strided or array.is_meta:
+        kind = "meta" if array.is_meta else f"{array.dtype}, {array.layout}"
+        raise FileError(f"{where}: a tensor of {kind} can't be stored in safetensors")
+    flat = array.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # one element may come with any stride
+    return array.dtype, tuple(array.shape), flat.view(torch.uint8).numpy().data
+
+
+def _stored_array(array: Any, where: str) -> tuple[torch.dtype, tuple[int, ...], memoryview]:
+    if not isinstance(array, np.ndarray | np.generic):
+        raise FileError(f"{where}: expected an array or a tensor, found {type(array).__name__}")
+    array = np.asarray(array)
+    dtype = getattr(torch, array.dtype.name, None)
+    if dtype not in _CODES:
+        raise FileError(f"{where}: {array.dtype} can't be stored in safetensors")
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return dtype, array.shape, flat.view(np.uint8).data

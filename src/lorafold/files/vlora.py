@@ -22,10 +22,10 @@ from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import PREFIX
 from ..words import did_you_mean
-from . import safetensors as ranges
 from .config import SUBSPACE_NAME, read_text
 from .find import adapters_below, is_adapter
 from .peft import load
+from .safetensors import open_file, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
 _NF4 = (
@@ -205,10 +205,9 @@ def _meta(path: Path) -> dict[str, Any]:
 
 
 def _read_all(path: Path) -> dict[str, Tensor]:
-    with ranges.open_file(path) as f:
-        header, size = ranges.header_bytes(f, path)
-        entries = ranges.entries(header, size, path)
-        return dict(zip(entries, ranges.read_tensors(f, entries.items(), path), strict=True))
+    entries = read_entries(path)
+    with open_file(path) as f:
+        return dict(zip(entries, read_tensors(f, entries.items(), path), strict=True))
 
 
 def _tensor(tensors: Mapping[str, Tensor], key: str, where: Path) -> Tensor:

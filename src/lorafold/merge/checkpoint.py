@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, MismatchError
-from ..files import safetensors as ranges
+from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
 from ..files.base import INDEX_SUFFIX, Base
 from ..files.safetensors import Entry
@@ -39,7 +39,6 @@ _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EX
 # Whole models, wherever in the folder; and weights that stand beside the safetensors files.
 _MODELS = (".pth", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".ckpt")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".bin.index.json", INDEX_SUFFIX, "adapter_config.json")
-_NAMES = {dtype: name for name, dtype in ranges.DTYPES.items()}
 
 
 def write_checkpoint(
@@ -120,17 +119,18 @@ def rewrite(
     advance: Advance,
 ) -> None:
     """Write one safetensors file anew; see `write_checkpoint`."""
-    with ranges.open_file(source) as f:
-        header, size = ranges.header_bytes(f, source)
-        entries = ranges.entries(header, size, source)
-        order = sorted(entries.items(), key=lambda item: item[1].start)
+    with safetensors.open_file(source) as f:
+        header, size = safetensors.header_bytes(f, source)
+        entries, metadata = safetensors.parse_header(header, size, source)
+        head, order = len(header).to_bytes(8, "little") + header, list(entries.items())
         if any(stored_dtype(entry.dtype, dtype) != entry.dtype for _, entry in order):
             # Wide numbers first, so that all of them are aligned.
             order.sort(key=lambda item: -stored_dtype(item[1].dtype, dtype).itemsize)
-            header = _header(header, order, dtype)
+            stored = [(k, stored_dtype(e.dtype, dtype), e.shape) for k, e in order]
+            head = safetensors.header_of(stored, metadata or None, target)
         out = os.open(target, CREATE_FLAGS, 0o666)
         try:
-            write_all(out, len(header).to_bytes(8, "little") + header)
+            write_all(out, head)
             for key, entry in order:
                 _write(f, out, key, entry, source, changes.get(key), dtype)
                 advance(entry.stop - entry.start, source.name)
@@ -149,7 +149,7 @@ def _write(
 ) -> None:
     wanted = stored_dtype(entry.dtype, dtype)
     if change is not None:
-        (t,) = ranges.read_tensors(f, [(key, entry)], source)
+        (t,) = safetensors.read_tensors(f, [(key, entry)], source)
         _write_tensor(out, change(t))
     elif wanted == entry.dtype:
         _copy(f, out, entry.start, entry.stop, f"{source}: {key!r}")
@@ -160,26 +160,8 @@ def _write(
             n = min(count, math.prod(entry.shape) - at)
             start = entry.start + at * size
             piece = Entry(entry.dtype, (n,), start, start + n * size)
-            (t,) = ranges.read_tensors(f, [(key, piece)], source)
+            (t,) = safetensors.read_tensors(f, [(key, piece)], source)
             _write_tensor(out, narrowed(t, wanted, key))
-
-
-def _header(old: bytes, order: list[tuple[str, Entry]], dtype: torch.dtype | None) -> bytes:
-    """The header of the same tensors in the dtypes that they are stored in."""
-    metadata = json.loads(old).get("__metadata__")
-    new: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    at = 0
-    for key, entry in order:
-        own = stored_dtype(entry.dtype, dtype)
-        stop = at + math.prod(entry.shape) * own.itemsize
-        new[key] = {
-            "dtype": _NAMES[own],
-            "shape": list(entry.shape),
-            "data_offsets": [at, stop],
-        }
-        at = stop
-    text = json.dumps(new, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
 
 
 def _write_tensor(out: int, t: Tensor) -> None:
@@ -243,9 +225,7 @@ def _write_index(
 
 
 def _data_bytes(path: Path) -> int:
-    with ranges.open_file(path) as f:
-        header, size = ranges.header_bytes(f, path)
-    return size - 8 - len(header)
+    return sum(entry.stop - entry.start for entry in safetensors.read_entries(path).values())
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:

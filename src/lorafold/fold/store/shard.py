@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS, READ_FLAGS, write_all
-from .shard_format import DTYPES, MAX_HEADER, TORCH_ONLY, Place, ShardInfo, parse_header
-from .shard_writer import ShardStream, ShardWriter
-
-if TYPE_CHECKING:
-    import torch
-
+from ...files.safetensors import Entry, header_length, parse_header, room
+from .shard_writer import ShardInfo, ShardStream, ShardWriter
 
 __all__ = ["Shard", "ShardInfo", "ShardStream", "ShardWriter"]
 
@@ -82,7 +78,7 @@ class Shard:
         self.nbytes = 0
         self.metadata: dict[str, str] = {}
         self._source: _Source | None = _Source(origin, name)
-        self._tensors: dict[str, Place] = {}
+        self._tensors: dict[str, Entry] = {}
         self._read_header()
 
     @classmethod
@@ -147,7 +143,7 @@ class Shard:
 
     def dtype(self, key: str) -> str:
         """Dtype of a tensor, as safetensors calls it (`F32`, `BF16`, …)."""
-        return self._find(key).dtype
+        return self._find(key).code
 
     def read(self, key: str) -> NDArray[Any]:
         """A copy of a tensor.
@@ -155,29 +151,24 @@ class Shard:
         Raises:
             FileError: no such key, a dtype that numpy doesn't have, or the file can't be read.
         """
-        code, shape, begin, _ = self._find(key)
-        if code in TORCH_ONLY:
-            raise FileError(f"{self._at(key)}: numpy has no {code}; use read_tensor")
-        array = np.empty(shape, np.dtype(DTYPES[code][0]).newbyteorder("<"))
-        self._fill(key, array.reshape(-1).view(np.uint8).data, begin)
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
+        entry = self._find(key)
+        tensor = self.read_tensor(key)
+        try:
+            return tensor.numpy()
+        except TypeError:
+            raise FileError(
+                f"{self._at(key)}: numpy has no {entry.code}; use read_tensor"
+            ) from None
 
     def read_tensor(self, key: str) -> torch.Tensor:
         """A copy of a tensor, of any dtype, on the CPU.
 
         Raises:
-            FileError: no such key, a dtype that this torch doesn't have, or the file can't be
-                read.
+            FileError: no such key, or the file can't be read.
         """
-        import torch
-
-        code, shape, begin, end = self._find(key)
-        dtype = getattr(torch, DTYPES[code][0], None)
-        if dtype is None:
-            raise FileError(f"{self._at(key)}: torch {torch.__version__} has no {code} yet")
-        flat = torch.empty(end - begin, dtype=torch.uint8)
-        self._fill(key, flat.numpy().data, begin)
-        return flat.view(dtype).reshape(shape)
+        tensor, view = room(self._find(key))
+        self._fill(key, view, self._find(key).start)
+        return tensor
 
     def read_bytes(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a tensor as stored (little-endian); all by default.
@@ -185,12 +176,13 @@ class Shard:
         Raises:
             FileError: no such key, a range outside of the tensor, or the file can't be read.
         """
-        _, _, begin, end = self._find(key)
-        stop = end - begin if stop is None else stop
-        if not 0 <= start <= stop <= end - begin:
-            raise FileError(f"{self._at(key)}: [{start}, {stop}) is not within {end - begin} bytes")
+        entry = self._find(key)
+        size = entry.stop - entry.start
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise FileError(f"{self._at(key)}: [{start}, {stop}) is not within {size} bytes")
         data = bytearray(stop - start)
-        self._fill(key, memoryview(data), begin + start)
+        self._fill(key, memoryview(data), entry.start + start)
         return bytes(data)
 
     def verify(self) -> None:
@@ -241,7 +233,7 @@ class Shard:
     def _at(self, key: str) -> str:
         return f"shard {self.name}, key {key!r}"
 
-    def _find(self, key: str) -> Place:
+    def _find(self, key: str) -> Entry:
         try:
             return self._tensors[key]
         except KeyError:
@@ -254,7 +246,7 @@ class Shard:
         return source
 
     def _fill(self, key: str, target: memoryview, begin: int) -> None:
-        if not self._open_source().read_into(target, self._start + begin):
+        if not self._open_source().read_into(target, begin):
             raise FileError(f"{self._at(key)}: the file was truncated after it was opened")
 
     def _check_size(self, source: _Source) -> None:
@@ -268,27 +260,20 @@ class Shard:
     def _read_header(self) -> None:
         source = self._open_source()
         self._check_size(source)
-        length = bytearray(8)
-        count = -1
-        if source.read_into(memoryview(length), 0):
-            count = int.from_bytes(length, "little")
-        if not 2 <= count <= min(MAX_HEADER, self.nbytes - 8):
-            raise FileError(
-                f"shard {self.name} is not a safetensors file, or truncated: a header of {count:,} "
-                f"bytes in a file of {self.nbytes:,}"
-            )
-        self._start = 8 + count
-        header = bytearray(count)
+        where = f"shard {self.name}"
+        start = bytearray(8)
+        source.read_into(memoryview(start), 0)
+        header = bytearray(header_length(start, self.nbytes, where))
+        self._start = 8 + len(header)
         source.read_into(memoryview(header), 8)
         if self.info is not None:
-            found = hashlib.sha256(length + header).hexdigest()
+            found = hashlib.sha256(start + header).hexdigest()
             if found != self.info.header_sha256:
                 raise FileError(
-                    f"shard {self.name} is damaged: its header has SHA-256 {found}, "
+                    f"{where} is damaged: its header has SHA-256 {found}, "
                     f"recorded was {self.info.header_sha256}"
                 )
-        where = f"shard {self.name}"
-        self.metadata, self._tensors = parse_header(bytes(header), self.nbytes - self._start, where)
+        self._tensors, self.metadata = parse_header(header, self.nbytes, where)
 
 
 def _read_at(descriptor: int, target: memoryview, offset: int) -> int:

@@ -8,23 +8,37 @@ cover every byte: one the length and the JSON, the other the tensors.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS, write_all
-from .shard_format import MAX_HEADER, Place, ShardInfo, raw
-
-if TYPE_CHECKING:
-    import torch
-
+from ...files.safetensors import MAX_HEADER, header_of, stored
 
 BLOCK = 1 << 20  # bytes gathered into one write
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a manifest says about a shard.
+
+    Args:
+        name: of its file.
+        nbytes: size of the file.
+        header_sha256: of the length and the JSON, up to the first tensor; hexadecimal.
+        data_sha256: of the rest.
+    """
+
+    name: str
+    nbytes: int
+    header_sha256: str
+    data_sha256: str
 
 
 class ShardWriter:
@@ -68,11 +82,10 @@ class ShardWriter:
     ) -> None:
         self.path = None if path is None else Path(path)
         self.name = name or (self.path.name if self.path else "shard in memory")
-        self._header: dict[str, Any] = {}
-        if metadata:
-            for text in (*metadata, *metadata.values()):
-                self._check_text(text, "the metadata")
-            self._header["__metadata__"] = dict(metadata)
+        self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._metadata = dict(metadata) if metadata else None
+        for text in (*(metadata or {}), *(metadata or {}).values()):
+            self._check_text(text, "the metadata")
         # The data starts at a multiple of 8, as all of safetensors' own files do.
         self._start = 8 + -(-min(max(header_capacity, 8), MAX_HEADER) // 8) * 8
         self._end = 0  # of the data so far, from its start
@@ -110,10 +123,9 @@ class ShardWriter:
                 the shard is closed or being streamed to.
         """
         self._check_key(key)
-        code, shape, data = raw(array, f"shard {self.name}, key {key!r}")
-        begin = self._end
+        dtype, shape, data = stored(array, f"shard {self.name}, key {key!r}")
         self._append(data)
-        self._header[key] = Place(code, shape, begin, self._end).entry()
+        self._tensors[key] = dtype, shape
 
     def stream(self, key: str) -> ShardStream:
         """A one-dimensional U8 tensor to be written in pieces; nothing else until it is closed.
@@ -140,14 +152,9 @@ class ShardWriter:
         self._check_ready()
         self._broken = True  # until all below is done
         self._flush()
-        header = json.dumps(self._header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(header) > MAX_HEADER:
-            raise FileError(
-                f"shard {self.name}: a header of {len(header):,} bytes exceeds the {MAX_HEADER:,} "
-                "of the format; use several shards"
-            )
-        start = max(self._start, 8 + -(-len(header) // 8) * 8)
-        head = (start - 8).to_bytes(8, "little") + header.ljust(start - 8)
+        tensors = ((key, *kind) for key, kind in self._tensors.items())
+        head = header_of(tensors, self._metadata, f"shard {self.name}", self._start)
+        start = len(head)
         if self._descriptor is None:
             self.memory[:0] = head
         else:
@@ -184,7 +191,7 @@ class ShardWriter:
 
     def _check_key(self, key: str) -> None:
         self._check_ready()
-        if key in self._header or key == "__metadata__":
+        if key in self._tensors or key == "__metadata__":
             raise FileError(f"shard {self.name}: the key {key!r} is taken")
         self._check_text(key, "the key")
 
@@ -267,8 +274,7 @@ class ShardStream:
         writer = self._writer
         if writer._open_stream is self:
             writer._open_stream = None
-            place = Place("U8", (self.nbytes,), self._begin, writer._end)
-            writer._header[self.key] = place.entry()
+            writer._tensors[self.key] = torch.uint8, (self.nbytes,)
 
     def __enter__(self) -> ShardStream:
         return self
