@@ -5,12 +5,15 @@ import math
 import struct
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import lorafold as lf
 from lorafold.errors import FileError, MismatchError
 from lorafold.files import open_adapter
+from lorafold.files import safetensors as files_safetensors
 
 P = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}
@@ -42,25 +45,66 @@ BROKEN_FILES = {
     "0 bytes": (b"", "0 bytes are too few"),
     "7 bytes": (b"\1" * 7, "7 bytes are too few"),
     "absurd header length": (b"\xff" * 8 + b"{}", "claims 18446744073709551615 bytes"),
+    "no header at all": (struct.pack("<Q", 0), "not valid JSON"),
     "header longer than the file": (struct.pack("<Q", 50) + b"{}", "ends after 10"),
     "header is no JSON": (raw(b"{nope"), "not valid JSON"),
     "header is no UTF-8": (raw(b'{"\xff"}'), "not valid JSON"),
     "header nests without end": (raw(b"[" * 100_000), "not valid JSON"),
     "header is a list": (raw(b"[]"), "JSON object"),
     "key twice": (raw(b'{"x":{},"x":{}}'), "'x' appears twice"),
+    "key twice, of one value": (raw(b'{"x":1,"x":1}'), "'x' appears twice"),
+    "field twice": (raw(b'{"x":{"dtype":"F32","dtype":"F32"}}'), "'dtype' appears twice"),
+    "__metadata__ twice": (raw(b'{"__metadata__":{},"__metadata__":{}}'), "appears twice"),
+    "key is no Unicode": (raw(b'{"\\ud800":{}}'), "not valid JSON.*surrogate"),
+    "number without end": (raw(b'{"x":' + b"9" * 5000 + b"}"), "not valid JSON"),
+    "__metadata__ is a list": (raw({"__metadata__": []}), "__metadata__.*texts"),
+    "__metadata__ of numbers": (raw({"__metadata__": {"a": 1}}), "__metadata__.*texts"),
+    "entry is empty": (raw({"x": {}}), "'x' has the dtype None"),
     "entry is no object": (raw({"x": 3}), "entry for 'x'"),
     "unknown dtype": (raw({"x": {**ONE["x"], "dtype": "F31"}}, b"0000"), "'x'.*'F31'"),
     "dtype is a list": (raw({"x": {**ONE["x"], "dtype": []}}, b"0000"), "'x'.*dtype"),
     "negative shape": (raw({"x": {**ONE["x"], "shape": [-1]}}, b"0000"), "'x'.*shape"),
+    "shape of fractions": (raw({"x": {**ONE["x"], "shape": [1.0]}}, b"0000"), "'x'.*shape"),
+    "shape of truths": (raw({"x": {**ONE["x"], "shape": [True]}}, b"0000"), "'x'.*shape"),
+    "shape is a number": (raw({"x": {**ONE["x"], "shape": 1}}, b"0000"), "'x'.*shape"),
+    "too many dimensions": (raw({"x": {**ONE["x"], "shape": [1] * 65}}, b"0000"), "'x'.*shape"),
+    "huge product": (raw({"x": {**ONE["x"], "shape": [2**40] * 9}}, b"0000"), "'x'.*shape"),
+    "huge but for a zero": (
+        raw({"x": {**ONE["x"], "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}),
+        "'x'.*shape",
+    ),
+    "one offset": (raw({"x": {**ONE["x"], "data_offsets": [0]}}, b"0000"), "'x'.*range"),
+    "negative offsets": (raw({"x": {**ONE["x"], "data_offsets": [-4, 0]}}, b"0000"), "'x'.*range"),
+    "offsets beyond 64 bits": (
+        raw({"x": {**ONE["x"], "data_offsets": [2**64, 2**64 + 4]}}, b"0000"),
+        "'x'.*range",
+    ),
     "huge shape": (raw({"x": {**ONE["x"], "shape": [2**70]}}, b"0000"), "'x'.*shape"),
     "backward range": (raw({"x": {**ONE["x"], "data_offsets": [4, 0]}}, b"0000"), "'x'.*range"),
     "size and shape differ": (raw({"x": {**ONE["x"], "shape": [2]}}, b"0000"), "'x'.*8 bytes"),
     "cut off in the data": (raw(ONE, b"000"), "'x' reaches to byte"),
     "bytes left over": (raw(ONE, b"00000"), "1 bytes after the last"),
-    "hole": (raw({"x": {**ONE["x"], "data_offsets": [4, 8]}}, b"0" * 8), "'x' do not follow"),
-    "overlap": (raw({**ONE, "y": ONE["x"]}, b"0000"), "do not follow"),
+    "hole": (raw({"x": {**ONE["x"], "data_offsets": [4, 8]}}, b"0" * 8), "'x' leave a hole"),
+    "overlap": (raw({**ONE, "y": ONE["x"]}, b"0000"), "overlap those before"),
     "no tensors": (raw({}), "no tensors"),
 }
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_the_reference_implementation_refuses_them_too(name):
+    """But for three: it checks what it needs itself, and an adapter needs tensors."""
+    data, _ = BROKEN_FILES[name]
+    if name in ("no tensors", "too many dimensions", "huge but for a zero"):
+        return
+    with pytest.raises((SafetensorError, OverflowError)):
+        safetensors.torch.load(data)
+
+
+def test_a_dtype_that_this_torch_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(files_safetensors.DTYPES, "F32")
+    folder = written(tmp_path / "a", pair("q"))
+    with pytest.raises(FileError, match="'F32', which torch .* does not have yet"):
+        lf.load(folder)
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)

@@ -16,7 +16,7 @@ from lorafold.fold.coding.record import Target, code_block, decode
 from lorafold.fold.planning.budget import Ledger
 from lorafold.fold.store import store
 from lorafold.fold.store.manifest import KnownEntries, manifest_bytes, parse_manifest
-from lorafold.fold.store.shard_format import ShardInfo
+from lorafold.fold.store.shard_writer import ShardInfo
 
 # Two of one shape, one that is their transpose, and one alone.
 SHAPES = {"a": (48, 40), "b": (48, 40), "c": (40, 48), "d": (33, 56)}
