@@ -18,7 +18,7 @@ import lorafold as lf
 from lorafold.collection.batch import Block, decompose, squared_differences
 from lorafold.demo.model import data_dir
 from lorafold.fold.coding.bits import predicted_error
-from lorafold.fold.coding.record import Target, code_block
+from lorafold.fold.coding.record import Target, code
 
 QUESTION = "Coder: error against its prediction and against absmax rounding; rate"
 BITS = (4, 3, 2, 1)
@@ -52,7 +52,7 @@ def errors(updates: list[lf.LowRank], bits: int) -> tuple[float, float, float]:
         cost = np.full(energy.shape[1], sum(u.shape) / 8)
         budget = np.array([bits * cost.sum() * u.rank / energy.shape[1]])
         target = Target("bytes", budget)
-        coded = code_block(block, target)
+        coded = code(block, target)
         total += float(energy.sum())
         coded_error += float(coded.squared_error[0])
         predicted += float(np.asarray(predicted_error(energy, True, target.bits(energy, cost)))[0])

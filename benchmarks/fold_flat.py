@@ -64,7 +64,7 @@ def fit(sources: dict[str, lf.Adapter]) -> None:
             return u.B, u.A, u.scale
 
         ranks = np.full(COUNT, RANK)
-        stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), keep=True)
+        stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), stays=True)
         for side in "AB":
             flat_spectrum(stack, side, K)
 

@@ -7,10 +7,10 @@ import torch
 from lorafold.collection.batch import (
     Factors,
     decompose,
+    even_gauge,
     singular_values,
     squared_differences,
     squared_norms,
-    tamed,
 )
 from lorafold.collection.stack import Stack
 
@@ -141,7 +141,7 @@ def test_what_is_kept_is_given_until_forgotten(make_update):
     assert [known for _, known in stack.pairs()] == [None]
     stack.forget()
     block = f.decomposed()
-    stack.keep(f, block)
+    stack.hold(f, block)
     assert list(stack.pairs()) == [(f, block)]
     assert len(reads) == 1
     stack.forget()
@@ -154,7 +154,7 @@ def test_a_bad_gauge_is_tamed_and_a_good_one_left_alone(make_update, exact):
     u, v = make_update(40, 30, 3, seed=1), make_update(40, 30, 3, seed=2)
     zero = torch.zeros_like(u.A)
     good = Factors(np.arange(3), torch.stack([u.B, v.B, u.B]), torch.stack([u.A, v.A, zero]))
-    same, left, right, kept = tamed(good, exact)
+    same, left, right, kept = even_gauge(good, exact)
     assert same is good
     assert kept
     torch.testing.assert_close(left, good.B.mT.double() @ good.B.double(), rtol=1e-5, atol=1e-5)
@@ -163,7 +163,7 @@ def test_a_bad_gauge_is_tamed_and_a_good_one_left_alone(make_update, exact):
     G = Q * torch.logspace(0, 4, 3, dtype=torch.float64) @ Q.T
     A = torch.linalg.solve(G, u.A.double()).float()
     bad = Factors(np.arange(1), (u.B.double() @ G).float()[None], A[None])
-    even, left, right, kept = tamed(bad, exact)
+    even, left, right, kept = even_gauge(bad, exact)
     assert not kept
     assert float(even.B.norm() * even.A.norm()) < 30 * float(product(bad.B, bad.A).norm())
     torch.testing.assert_close(product(even.B, even.A), product(bad.B, bad.A), rtol=0, atol=1e-3)

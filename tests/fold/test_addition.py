@@ -12,7 +12,7 @@ from lorafold.errors import FileError
 from lorafold.fold import addition as adding
 from lorafold.fold.coding.bases import Bases, basis_of, projected, weighted_norms
 from lorafold.fold.coding.bits import predicted_error
-from lorafold.fold.coding.record import Target, code_block, decode
+from lorafold.fold.coding.record import Target, code, decode
 from lorafold.fold.planning.budget import Ledger
 from lorafold.fold.store import store
 from lorafold.fold.store.manifest import KnownEntries, manifest_bytes, parse_manifest
@@ -56,13 +56,13 @@ def kin():
 def batches(monkeypatch):
     """How many rows each call of the coder got."""
     seen = []
-    inner = adding.code_block
+    inner = adding.code
 
     def counted(block, *rest):
         seen.append(len(block.members))
         return inner(block, *rest)
 
-    monkeypatch.setattr(adding, "code_block", counted)
+    monkeypatch.setattr(adding, "code", counted)
     return seen
 
 
@@ -102,15 +102,15 @@ def test_ranks_of_one_shape_may_differ(kin):
 def test_a_batch_that_overshoots_goes_module_by_module(kin, monkeypatch):
     """The contract does not lean on the batch: where it can't get within, the ledger does."""
     lib = lf.fold({f"a{i}": kin(i) for i in range(6)}, form="shared", tolerance=0.1)
-    monkeypatch.setattr(Ledger, "together", hopeless(Ledger.together))
+    monkeypatch.setattr(Ledger, "in_sum", hopeless(Ledger.in_sum))
     new = kin(50)
     lib.add(new, "new")
     assert 0.08 < dense_error(new, lib["new"]) <= 0.1
 
 
-def hopeless(together):
+def hopeless(in_sum):
     def found(self, paths, member):
-        target, _ = together(self, paths, member)
+        target, _ = in_sum(self, paths, member)
         return target, 0.0
 
     return found
@@ -123,7 +123,7 @@ def test_one_budget_for_all_rows_is_one_allocation():
     g = np.random.default_rng(0)
     energy, cost = g.exponential(size=(3, 5)), g.uniform(4, 9, 5)
     amount = np.array([0.1, 0.3, 0.05])
-    bits = Target("error", amount, together=True).bits(energy, cost)
+    bits = Target("error", amount, summed=True).bits(energy, cost)
     assert float(np.sum(predicted_error(energy, True, bits))) <= amount.sum() * (1 + 1e-9)
     apart = Target("error", amount).bits(energy, cost)
     assert (bits * cost).sum() <= (apart * cost).sum()
@@ -132,9 +132,9 @@ def test_one_budget_for_all_rows_is_one_allocation():
         less = bits.copy()
         less[i, k] -= 1
         assert float(np.sum(predicted_error(energy, True, less))) > amount.sum()
-    spent = Target("bytes", np.full(3, 20.0), together=True).bits(energy, cost)
+    spent = Target("bytes", np.full(3, 20.0), summed=True).bits(energy, cost)
     assert 50 < (spent * cost).sum() <= 60
-    floats = Target("bits", np.full(3, 16.0), together=True).bits(energy, cost)
+    floats = Target("bits", np.full(3, 16.0), summed=True).bits(energy, cost)
     assert (floats == 16).all()
 
 
@@ -172,8 +172,8 @@ def test_a_batch_with_bases_is_what_its_rows_stand_for(three, share):
     block, bases = three
     total = (block.S**2).sum(1).numpy()
     ids = [(4, None), (2, None), (9, None)]
-    target = Target("error", share * total, together=True)
-    coded = code_block(block, target, ids, Bases(bases))
+    target = Target("error", share * total, summed=True)
+    coded = code(block, target, ids, Bases(bases))
     for k, basis in enumerate(bases):
 
         def lookup(side, number, count, basis=basis, k=k):

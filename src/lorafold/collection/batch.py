@@ -185,7 +185,7 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     return square.clamp_min(0)
 
 
-def tamed(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor, bool]:
+def even_gauge(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor, bool]:
     """Updates in factors whose float32 products are good: as they are, unless their gauge is bad.
 
     Args:
@@ -195,7 +195,7 @@ def tamed(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor, bool
         The factors, BᵀB and A Aᵀ (n, r, r) float64, and whether the factors are the given ones.
     """
     G_B, G_A = (gram(X) if exact else (X.mT @ X).double() for X in (f.B, f.A.mT))
-    if _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+    if float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
         return f, G_B, G_A, True
     even = f.decomposed().factors()
     return even, gram(even.B), gram(even.A.mT), False
@@ -214,13 +214,13 @@ def norms(factors: Factors) -> Tensor:
     """‖B_i A_i‖ of each member, (n, 1) float64, as `singular_values(exact=False)` would add up."""
     G_A, G_B = (X.mT @ X for X in (factors.A.mT, factors.B))
     size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
-    if _fine(size, largest):
+    if float32_grams_suffice(size, largest):
         return size.sqrt()[:, None]
     exact: Tensor = torch.linalg.vector_norm(singular_values(factors), dim=1, keepdim=True)
     return exact
 
 
-def _fine(size: Tensor, largest: Tensor) -> bool:
+def float32_grams_suffice(size: Tensor, largest: Tensor) -> bool:
     """Whether float32 Grams hold ‖B A‖² = size, where ‖B‖² ‖A‖² = largest."""
     small = torch.finfo(torch.float32).tiny ** 0.5
     return bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all())
@@ -236,7 +236,7 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
     """
     right, left = factors.A.mT, factors.B
     G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
-    if not exact and not _fine(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+    if not exact and not float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
         return singular_values(factors)
     lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]

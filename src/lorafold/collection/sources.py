@@ -1,23 +1,22 @@
-"""The adapters to be folded: named, opened by their headers, and seen module by module."""
+"""Sources to named handles: a path, a glob, a folder of adapters, an `Adapter`, or several of them.
+
+A handle is an opened adapter: its header is known, its tensors are read one by one.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections import deque
-from collections.abc import Container, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from ..adapter import Adapter, Layout, combined_digest, module_digest, tensor_digest
+from ..adapter import Adapter, Layout
 from ..errors import FileError, MismatchError
 from ..files.find import _name_of, adapter_folders
 from ..lowrank import LowRank
-from .stack import Stack
 
 
 class Handle(Protocol):
@@ -45,10 +44,9 @@ class Handle(Protocol):
 
     def read_extras(self) -> dict[str, Tensor]: ...
 
+    def load(self) -> Adapter: ...
 
-_FEW = 16_000_000  # numbers in a collection that one thread is enough for, whatever is done
-_HASHED_AT_ONCE = 64  # tensors that wait for their digest
-_KEPT = 64  # a collection of no more blocks, a quarter of the memory limit, is read once and kept
+
 Source = Any  # a path, a glob, or an Adapter
 
 
@@ -118,129 +116,3 @@ def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise MismatchError(f"a name must be a non-empty text, found {name!r}")
     return name
-
-
-class Collection:
-    """Opened adapters, checked against one another.
-
-    Args:
-        handles: name → handle. exact: names to be stored as they are, beside the refused ones.
-        block_bytes: see `Stack`. device: where the algebra runs.
-
-    Attributes:
-        names: those to be folded first, then those to be stored exactly.
-        folded: how many of the names are folded.
-        paths: every module's path, sorted. shapes: (out, in) of each. layouts: of each.
-
-    Raises:
-        MismatchError: two adapters that disagree on a module's shape or on the base.
-    """
-
-    def __init__(
-        self,
-        handles: Mapping[str, Handle],
-        *,
-        exact: Container[str],
-        block_bytes: int,
-        device: Any = None,
-    ) -> None:
-        refused = {name for name, h in handles.items() if name in exact or h.refusal is not None}
-        self.names = [n for n in handles if n not in refused] + [n for n in handles if n in refused]
-        self.folded = len(handles) - len(refused)
-        self.handles = [handles[name] for name in self.names]
-        self.base_model = _common_base(self.names, self.handles)
-        first: dict[str, int] = {}
-        for i, h in enumerate(self.handles):
-            for path, shape in h.shapes.items():
-                other = self.handles[first.setdefault(path, i)].shapes[path]
-                if shape[:2] != other[:2]:
-                    raise MismatchError(
-                        f"module {path!r} is {other[:2]} in {self.names[first[path]]!r} and "
-                        f"{shape[:2]} in {self.names[i]!r}: they belong to different bases"
-                    )
-        self.paths = sorted(first)
-        self.shapes = {p: self.handles[first[p]].shapes[p][:2] for p in self.paths}
-        self.layouts = {
-            p: self.handles[first[p]].layouts[p]
-            for p in self.paths
-            if p in self.handles[first[p]].layouts
-        }
-        self.block_bytes, self._device = block_bytes, device
-        self.num_parameters = sum(
-            r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values()
-        )
-        self._keep = 4 * self.num_parameters <= _KEPT * block_bytes
-        self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
-        # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
-        self._pool = ThreadPoolExecutor(2, "digest")
-        self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
-
-    @property
-    def small(self) -> bool:
-        """Whether one thread is enough for whatever is done."""
-        return self.num_parameters < _FEW
-
-    def stack(self, path: str) -> Stack | None:
-        """The folded adapters that have the module; None if there is none."""
-        members = [i for i in range(self.folded) if path in self.handles[i].shapes]
-        if not members:
-            return None
-        ranks = np.array([self.handles[i].shapes[path][2] for i in members])
-
-        def read(i: int) -> tuple[Tensor, Tensor, float]:
-            u = self.read(i, path)
-            return u.B, u.A, u.scale
-
-        return Stack(
-            path,
-            self.shapes[path],
-            np.array(members),
-            ranks,
-            read,
-            self.block_bytes,
-            self._device,
-            self._keep,
-        )
-
-    def read(self, i: int, path: str) -> LowRank:
-        """Adapter i's update at a module; its digest is taken on the way."""
-        h = self.handles[i]
-        try:
-            u = h.read(path)
-        except MismatchError as e:
-            raise MismatchError(f"adapter {self.names[i]!r}: {e}") from e
-        if path not in self._digests[i]:
-            self._digests[i][path] = b""  # to come
-            layout = h.layouts.get(path, Layout())
-            self._hashing.append((i, path, self._pool.submit(module_digest, path, u, layout)))
-            self._collect(_HASHED_AT_ONCE)
-        return u
-
-    def _collect(self, left: int = 0) -> None:
-        """Take in digests that are done, waiting until no more than `left` are under way."""
-        while len(self._hashing) > left:
-            i, path, future = self._hashing.popleft()
-            self._digests[i][path] = future.result()
-
-    def digest(self, i: int, extras: Mapping[str, Tensor]) -> str:
-        """Adapter i's digest, from what `read` has seen of it (the rest is read now)."""
-        for path in self.handles[i].shapes:
-            if path not in self._digests[i]:
-                self.read(i, path)
-        self._collect()
-        return combined_digest(
-            [*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())]
-        )
-
-
-def _common_base(names: list[str], handles: list[Handle]) -> str | None:
-    base, owner = None, ""
-    for name, h in zip(names, handles, strict=True):
-        if h.base_model and base and h.base_model != base:
-            raise MismatchError(
-                f"the adapters belong to different bases: {owner!r} to {base!r}, "
-                f"{name!r} to {h.base_model!r}"
-            )
-        if h.base_model and not base:
-            base, owner = h.base_model, name
-    return base

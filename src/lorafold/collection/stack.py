@@ -34,7 +34,7 @@ class Stack:
         read: position → (B (out, r), A (r, in), scale), copied tensors.
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
-        keep: the whole collection fits under the memory limit: what is read stays.
+        stays: what is read does, as the whole collection fits under the memory limit.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Stack:
         read: Callable[[int], tuple[Tensor, Tensor, float]],
         block_bytes: int,
         device: torch.device | str | None = None,
-        keep: bool = False,
+        stays: bool = False,
     ) -> None:
         self.path = path
         self.shape = shape
@@ -55,7 +55,7 @@ class Stack:
         self.device = device
         self._read = read
         self.block_bytes = block_bytes
-        self._keep = keep
+        self._all_stays = stays
         self._read_already: list[Factors] | None = None
         self._decomposed: list[Block] | None = None
 
@@ -86,11 +86,11 @@ class Stack:
         for k, f in enumerate(self.factors()):
             yield f, None if known is None else known[k]
 
-    def keep(self, factors: Factors, block: Block) -> None:
+    def hold(self, factors: Factors, block: Block) -> None:
         """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""
         self._read_already, self._decomposed = [factors], [block]
 
-    def kept(self) -> list[Factors] | None:
+    def in_memory(self) -> list[Factors] | None:
         """All the blocks as read, where they stay in memory; None where they don't."""
         if self._read_already is None and self._stays:
             for _ in self.factors():
@@ -99,12 +99,12 @@ class Stack:
 
     @property
     def _stays(self) -> bool:
-        return self._keep or self.nbytes <= _KEPT_BLOCKS * self.block_bytes
+        return self._all_stays or self.nbytes <= _KEPT_BLOCKS * self.block_bytes
 
     def forget(self) -> None:
         """Drop what is kept in memory, unless all of the collection may be."""
         self._decomposed = None
-        if not self._keep:
+        if not self._all_stays:
             self._read_already = None
 
     def _split(self) -> Iterator[np.ndarray]:

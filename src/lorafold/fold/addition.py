@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..adapter import Layout
 from ..collection.batch import Block, Factors, decompose, joined_factors
+from ..collection.collection import Collection
 from ..collection.limits import block_bytes, threads
-from ..collection.sources import Collection, Handle
+from ..collection.sources import Handle
 from ..collection.stack import Stack
 from .coding.bases import Bases, Basis, Side, basis_of, projected, weighted_norms
 from .coding.flat_part import FlatSide
-from .coding.record import Coded, Target, code_block
+from .coding.record import Coded, Target, code
 from .one_pass import adapter_entries
 from .options import Options
 from .planning.budget import Ledger
@@ -70,11 +71,8 @@ def write_added(
         exact={name} if exact else (),
         block_bytes=block_bytes("1GiB"),
         device=lib._device,
+        before={m["path"]: tuple(m["shape"]) for m in manifest["modules"]},
     )
-    known = [m["path"] for m in manifest["modules"]]
-    collection.paths = known + [p for p in collection.paths if p not in set(known)]
-    for m in manifest["modules"]:
-        collection.shapes.setdefault(m["path"], tuple(m["shape"]))
     bounds = np.full(collection.folded, bound or 0.0)
     builder = Builder(collection, options, bounds)
     adding = Adding(lib, builder, own_sides=form == "svd")
@@ -226,7 +224,7 @@ class Adding:
 
     def _within(self, batch: Batch, ledger: Ledger) -> Coded | None:
         """The rows coded and booked; None where they miss their bound, and go one by one then."""
-        target, most = ledger.together(batch.paths, 0)
+        target, most = ledger.in_sum(batch.paths, 0)
         best: Coded | None = None
         for _ in range(3):
             coded = self._code(batch, target)
@@ -253,7 +251,7 @@ class Adding:
         if batch.paths[0] in self._cores:
             known = [self._cores[path] for path in batch.paths]
             core = torch.cat([left for left, _ in known]), torch.cat([right for _, right in known])
-        return code_block(self.builder.cut(batch.block), target, ids, U, V, batch.factors, core)
+        return code(self.builder.cut(batch.block), target, ids, U, V, batch.factors, core)
 
 
 def _decomposed(builder: Builder) -> list[Batch]:
@@ -278,7 +276,7 @@ def _decomposed(builder: Builder) -> list[Batch]:
             for k, path in enumerate(part):
                 row = slice(k, k + 1)
                 own = Factors(factors.members[row], factors.B[row], factors.A[row])
-                builder.stacks[path].keep(
+                builder.stacks[path].hold(
                     own, Block(own.members, block.U[row], block.S[row], block.V[row])
                 )
                 builder.singular_values[path] = S[row]

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 _MOST_SHARDS = 7  # more are copied together, so that opening a library opens few files
 _KEPT_SHARDS = 3  # the largest ones, which are left alone then
-_CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
-_NEW_BITS = 5  # of directions that `add` appends to a shared basis
 
 
 def one_handle(adapter: Any) -> tuple[str | None, Handle]:
@@ -159,6 +157,9 @@ class Stored:
     def read_extras(self) -> dict[str, Tensor]:
         return self._lib.extras(self._name)
 
+    def load(self) -> Adapter:
+        return self._lib[self._name]
+
 
 # Shards
 
@@ -262,14 +263,7 @@ def checked_error(lib: Library, name: str, handle: Handle) -> float:
         raise UnknownNameError(
             f"no adapter {name!r} in the library; {did_you_mean(name, lib.names)}"
         )
-    entry, stored = lib._entry(name), lib[name]
-    source = Adapter(
-        {p: handle.read(p) for p in handle.shapes},
-        handle.read_extras(),
-        handle.config,
-        handle.base_model,
-        handle.layouts,
-    )
+    entry, stored, source = lib._entry(name), lib[name], handle.load()
     if entry.get("exact"):
         if stored.digest != source.digest:
             raise ToleranceError(

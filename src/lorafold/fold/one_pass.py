@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Layout
+from ..collection.collection import Collection
 from ..collection.limits import block_bytes
-from ..collection.sources import Collection, Handle
+from ..collection.sources import Handle
 from ..errors import ToleranceError
 from .options import FoldOptions, Options
 from .store.manifest import config_difference, layout_entry

@@ -50,9 +50,7 @@ def fold_by_retention(
     for name, search in found.items():
         if search.searched and not search.keeps(lib[name]):
             form = "svd" if search.passed else "exact"
-            lib.add(
-                _adapter(handles[name]), name, replace=True, tolerance=search.tolerance, form=form
-            )
+            lib.add(handles[name].load(), name, replace=True, tolerance=search.tolerance, form=form)
     return lib if path is None else lib.save(path, overwrite=overwrite)
 
 
@@ -92,7 +90,7 @@ class _Search:
         self.searched = self.passed = False
         if handle.refusal is not None:
             return
-        adapter = _adapter(handle)
+        adapter = handle.load()
         self._base = score(name, None)
         self._lift = score(name, adapter) - self._base
         if self._lift <= 0:
@@ -117,13 +115,3 @@ class _Search:
 
 
 DEFAULT_START = 0.1  # the first guess is twice the usual tolerance
-
-
-def _adapter(handle: Handle) -> Adapter:
-    return Adapter(
-        {p: handle.read(p) for p in handle.shapes},
-        handle.read_extras(),
-        handle.config,
-        handle.base_model,
-        handle.layouts,
-    )

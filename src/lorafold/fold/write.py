@@ -20,18 +20,18 @@ from ..collection.batch import (
     Block,
     Factors,
     decompose,
+    even_gauge,
     norms,
     singular_values,
     squared_residuals,
-    tamed,
 )
+from ..collection.collection import Collection
 from ..collection.groups import init_groups, probes
 from ..collection.limits import threads
-from ..collection.sources import Collection
 from ..collection.stack import Stack
 from ..errors import MismatchError, ToleranceError
 from .coding.flat_part import code_parts
-from .coding.record import NOTHING, Coded, Target, code_block, exact_record
+from .coding.record import NOTHING, Coded, Target, code, exact_record
 from .options import Options, Progress
 from .planning.budget import Ledger, module_budgets
 from .planning.costs import Costs
@@ -473,8 +473,8 @@ def code_own_or_shared(
         if block is not None:
             x = block.take(members)
         elif U is not None or V is not None:
-            x = tamed(own, exact=False)[0]
-        part = code_block(x, target.take(members), ids, U, V, own)
+            x = even_gauge(own, exact=False)[0]
+        part = code(x, target.take(members), ids, U, V, own)
         result = result.replaced(members, part)
     return result
 
@@ -489,7 +489,7 @@ def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) ->
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
         block = Block(f.members[over], *decompose(B, A))
-        rest = code_block(block, target.take(over), against=Factors(block.members, B, A))
+        rest = code(block, target.take(over), against=Factors(block.members, B, A))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
         coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
     return coded

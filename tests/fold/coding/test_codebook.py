@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from lorafold.fold.coding.codebook import (
     _nearest,
     codebook,
     dequantise,
-    lloyd_max,
     quantise,
     thresholds,
 )
@@ -35,6 +35,34 @@ def relative_error(x, codes, scales, bits):
 
 
 # The codebooks
+
+
+def lloyd_max(bits):
+    """The codebook from its definition, by Newton's method: positive levels and D(bits).
+
+    With thresholds t₀ = 0, tᵢ = (yᵢ₋₁ + yᵢ) / 2 and a last one at infinity, the levels y solve
+    `yᵢ = cᵢ = (φ(tᵢ) - φ(tᵢ₊₁)) / mᵢ`, where `mᵢ = Φ(tᵢ₊₁) - Φ(tᵢ)`. From
+    `∂cᵢ/∂tᵢ = φ(tᵢ) (cᵢ - tᵢ) / mᵢ`, and likewise above, the Jacobian is tridiagonal. The start is
+    where very many levels would lie: at the quantiles of N(0, 3) (Panter and Dite 1951).
+    """
+    count = 1 << (bits - 1)
+    start = NormalDist(sigma=math.sqrt(3))
+    y = np.array([start.inv_cdf(0.5 + (2 * i + 1) / (4 * count)) for i in range(count)])
+    distortion = 1.0
+    for _ in range(8):  # five are enough for 1e-13
+        t = np.concatenate([[0.0], (y[1:] + y[:-1]) / 2])
+        density = np.append(np.exp(-t * t / 2) / math.sqrt(2 * math.pi), 0.0)
+        above = np.array([math.erfc(v / math.sqrt(2)) / 2 for v in t] + [0.0])
+        mass = above[:-1] - above[1:]
+        centroid = (density[:-1] - density[1:]) / mass
+        distortion = float(1 - 2 * np.sum(mass * centroid**2))
+        # Half of what a threshold moves goes to the level on either side; t₀ does not move.
+        low = density[1:-1] * (centroid[1:] - t[1:]) / mass[1:] / 2
+        high = density[1:-1] * (t[1:] - centroid[:-1]) / mass[:-1] / 2
+        own = 1 - np.append(high, 0.0) - np.append(0.0, low)
+        jacobian = np.diag(own) - np.diag(low, -1) - np.diag(high, 1)
+        y = y - np.linalg.solve(jacobian, y - centroid)
+    return y, distortion
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Factors, decompose
+from ...collection.batch import Factors
 from .rows import LEFT_SEED, RIGHT_SEED, code_rows, read_rows, rounded_coefficients, write_rows
 
 SEEDS = {"U": LEFT_SEED, "V": RIGHT_SEED}
@@ -149,8 +149,3 @@ def residual(f: Factors, left: Tensor, right: Tensor, U: Side, V: Side) -> tuple
         return f.B - U.columns @ left, f.A
     B = torch.cat([f.B, -(U.columns @ left)], 2)
     return B, torch.cat([f.A, right @ V.columns.mT], 1)
-
-
-def core_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular pairs of a core: P (n, du, k), S (n, k), Q (n, dv, k)."""
-    return decompose(left, right)

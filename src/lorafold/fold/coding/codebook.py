@@ -8,18 +8,14 @@ quantization in PCM"; Max 1960, "Quantizing for minimum distortion").
 A row x is divided by its root mean square before it is rounded to levels q, and comes back as s·q
 with s = ⟨x, q⟩ / ⟨q, q⟩, the scale of least squared error: D(b) ‖x‖² for normal x.
 
-The levels are part of a file format: they are written out here, `lloyd_max` says where they come
-from, and a test holds the two together.
+The levels are part of a file format: they are written out here, and a test works them out anew.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from statistics import NormalDist
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -202,45 +198,6 @@ def dequantise(codes: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> 
         tensor([-1.5104,  1.5104])
     """
     return _look_up(_levels(bits, codes.device, dtype), codes)
-
-
-def lloyd_max(bits: int) -> tuple[npt.NDArray[np.float64], float]:
-    """The codebook from its definition, by Newton's method.
-
-    With thresholds t₀ = 0, tᵢ = (yᵢ₋₁ + yᵢ) / 2 and a last one at infinity, the levels y solve
-    `yᵢ = cᵢ = (φ(tᵢ) - φ(tᵢ₊₁)) / mᵢ`, where `mᵢ = Φ(tᵢ₊₁) - Φ(tᵢ)`. From
-    `∂cᵢ/∂tᵢ = φ(tᵢ) (cᵢ - tᵢ) / mᵢ`, and likewise above, the Jacobian is tridiagonal. The start is
-    where very many levels would lie: at the quantiles of N(0, 3) (Panter and Dite 1951).
-
-    Args:
-        bits: 1 … 8.
-
-    Returns:
-        The positive levels `(2**(bits - 1),)`, ascending, and D(bits).
-
-    Example:
-        >>> levels, distortion = lloyd_max(1)
-        >>> round(float(levels[0]), 9) == round(math.sqrt(2 / math.pi), 9), round(distortion, 4)
-        (True, 0.3634)
-    """
-    count = 1 << (bits - 1)
-    start = NormalDist(sigma=math.sqrt(3))
-    y = np.array([start.inv_cdf(0.5 + (2 * i + 1) / (4 * count)) for i in range(count)])
-    distortion = 1.0
-    for _ in range(8):  # five are enough for 1e-13
-        t = np.concatenate([[0.0], (y[1:] + y[:-1]) / 2])
-        density = np.append(np.exp(-t * t / 2) / math.sqrt(2 * math.pi), 0.0)
-        above = np.array([math.erfc(v / math.sqrt(2)) / 2 for v in t] + [0.0])
-        mass = above[:-1] - above[1:]
-        centroid = (density[:-1] - density[1:]) / mass
-        distortion = float(1 - 2 * np.sum(mass * centroid**2))
-        # Half of what a threshold moves goes to the level on either side; t₀ does not move.
-        low = density[1:-1] * (centroid[1:] - t[1:]) / mass[1:] / 2
-        high = density[1:-1] * (t[1:] - centroid[:-1]) / mass[:-1] / 2
-        own = 1 - np.append(high, 0.0) - np.append(0.0, low)
-        jacobian = np.diag(own) - np.diag(low, -1) - np.diag(high, 1)
-        y = y - np.linalg.solve(jacobian, y - centroid)
-    return y, distortion
 
 
 @lru_cache(maxsize=64)

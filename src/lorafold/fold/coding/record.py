@@ -19,7 +19,7 @@ from torch import Tensor
 from ...collection.batch import Block, Factors, decompose, squared_differences
 from ...errors import FileError
 from ...lowrank import LowRank
-from .bases import Bases, Side, core_svd, projected, residual, weighted_norms
+from .bases import Bases, Side, projected, residual, weighted_norms
 from .bits import bits_for_bytes, bits_for_error
 from .flat_part import decode_part
 from .rows import (
@@ -53,19 +53,19 @@ class Target:
         kind: "error": squared error at most `amount`; "bytes": payload at most `amount` bytes;
             "bits": every kept component at `amount` bits (16 or 32).
         amount: (n,) float64.
-        together: the rows are modules of one adapter: what counts is the sum of the amounts.
+        summed: the rows are modules of one adapter: what counts is the sum of the amounts.
     """
 
     kind: str
     amount: np.ndarray
-    together: bool = False
+    summed: bool = False
 
     def bits(self, energy: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """(n, k) bits for components of these energies (n, k) at these bytes a bit (k,)."""
         if self.kind == "bits":
             return np.where(energy > 0, self.amount[:, None], 0).astype(np.int64)
         rule = bits_for_error if self.kind == "error" else bits_for_bytes
-        if self.together:
+        if self.summed:
             every = rule(energy.reshape(-1), np.tile(cost, len(energy)), True, self.amount.sum())
             return every.reshape(energy.shape)
         return rule(energy, cost, True, self.amount)
@@ -132,7 +132,7 @@ class Coded:
         return Coded(records, error, payload)
 
 
-def code_block(
+def code(
     block: Block | Factors,
     target: Target,
     ids: Sides | list[Sides] = (None, None),
@@ -172,7 +172,7 @@ def code_block(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What `code_block` is given; lost: (n,) squared norm that shared sides miss of `total`."""
+    """What `code` is given; lost: (n,) squared norm that shared sides miss of `total`."""
 
     block: Block | Factors
     target: Target
@@ -252,7 +252,7 @@ def _parts(
         return [_Part(own.U, own.S, own.V, None, None)]
     f = block.factors()
     left, right = projected(f, U, V) if core is None else core
-    parts = [_Part(*core_svd(left, right), U, V)]
+    parts = [_Part(*decompose(left, right), U, V)]
     if rest:
         parts.append(_Part(*decompose(*residual(f, left, right, U, V)), None, None))
     return parts

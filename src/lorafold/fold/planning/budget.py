@@ -139,18 +139,18 @@ class Ledger:
         most += self._slack[members]
         return most
 
-    def together(self, paths: Sequence[str], member: int) -> tuple[Target, float]:
+    def in_sum(self, paths: Sequence[str], member: int) -> tuple[Target, float]:
         """For modules of one adapter, which has one row in each: what they are to meet in sum, and
         the most that they may lose.
         """
         amounts = np.array([self._targets[path].amount[0] for path in paths])
         kind = self._targets[paths[0]].kind
         if kind != "error":
-            return Target(kind, amounts, together=True), np.inf
+            return Target(kind, amounts, summed=True), np.inf
         total = float(amounts.sum())
         carried = float(self._carry[member])
         share = max(1 + carried / total, 0.3) if total > 0 else 1.0
-        return Target(kind, share * amounts, together=True), total + carried + float(
+        return Target(kind, share * amounts, summed=True), total + carried + float(
             self._slack[member]
         )
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Factors, tamed
+from ...collection.batch import Factors, even_gauge
 from ...collection.stack import Stack
 from ..coding.bases import Basis
 
@@ -158,9 +158,9 @@ class Spans:
             start += len(rows)
             if k < len(self._grams):
                 left, right, good = self._grams[k]
-                yield _Piece(rows, read if good else tamed(read, self._exact)[0], left, right)
+                yield _Piece(rows, read if good else even_gauge(read, self._exact)[0], left, right)
                 continue
-            f, left, right, good = tamed(read, self._exact)
+            f, left, right, good = even_gauge(read, self._exact)
             if self._keep_grams:
                 self._grams.append((left, right, good))
             yield _Piece(rows, f, left, right)

@@ -66,9 +66,9 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
 
 def _centred_gram(stack: Stack, side: str) -> tuple[Tensor, Tensor]:
     """The N×N float64 Gram of the flattened factors less their mean, and the mean (D,)."""
-    kept = stack.kept()
-    if kept is not None:
-        return _gram_by_columns([flattened(f, side) for f in kept])
+    whole = stack.in_memory()
+    if whole is not None:
+        return _gram_by_columns([flattened(f, side) for f in whole])
     n, at = len(stack), 0
     center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(0) / n
     gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
