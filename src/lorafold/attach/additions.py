@@ -17,16 +17,15 @@ from ..errors import LorafoldError, MismatchError, RefusedError
 from ..fold import Library
 from ..layers.modes import outside_inference_mode
 from ..layers.sites import Place, check_dims, place_at
-from ..layers.swap import device_of, plain_copy, swap_in
+from ..layers.swap import plain_copy, swap_in
 from ..layers.targets import Target, found_layers, matches
 from ..parts import base_names, extra_kind
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
-from .run.experts import AttachedExperts, ExpertsPatch, owner_of
+from .run.experts import AttachedExperts, Experts, owner_of
 from .run.factors import Fresh
 from .run.patch import Patch
-from .run.slots import OWN
-from .run.whole import SavedPatch
+from .run.whole import AttachedWhole, Whole
 from .running import frozen_updates, no_background, rebuild
 from .sources import Source, _add_trained, _trained_factors, taken
 from .specs import LoRA, PiSSA, Spec
@@ -255,10 +254,7 @@ def add_to(live: Live, x: Any, name: str, *, replace: bool, trainable: bool) -> 
     source, slots = _source(x), live.slots
     before = slots.rank, slots.dtype
     if isinstance(source, Adapter) and not trainable:
-        if not slots.tables and not slots.fixed_rank:
-            slots.rank = max(slots.rank, source.rank)
-        if not slots.fixed_dtype:
-            slots.dtype = torch.promote_types(slots.dtype, _widest(live.model, [source]))
+        slots.widen(source.rank, _widest(live.model, [source]))
     try:
         _add_all(live, {name: source}, trainable)
     except LorafoldError:
@@ -348,7 +344,7 @@ def _add_all(live: Live, named: Mapping[str, Adapter | Spec], trainable: bool) -
         _add_trained(live, name, fresh, source)
     for name, modules in experts.items():
         if name in frozen:
-            _add_experts(live, frozen[name], modules)
+            _add_experts(live, name, frozen[name], modules)
     for name, modules in copies.items():
         _add_copies(live, name, modules)
     live._selection = selection  # what was replaced goes on where it ran
@@ -422,12 +418,10 @@ def _patch(live: Live, places: Mapping[str, Place]) -> None:
     for path, place in places.items():
         if path in live.patches:
             continue
-        patch = Patch(live, len(live.patches), path, place.kind, place.dims)
-        patch.train(place.layer.training)
+        patch = Patch(live.board, path, place, len(live.patches))
         swap_in(place.layer, patch, path)
-        live.patches[path] = patch
-    if live.slots.make_room(live.patches, live.slots.capacity):
-        live.forget_controls()
+        live.slots.join(patch)
+    live.slots.make_room(live.slots.capacity)
     for key, (ranks, scales) in live._trained.items():  # those that were there lack the new layers
         more = (0, len(live.patches) - len(ranks))
         live._trained[key] = (F.pad(ranks, more), F.pad(scales, more))
@@ -437,32 +431,29 @@ def _inside(path: str, modules: Mapping[str, Any]) -> bool:
     return any(path == p or path.startswith(f"{p}.") for p in modules)
 
 
-def _add_experts(live: Live, a: Adapter, modules: Mapping[str, nn.Module]) -> None:
+def _add_experts(live: Live, name: str, a: Adapter, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         if path not in live.experts:
-            live.experts[path] = ExpertsPatch(live, path)
+            live.experts[path] = Experts(live.board, path, module)
             swap_in(module, live.experts[path], path, AttachedExperts)
-        for p in a:
-            if a.layout(p).kind == "expert" and owner_of(p, a.layout(p)) == path:
-                live.experts[path].layouts[p] = a.layout(p)
+        layouts = {p: a.layout(p) for p in a if a.layout(p).kind == "expert"}
+        mine = {p: layout for p, layout in layouts.items() if owner_of(p, layout) == path}
+        live.experts[path].put(name, mine)
 
 
 def _add_copies(live: Live, name: str, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         if path not in live.saved:
-            live.saved[path] = SavedPatch(live, path)
-            swap_in(live.layer(path), live.saved[path], path)
+            layer = live.layer(path)
+            live.saved[path] = Whole(live.board, path, layer)
+            swap_in(layer, live.saved[path], path, AttachedWhole)
         live.saved[path].put(name, module)
 
 
 def _add_frozen(live: Live, name: str, a: Adapter) -> None:
     live._sources[name] = Source(a.rank, adapter=a)
     count = sum(s.key is None for s in live._sources.values())
-    live.slots.group(OWN, live.slots.rank, len(live.patches))
-    for path in a:
-        if path in live.patches:
-            live.slots.own_bank(live.patches[path], device_of(live.layer(path)))
-    if live.slots.make_room(live.patches, count):
-        live._controls.clear()
+    live.slots.own_banks(a)
+    live.slots.make_room(count)
     if len(live.slots.places) < live.slots.capacity:
         live._write(live.slots.take(name, ()), name)

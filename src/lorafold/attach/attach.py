@@ -93,8 +93,13 @@ def attach(
     named = _named(x)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
-    room = Slots(slots, rank, dtype or _widest(model, adapters))
-    room.fixed_rank, room.fixed_dtype = max_rank is not None, dtype is not None
+    room = Slots(
+        slots,
+        rank,
+        dtype or _widest(model, adapters),
+        fixed_rank=max_rank is not None,
+        fixed_dtype=dtype is not None,
+    )
     live = Live(model, room, SCALINGS[rank_scaling])
     _add_all(live, named, trainable)
     return live

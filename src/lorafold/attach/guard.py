@@ -23,14 +23,9 @@ Ledger: TypeAlias = "dict[str, list[int]]"
 
 
 class Pauses:
-    """Which ranks of the trained adapters have not run since an optimiser's last step.
-
-    Attributes:
-        ran: whether trained layers have run with the selection that is in use since then.
-    """
+    """Which ranks of the trained adapters have not run since an optimiser's last step."""
 
     def __init__(self) -> None:
-        self.ran = False
         # For each optimiser: key → the largest prefix of each layer since it stepped; first, since
         # any of them did.
         self._ledgers: list[Ledger] = [{}]
@@ -46,9 +41,8 @@ class Pauses:
 
     def note(self, live: Core) -> None:
         """Take down what the selection in use has run, before another takes its place."""
-        if not self.ran or live._selection is None:
+        if not live.board.have_run() or live._selection is None:
             return
-        self.ran = False
         paths = list(live.patches)
         for row in live._selection.rows:
             ranks = ranks_at(row.rank, paths)

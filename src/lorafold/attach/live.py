@@ -16,7 +16,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..errors import MismatchError, UnknownNameError
 from ..layers.kinds import is_transposed, layout_of
-from ..layers.swap import Swapped, swap_out
+from ..layers.swap import Swapped
 from ..layers.targets import matches, shown
 from ..words import did_you_mean
 from .guard import Guard, guarded
@@ -47,7 +47,7 @@ class Live(Core):
         """
         for module in model.modules():
             if isinstance(module, Swapped):
-                found: Live = module.lorafold.live
+                found: Live = module.lorafold.board.handle
                 return found
         raise MismatchError("nothing is attached to this model")
 
@@ -131,7 +131,7 @@ class Live(Core):
         selection = parsed(what, c, rank, self._sources)
         for row in selection.rows:
             self._check_rank(row)
-        refuse_rows(selection, self.experts, self)
+        refuse_rows(selection, self.experts)
         if self._merged is not None:
             dialled = (name in self.merged for row in selection.rows for name, _ in row.mix)
             if any(dialled) or not all(row.mix for row in selection.rows):
@@ -347,16 +347,11 @@ class Live(Core):
             self.drop(name)
         if self._selection is not None:
             self._show(self._selection.left_by([name]))
-        for saved in self.saved.values():
-            saved.drop(name)
+        for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
+            site.drop(name)
         del self._sources[name]
-        slot = self.slots.places.pop(name, None)
-        if slot is not None:
-            self.slots.clear(slot)
+        self.slots.release(name)
         if source.key is not None:
-            for patch in self.patches.values():
-                if source.key in patch.fresh:
-                    del patch.fresh[source.key]
             del self._trained[source.key]
             self.pauses.forget(source.key)
             self._refresh()
@@ -370,11 +365,12 @@ class Live(Core):
         self._check_attached()
         if self._merged is not None:
             self.unmerge()
-        for path in [*self.patches, *self.experts, *self.saved]:
-            swap_out(self.layer(path))
+        for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
+            site.leave()
         for parameter, required in self._frozen or ():
             parameter.requires_grad_(required)
-        self.patches, self.experts, self.saved = {}, {}, {}
+        self.slots.patches.clear()
+        self.experts, self.saved = {}, {}
         self._sources, self._trained = {}, {}
         self._controls.clear()
         self.detached = True

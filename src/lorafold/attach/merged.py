@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, RefusedError
-from ..layers.kinds import is_transposed, layout_of
+from ..errors import MismatchError
 from ..layers.modes import outside_inference_mode
-from ..layers.storage import is_quantized
-from ..lowrank import LowRank
-from ..placing import added
-from .run.patch import Patch
 from .selection import Row, Selection, parsed
-from .state import update_at
 
 if TYPE_CHECKING:
     from .live import Live
@@ -75,18 +69,8 @@ Key = tuple[str, str]  # path of a module, name of its parameter (dotted, in a s
 def _merged(live: Live, row: Row) -> dict[Key, Tensor]:
     """Every weight that a mix changes, as the sum."""
     found: dict[Key, Tensor] = {}
-    for path, patch in live.patches.items():
-        u = update_at(live, path, row)
-        if u is not None:
-            found[path, "weight"] = _merged_weight(live.layer(path), patch, u)
-    for path, experts in live.experts.items():
-        for name, W in experts.weights(live.layer(path), row).items():
-            found[path, name] = W
-    for path, saved in live.saved.items():
-        mix = tuple((name, c) for name, c in row.mix if name in saved.keys and c != 0)
-        if mix and row.rank != 0:
-            for name, W in saved.weights(live.layer(path), mix).items():
-                found[path, name] = W
+    for site in [*live.patches.values(), *live.experts.values(), *live.saved.values()]:
+        found |= {(site.path, name): W for name, W in site.merged(row).items()}
     return found
 
 
@@ -141,17 +125,6 @@ def row_to_merge(live: Live, what: Any, c: Any, rank: Any) -> Row:
         raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
     live._check_rank(selection.rows[0])
     return selection.rows[0]
-
-
-def _merged_weight(layer: Any, patch: Patch, u: LowRank) -> Tensor:
-    if is_quantized(layer):
-        raise RefusedError(
-            f"module {patch.path!r} is quantised: merging would quantise the sum again. Replace it "
-            "by a float layer first (lf.dequantize), or keep the adapter attached"
-        )
-    layout = layout_of(layer, patch.kind)
-    W: Tensor = layer.weight.detach()
-    return added(W, u.to(W.device), layout, is_transposed(layer), f"{patch.path}.weight")
 
 
 def _listed(names: Mapping[str, float]) -> str:

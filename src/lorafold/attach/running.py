@@ -17,13 +17,11 @@ from torch import Tensor
 from ..errors import MismatchError, RefusedError
 from ..layers.modes import outside_inference_mode
 from ..lowrank import LowRank
-from .run.experts import ExpertsPatch
-from .run.factors import Kept
+from .run.experts import Experts
 from .selection import Selection
 
 if TYPE_CHECKING:
     from .live import Live
-    from .state import Core
 
 
 Gate: TypeAlias = "str | Callable[[Tensor], Any]"
@@ -73,7 +71,7 @@ def frozen_updates(live: Live, name: str) -> dict[str, LowRank]:
     """
     more = [path for path, saved in live.saved.items() if name in saved.keys]
     for path, experts in live.experts.items():
-        if any(live.update(name, p) is not None for p in experts.layouts):
+        if experts.has(name):
             more.append(path)
     if more:
         raise no_background(name, more[0])
@@ -85,17 +83,16 @@ def rebuild(live: Live) -> None:
     """Make every layer's background from what is kept now."""
     for path, patch in live.patches.items():
         kept = [(live.background[name], c) for name, c in live.kept.items()]
-        updates = [c * found[path] for found, c in kept if path in found]
-        patch.kept = Kept(patch.kind, updates, patch.device) if updates else None
+        patch.keep([c * found[path] for found, c in kept if path in found])
 
 
-def refuse_rows(selection: Selection, patches: Mapping[str, ExpertsPatch], live: Core) -> None:
+def refuse_rows(selection: Selection, sites: Mapping[str, Experts]) -> None:
     """Raise a `RefusedError` where rows of a batch would need experts of their own."""
     if selection.uniform:
         return
-    for path, patch in patches.items():
+    for path, site in sites.items():
         for name in selection.names:
-            if any(live.update(name, p) is not None for p in patch.layouts):
+            if site.has(name):
                 raise RefusedError(
                     f"{name!r} updates the experts of {path!r}, where routing hides the rows of a "
                     "batch: use one mix for the whole batch"

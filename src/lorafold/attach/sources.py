@@ -19,7 +19,7 @@ from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind
 from .run.factors import Factors, Fresh, Modulation
 from .run.patch import Patch
-from .run.slots import _GROUPS, _make_room
+from .run.slots import GROUPS
 from .specs import Spec
 
 if TYPE_CHECKING:
@@ -123,9 +123,11 @@ def write_library_adapter(live: Core, slot: int, name: str, library: Library) ->
     for path, patch in live.patches.items():
         first = 0
         for group, parts in _by_group(library.parts(name, path)).items():
-            u = _joined_core(parts, patch, live.sides.at(patch))
-            _make_room(live, patch, group, u.rank)
-            live.slots.write_update(slot, group, patch, u, first)
+            sides = live.sides.at(patch)
+            U = sides["U"][0] if group in ("both", "out") else None
+            V = sides["V"][0] if group in ("both", "in") else None
+            u = _joined_core(parts, patch, sides)
+            live.slots.write(slot, path, u, U, V, first)
             first += u.rank
 
 
@@ -140,7 +142,7 @@ def refuse_adapter(library: Library, name: str) -> None:
 def _by_group(parts: list[StoredPart]) -> dict[str, list[StoredPart]]:
     found: dict[str, list[StoredPart]] = {}
     for part in parts:
-        found.setdefault(_GROUPS[part.U is not None, part.V is not None], []).append(part)
+        found.setdefault(GROUPS[part.U is not None, part.V is not None], []).append(part)
     return found
 
 
@@ -210,7 +212,6 @@ def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Sour
     scales = torch.zeros(len(live.patches), dtype=torch.float64)
     for path, module in fresh.items():
         patch = live.patches[path]
-        module.train(patch.training)
-        patch.fresh[source.key] = module
+        patch.put(name, source.key, module)
         ranks[patch.index], scales[patch.index] = module.rank, module.scale
     live._trained[source.key] = (ranks, scales)

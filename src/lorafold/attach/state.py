@@ -17,11 +17,12 @@ from ..lowrank import LowRank
 from ..words import did_you_mean
 from .guard import Pauses
 from .run.active import Controls
-from .run.experts import ExpertsPatch
+from .run.board import Board
+from .run.experts import Experts
 from .run.factors import Fresh
 from .run.patch import Patch
 from .run.slots import Slots
-from .run.whole import SavedPatch
+from .run.whole import Whole
 from .running import Gate, gates_of
 from .selection import EVERYTHING, Rank, Row, Selection, ranks_at
 from .sources import Source
@@ -49,9 +50,9 @@ class Core:
         scaling: Callable[[float], float],
     ) -> None:
         self.model, self.slots = model, slots
-        self.patches: dict[str, Patch] = {}
-        self.experts: dict[str, ExpertsPatch] = {}
-        self.saved: dict[str, SavedPatch] = {}
+        self.board = Board(self, self._refresh, self.summed)
+        self.experts: dict[str, Experts] = {}
+        self.saved: dict[str, Whole] = {}
         self.detached = False
         self._scaling = scaling
         self._sources: dict[str, Source] = {}
@@ -59,7 +60,7 @@ class Core:
         self._frozen: list[tuple[nn.Parameter, bool]] | None = None
         self._selection: Selection | None = None
         self._controls: dict[tuple[int, int], Controls] = {}
-        self._stale = False
+        self._controls_of = -1  # the version of the slots that they were made for
         self._merged: tuple[Row, dict[tuple[str, str], nn.Parameter | None]] | None = None
         self.pauses = Pauses()
         self.kept: dict[str, float] = {}
@@ -68,7 +69,12 @@ class Core:
         self.sides: Sides | None = None  # of an attached library
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_controls": {}, "_stale": True}
+        return {**self.__dict__, "_controls": {}}
+
+    @property
+    def patches(self) -> dict[str, Patch]:
+        """Path → what is added to each layer."""
+        return self.slots.patches
 
     @property
     def merged(self) -> dict[str, float]:
@@ -113,6 +119,20 @@ class Core:
             raise MismatchError(f"{name!r} is not trained; attach it with trainable=True")
         return {path: p.trained(key) for path, p in self.patches.items() if key in p.fresh}
 
+    def summed(self, path: str, row: Row) -> LowRank | None:
+        """What a mix adds to one layer's weight; None for nothing."""
+        total: LowRank | None = None
+        for name, c in row.mix:
+            u = self.update(name, path)
+            if u is None or c == 0:
+                continue
+            k = _prefix(row.rank, path, u.rank)
+            if k == 0:
+                continue
+            part = c * self._scaling(u.rank / k) * (u if k == u.rank else u.prefix(k))
+            total = part if total is None else total + part
+        return total
+
     def _source(self, name: str) -> Source:
         self._check_attached()
         try:
@@ -131,13 +151,6 @@ class Core:
         if self._selection is None or self._merged is None:
             return self._selection
         return self._selection.without(self.merged)
-
-    def uniform_row(self) -> Row | None:
-        """The mix that runs for the whole batch; None for the base, or for rows."""
-        selection = self.running()
-        if selection is None or not selection.uniform or not selection.on:
-            return None
-        return selection.rows[0]
 
     @outside_inference_mode
     def _show(self, selection: Selection | None) -> None:
@@ -160,13 +173,12 @@ class Core:
             paths = list(self.patches)
             controls.set(running, self.slots.places, keys, gates, self._scaling, paths)
             for patch in self.patches.values():
-                now = controls.layers[patch.index]
-                if patch.now is not now:  # setting a module's attribute is slow
-                    patch.now = now
+                patch.show(controls.layers[patch.index])
         else:
             for patch in self.patches.values():
-                patch.now = None
-        self._selection, self._stale = selection, False
+                patch.show(None)
+        self._selection = selection
+        self.board.show(self.running())
 
     def _gates(self, selection: Selection | None) -> list[float]:
         """How much of the background each row gets: none where the base was asked for."""
@@ -196,19 +208,17 @@ class Core:
                 try:
                     self._write(slot, name)
                 except BaseException:
-                    del self.slots.places[name]  # half of it may be there
+                    self.slots.release(name)  # half of it may be there
                     raise
-            self.slots.places.move_to_end(name)
-
-    def forget_controls(self) -> None:
-        """Banks came or grew: the tensors of selections are made anew."""
-        self._controls.clear()
+            self.slots.touch(name)
 
     def _write(self, slot: int, name: str) -> None:
         source = self._sources[name]
         with torch.no_grad():
             if source.adapter is not None:
-                self.slots.write(slot, source.adapter, self.patches)
+                for path, u in source.adapter.modules.items():
+                    if path in self.patches:
+                        self.slots.write(slot, path, u)
             elif source.library is not None:
                 from .sources import write_library_adapter
 
@@ -224,6 +234,9 @@ class Core:
 
     def _sized(self, rows: int, width: int) -> Controls:
         size = (rows, width)
+        if self._controls_of != self.slots.version:  # banks came or grew
+            self._controls.clear()
+            self._controls_of = self.slots.version
         if size in self._controls:
             self._controls[size] = self._controls.pop(size)  # the last used goes last
         else:
@@ -243,21 +256,6 @@ class Core:
                 self._weight_dtype(),
             )
         return self._controls[size]
-
-
-def update_at(live: Core, path: str, row: Row) -> LowRank | None:
-    """What a mix adds to one layer's weight; None for nothing."""
-    total: LowRank | None = None
-    for name, c in row.mix:
-        u = live.update(name, path)
-        if u is None or c == 0:
-            continue
-        k = _prefix(row.rank, path, u.rank)
-        if k == 0:
-            continue
-        part = c * live._scaling(u.rank / k) * (u if k == u.rank else u.prefix(k))
-        total = part if total is None else total + part
-    return total
 
 
 def _prefix(rank: Rank, path: str, have: int) -> int:

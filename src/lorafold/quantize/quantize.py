@@ -266,8 +266,8 @@ def _restore(layer: Any, origin: Origin) -> None:
     layer.__class__ = cls
     W = W.T if is_transposed(layer) else W
     old, weight = layer._parameters["weight"], nn.Parameter(W.contiguous(), origin.requires_grad)
-    if attached and layer.lorafold.live._frozen is not None:  # an adapter trains: the base must not
-        frozen = layer.lorafold.live._frozen
+    if attached and layer.lorafold.board.handle._frozen is not None:  # the base must not train
+        frozen = layer.lorafold.board.handle._frozen
         frozen[:] = [(p, flag) for p, flag in frozen if p is not old]
         frozen.append((weight, origin.requires_grad))
         weight.requires_grad_(False)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..selection import SCALINGS, Selection, ranks_at
+from .bank import Table
 from .grouping import Grouping
-from .slots import Table
 
 # Of a uniform selection at one layer: by group, (slot, coefficient, rank); and (key, coefficient,
 # rank) of the trainable adapters.

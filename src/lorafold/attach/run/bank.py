@@ -12,6 +12,7 @@ and one with U for the whole batch, however many adapters there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -168,3 +169,34 @@ class SharedBank(Bank):
 
     def _out(self, core: Tensor) -> Tensor:
         return core if self.U is None else F.linear(core, self.U)
+
+
+@dataclass
+class Table:
+    """What each slot of a group holds at each layer.
+
+    Args:
+        width: R, ranks a slot has room for.
+        ranks: (slots, L) ranks there are; 0 where the adapter lacks the module.
+        first: (slots, L) ranks of the same adapter that come before, in other groups.
+        scales: (slots, L) the updates' scales.
+    """
+
+    width: int
+    ranks: Tensor
+    first: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, width: int, slots: int, layers: int) -> Table:
+        size = (slots, layers)
+        whole = torch.zeros(size, dtype=torch.int64)
+        return cls(width, whole, whole.clone(), torch.zeros(size, dtype=torch.float64))
+
+    def grow(self, slots: int, layers: int) -> None:
+        """Room for more; what is there stays."""
+        for name in ("ranks", "first", "scales"):
+            old = getattr(self, name)
+            new = old.new_zeros(slots, layers)
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(self, name, new)

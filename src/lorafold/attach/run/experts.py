@@ -8,8 +8,8 @@ one place where a dense update is formed while a model runs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,10 +17,8 @@ from ...layers.swap import Swapped
 from ...lowrank import LowRank
 from ...parts import Layout
 from ...placing import add_updates, weight_key
-
-if TYPE_CHECKING:
-    from ..selection import Row
-    from ..state import Core
+from ..selection import Row
+from .board import Board, Site
 
 
 class AttachedExperts(Swapped):
@@ -28,49 +26,52 @@ class AttachedExperts(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         child: Any = self.lorafold
-        with child.standing_in(self):
+        with child.standing_in():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class ExpertsPatch(nn.Module):
-    """What is added to the parameters of one experts' module.
+class Experts(Site):
+    """What is added to the parameters of one experts' module."""
 
-    Args:
-        live: the handle. path: of the module.
+    knows_rows = False
 
-    Attributes:
-        layouts: {path of an update: its layout} of everything that was attached here.
-    """
+    def __init__(self, board: Board, path: str, module: nn.Module) -> None:
+        super().__init__(board, path, module)
+        self._layouts: dict[str, dict[str, Layout]] = {}  # by name, {path of an update: its layout}
 
-    def __init__(self, live: Core, path: str) -> None:
-        super().__init__()
-        self.live, self.path = live, path
-        self.layouts: dict[str, Layout] = {}
+    def has(self, name: str) -> bool:
+        return name in self._layouts
 
-    def weights(self, module: nn.Module, row: Row) -> dict[str, Tensor]:
-        """{parameter's name: W + c · ΔW} of the parameters that a mix changes."""
-        from ..state import update_at
+    def put(self, name: str, layouts: Mapping[str, Layout]) -> None:
+        """An adapter has updates at these paths."""
+        self._layouts[name] = dict(layouts)
 
-        found = {path: update_at(self.live, path, row) for path in self.layouts}
+    def drop(self, name: str) -> None:
+        self._layouts.pop(name, None)
+
+    def merged(self, row: Row) -> dict[str, Tensor]:
+        layouts = {p: own for n, _ in row.mix for p, own in self._layouts.get(n, {}).items()}
+        found = {path: self.board.summed(path, row) for path in layouts}
         updates: dict[str, LowRank] = {path: u for path, u in found.items() if u is not None}
-        base = {f"{self.path}.{n}": p.detach() for n, p in module.named_parameters(recurse=False)}
-        changed = {weight_key(base, path, self.layouts[path]) for path in updates}
+        own = self.module.named_parameters(recurse=False)
+        base = {f"{self.path}.{n}": p.detach() for n, p in own}
+        changed = {weight_key(base, path, layouts[path]) for path in updates}
         state = dict(base)
         device = next(iter(base.values())).device
-        add_updates(state, {p: u.to(device) for p, u in updates.items()}, self.layouts, False)
+        add_updates(state, {p: u.to(device) for p, u in updates.items()}, layouts, False)
         return {key.rpartition(".")[2]: state[key] for key in changed if key is not None}
 
     @contextlib.contextmanager
-    def standing_in(self, module: Any) -> Iterator[None]:
+    def standing_in(self) -> Iterator[None]:
         """Run the module with what is in use; an instance's attribute hides its parameter."""
-        row = self.live.uniform_row()
-        weights = {} if row is None else self.weights(module, row)
+        row = self.board.row
+        weights = {} if row is None else self.merged(row)
         try:
-            vars(module).update(weights)
+            vars(self.module).update(weights)
             yield
         finally:
             for name in weights:
-                del vars(module)[name]
+                del vars(self.module)[name]
 
 
 def owner_of(path: str, layout: Layout) -> str:

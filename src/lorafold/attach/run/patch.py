@@ -2,67 +2,105 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import MismatchError
-from ...layers.kinds import Kind
+from ...errors import MismatchError, RefusedError
+from ...layers.kinds import is_transposed, layout_of
+from ...layers.sites import Place
+from ...layers.storage import is_quantized
 from ...layers.swap import device_of, input_of
+from ...placing import added
+from ..selection import Row
+from .active import Controls, LayerControls
 from .bank import Bank
+from .board import Board, Site
 from .factors import Fresh, Kept
 
-if TYPE_CHECKING:
-    from ..state import Core
-    from .active import Controls, LayerControls
 
-
-class Patch(nn.Module):
-    """What is added to one layer.
+class Patch(Site):
+    """What is added to one layer's output.
 
     Args:
-        live: the handle. index: of the layer in its tables. path: of the layer.
-        kind: of the layer. dims: (out, in) of its updates.
+        place: the layer. index: of the layer in the tables.
 
     Attributes:
-        banks: by group, the adapters in slots. fresh: by position, the trainable ones.
+        kind: of the layer. dims: (out, in) of its updates.
+        banks: by group, the adapters in slots. fresh: by key, the trainable ones.
+        keys: name → key of a trainable one.
         kept: the background. now: what is active, None for nothing.
     """
 
-    def __init__(
-        self, live: Core, index: int, path: str, kind: Kind, dims: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.live, self.index, self.path, self.kind, self.dims = live, index, path, kind, dims
+    def __init__(self, board: Board, path: str, place: Place, index: int) -> None:
+        super().__init__(board, path, place.layer)
+        self.index, self.kind, self.dims = index, place.kind, place.dims
         self.banks = nn.ModuleDict()
         self.fresh = nn.ModuleDict()
+        self.keys: dict[str, str] = {}
         self.kept: Kept | None = None
         self.now: LayerControls | None = None
+        self.train(place.layer.training)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "now": None}  # views of the handle's tensors
+        return {**self.__dict__, "now": None}  # views of tensors that a copy makes anew
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.live._stale = True  # on another device, maybe
+        self.board.moved()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         own = next(iter([*self.parameters(), *self.buffers()]), None)
-        return device_of(self.live.layer(self.path)) if own is None else own.device
+        return device_of(self.module) if own is None else own.device
+
+    def has(self, name: str) -> bool:
+        return name in self.keys
+
+    def put(self, name: str, key: str, fresh: Fresh) -> None:
+        """Add an adapter's trainable factors."""
+        fresh.train(self.training)
+        self.keys[name], self.fresh[key] = key, fresh
+
+    def drop(self, name: str) -> None:
+        if name in self.keys:
+            del self.fresh[self.keys.pop(name)]
+
+    def merged(self, row: Row) -> dict[str, Tensor]:
+        u = self.board.summed(self.path, row)
+        if u is None:
+            return {}
+        layer = self.module
+        if is_quantized(layer):
+            raise RefusedError(
+                f"module {self.path!r} is quantised: merging would quantise the sum again. Replace "
+                "it by a float layer first (lf.dequantize), or keep the adapter attached"
+            )
+        W: Tensor = layer.weight.detach()
+        layout, key = layout_of(layer, self.kind), f"{self.path}.weight"
+        return {"weight": added(W, u.to(W.device), layout, is_transposed(layer), key)}
+
+    def keep(self, updates: list[Any]) -> None:
+        """Run updates, each with its coefficient, in the background; none for no background."""
+        self.kept = Kept(self.kind, updates, self.device) if updates else None
+
+    def show(self, now: LayerControls | None) -> None:
+        """This is active from now on."""
+        if self.now is not now:  # setting a module's attribute is slow
+            self.now = now
 
     def forward(self, layer: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with what is active added."""
-        if self.live._stale:
-            self.live._refresh()
+        if self.board.stale:
+            self.board.refresh()
         now = self.now
         if now is None or y.numel() == 0:  # an expert that no token goes to, for one
             return y
         x = input_of(args, kwargs)
         if self.fresh and torch.is_grad_enabled():
-            self.live.pauses.ran = True
+            self.board.note_run()
         if now.controls.uniform is not None and not _is_recorded(y):
             return self._uniform(layer, y, x, now)
         return self._rows(layer, y, x, now, now.controls)

@@ -1,30 +1,22 @@
 """Which adapters are on the model's device: the same slot at every layer, the oldest leaves.
 
-The factors themselves are in each layer's banks; this holds the tables of what a slot means (rank
-and scale at each layer) and who is in it.
+The factors themselves are in each layer's banks, which nobody else makes, fills or grows; beside
+them are the tables of what a slot means (rank and scale at each layer) and who is in it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ...adapter import Adapter
 from ...errors import MismatchError, RefusedError
 from ...layers.kinds import CONV1D, LINEAR
-from ...layers.swap import device_of
 from ...lowrank import LowRank
-from .bank import Bank, SharedBank
+from .bank import Bank, SharedBank, Table
 from .patch import Patch
-
-if TYPE_CHECKING:
-    from ..state import Core
-
 
 OWN = "own"  # the group of updates with both sides their own
 BY_ITSELF = 64  # slots that are made as adapters come, when no number was asked for
@@ -36,58 +28,68 @@ class Slots:
     Args:
         reserved: how many; None to make them as adapters come.
         rank: ranks that a slot has room for in the group `OWN`. dtype: of the factors.
+        fixed_rank, fixed_dtype: these were asked for, and stay when more adapters come.
 
     Attributes:
+        patches: path → layer that takes updates, in the order of the tables' columns.
         tables: by group. places: name → slot, the least recently used first.
-        fixed_rank, fixed_dtype: these were asked for, and stay when more adapters come.
+        version: another one whenever a bank or a table was made or grew.
     """
 
-    def __init__(self, reserved: int | None, rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        reserved: int | None,
+        rank: int,
+        dtype: torch.dtype,
+        *,
+        fixed_rank: bool = False,
+        fixed_dtype: bool = False,
+    ) -> None:
         self.limit = reserved or BY_ITSELF
         self.capacity = reserved or 0
         self.rank, self.dtype = rank, dtype
-        self.fixed_rank = self.fixed_dtype = False
+        self.fixed_rank, self.fixed_dtype = fixed_rank, fixed_dtype
+        self.patches: dict[str, Patch] = {}
         self.tables: dict[str, Table] = {}
         self.places: OrderedDict[str, int] = OrderedDict()
+        self.version = 0
 
-    def group(self, name: str, width: int, layers: int) -> Table:
-        """The table of a group, made at its first use."""
-        if name not in self.tables:
-            self.tables[name] = Table.empty(width, self.capacity, layers)
-        return self.tables[name]
+    def join(self, patch: Patch) -> None:
+        """One more layer takes updates."""
+        self.patches[patch.path] = patch
 
-    def make_room(self, patches: Mapping[str, Patch], count: int) -> bool:
-        """Slots for `count` adapters, as far as the limit allows; whether anything grew."""
+    def widen(self, rank: int, dtype: torch.dtype) -> None:
+        """Have room for adapters of this rank and dtype, as far as these were left open."""
+        if not self.tables and not self.fixed_rank:
+            self.rank = max(self.rank, rank)
+        if not self.fixed_dtype:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+
+    def make_room(self, count: int) -> None:
+        """Slots for `count` adapters, as far as the limit allows."""
         wanted = self.capacity
         while wanted < min(count, self.limit):
             wanted = min(self.limit, max(count, 2 * wanted))
-        layers = len(patches)
-        grown = wanted != self.capacity
-        self.capacity = wanted
+        grown, self.capacity = wanted != self.capacity, wanted
+        size = (wanted, len(self.patches))
         for table in self.tables.values():
-            if table.ranks.shape != (wanted, layers):
-                table.grow(wanted, layers)
+            if table.ranks.shape != size:
+                table.grow(*size)
                 grown = True
-        for patch in patches.values():
-            for bank in patch.banks.values():
-                assert isinstance(bank, Bank)
+        for patch in self.patches.values():
+            for group in patch.banks:
+                bank = patch.bank(group)
                 if len(bank.A) != wanted or bank.A.dtype != self.dtype:
                     bank.grow(wanted, self.dtype)
                     grown = True
-        return grown
+        self.version += grown
 
-    def own_bank(self, patch: Patch, device: torch.device) -> Bank:
-        """A layer's bank for updates with both sides their own, made at its first use."""
-        if OWN not in patch.banks:
-            patch.banks[OWN] = Bank(
-                patch.kind,
-                patch.dims,
-                self.capacity,
-                self.rank,
-                device=device,
-                dtype=self.dtype,
-            )
-        return patch.bank(OWN)
+    def own_banks(self, paths: Iterable[str]) -> None:
+        """Have banks at some layers for updates with both sides their own."""
+        self._table(OWN, self.rank)
+        for path in paths:
+            if path in self.patches:
+                self._bank(self.patches[path], OWN, None, None)
 
     def take(self, name: str, wanted: Iterable[str]) -> int:
         """A slot for an adapter that has none: a free one, or the least recently used one's.
@@ -107,94 +109,77 @@ class Slots:
                     "with a larger slots="
                 )
             slot = self.places.pop(leaver)
-        self.clear(slot)
+        self._clear(slot)
         self.places[name] = slot
         return slot
 
-    def clear(self, slot: int) -> None:
-        """Nothing is in a slot."""
+    def touch(self, name: str) -> None:
+        """An adapter is used now."""
+        self.places.move_to_end(name)
+
+    def release(self, name: str) -> None:
+        """Nothing of an adapter is in a slot."""
+        slot = self.places.pop(name, None)
+        if slot is not None:
+            self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
         for table in self.tables.values():
             for column in (table.ranks, table.first, table.scales):
                 column[slot] = 0
 
-    def write(self, slot: int, adapter: Adapter, patches: Mapping[str, Patch]) -> None:
-        """Copy an adapter's factors into a slot."""
-        for path, u in adapter.modules.items():
-            if path in patches:
-                self.write_update(slot, OWN, patches[path], u)
-
-    def write_update(self, slot: int, group: str, patch: Patch, u: LowRank, first: int = 0) -> None:
+    def write(
+        self,
+        slot: int,
+        path: str,
+        u: LowRank,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
+        first: int = 0,
+    ) -> None:
         """Copy one update into a slot.
 
         Args:
+            u: the update, in coordinates of the sides that are given.
+            U: (out, R_U) sides that many adapters share, or None. V: (in, R_V) or None.
             first: ranks of the same adapter in other groups that come before.
         """
-        patch.bank(group).write(slot, u)
-        table = self.tables[group]
+        group, patch = GROUPS[U is not None, V is not None], self.patches[path]
+        table = self._table(group, max(u.rank, 1))
+        if u.rank > table.width:
+            table.width = 1 << (u.rank - 1).bit_length()
+            self.version += 1
+            for other in self.patches.values():
+                if group in other.banks:
+                    other.bank(group).grow(self.capacity, self.dtype, table.width)
+        self._bank(patch, group, U, V).write(slot, u)
         table.ranks[slot, patch.index] = u.rank
         table.first[slot, patch.index] = first
         table.scales[slot, patch.index] = u.scale
 
+    def _table(self, group: str, width: int) -> Table:
+        if group not in self.tables:
+            self.tables[group] = Table.empty(width, self.capacity, len(self.patches))
+            self.version += 1
+        return self.tables[group]
 
-_GROUPS = {(True, True): "both", (False, True): "in", (True, False): "out", (False, False): OWN}
-
-
-def _make_room(live: Core, patch: Patch, group: str, rank: int) -> None:
-    """Have a layer's bank of a group, with room for a rank; made when it is first needed."""
-    slots = live.slots
-    table = slots.group(group, max(rank, 1), len(live.patches))
-    if rank > table.width:
-        table.width = 1 << (rank - 1).bit_length()
-        live.forget_controls()
-    assert live.sides is not None
-    if group not in patch.banks:
-        sides = live.sides.at(patch)
-        U = sides["U"][0] if group in ("both", "out") else None
-        V = sides["V"][0] if group in ("both", "in") else None
+    def _bank(self, patch: Patch, group: str, U: Tensor | None, V: Tensor | None) -> Bank:
+        if group in patch.banks:
+            return patch.bank(group)
+        width = self.tables[group].width
         if group == OWN:
             patch.banks[group] = Bank(
-                patch.kind, patch.dims, slots.capacity, table.width,
-                device=device_of(live.layer(patch.path)), dtype=slots.dtype,
-            )  # fmt: skip
+                patch.kind, patch.dims, self.capacity, width, device=patch.device, dtype=self.dtype
+            )
+        elif patch.kind is not LINEAR and patch.kind is not CONV1D:
+            raise RefusedError(
+                f"module {patch.path!r} of the library shares its sides, which only linear "
+                "layers run: fold it with form='svd', or attach library[name]"
+            )
         else:
-            if patch.kind is not LINEAR and patch.kind is not CONV1D:
-                raise RefusedError(
-                    f"module {patch.path!r} of the library shares its sides, which only linear "
-                    "layers run: fold it with form='svd', or attach library[name]"
-                )
-            patch.banks[group] = SharedBank(patch.dims, slots.capacity, table.width, U, V)
-        live.forget_controls()
-    for other in live.patches.values():
-        if group in other.banks and other.bank(group).A.shape[1] != table.width:
-            other.bank(group).grow(slots.capacity, slots.dtype, table.width)
+            patch.banks[group] = SharedBank(patch.dims, self.capacity, width, U, V)
+        self.version += 1
+        return patch.bank(group)
 
 
-@dataclass
-class Table:
-    """What each slot of a group holds at each layer.
-
-    Args:
-        width: R, ranks a slot has room for.
-        ranks: (slots, L) ranks there are; 0 where the adapter lacks the module.
-        first: (slots, L) ranks of the same adapter that come before, in other groups.
-        scales: (slots, L) the updates' scales.
-    """
-
-    width: int
-    ranks: Tensor
-    first: Tensor
-    scales: Tensor
-
-    @classmethod
-    def empty(cls, width: int, slots: int, layers: int) -> Table:
-        size = (slots, layers)
-        whole = torch.zeros(size, dtype=torch.int64)
-        return cls(width, whole, whole.clone(), torch.zeros(size, dtype=torch.float64))
-
-    def grow(self, slots: int, layers: int) -> None:
-        """Room for more; what is there stays."""
-        for name in ("ranks", "first", "scales"):
-            old = getattr(self, name)
-            new = old.new_zeros(slots, layers)
-            new[: old.shape[0], : old.shape[1]] = old
-            setattr(self, name, new)
+GROUPS = {(True, True): "both", (False, True): "in", (True, False): "out", (False, False): OWN}

@@ -2,42 +2,47 @@
 
 Every module in it that has parameters keeps its own, W, and gets a copy with the adapter's, W', as
 its child. With coefficient c it runs with W + c (W' − W): the copy for c = 1, itself for c = 0, to
-the bit. (Containers get no child: they would run it.)
+the bit. Itself it runs only where that is asked for. (Containers get no child: they would run it.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...errors import MismatchError
-
-if TYPE_CHECKING:
-    from ..state import Core
-
+from ...layers.swap import CHILD, Swapped
+from ..selection import Row
+from .board import Board, Site
 
 Mix = tuple[tuple[str, float], ...]
 
 
-class SavedPatch(nn.Module):
-    """The copies of one module that adapters brought or train.
+class AttachedWhole(Swapped):
+    """Mixed into the class of a module that adapters have copies of."""
 
-    Args:
-        live: the handle. path: of the module.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lorafold(super().forward, args, kwargs)  # type: ignore[misc]
+
+
+class Whole(Site):
+    """The copies of one module that adapters brought or train.
 
     Attributes:
         keys: name → key of its copy.
     """
 
-    def __init__(self, live: Core, path: str) -> None:
-        super().__init__()
-        self.live, self.path = live, path
+    def __init__(self, board: Board, path: str, module: nn.Module) -> None:
+        super().__init__(board, path, module)
         self.copies = nn.ModuleDict()
         self.keys: dict[str, str] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.keys
 
     def put(self, name: str, module: nn.Module) -> None:
         """Add a copy."""
@@ -45,7 +50,6 @@ class SavedPatch(nn.Module):
         self.keys[name], self.copies[key] = key, module
 
     def drop(self, name: str) -> None:
-        """Remove a copy, if there is one."""
         if name in self.keys:
             del self.copies[self.keys.pop(name)]
 
@@ -53,30 +57,42 @@ class SavedPatch(nn.Module):
         """An adapter's copy."""
         return self.copies[self.keys[name]]
 
-    def forward(self, layer: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output as the selection wants it."""
-        selection = self.live.running()
-        if selection is None or not self.keys:
+    def merged(self, row: Row) -> dict[str, Tensor]:
+        mix = self._mix(row)
+        return self._weights(mix) if mix else {}
+
+    def forward(
+        self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What the module gives as the selection wants it.
+
+        Args:
+            base: the module's own forward.
+        """
+        selection = self.board.running
+        mixes = [()] if selection is None else [self._mix(row) for row in selection.rows]
+        y: Any = None if all(mixes) else base(*args, **kwargs)
+        found = {mix: self._run(mix, args, kwargs) for mix in dict.fromkeys(mixes) if mix}
+        if not found:
             return y
-        mixes = [self._mix(row.mix) if row.on else () for row in selection.rows]
-        if selection.uniform:
-            return self._run(layer, mixes[0], args, kwargs) if mixes[0] else y
-        if not isinstance(y, Tensor) or y.shape[0] % len(mixes):
+        if len(mixes) == 1:
+            return found[mixes[0]]
+        like = y if y is not None else found[mixes[0]]
+        if not isinstance(like, Tensor) or like.shape[0] % len(mixes):
             raise MismatchError(
                 f"module {self.path!r} is saved with an adapter, and its output can't be told "
                 f"apart by {len(mixes)} rows"
             )
-        m = y.shape[0] // len(mixes)
-        for mix in dict.fromkeys(mixes):
-            if mix:
-                chosen = torch.tensor([own == mix for own in mixes], device=y.device)
-                chosen = chosen.repeat_interleave(m).view(-1, *[1] * (y.ndim - 1))
-                y = torch.where(chosen, self._run(layer, mix, args, kwargs), y)
+        m = like.shape[0] // len(mixes)
+        y = like
+        for mix, own in found.items():
+            chosen = torch.tensor([mix == other for other in mixes], device=y.device)
+            chosen = chosen.repeat_interleave(m).view(-1, *[1] * (y.ndim - 1))
+            y = torch.where(chosen, own, y)
         return y
 
-    def weights(self, layer: nn.Module, mix: Mix) -> dict[str, Tensor]:
-        """{parameter: W + Σ c (W' − W)}."""
-        own = {n: p for n, p in layer.named_parameters() if not n.startswith("lorafold.")}
+    def _weights(self, mix: Mix) -> dict[str, Tensor]:
+        own = {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{CHILD}.")}
         found = {}
         for name, W in own.items():
             total = W.detach().float()
@@ -85,11 +101,14 @@ class SavedPatch(nn.Module):
             found[name] = total.to(W.dtype)
         return found
 
-    def _mix(self, mix: Mix) -> Mix:
-        return tuple((name, c) for name, c in mix if name in self.keys and c != 0)
+    def _mix(self, row: Row) -> Mix:
+        """What of a row runs here."""
+        if row.rank == 0:
+            return ()
+        return tuple((name, c) for name, c in row.mix if name in self.keys and c != 0)
 
-    def _run(self, layer: Any, mix: Mix, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, mix: Mix, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         first = self.copy_of(mix[0][0])
         if len(mix) == 1 and mix[0][1] == 1:
             return first(*args, **kwargs)
-        return functional_call(first, self.weights(layer, mix), args, dict(kwargs))
+        return functional_call(first, self._weights(mix), args, dict(kwargs))

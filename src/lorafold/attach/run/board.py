@@ -1,0 +1,108 @@
+"""What the sites of a model know of what runs, and what a site is.
+
+A site is the child that attaching gives to a module. It never sees the handle: what is chosen
+stands on the board that all sites of a model share, and what they notice is noted there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...layers.swap import swap_out
+from ...lowrank import LowRank
+from ..selection import Row, Selection
+
+
+class Board:
+    """What the sites of one model share; a copy begins stale.
+
+    Args:
+        handle: whose they are; sites don't look at it.
+        refresh: shows the layers anew what runs. summed: what a mix adds to the weight at a path.
+
+    Attributes:
+        running: what the layers run: without what is merged; None for nothing.
+        stale: what they are shown is no longer right: layers moved to another device, maybe.
+        ran: trained layers have run, with gradients, since somebody asked.
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        refresh: Callable[[], None],
+        summed: Callable[[str, Row], LowRank | None],
+    ) -> None:
+        self.handle, self.refresh, self.summed = handle, refresh, summed
+        self.running: Selection | None = None
+        self.stale = self.ran = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stale": True}
+
+    @property
+    def row(self) -> Row | None:
+        """The mix that runs for the whole batch; None for the base, or for rows."""
+        running = self.running
+        if running is None or not running.uniform or not running.on:
+            return None
+        return running.rows[0]
+
+    def show(self, running: Selection | None) -> None:
+        """This is what runs."""
+        self.running, self.stale = running, False
+
+    def moved(self) -> None:
+        """Layers may be elsewhere."""
+        self.stale = True
+
+    def note_run(self) -> None:
+        """Trained layers run, with gradients."""
+        self.ran = True
+
+    def have_run(self) -> bool:
+        """Whether trained layers have run since this was asked last."""
+        ran, self.ran = self.ran, False
+        return ran
+
+
+class Site(nn.Module, ABC):
+    """What is attached to one module, as its child.
+
+    Args:
+        board: that the sites of a model share. path: of the module. module: itself.
+
+    Attributes:
+        knows_rows: whether the rows of a batch can be told apart here.
+    """
+
+    knows_rows = True
+
+    def __init__(self, board: Board, path: str, module: nn.Module) -> None:
+        super().__init__()
+        self.board, self.path = board, path
+        self._held = (module,)  # in a tuple, or it would become a child of its own child
+
+    @property
+    def module(self) -> Any:
+        """The module that this is attached to."""
+        return self._held[0]
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether this holds something of an adapter; what is in slots is not asked for."""
+
+    @abstractmethod
+    def drop(self, name: str) -> None:
+        """Let go of what it holds of an adapter, if anything."""
+
+    @abstractmethod
+    def merged(self, row: Row) -> dict[str, Tensor]:
+        """{parameter of the module: W + Σ c ΔW} of the parameters that a mix changes."""
+
+    def leave(self) -> None:
+        """Give the module back as it was."""
+        swap_out(self.module)
