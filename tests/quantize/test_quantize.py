@@ -17,7 +17,7 @@ F = bnb.functional
 
 FOUR = [
     {},
-    {"kind": "fp4", "group_size": 128},
+    {"kind": "fp4", "group_size": 32},
     {"double_quant": True},
     {"group_size": 32, "compute_dtype": torch.bfloat16},
 ]

@@ -22,7 +22,6 @@ from ..errors import FileError, MismatchError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.save import peft_form, write_form
-from ..layers.kinds import weight_matrix
 from .run.factors import Fresh, Modulation
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ def _flat(live: Live, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
         for p, parts in found.items():
             if p in live.patches and "S" in parts:
                 # The directions' numbers are not in such a file: the nearest singular values'.
-                W = weight_matrix(live.layer(p), live.patches[p].kind)
+                W = live.patches[p].kind.matrix(live.layer(p), p)
                 spectrum = torch.linalg.svdvals(W)
                 distance = (parts["S"].to(spectrum)[:, None] - spectrum).abs()
                 parts["index"] = distance.argmin(1)

@@ -15,7 +15,6 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..errors import MismatchError, UnknownNameError
-from ..layers.kinds import is_transposed, layout_of
 from ..layers.swap import Swapped
 from ..layers.targets import matches, shown
 from ..words import did_you_mean
@@ -86,9 +85,10 @@ class Live(Core):
         whole = [path for path, saved in self.saved.items() if name in saved.keys]
         if whole:
             config["modules_to_save"] = whole
-        if any(is_transposed(self.layer(path)) for path in modules):
+        kinds = {path: self.patches[path].kind for path in modules}
+        if any(kind.linear and kind.transposed for kind in kinds.values()):
             config["fan_in_fan_out"] = True
-        layouts = {p: layout_of(self.layer(p), self.patches[p].kind) for p in modules}
+        layouts = {p: kind.layout(self.layer(p)) for p, kind in kinds.items()}
         return Adapter(modules, saved_extras(self, name), config, layouts=layouts)
 
     def summary(self) -> Summary:
@@ -367,8 +367,7 @@ class Live(Core):
             self.unmerge()
         for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
             site.leave()
-        for parameter, required in self._frozen or ():
-            parameter.requires_grad_(required)
+        self.board.frozen.thaw()
         self.slots.patches.clear()
         self.experts, self.saved = {}, {}
         self._sources, self._trained = {}, {}

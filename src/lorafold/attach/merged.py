@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError
-from ..layers.modes import outside_inference_mode
+from ..layers.modes import evaluating, outside_inference_mode
 from .selection import Row, Selection, parsed
 
 if TYPE_CHECKING:
@@ -43,10 +42,8 @@ def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
     if not keep:
         live._merged = None
         # The new weights require, once detached, what the old ones did.
-        required = {id(p): flag for p, flag in live._frozen or ()}
         for key, old in kept.items():
-            if id(old) in required and live._frozen is not None:
-                live._frozen.append((weights[key], required[id(old)]))
+            live.board.frozen.exchanged(old, weights[key])
         for name, value in row.mix:
             if value != 0:
                 live.remove(name)
@@ -92,11 +89,9 @@ def verified(live: Live, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fl
     if live.merged:
         raise MismatchError(f"{_listed(live.merged)} merged: unmerge() before verify()")
     row = row_to_merge(live, None, None, None)
-    modes = [(m, m.training) for m in live.model.modules()]
     before = live._selection
-    live.model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(live.model):
             live._show(Selection((row,)))
             attached = live.model(*args, **kwargs)
             merge_into(live, dict(row.mix), c=None, rank=row.rank, keep=True)
@@ -106,8 +101,6 @@ def verified(live: Live, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fl
                 unmerge_from(live)
     finally:
         live._show(before)
-        for module, training in modes:
-            module.training = training
     return _difference(attached, merged)
 
 

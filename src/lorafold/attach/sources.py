@@ -199,12 +199,8 @@ def _trained_factors(
 
 
 def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Source) -> None:
-    if live._frozen is None:
-        hidden = () if live._merged is None else live._merged[1].values()  # behind what is merged
-        there = [*live.model.parameters(), *(p for p in hidden if p is not None)]
-        live._frozen = [(p, p.requires_grad) for p in there]
-        for p, _ in live._frozen:
-            p.requires_grad_(False)
+    hidden = () if live._merged is None else live._merged[1].values()  # behind what is merged
+    live.board.frozen.freeze([*live.model.parameters(), *(p for p in hidden if p is not None)])
     taken = {s.key for s in live._sources.values()}
     source.key = next(k for i in range(len(taken) + 1) if (k := f"t{i}") not in taken)
     live._sources[name] = source

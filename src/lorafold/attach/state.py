@@ -57,7 +57,6 @@ class Core:
         self._scaling = scaling
         self._sources: dict[str, Source] = {}
         self._trained: dict[str, tuple[Tensor, Tensor]] = {}  # key → ranks (L,), scales (L,)
-        self._frozen: list[tuple[nn.Parameter, bool]] | None = None
         self._selection: Selection | None = None
         self._controls: dict[tuple[int, int], Controls] = {}
         self._controls_of = -1  # the version of the slots that they were made for

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..layers.kinds import num_weights
 from ..layers.storage import is_quantized
 from ..words import aligned
 
@@ -107,7 +106,7 @@ def summarized(live: Live) -> Summary:
         layers.append(
             LayerSummary(
                 path,
-                num_weights(layer, patch.kind),
+                patch.kind.size(layer),
                 sum(r * sum(patch.dims) for r, _ in updates.values()),
                 {n: r for n, (r, _) in updates.items()},
                 {n: r * scale for n, (r, scale) in updates.items()},

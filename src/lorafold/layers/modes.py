@@ -1,4 +1,4 @@
-"""Tensors that stay are made outside inference mode.
+"""The modes that torch runs in: evaluation for a while, and never inference mode.
 
 What `torch.inference_mode()` makes can't be written to outside of it, nor trained with. Whoever
 switches adapters inside it must find the handle usable afterwards.
@@ -7,13 +7,35 @@ switches adapters inside it must find the handle usable afterwards.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; each module has its mode back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """What a model gives for its argument, a tuple or list of them, or a mapping of keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
-from .kinds import Kind, kind_of
-from .swap import CHILD, Swapped
+from .kinds import LayerKind, kind_of
+from .swap import refuse_attached
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Place:
     """A layer that takes updates."""
 
     layer: nn.Module
-    kind: Kind
+    kind: LayerKind
     dims: tuple[int, int]
 
 
@@ -35,10 +35,7 @@ def place_at(model: nn.Module, path: str, known: Mapping[str, Any] | None = None
     layer = model.get_submodule(path) if path else model
     if known is not None and path in known:
         return Place(layer, known[path].kind, known[path].dims)
-    if isinstance(layer, Swapped):
-        raise RefusedError(f"module {path!r} is attached already: detach that first")
-    if CHILD in layer._modules:
-        raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
+    refuse_attached(layer, path)
     parent, _, _ = path.rpartition(".")
     if path and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         raise RefusedError(

@@ -28,7 +28,7 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time can't be found by name, so copies and pickles rebuild it.
-        return _bare, (type(self).__mro__[1], self._swapped), self.__getstate__()
+        return _empty, (type(self).__mro__[1], self._swapped), self.__getstate__()
 
 
 class Attached(Swapped):
@@ -39,7 +39,7 @@ class Attached(Swapped):
         return self.lorafold(self, y, *args, **kwargs)
 
 
-def _bare(mixin: type, base: type) -> Any:
+def _empty(mixin: type, base: type) -> Any:
     cls: Any = attached_class(mixin, base)
     return cls.__new__(cls)
 
@@ -61,13 +61,33 @@ def swap_in(layer: nn.Module, child: nn.Module, path: str, mixin: type[Swapped] 
     Raises:
         RefusedError: it is attached already, or has a module of that name.
     """
+    refuse_attached(layer, path)
+    layer.add_module(CHILD, child)
+    cls, base = mixin, type(layer)  # type: Any, Any
+    layer.__class__ = attached_class(cls, base)
+
+
+def refuse_attached(layer: nn.Module, path: str) -> None:
+    """Raise a `RefusedError` where a module can't get a child."""
     if isinstance(layer, Swapped):
         raise RefusedError(f"module {path!r} is attached already: detach that first")
     if CHILD in layer._modules:
         raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
-    layer.add_module(CHILD, child)
-    cls, base = mixin, type(layer)  # type: Any, Any
-    layer.__class__ = attached_class(cls, base)
+
+
+def base_class(layer: nn.Module) -> Any:
+    """The class of a module, without what attaching made of it."""
+    return layer._swapped if isinstance(layer, Swapped) else type(layer)
+
+
+def rebase(layer: Any, cls: Any) -> None:
+    """Give a module another class; what is attached to it stays."""
+    layer.__class__ = attached_class(type(layer).__mro__[1], cls) if is_attached(layer) else cls
+
+
+def is_attached(layer: nn.Module) -> bool:
+    """Whether something is attached to this module itself."""
+    return isinstance(layer, Swapped)
 
 
 def swap_out(layer: Any) -> None:

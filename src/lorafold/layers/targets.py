@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..errors import MismatchError
-from .kinds import is_layer, takes_update
+from .kinds import KINDS, is_linear
+from .swap import CHILD
 
 Target: TypeAlias = "str | re.Pattern[str]"
 ALL_LINEAR = "all-linear"
@@ -64,7 +65,7 @@ def found_layers(
     found: dict[str, nn.Module] = {}
     unmatched = list(targets)
     for path, module in model.named_modules():
-        if "lorafold" in path.split("."):
+        if CHILD in path.split("."):
             continue  # what is attached already
         hits = [t for t in targets if _hits(t, path, module)]
         unmatched = [t for t in unmatched if t not in hits]
@@ -72,7 +73,7 @@ def found_layers(
             found[path] = module
     if unmatched:
         names = ", ".join(map(shown, unmatched))
-        leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if takes_update(m)}
+        leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if is_linear(m)}
         raise MismatchError(
             f"targets {names} match no module; the linear layers are named "
             f"{', '.join(sorted(leaves)[:8])}"
@@ -84,9 +85,9 @@ def found_layers(
 
 def _hits(target: Target, path: str, module: nn.Module) -> bool:
     if target == ALL_LINEAR:
-        return takes_update(module)
+        return is_linear(module)
     # A pattern that is searched also meets the containers of what it means.
-    return matches(target, path) and (isinstance(target, str) or is_layer(module))
+    return matches(target, path) and (isinstance(target, str) or KINDS.find(module) is not None)
 
 
 def _excluded(exclude: Iterable[Target], path: str) -> bool:

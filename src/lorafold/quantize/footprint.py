@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.storage import is_quantized, stored
+from ..layers.modes import called, evaluating
+from ..layers.storage import storage_of
 from ..layers.swap import CHILD
 from ..words import aligned
 
-if TYPE_CHECKING:
-    from ..attach.live import Live
-
-
 PROBES = 64  # inputs that a layer's forward is measured with
+
+
+class HasModel(Protocol):
+    """A handle on a model, as `lf.attach` returns it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Footprint:
         """Bytes of the base as it is now and of the adapters."""
         return self.after + self.adapters
 
-    def with_adapters(self, live: Live) -> Footprint:
+    def with_adapters(self, live: HasModel) -> Footprint:
         """The same with what is attached by now: its factors, their starts, reserved slots."""
         return replace(self, adapters=adapter_bytes(live.model))
 
@@ -159,10 +165,11 @@ def _inside(path: str) -> bool:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     own = dict(module._parameters) | dict(module._buffers)
-    if is_quantized(module):
-        codes, rest, _ = stored(module)
+    storage = storage_of(module)
+    if storage.quantized:
+        parts = storage.parts(module)
         own["weight"] = None
-        yield from (codes, *rest)
+        yield from (parts.codes, *parts.rest)
     yield from (t for t in own.values() if t is not None)
 
 
@@ -176,7 +183,7 @@ def layer_footprint(path: str, W: Tensor, layer: nn.Module, dense: Tensor) -> La
     Args:
         W: as it was, (out, in). layer: the quantised one, without a bias. dense: its weight.
     """
-    codes, rest, scales = stored(layer)
+    parts = storage_of(layer).parts(layer)
     reference = W.detach().float()
     g = torch.Generator().manual_seed(0)
     x = torch.randn(PROBES, W.shape[1], generator=g).to(W.device, W.dtype)
@@ -186,9 +193,9 @@ def layer_footprint(path: str, W: Tensor, layer: nn.Module, dense: Tensor) -> La
         path,
         (W.shape[0], W.shape[1]),
         W.nbytes,
-        codes.nbytes,
-        sum(t.nbytes for t in rest),
-        scales.numel(),
+        parts.codes.nbytes,
+        sum(t.nbytes for t in parts.rest),
+        parts.scales.numel(),
         float(torch.linalg.vector_norm(reference)),
         relative(dense.float(), reference),
         relative(found, x.float() @ reference.T),
@@ -208,17 +215,8 @@ def output_of(model: nn.Module, inputs: Any) -> Tensor:
     Args:
         inputs: its argument, a tuple or list of them, or a mapping of keywords.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(inputs, Mapping):
-                found = model(**inputs)
-            else:
-                found = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        found = called(model, inputs)
     return next(t.clone() for t in _flat(found) if t.is_floating_point())
 
 

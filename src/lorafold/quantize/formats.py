@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +92,9 @@ def chosen(
     if group_size not in sizes or isinstance(group_size, bool | float):
         others = {k: FORMATS[k].sizes for k in kinds if group_size in FORMATS[k].sizes}
         also = f" (or kind={next(iter(others))!r})" if others else ""
-        shown = sorted(sizes, key=lambda size: (isinstance(size, str), size))
         raise MismatchError(
-            f"group_size must be {_listed(shown)} for kind {kind!r}{also}, found {group_size!r}"
+            f"group_size must be {_listed(_sorted(sizes))} for kind {kind!r}{also}, found "
+            f"{group_size!r}"
         )
     if bits == 8 and (double_quant or compute_dtype is not None):
         option = "double_quant" if double_quant else "compute_dtype"
@@ -178,15 +179,15 @@ def _weight_only(W: Tensor, choice: Choice) -> nn.Linear:
     ao: Any = importlib.import_module("torchao.quantization")
     size = choice.group_size
     groups = ao.PerRow() if size == ROW else ao.PerGroup(size)
-    layer = _bare(W)
+    layer = _empty_linear(W)
     layer.weight = nn.Parameter(W, requires_grad=False)
     ao.quantize_(layer, ao.Int8WeightOnlyConfig(granularity=groups))
-    built = _bare(W)  # without what it puts on the instance
+    built = _empty_linear(W)  # without what it puts on the instance
     built.weight = layer.weight
     return built
 
 
-def _bare(W: Tensor) -> nn.Linear:
+def _empty_linear(W: Tensor) -> nn.Linear:
     return nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
 
 
@@ -194,9 +195,21 @@ def fits(shape: tuple[int, int], choice: Choice) -> str | None:
     """Why a weight (out, in) can't be quantised so; None where it can."""
     size = choice.group_size
     if choice.format.package == "torchao" and isinstance(size, int) and shape[1] % size:
-        whole = [s for s in choice.format.sizes if s == ROW or shape[1] % int(s) == 0]
-        return f"its rows of {shape[1]} are no whole groups of {size}: group_size {_listed(whole)}"
+        sizes = whole_groups(shape[1], choice)
+        return f"its rows of {shape[1]} are no whole groups of {size}: {sizes}"
     return None if math.prod(shape) else "it is empty"
+
+
+def whole_groups(width: int, choice: Choice) -> str:
+    """What to do about rows of this width: the group sizes of the format that divide it."""
+    whole = [s for s in choice.format.sizes if s == ROW or width % int(s) == 0]
+    if not whole:
+        return "leave it out (exclude=), or take bits=8"
+    return f"group_size {_listed(_sorted(whole))}"
+
+
+def _sorted(sizes: Iterable[int | str]) -> list[int | str]:
+    return sorted(sizes, key=lambda size: (isinstance(size, str), size))
 
 
 def _listed(values: Any) -> str:

@@ -11,41 +11,24 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MismatchError, RefusedError
-from ..layers.kinds import is_transposed
+from ..layers.kinds import KINDS, LayerKind, is_linear
+from ..layers.misread import misread
 from ..layers.sites import place_at
-from ..layers.storage import float_dtype, is_quantized, is_torchao, stored, weight_of
-from ..layers.swap import CHILD, Swapped, attached_class
+from ..layers.storage import Origin, is_quantized, storage_of, weight_of
+from ..layers.swap import CHILD, is_attached, rebase
 from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
 from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
-from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear
+from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear, whole_groups
 
 _ORIGIN = "quantized_from"  # where a layer keeps what it was
 _INTERNAL = frozenset(vars(nn.Module()))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a layer was before it was quantised.
-
-    Args:
-        cls: its class. dtype: of its weight. requires_grad: of its weight.
-        bias: as it was, where it had to be converted.
-        names: attributes, and hooks: ids of load hooks, that quantising added.
-    """
-
-    cls: type
-    dtype: torch.dtype
-    requires_grad: bool = False
-    bias: nn.Parameter | None = None
-    names: frozenset[str] = frozenset()
-    hooks: frozenset[int] = frozenset()
 
 
 def quantize_base(
@@ -93,7 +76,7 @@ def quantize_base(
     """
     choice = chosen(bits, kind, group_size, double_quant, compute_dtype)
     package_of(choice)
-    if any(isinstance(module, Swapped) for module in model.modules()):
+    if any(is_attached(module) for module in model.modules()):
         raise RefusedError(
             "adapters are attached to this model: quantise first and attach then (live.detach(), "
             "lf.quantize_base, lf.attach)"
@@ -140,11 +123,14 @@ def dequantize(x: nn.Module) -> nn.Module:
     if not found:
         raise MismatchError("nothing here is quantised")
     for path, layer in found.items():
-        if not isinstance(layer, nn.Linear):
+        if not is_linear(layer):
             raise RefusedError(f"module {path!r} is a {type(layer).__name__}, not a linear layer")
         weight_of(layer, path)
+    site: Any = next((m.lorafold for m in x.modules() if is_attached(m)), None)
     for layer in found.values():
-        _restore(layer, vars(layer).get(_ORIGIN) or _foreign(x, layer))
+        old, new = _restore(layer, vars(layer).get(_ORIGIN) or _foreign(x, layer))
+        if site is not None:  # an adapter may train: the base must not
+            site.weight_exchanged(old, new)
     return x
 
 
@@ -172,8 +158,7 @@ def _check(
             f"module {path!r} is quantised already: lf.dequantize it first, or leave it out "
             "(exclude=)"
         )
-    plain = type(layer).forward is nn.Linear.forward and "weight" in layer._parameters
-    if not plain and not is_transposed(layer):
+    if not place.kind.plain(layer) or "weight" not in layer._parameters:
         raise RefusedError(
             f"module {path!r} is a {type(layer).__name__}, which is no plain linear layer: leave "
             "it out (exclude=)"
@@ -206,10 +191,20 @@ def _check(
 
 
 def _quantized(path: str, layer: Any, choice: Choice) -> tuple[nn.Linear, LayerFootprint]:
-    """The layer that another one becomes, and what that does to its weight."""
-    W: Tensor = layer.weight.detach()
-    W = W.T.contiguous() if is_transposed(layer) else W
+    """The layer that another one becomes, and what that does to its weight.
+
+    Raises:
+        MismatchError: on this processor, it would compute with another weight.
+    """
+    W = _kind(layer).turned(layer.weight.detach()).contiguous()
     new = quantized_linear(W, choice)
+    wrong = misread(new)
+    if wrong:
+        raise MismatchError(
+            f"module {path!r} can't be quantised: its rows of {W.shape[1]} are no whole groups of "
+            f"{choice.group_size}, and with these bitsandbytes computes wrongly on this processor "
+            f"({wrong:.0%} off): {whole_groups(W.shape[1], choice)}"
+        )
     dense = weight_of(new, path)
     probe = copy.deepcopy(new).eval()  # a first forward leaves traces on an 8-bit layer
     return new, layer_footprint(path, W, probe, dense)
@@ -227,7 +222,7 @@ def _footprint(
         choice.group_size,
         choice.double_quant,
         getattr(first, "compute_dtype", None),
-        stored(first)[2].dtype,
+        storage_of(first).parts(first).scales.dtype,
     )
 
 
@@ -253,45 +248,32 @@ def _become(layer: Any, new: Any) -> None:
     layer.__class__ = type(new)
 
 
-def _restore(layer: Any, origin: Origin) -> None:
-    """Make a quantised layer what it was, with the weight that it has."""
-    W = weight_of(layer).to(origin.dtype)
-    attached = isinstance(layer, Swapped)
-    cls: Any = attached_class(type(layer).__mro__[1], origin.cls) if attached else origin.cls
+def _kind(layer: Any) -> LayerKind:
+    kind = KINDS.find(layer)
+    assert kind is not None  # it was found linear
+    return kind
+
+
+def _restore(layer: Any, origin: Origin) -> tuple[nn.Parameter, nn.Parameter]:
+    """Make a quantised layer what it was, with the weight that it has; the old one and the new."""
+    W = _kind(layer).turned(weight_of(layer)).to(origin.dtype)
     for name in origin.names:
         vars(layer).pop(name, None)
     for key in origin.hooks:
         layer._load_state_dict_pre_hooks.pop(key, None)
     vars(layer).pop(_ORIGIN, None)
-    layer.__class__ = cls
-    W = W.T if is_transposed(layer) else W
-    old, weight = layer._parameters["weight"], nn.Parameter(W.contiguous(), origin.requires_grad)
-    if attached and layer.lorafold.board.handle._frozen is not None:  # the base must not train
-        frozen = layer.lorafold.board.handle._frozen
-        frozen[:] = [(p, flag) for p, flag in frozen if p is not old]
-        frozen.append((weight, origin.requires_grad))
-        weight.requires_grad_(False)
+    rebase(layer, origin.cls)
+    W = _kind(layer).turned(W).contiguous()
+    old, weight = layer._parameters["weight"], nn.Parameter(W, origin.requires_grad)
     layer._parameters["weight"] = weight
     if origin.bias is not None:
         layer._parameters["bias"] = origin.bias
+    return old, weight
 
 
 def _foreign(model: nn.Module, layer: Any) -> Origin:
-    """The same of a layer that something else has quantised."""
+    """What a layer was that something else has quantised."""
+    origin = storage_of(layer).origin(layer)
     others = (p for _, m in _base_modules(model) for p in m._parameters.values() if p is not None)
-    dtype = float_dtype(layer) or next((p.dtype for p in others if p.dtype in FLOATS), None)
-    origin = Origin(nn.Linear, dtype or torch.float32)
-    if is_torchao(layer.weight):
-        return replace(origin, names=frozenset({"extra_repr"}))
-    theirs = [c for c in type(layer).__mro__ if c.__module__.startswith("bitsandbytes")]
-    if not theirs:
-        return origin
-    cls: Any = theirs[-1]
-    fresh, plain = cls(1, 1, bias=False, device="meta"), nn.Linear(1, 1, device="meta")
-    of_fresh = {getattr(h, "hook", h) for h in fresh._load_state_dict_pre_hooks.values()}
-    hooks = layer._load_state_dict_pre_hooks.items()
-    return replace(
-        origin,
-        names=frozenset(vars(fresh)) - frozenset(vars(plain)),
-        hooks=frozenset(key for key, h in hooks if getattr(h, "hook", h) in of_fresh),
-    )
+    dtype = origin.dtype or next((p.dtype for p in others if p.dtype in FLOATS), torch.float32)
+    return replace(origin, dtype=dtype)

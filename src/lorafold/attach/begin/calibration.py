@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MismatchError
-from ...layers.kinds import CONV, EMBEDDING, kind_of, weight_matrix
+from ...layers.kinds import kind_of
+from ...layers.modes import called, evaluating
 from ...layers.swap import input_of
 from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
 
@@ -120,9 +121,9 @@ def calibrate(
     sides = {}
     for path, layer in found.items():
         kind = kind_of(layer, path)
-        if kind is EMBEDDING or kind is CONV:
+        if not kind.linear:
             raise MismatchError(f"module {path!r} is no linear layer: calibrate takes those only")
-        sides[path] = torch.linalg.svd(weight_matrix(layer, kind), full_matrices=False)[2]
+        sides[path] = torch.linalg.svd(kind.matrix(layer, path), full_matrices=False)[2]
     sets = [_run(model, found, sides, batches)]
     if rejected is not None:
         sets.append(_run(model, found, sides, rejected))
@@ -147,22 +148,13 @@ def _run(
         layer.register_forward_pre_hook(hook_of(path), with_kwargs=True)
         for path, layer in layers.items()
     ]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, list | tuple):
-                    model(*batch)
-                else:
-                    model(batch)
+                called(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     silent = [path for path, s in sums.items() if s.n < 2]
     if silent:
         raise MismatchError(f"no batch reached module {silent[0]!r}: there is nothing to measure")

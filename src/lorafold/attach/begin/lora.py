@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import MismatchError
-from ...layers.kinds import Kind, weight_matrix
+from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
 from ..run.factors import Factors
 from ..specs import LoRA
 
 
 def fresh_factors(
-    spec: LoRA, path: str, layer: nn.Module, kind: Kind, generator: torch.Generator
+    spec: LoRA, path: str, layer: nn.Module, kind: LayerKind, generator: torch.Generator
 ) -> Factors:
     """The factors that a specification means at one layer.
 
@@ -38,7 +38,7 @@ def fresh_factors(
     device = device_of(layer)
     start = None
     if spec.init.startswith("pissa"):
-        U, S, Vh = leading_directions(weight_matrix(layer, kind), r, spec.niter, generator)
+        U, S, Vh = leading_directions(kind.matrix(layer, path), r, spec.niter, generator)
         root = (S / scale).sqrt()
         A, B = root[:, None] * Vh, U * root
         # In one layout, so that the products of start and factors cancel to the bit at first.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MismatchError
-from ...layers.kinds import Kind, weight_matrix
+from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
 from ..run.factors import Modulation
 from ..specs import PiSSA
@@ -26,7 +26,7 @@ def fresh_modulation(
     spec: PiSSA,
     path: str,
     layer: nn.Module,
-    kind: Kind,
+    kind: LayerKind,
     generator: torch.Generator,
     used: Iterable[int] = (),
 ) -> Modulation:
@@ -38,7 +38,7 @@ def fresh_modulation(
     Raises:
         MismatchError: a calibration that is missing or does not fit, or no direction is left.
     """
-    W = weight_matrix(layer, kind)
+    W = kind.matrix(layer, path)
     taken = sorted(set(used))
     select = spec.select or ("min_std" if _has_two(spec.calibration, path) else "s_only")
     if select != "s_only" and spec.calibration is None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.kinds import LINEAR, Kind, of_rows
+from ...layers.kinds import LINEAR, LayerKind, of_rows
 from ...lowrank import LowRank
 from .grouping import Grouping
 
@@ -38,7 +38,7 @@ class Bank(nn.Module):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: LayerKind,
         dims: tuple[int, int],
         slots: int,
         rank: int,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...layers.frozen import FrozenBase
 from ...layers.swap import swap_out
 from ...lowrank import LowRank
 from ..selection import Row, Selection
@@ -27,6 +28,7 @@ class Board:
     Attributes:
         running: what the layers run: without what is merged; None for nothing.
         stale: what they are shown is no longer right: layers moved to another device, maybe.
+        frozen: the base's parameters, while adapters train.
         ran: trained layers have run, with gradients, since somebody asked.
     """
 
@@ -39,6 +41,7 @@ class Board:
         self.handle, self.refresh, self.summed = handle, refresh, summed
         self.running: Selection | None = None
         self.stale = self.ran = False
+        self.frozen = FrozenBase()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stale": True}
@@ -102,6 +105,10 @@ class Site(nn.Module, ABC):
     @abstractmethod
     def merged(self, row: Row) -> dict[str, Tensor]:
         """{parameter of the module: W + Σ c ΔW} of the parameters that a mix changes."""
+
+    def weight_exchanged(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """A parameter of the base has taken the place of another."""
+        self.board.frozen.exchanged(old, new)
 
     def leave(self) -> None:
         """Give the module back as it was."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.kinds import Kind
+from ...layers.kinds import LayerKind
 from ...lowrank import LowRank
 
 
@@ -24,7 +24,7 @@ class Fresh(nn.Module):
         rank: how many rows. scale: of the product.
     """
 
-    def __init__(self, kind: Kind, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, kind: LayerKind, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.kind, self.rank, self.scale, self.dropout = kind, rank, scale, dropout
 
@@ -77,7 +77,7 @@ class Fresh(nn.Module):
         return x
 
 
-def _times(h: Tensor, g: Tensor | float, kind: Kind) -> Tensor:
+def _times(h: Tensor, g: Tensor | float, kind: LayerKind) -> Tensor:
     """h times a number, or a number a rank, in h's dtype."""
     if isinstance(g, Tensor):
         channel = kind.channel % h.ndim
@@ -97,7 +97,7 @@ class Factors(Fresh):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: LayerKind,
         A: Tensor,
         B: Tensor,
         scale: float,
@@ -136,7 +136,7 @@ class Modulation(Fresh):
     index: Tensor
 
     def __init__(
-        self, kind: Kind, U: Tensor, S: Tensor, Vh: Tensor, delta_s: Tensor, index: Tensor
+        self, kind: LayerKind, U: Tensor, S: Tensor, Vh: Tensor, delta_s: Tensor, index: Tensor
     ) -> None:
         super().__init__(kind, len(S), 1.0)
         self.directions, self.select = len(S), "s_only"
@@ -161,7 +161,7 @@ class Kept(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(self, kind: Kind, updates: list[LowRank], device: Any) -> None:
+    def __init__(self, kind: LayerKind, updates: list[LowRank], device: Any) -> None:
         super().__init__()
         self.kind = kind
         dtype = updates[0].B.dtype

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MismatchError, RefusedError
-from ...layers.kinds import is_transposed, layout_of
 from ...layers.sites import Place
 from ...layers.storage import is_quantized
 from ...layers.swap import device_of, input_of
@@ -79,8 +78,8 @@ class Patch(Site):
                 "it by a float layer first (lf.dequantize), or keep the adapter attached"
             )
         W: Tensor = layer.weight.detach()
-        layout, key = layout_of(layer, self.kind), f"{self.path}.weight"
-        return {"weight": added(W, u.to(W.device), layout, is_transposed(layer), key)}
+        layout, key = self.kind.layout(layer), f"{self.path}.weight"
+        return {"weight": added(W, u.to(W.device), layout, self.kind.transposed, key)}
 
     def keep(self, updates: list[Any]) -> None:
         """Run updates, each with its coefficient, in the background; none for no background."""
@@ -131,7 +130,7 @@ class Patch(Site):
         by = None if _is_recorded(y) else controls.grouped(y.device)
         for group, w in now.w.items():
             bank: Any = self.banks[group]
-            if by is None or not bank.kind.plain:
+            if by is None or not bank.kind.linear:
                 out = bank.rows(layer, out, x, now.ids, w)
             else:
                 out = bank.grouped(out, x, by, by.w[group][self.index])

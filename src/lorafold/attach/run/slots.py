@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...errors import MismatchError, RefusedError
-from ...layers.kinds import CONV1D, LINEAR
 from ...lowrank import LowRank
 from .bank import Bank, SharedBank, Table
 from .patch import Patch
@@ -171,7 +170,7 @@ class Slots:
             patch.banks[group] = Bank(
                 patch.kind, patch.dims, self.capacity, width, device=patch.device, dtype=self.dtype
             )
-        elif patch.kind is not LINEAR and patch.kind is not CONV1D:
+        elif not patch.kind.linear:
             raise RefusedError(
                 f"module {patch.path!r} of the library shares its sides, which only linear "
                 "layers run: fold it with form='svd', or attach library[name]"

@@ -1,0 +1,47 @@
+"""Tables of records, asked from the newest on: what a new one claims, the older ones don't get."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Protocol, TypeVar
+
+
+class Record(Protocol):
+    """What a table holds."""
+
+    @property
+    def name(self) -> str:
+        """By which copies and pickles find it again."""
+        ...
+
+    @property
+    def mine(self) -> Any:
+        """Whether a layer is of this record."""
+        ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Table(Generic[R]):
+    """Records by name, in the order in which they are asked."""
+
+    def __init__(self, *records: R) -> None:
+        self._records = {record.name: record for record in records}
+
+    def register(self, record: R) -> R:
+        """Add a record, before all others; one of the same name is replaced."""
+        others = {name: old for name, old in self._records.items() if name != record.name}
+        self._records = {record.name: record, **others}
+        return record
+
+    def remove(self, name: str) -> None:
+        """Take a record out."""
+        del self._records[name]
+
+    def find(self, layer: Any) -> R | None:
+        """The first record that claims a layer."""
+        return next((r for r in self._records.values() if r.mine(layer)), None)
+
+    def named(self, name: str) -> R:
+        """A record by its name."""
+        return self._records[name]
