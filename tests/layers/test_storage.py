@@ -1,9 +1,12 @@
 """A quantised base: what it stores and loses, what attaches to it, and the way back.
 
-The reference is bitsandbytes' functional interface, applied to each weight by itself.
+The reference is what bitsandbytes stores of each weight, codes and scales, multiplied out by hand.
 """
 
 import copy
+import re
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 import lorafold as lf
-from lorafold.errors import RefusedError
+from lorafold.errors import MismatchError, RefusedError
+from lorafold.layers import misread, storage
 
 bnb = pytest.importorskip("bitsandbytes")
 F = bnb.functional
@@ -49,8 +53,20 @@ def reference(W, options):
         compress_statistics=options.get("double_quant", False),
         quant_type=options.get("kind", "nf4"),
     )
-    state.dtype = torch.float32
-    return F.dequantize_4bit(codes, state)
+    return codes_times_scales(codes, state)
+
+
+def codes_times_scales(codes, state):
+    """By numbers, one group after the other."""
+    scales = state.absmax
+    if state.nested:
+        inner = state.state2
+        grouped = zip(scales.split(256), inner.absmax, strict=True)
+        scales = torch.cat([inner.code[c.long()] * s for c, s in grouped]) + state.offset
+    pairs = [(int(b) >> 4, int(b) & 15) for b in codes.flatten()]
+    numbers = state.code[torch.tensor(pairs).flatten()[: state.shape.numel()]]
+    groups = zip(numbers.split(state.blocksize), scales, strict=True)
+    return torch.cat([g * s for g, s in groups]).reshape(state.shape)
 
 
 def linears(model):
@@ -98,19 +114,19 @@ def test_weights_and_outputs_are_those_of_the_reference(wide, x, options):
 
 
 def test_bytes_by_hand():
-    model = nn.Sequential(nn.Embedding(10, 32), nn.Linear(32, 64), nn.LayerNorm(64))
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 32), nn.LayerNorm(32))
     report = lf.quantize_base(model)
     (layer,) = report.layers
-    assert (layer.path, layer.shape, layer.before) == ("1", (64, 32), 4 * 64 * 32)
+    assert (layer.path, layer.shape, layer.before) == ("1", (32, 64), 4 * 64 * 32)
     assert (layer.codes, layer.groups) == (64 * 32 // 2, 32)
     assert layer.scales == 4 * 32 + 4 * 16  # a scale for each group, and the table of 16 levels
-    rest = 4 * (10 * 32 + 64 + 2 * 64)
+    rest = 4 * (10 * 64 + 32 + 2 * 32)
     assert report.before == layer.before + rest
     assert report.after == layer.codes + layer.scales + rest
     assert report.total == report.after
     assert report.ratio == 8192 / (1024 + 192)
     text = str(report)
-    assert " 64×32   8,192  1,024     192   6.74 " in text
+    assert " 32×64   8,192  1,024     192   6.74 " in text
     assert "nf4, 4 bits, one scale for 64 weights: 32 scales in float32" in text
     assert f"model {report.before:,} → {report.after:,} bytes" in text
 
@@ -306,12 +322,15 @@ def test_pissa_begins_with_the_dequantised_weight(wide, x, options):
     for path, factors in live.trained_modules("default").items():
         U, S, Vh = torch.linalg.svd(expected.get_submodule(path).weight.double())
         wanted = (U[:, :4] * S[:4]) @ Vh[:4]
-        torch.testing.assert_close((factors.B @ factors.A).double(), wanted, rtol=0, atol=1e-5)
+        # Wedin: directions move by the error of the matrix over the gap to those left out.
+        rounding = 8 * torch.finfo(torch.float32).eps * S[0]
+        off = torch.linalg.matrix_norm((factors.B @ factors.A).double() - wanted, 2)
+        assert off < rounding * (2 + 2 * S[0] / (S[3] - S[4]))
     live.detach()
     live = lf.attach(wide, lf.PiSSA(rank=4, std=0.1, seed=0))
     for path, module in live.trained_modules("default").items():
         S = torch.linalg.svdvals(expected.get_submodule(path).weight)
-        torch.testing.assert_close(module.S, S[:4], rtol=0, atol=1e-5)
+        torch.testing.assert_close(module.S, S[:4], rtol=1e-5, atol=0)
     with live.use("default", c=0):
         assert torch.equal(wide(x), plain)
     assert not torch.allclose(wide(x), plain, atol=1e-3)
@@ -432,13 +451,134 @@ def test_the_base_as_transformers_quantises_it(bits):
     lf.quantize_base(mine, bits)
     tokens = torch.arange(32)[None]
     adapter = lf.load(data_dir() / "adapters" / "roman")
-    outputs = []
+    outputs, errors = [], []
     for model in (theirs, mine):
         live = lf.attach(model, adapter)
-        with torch.no_grad(), live.use("default"):
+        with torch.no_grad():
+            bare = model(tokens).logits
+            live.use("default")
             outputs.append(model(tokens).logits)
             lf.dequantize(model)
             live.merge()
-            off = (model(tokens).logits - outputs[-1]).norm() / outputs[-1].norm()
-        assert off < (1e-5 if bits == 4 else 0.03)  # in 8 bits the inputs were rounded as well
-    assert torch.equal(*outputs)
+            off = relative(outputs[-1], model(tokens).logits)
+            live.unmerge()
+            live.use(None)
+            # What the kernel itself loses to products of the same weights in float32: in 8 bits it
+            # rounds its inputs; in 4 bits, where a processor has AVX512-BF16, all to bfloat16.
+            errors.append(relative(bare, model(tokens).logits))
+        assert off < 3 * errors[-1] + 1e-5
+    assert errors[1] < 0.03 if bits == 8 else errors[1] < 1e-5
+    assert relative(*outputs) < 3 * sum(errors) + 1e-5
+
+
+def relative(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_is_added_to_what_the_kernel_gives(make_update, dtype):
+    # In evaluation, in whatever precision the kernel computes.
+    layer = bnb.nn.LinearNF4(64, 32, compute_dtype=dtype)
+    layer.load_state_dict({"weight": torch.randn(32, 64), "bias": torch.randn(32)})
+    layer.to("cpu").eval()
+    u = make_update(32, 64, 4, scale=2.0)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        bare = layer(x)
+        live = lf.attach(layer, lf.Adapter({"": u}))
+        with live.use("default", c=-0.5):
+            change = layer(x).double() - bare.double()
+    wanted = -0.5 * 2.0 * (x.double() @ u.A.T.double() @ u.B.T.double())
+    torch.testing.assert_close(change, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Rows that are no whole number of groups
+
+RAGGED = [((8, 96), 64), ((192, 96), 128), ((7, 100), 64), ((64, 64), 256), ((5, 33), 32)]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("shape", "size"), RAGGED)
+def test_rows_that_groups_do_not_divide_are_right_or_refused(
+    shape, size, kind, double_quant, fingerprint
+):
+    layer = nn.Linear(*shape[::-1])
+    with torch.no_grad():  # rows of unequal size, so that another row's scale is far off
+        layer.weight.copy_(torch.randn(shape) * torch.logspace(-1, 1, shape[0])[:, None])
+    options = {"kind": kind, "group_size": size, "double_quant": double_quant}
+    W, before = layer.weight.detach().clone(), fingerprint(layer)
+    codes, state = F.quantize_4bit(W, blocksize=size, quant_type=kind)
+    wrong = relative(F.dequantize_4bit(codes, state), codes_times_scales(codes, state))
+    if wrong > 1e-3:  # this processor's kernel is at fault
+        with pytest.raises(MismatchError, match=r"module '' can't be quantised: .* whole groups"):
+            lf.quantize_base(layer, **options)
+        assert fingerprint(layer) == before
+        return
+    stored = reference(W, options)
+    report = lf.quantize_base(layer, **options)
+    assert report.weight_error < 0.2
+    x = torch.randn(6, shape[1])
+    with torch.no_grad():
+        assert relative(layer(x), x @ stored.T + layer.bias) < 1e-5
+    assert torch.equal(lf.dequantize(layer).weight, stored)
+
+
+def lying(layer):
+    """A kernel that takes the scales of other rows."""
+    return storage.BNB4.kernel(layer).roll(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("width", "remedy"), [(96, "group_size 32$"), (72, "leave it out.*bits=8")]
+)
+def test_a_kernel_that_reads_something_else_is_refused(width, remedy, fingerprint):
+    model = nn.Sequential(nn.Linear(64, width), nn.Linear(width, 16))
+    before = fingerprint(model)
+    with storage.STORAGES.including(replace(storage.BNB4, kernel=lying)):
+        with pytest.raises(MismatchError, match=r"module '0' can't be quantised: its rows of 64"):
+            lf.quantize_base(model, group_size=128)
+        with pytest.raises(MismatchError, match=rf"module '1' .*: its rows of {width}.*{remedy}"):
+            lf.quantize_base(model, targets="1")
+    assert fingerprint(model) == before
+
+
+def by_others(width, size, double_quant=False):
+    layer = bnb.nn.Linear4bit(width, 64, quant_type="nf4", compress_statistics=double_quant)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, width) * torch.logspace(-1, 1, 64)[:, None])
+    layer.weight.blocksize = size
+    layer.to("cpu")
+    state = layer.weight.quant_state
+    wrong = F.dequantize_4bit(layer.weight.data, state)
+    return layer, relative(wrong, codes_times_scales(layer.weight.data, state))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_attach_warns_of_a_base_that_others_quantised_in_such_groups(double_quant):
+    layer, wrong = by_others(96, 128, double_quant)
+    model = nn.Sequential(layer, by_others(64, 64)[0])
+    stored = codes_times_scales(layer.weight.data, layer.weight.quant_state)
+    if wrong > 1e-3:
+        with pytest.warns(UserWarning, match=rf"module '0' computes with .*{wrong:.0%} off"):
+            live = lf.attach(model, lf.LoRA(rank=2, targets="0"))
+    else:
+        live = lf.attach(model, lf.LoRA(rank=2, targets="0"))  # warnings are errors
+    lf.dequantize(live.detach())
+    assert torch.equal(model[0].weight, stored)  # what is stored is whole
+
+
+def test_a_state_that_the_kernel_does_not_read_is_noticed():
+    # The kernels have the levels of nf4 in them: with others in its state, a weight is misread.
+    layer, wrong = by_others(96, 32)
+    assert wrong == misread.misread(layer) == 0
+    layer.weight.quant_state.code = -layer.weight.quant_state.code
+    assert misread.misread(layer) == pytest.approx(2, abs=1e-3)
+    with warnings.catch_warnings():  # rows of whole groups are not looked at
+        warnings.simplefilter("error")
+        lf.attach(layer, lf.LoRA(rank=2, targets=re.compile("^$"))).detach()
+    layer, _ = by_others(96, 64)
+    layer.weight.quant_state.code = -layer.weight.quant_state.code
+    with pytest.warns(UserWarning, match=r"computes with another weight .*lf\.dequantize") as found:
+        lf.attach(layer, lf.LoRA(rank=2, targets=re.compile("^$"))).detach()
+    assert found[0].filename == __file__

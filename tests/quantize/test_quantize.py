@@ -216,7 +216,7 @@ def test_conv1d_of_transformers():
             r"group_size must be 'row' for kind 'int8' \(or kind='int8_weight_only'\), found 64",
         ),
         ({**GROUPS, "group_size": 48}, "32, 64, 128, 256 or 'row'"),
-        ({**GROUPS, "group_size": 256}, "rows of 64 are no whole groups.*64, 32 or 'row'"),
+        ({**GROUPS, "group_size": 256}, "rows of 64 are no whole groups.*32, 64 or 'row'"),
         ({"bits": 8, "double_quant": True}, "double_quant= is for 4 bits only"),
         ({"bits": 8, "compute_dtype": torch.float16}, "compute_dtype= is for 4 bits only"),
         ({"compute_dtype": torch.int8}, "compute_dtype must be 'float32', 'bfloat16' or 'float16'"),

@@ -12,6 +12,7 @@ from ..adapter import Adapter
 from ..collection.limits import memory_bytes
 from ..errors import MismatchError, RefusedError
 from ..fold import Library
+from ..layers.misread import warn_of_misread
 from ..layers.modes import outside_inference_mode
 from ..layers.swap import Swapped
 from .additions import _add_all, _named, _patch, _widest, library_places
@@ -74,6 +75,7 @@ def attach(
         wrapped: Any = model
         model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
     _check(model, slots, max_rank, rank_scaling)
+    warn_of_misread(model)
     if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
         raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype}")
     if isinstance(x, Library):

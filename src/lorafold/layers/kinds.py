@@ -78,7 +78,7 @@ def _not_plain(layer: Any) -> bool:
 class LayerKind:
     """How one kind of layer is updated.
 
-    A new kind is one record, given to `register`. What is not given is as for a linear layer.
+    A new kind is one record, given to `KINDS.register`. What is not given is as for a linear layer.
 
     Args:
         name: its own among the kinds.
@@ -107,9 +107,9 @@ class LayerKind:
         ...     mine=lambda layer: type(layer).__name__ == "ScaledLinear",
         ...     dims=lambda layer: tuple(layer.weight.shape),
         ... )
-        >>> kinds.KINDS.register(kind) is kind
+        >>> with kinds.KINDS.including(kind):  # KINDS.register(kind), for good
+        ...     kinds.KINDS.named("scaled linear") is kind
         True
-        >>> kinds.KINDS.remove("scaled linear")
     """
 
     name: str

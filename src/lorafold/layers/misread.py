@@ -34,7 +34,7 @@ def misread(layer: Any) -> float:
     return wrong / norm if wrong > ROUNDING * norm else 0.0
 
 
-def warn_of_misread(model: nn.Module, stacklevel: int = 2) -> None:
+def warn_of_misread(model: nn.Module) -> None:
     """Warn of the layers of a model that compute with another weight than they store."""
     found = {}
     for path, layer in model.named_modules():
@@ -52,7 +52,7 @@ def warn_of_misread(model: nn.Module, stacklevel: int = 2) -> None:
             "groups. lf.dequantize(model) gives the stored weights as floats; lf.quantize_base "
             "takes other groups (group_size=)",
             UserWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=5,  # whoever called lf.attach
         )
 
 

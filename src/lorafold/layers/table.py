@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 
@@ -34,9 +36,14 @@ class Table(Generic[R]):
         self._records = {record.name: record, **others}
         return record
 
-    def remove(self, name: str) -> None:
-        """Take a record out."""
-        del self._records[name]
+    @contextmanager
+    def including(self, record: R) -> Iterator[R]:
+        """The same for as long as the context lasts."""
+        before = self._records
+        try:
+            yield self.register(record)
+        finally:
+            self._records = before
 
     def find(self, layer: Any) -> R | None:
         """The first record that claims a layer."""
