@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -34,3 +36,11 @@ def did_you_mean(name: str, known: object) -> str:
         return "there are no names at all"
     shown = ", ".join(repr(n) for n in sorted(names)[:5])
     return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"
+
+
+def warn(text: str) -> None:
+    """Warn at the line outside of lorafold that led here, however many calls lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lorafold"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)

@@ -7,12 +7,12 @@ compared with codes × scales, worked out here.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..words import warn
 from .storage import storage_of
 from .swap import CHILD
 
@@ -46,13 +46,11 @@ def warn_of_misread(model: nn.Module) -> None:
     if found:
         first, error = next(iter(found.items()))
         others = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        warnings.warn(
+        warn(
             f"module {first!r}{others} computes with another weight than it stores, {error:.0%} "
             "off: on this processor, bitsandbytes reads 4-bit rows wrongly that are no whole "
             "groups. lf.dequantize(model) gives the stored weights as floats; lf.quantize_base "
-            "takes other groups (group_size=)",
-            UserWarning,
-            stacklevel=5,  # whoever called lf.attach
+            "takes other groups (group_size=)"
         )
 
 
