@@ -19,11 +19,12 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import FileError
+from .replacing import Kind, check_apart, check_replaceable, is_free, keep_others
 
 fcntl: ModuleType | None
 try:
@@ -42,48 +43,60 @@ _swept: set[Path] = set()  # folders already cleared of what killed writers left
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(
+    path: str | os.PathLike[str],
+    kind: Kind,
+    *,
+    sources: Iterable[str | os.PathLike[str] | None] = (),
+    overwrite: bool = False,
+) -> Iterator[Path]:
     """A fresh directory to fill, which takes the name `path` when the block ends well.
 
     On normal exit every file in it is flushed to the disk and the directory renamed into place; on
     an exception it is removed and whatever is at `path` stays untouched. Missing parents are
     created. A symbolic link at `path` is followed: what it points to is replaced, not the link.
 
+    An empty directory counts as nothing. Of what is replaced, only the files go that are of the
+    kind's own; the others stay.
+
     Args:
         path: the directory to appear.
-        overwrite: replace a file or directory that is there (all of it).
+        kind: what is written.
+        sources: files and folders that it is made from: the directory is, holds and lies in none.
+        overwrite: replace a directory of this kind that is there.
 
     Returns:
         A context manager giving the staging directory, an empty sibling of `path`.
 
     Raises:
-        FileError: something is there and `overwrite` is False, or it is (or holds) the current
-            directory; before the block is entered, except for what appeared meanwhile.
+        FileError: something is there and `overwrite` is False, it is not of this kind, it is (or
+            holds) the current directory, or one of the sources is in the way; before the block is
+            entered, except for what appeared meanwhile.
 
     Example:
         >>> import tempfile
+        >>> from lorafold.files.save import ADAPTER
         >>> folder = Path(tempfile.mkdtemp())
-        >>> with new_directory(folder / "out") as staging:
+        >>> with new_directory(folder / "out", ADAPTER) as staging:
         ...     _ = (staging / "a.txt").write_text("whole")
         >>> (folder / "out" / "a.txt").read_text()
         'whole'
     """
     target = _resolved(path)
-    if os.path.lexists(target):
-        if not overwrite:
-            raise FileError(f"{path} exists already; give overwrite=True to replace it")
-        here = Path.cwd()
-        if here == target or target in here.parents:
-            # Nearly always a slip, and it would pull the ground from under the caller's shell.
-            raise FileError(f"{path} is or holds the current directory; it won't be overwritten")
+    check_apart(target, sources)
+    check_replaceable(target, kind, overwrite, path)
+    replaces = not is_free(target)
     created = _make_parents(target.parent)
     try:
         _remove_dead_staging(target.parent)
         staging, lock = _new_staging(target)
         try:
             yield staging
+            if replaces and os.path.lexists(target):
+                check_replaceable(target, kind, overwrite, path)  # it may have changed meanwhile
+                keep_others(target, staging, kind)
             _sync_tree(staging)
-            _move_into_place(staging, target, overwrite)
+            _move_into_place(staging, target, replaces)
         except BaseException:
             _remove(staging)
             raise
@@ -99,7 +112,7 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         sync_directory(parent)
     # After the exchange the old state lies under the staging name. It goes last: had the flush
     # above failed, the disk could still need it.
-    _remove(staging)
+    _remove_replaced(staging, target, kind)
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -313,6 +326,17 @@ def _remove(path: Path) -> None:
             os.unlink(path)
 
 
+def _remove_replaced(old: Path, new: Path, kind: Kind) -> None:
+    """Remove the old state; not what came into it since the rest was linked into the new one."""
+    if old.is_dir():
+        try:
+            keep_others(old, new, kind)
+        except FileError:
+            os.rename(old, _sibling(new, "old"))
+            return
+    _remove(old)
+
+
 def _sync_tree(top: Path) -> None:
     """Flush all files and directories under `top`, innermost first."""
     for folder, _, names in os.walk(top, topdown=False):
@@ -332,18 +356,22 @@ def _sync_tree(top: Path) -> None:
 # Renames
 
 
-def _move_into_place(staging: Path, target: Path, overwrite: bool) -> None:
+def _move_into_place(staging: Path, target: Path, replaces: bool) -> None:
     """Give `staging` the name `target`; what was there takes the staging name."""
-    if not os.path.lexists(target):
+    if is_free(target):
+        if target.is_dir():
+            shutil.copymode(target, staging)  # one made beforehand may be meant to be private
         try:
-            if not _rename_with(staging, target, _RENAME_NOREPLACE):
+            if target.is_dir() or not _rename_with(staging, target, _RENAME_NOREPLACE):
                 # A directory takes the place of an empty one only: nothing is lost in a race.
                 os.rename(staging, target)
         except OSError as e:
+            if e.errno == errno.EBUSY:
+                raise FileError(f"{target} is a mount point: name a folder inside it") from e
             if e.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise FileError(f"{target} appeared while it was being written") from e
-    elif not overwrite:
+    elif not replaces:
         raise FileError(f"{target} appeared while it was being written; give overwrite=True")
     elif not _rename_with(staging, target, _RENAME_EXCHANGE):
         old = _sibling(target, "old")

@@ -1,0 +1,155 @@
+"""What a directory that is being written may take the place of, and what stays of it.
+
+Only what is of the kind being written is replaced, and of that only the files that lorafold itself
+writes. Whatever else lies there (a thesis, an optimiser's state) stays: it gets a second name, a
+hard link, in the new directory before that takes the old one's place, so that it is never away.
+Given up: file systems without hard links, where such a file is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is written as a directory.
+
+    Args:
+        name: with its article, for messages: "an adapter".
+        known: whether a directory (not an empty one) is one.
+        files: pattern of the names of the files in it that lorafold writes.
+        folders: pattern of the names of the folders in it that lorafold writes, with all of theirs.
+    """
+
+    name: str
+    known: Callable[[Path], bool]
+    files: re.Pattern[str]
+    folders: re.Pattern[str] | None = None
+
+    def owns(self, path: Path) -> bool:
+        """Whether lorafold writes a file or folder of that name."""
+        if path.is_dir() and not path.is_symlink():
+            return self.folders is not None and self.folders.fullmatch(path.name) is not None
+        return self.files.fullmatch(path.name) is not None
+
+
+def is_free(target: Path) -> bool:
+    """Whether nothing is there, or an empty directory, which counts as nothing."""
+    if not os.path.lexists(target):
+        return True
+    try:
+        return not target.is_symlink() and not os.listdir(target)
+    except OSError:  # a file
+        return False
+
+
+def check_replaceable(
+    target: Path, kind: Kind, overwrite: bool, given: str | os.PathLike[str]
+) -> None:
+    """Check that a directory of this kind may take the place of what is at `target`.
+
+    Raises:
+        FileError: it may not; the message calls it `given`.
+    """
+    free, refusal = is_free(target), None
+    if not target.is_dir():
+        refusal = f"it is a file, not the folder of {kind.name}"
+    elif not kind.known(target):
+        names = sorted(os.listdir(target))
+        refusal = f"it is not {kind.name}: it holds {names[0]!r}" if names else None
+    if not free and not overwrite:
+        remedy = f", and {refusal}" if refusal else "; give overwrite=True to replace it"
+        raise FileError(f"{given} exists already{remedy}")
+    if not free and refusal:
+        raise FileError(f"{given} won't be overwritten: {refusal}; name another folder")
+    here = Path.cwd()
+    if os.path.lexists(target) and (here == target or target in here.parents):
+        # Nearly always a slip, and it would pull the ground from under the caller's shell.
+        raise FileError(f"{given} is or holds the current directory; it won't be overwritten")
+
+
+def check_apart(
+    target: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str] | None]
+) -> None:
+    """Check that what is about to be written is no source, holds none, and lies in none.
+
+    Compared is what paths stand for and not how they are spelled: links, `..`, and upper and lower
+    case where the file system takes them for one.
+
+    Args:
+        target: the directory to appear; it need not be there.
+        sources: files and folders; what is not there is passed over.
+
+    Raises:
+        FileError: naming both.
+    """
+    place = Path(os.path.realpath(target))
+    mine, around = _identity(place), {_identity(path) for path in (place, *place.parents)}
+    for source in sources:
+        for path in _stands_for(source):
+            if _identity(path) in around:
+                what = "is" if _identity(path) == mine else "lies in"
+            elif mine in {_identity(parent) for parent in path.parents}:
+                what = "holds"
+            else:
+                continue
+            raise FileError(f"{target} {what} the source {source}: write elsewhere")
+
+
+def keep_others(old: Path, new: Path, kind: Kind) -> None:
+    """Link what is in `old`, and not of lorafold's writing, into `new` under the same names.
+
+    Raises:
+        FileError: it can't be (the file system has no hard links); naming it.
+    """
+    for path in sorted(old.iterdir()):
+        if kind.owns(path):
+            continue
+        try:
+            _link(path, new / path.name)
+        except OSError as e:
+            raise FileError(
+                f"{old} holds {path.name!r}, which can't be kept ({e.strerror or e}): move it, or "
+                "write elsewhere"
+            ) from e
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file, or all files of a folder, a second name; what is newly written goes first."""
+    if source.is_symlink():
+        if not os.path.lexists(target):
+            os.symlink(os.readlink(source), target)
+    elif source.is_dir():
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            _link(path, target / path.name)
+        shutil.copymode(source, target)
+    elif not os.path.lexists(target):
+        os.link(source, target)
+
+
+def _stands_for(source: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """The source if it is there, and what the links in it lead to, as in the Hub's cache."""
+    if source is None or not os.path.exists(source):
+        return
+    path = Path(os.path.realpath(source))
+    yield path
+    if path.is_dir():
+        yield from (Path(os.path.realpath(p)) for p in path.iterdir() if p.is_symlink())
+
+
+def _identity(path: Path) -> object:
+    """What tells a file or folder from all others, however it is spelled."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
