@@ -201,7 +201,15 @@ def test_json_is_alone_on_stdout(line, here, cli):
         ("check adapters/sql --base nowhere", "no such folder: 'nowhere'"),
         ("merge-into base adapters/sql", "Missing option '-o'"),
         ("merge-into nowhere adapters/sql -o out", "no such folder: 'nowhere'"),
-        ("merge-into base adapters/sql -o lib", "give --overwrite to replace it"),
+        ("merge-into base adapters/sql -o lib", "not a model in safetensors: it holds"),
+        ("merge-into base adapters/sql -o adapters --overwrite", "holds the source adapters/sql"),
+        ("resize adapters/sql adapters/sql --rank 1 --overwrite", "is the source adapters/sql"),
+        ("resize lib:sql lib/sql --rank 1 --overwrite", "lies in the source lib"),
+        ("resize adapters/sql adapters/sql/../sql/r1 --rank 1", "lies in the source"),
+        ("resize adapters/sql lib --rank 1 --overwrite", "lib won't be overwritten: it is not an"),
+        ("unfold lib -o lib", "lies in the source lib"),
+        ("fold adapters -o adapters --overwrite", "adapters holds the source adapters/law"),
+        ("fold adapters/sql -o adapters/law --overwrite", "law won't be overwritten: it is not a"),
         ("merge-into base lib:sqk -o out", "did you mean 'sql'"),
         ("merge-into base adapters/sql -o out -c nan", "c must be a finite number"),
         ("merge-into base adapters/sql -o base/out", "write elsewhere"),
@@ -327,3 +335,29 @@ def test_output_survives_a_terminal_without_the_letters(world):
     )
     assert done.returncode == 0
     assert b"norm \\u2016\\u0394W\\u2016" in done.stdout
+
+
+def test_what_is_not_ours_survives_every_command(here, cli):
+    """`--overwrite` replaces what is of the kind being written, and nothing else in its folder."""
+    lines = {
+        "fold adapters -o out": "out",
+        "resize adapters/sql out --rank 2": "out",
+        "unfold lib sql -o out": "out/sql",
+        "merge-into base adapters/sql -o out": "out",
+    }
+    for k, (command, target) in enumerate(lines.items()):
+        line, mine = command.replace("out", f"out{k}"), here / target.replace("out", f"out{k}")
+        mine.mkdir(parents=True)
+        assert cli(*line.split()).code == 0  # an empty directory is no hindrance
+        (mine / "thesis.tex").write_text("years")
+        assert cli(*line.split()).code == 2
+        assert cli(*line.split(), "--overwrite").code == 0
+        assert (mine / "thesis.tex").read_text() == "years"
+        for path in mine.iterdir():
+            if path.name != "thesis.tex":
+                path.unlink()
+        ran = cli(*line.split(), "--overwrite")
+        assert ran.code == 2
+        assert "won't be overwritten: it is not a" in ran.err
+        assert "it holds 'thesis.tex'" in ran.err
+        assert [p.name for p in mine.iterdir()] == ["thesis.tex"]

@@ -221,7 +221,7 @@ def test_only_a_demos_folder_is_replaced(made, sources, tmp_path):
         run.run_demo(folder, **options)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(lf.FileError, match="was not made by the demo"):
+    with pytest.raises(lf.FileError, match="not what an earlier demo made: it holds 'thesis.txt'"):
         run.run_demo(tmp_path / "mine", overwrite=True, **options)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from ..errors import FileError, MismatchError
 from ..files import load
 from ..files.atomic import new_directory
-from ..files.save import peft_form, write_form
+from ..files.config import STATE_NAME
+from ..files.save import ADAPTER, peft_form, write_form
 from .run.factors import Fresh, Modulation
 
 if TYPE_CHECKING:
     from .live import Live
 
-STATE_NAME = "training_state.safetensors"
 _HEADER = "lorafold"
 _KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
 
@@ -61,7 +61,7 @@ def save_trained(
         for key, value in fresh.state_dict().items()
     }
     form, config = peft_form(live.adapter(name))
-    with new_directory(path, overwrite=overwrite) as staging:
+    with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)
         save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", _HEADER: text})
 

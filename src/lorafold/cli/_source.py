@@ -48,6 +48,12 @@ def in_library(text: str) -> tuple[str, str] | None:
     return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
 
 
+def library_of(text: str) -> str | None:
+    """The library of LIB:NAME; None where the text is none."""
+    found = in_library(text)
+    return None if found is None else found[0]
+
+
 def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME.
 

@@ -59,7 +59,7 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
 )
 @click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
 @click.option("--alpha", type=float, help="α of the adapters in a vLoRA folder.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at LIB.")
+@click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
 def fold(
     sources: tuple[str, ...],
     path: str,

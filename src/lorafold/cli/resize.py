@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, opened
+from ._source import adapter_options, library_of, opened
 from ._writing import DTYPES, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--budget", type=int, help="Parameters in all; ranks go where they count most.")
 @click.option("--pad", is_flag=True, help="Zero-pad to one rank: the form all readers agree on.")
 @dtype_option
-@click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
 @adapter_options
 def resize(
     source: str,
@@ -46,9 +46,11 @@ def resize(
     --tolerance and --budget. The error is that of what was written, against IN.
     """
     from ..files import open_adapter, save
+    from ..files.replacing import check_apart
 
     with output.progress("resizing"):
         before = opened(source, **options)
+        check_apart(target, [before.path, library_of(source)])
         adapter = before.load()
         smaller = adapter.resize(rank=rank, energy=energy, tolerance=tolerance, budget=budget)
         save(smaller, target, pad=pad, overwrite=overwrite, dtype=torch_dtype(dtype))

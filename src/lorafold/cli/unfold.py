@@ -44,12 +44,17 @@ def unfold(
     says otherwise; adapters stored exactly come out bit for bit.
     """
     from ..files import save
+    from ..files.replacing import check_apart, check_replaceable
+    from ..files.save import ADAPTER
     from ..fold import Library
 
     with Library.open(lib) as opened:
         folders = folder_names(opened.names)
         wanted = {name: opened.entry(name) for name in dict.fromkeys(names or opened.names)}
-        _check_free([Path(folder, folders[name]) for name in wanted], overwrite)
+        for name in wanted:  # before anything is written
+            path = Path(folder, folders[name])
+            check_apart(path, [lib])
+            check_replaceable(path, ADAPTER, overwrite, path)
         written = []
         with output.progress("unfolding") as advance:
             for k, (name, entry) in enumerate(wanted.items()):
@@ -71,15 +76,6 @@ def unfold(
         _write_names(Path(folder), renamed)
     found = {"path": folder, "dtype": dtype, "adapters": written}
     output.report(found, lambda out: _show(out, found, renamed))
-
-
-def _check_free(paths: list[Path], overwrite: bool) -> None:
-    """Before anything is written, that nothing is in the way."""
-    from ..errors import FileError
-
-    taken = [p for p in paths if p.exists()]
-    if taken and not overwrite:
-        raise FileError(f"{taken[0]} exists already; give overwrite=True to replace it")
 
 
 def _rounding(adapter: Adapter, path: Path) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import statistics
@@ -24,9 +25,9 @@ from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import FileError
 from ..files import load, save
 from ..files.atomic import new_directory
+from ..files.replacing import Kind
 from ..fold import Library, fold
 from .model import data_dir, heldout_loss, load_base
 from .truncation import svd_of, truncated
@@ -35,6 +36,12 @@ TOLERANCES = (0.05, 0.1, 0.2)
 DEFAULT = 0.1  # fold's own; this library is called `lib`, and is unfolded
 RETENTION = 0.98
 REPORT = "report.json"
+DEMO = Kind(
+    "what an earlier demo made",
+    lambda path: (path / REPORT).is_file(),
+    re.compile(re.escape(REPORT)),
+    re.compile("adapters|unfolded|lib(-.*)?"),
+)
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
@@ -104,9 +111,7 @@ def run_demo(
     Raises:
         FileError: something is at `folder`.
     """
-    if overwrite and folder.exists() and not (folder / REPORT).is_file():
-        raise FileError(f"{folder} was not made by the demo: remove it yourself, or name another")
-    with new_directory(folder, overwrite=overwrite) as staging:
+    with new_directory(folder, DEMO, overwrite=overwrite) as staging:
         shutil.copytree(adapters or data_dir() / "adapters", staging / "adapters")
         with _one_thread_each(), ThreadPoolExecutor(2) as runs:
             report = _Demo(staging, tolerances, retention, progress, runs).report()

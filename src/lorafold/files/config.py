@@ -100,3 +100,4 @@ def _plain(value: Any) -> Any:
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 SUBSPACE_NAME = "subspace_meta.json"
+STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on

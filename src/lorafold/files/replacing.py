@@ -97,7 +97,7 @@ def check_apart(
         for path in _stands_for(source):
             if _identity(path) in around:
                 what = "is" if _identity(path) == mine else "lies in"
-            elif mine in {_identity(parent) for parent in path.parents}:
+            elif mine != place and mine in map(_identity, path.parents):
                 what = "holds"
             else:
                 continue
@@ -128,10 +128,13 @@ def _link(source: Path, target: Path) -> None:
         if not os.path.lexists(target):
             os.symlink(os.readlink(source), target)
     elif source.is_dir():
-        target.mkdir(exist_ok=True)
+        fresh = not target.is_dir()
+        if fresh:
+            target.mkdir()
         for path in source.iterdir():
             _link(path, target / path.name)
-        shutil.copymode(source, target)
+        if fresh:
+            shutil.copymode(source, target)
     elif not os.path.lexists(target):
         os.link(source, target)
 

@@ -26,9 +26,17 @@ from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
 from .atomic import new_directory
-from .config import CONFIG_NAME, WEIGHTS_NAME, plain
+from .config import CONFIG_NAME, STATE_NAME, WEIGHTS_NAME, plain
+from .find import is_adapter
 from .peft_keys import OUT_PROJ_TIMES, is_out_proj, parameter_order, pattern_key, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
+from .replacing import Kind
+
+ADAPTER = Kind(
+    "an adapter",
+    lambda path: is_adapter(path) or (path / CONFIG_NAME).is_file(),
+    re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
+)
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
 _DEFAULTS: dict[str, Any] = {
@@ -83,17 +91,17 @@ def save(
         path: the directory to make.
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.
-        overwrite: replace what is at `path`.
+        overwrite: replace the adapter at `path`; other files in its folder stay.
         dtype: of the factors; by default their own (float32 where baking the scale would round).
         base_model: name or path of the base; by default the adapter's.
 
     Raises:
-        FileError: something is at `path` and `overwrite` is False.
+        FileError: something is at `path` and `overwrite` is False, or it is no adapter.
         RefusedError: a change was asked of an adapter that ΔW algebra is refused for.
         MismatchError: modules that can't be in one file.
     """
     tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
-    with new_directory(path, overwrite=overwrite) as staging:
+    with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, tensors, config)
 
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ..collection.sources import named_handles
+from ..files.replacing import check_apart
 from .library import Library
 from .one_pass import folded
 from .options import FoldOptions, Progress, Score
@@ -50,7 +51,7 @@ def fold(
             adapter.
         memory: limit for what is held of the collection at once.
         device: where the algebra runs.
-        overwrite: replace what is at `path`.
+        overwrite: replace the library at `path`; other files in its folder stay.
         progress: called with (done, total, stage).
 
     Returns:
@@ -58,7 +59,8 @@ def fold(
 
     Raises:
         MismatchError: options that exclude each other or are out of range; adapters that disagree.
-        FileError: a source that can't be read, or something at `path` already.
+        FileError: a source that can't be read; something at `path` already that is no library,
+            or may not be replaced; or `path` is, holds or lies in a source.
         ToleranceError: a bound that can't be met.
 
     Example:
@@ -73,6 +75,8 @@ def fold(
         score=score, memory=memory, device=device, progress=progress,
     )  # fmt: skip
     handles = named_handles(sources)
+    if path is not None:
+        check_apart(path, (getattr(handle, "path", None) for handle in handles.values()))
     if settings.retention is not None:
         from .retention import fold_by_retention
 

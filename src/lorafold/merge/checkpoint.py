@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -26,10 +27,24 @@ from ..errors import FileError, MismatchError
 from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
 from ..files.base import INDEX_SUFFIX, Base
+from ..files.replacing import Kind
 from ..files.safetensors import Entry
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONFIG_NAME = "config.json"
+
+_WEIGHTS_FILE = re.compile(r"(?!adapter_model\.|training_state\.|shard-).*\.safetensors")
+# What transformers writes beside the weights: none of it may stay with another model's.
+_SIDE_FILES = re.compile(
+    r"config\.json|generation_config\.json|.*\.safetensors\.index\.json|tokenizer.*|vocab\..*"
+    r"|special_tokens_map\.json|added_tokens\.json|merges\.txt|chat_template\..*"
+    r"|(pre)?processor_config\.json"
+)
+MODEL = Kind(
+    "a model in safetensors",
+    lambda path: any(map(_WEIGHTS_FILE.fullmatch, os.listdir(path))),
+    re.compile(f"{_WEIGHTS_FILE.pattern}|{_SIDE_FILES.pattern}"),
+)
 
 Change = Callable[[Tensor], Tensor]
 Advance = Callable[[int, str], None]  # bytes, and the file that they are from

@@ -27,11 +27,20 @@ from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.base import Base, read_base
+from ..files.replacing import check_apart
 from ..files.safetensors import Entry
 from ..lowrank import LowRank
 from ..parts import extra_kind, extra_places
 from ..placing import apply_extras, check_replicated, dense_for, orientations
-from .checkpoint import CONFIG_NAME, FLOATS, narrowed, out_of_range, stored_dtype, write_checkpoint
+from .checkpoint import (
+    CONFIG_NAME,
+    FLOATS,
+    MODEL,
+    narrowed,
+    out_of_range,
+    stored_dtype,
+    write_checkpoint,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -91,7 +100,7 @@ def merge_into_weights(
         out: the folder to write; not in the base's, nor around it.
         c: the dial: W + c · ΔW; with 0 every byte is the base's.
         dtype: of all floating point weights; each keeps its own when None.
-        overwrite: replace what is at `out`.
+        overwrite: replace the model at `out`; files that no model has stay in its folder.
         progress: called with (bytes done, bytes in all, file).
 
     Returns:
@@ -137,7 +146,9 @@ def write_merged(
     if dtype is not None and dtype not in FLOATS:
         known = ", ".join(map(str, FLOATS))
         raise MismatchError(f"weights can be written as {known}, not as {dtype}")
-    _check_folders(Path(base), Path(out))
+    if Path(base).is_file():
+        raise FileError(f"{base} is a file: give the folder of the base model")
+    check_apart(out, [base, None if isinstance(adapter, Adapter) else adapter])
     if not isinstance(adapter, Adapter):
         adapter = load(adapter)
     if adapter.refusal is not None:
@@ -153,7 +164,7 @@ def write_merged(
         changes = {}  # nothing is added, and W + 0 would turn −0 into 0
     loss = _Loss()
     tell = {k: partial(_changed, v, adapter, float(c), dtype, loss) for k, v in changes.items()}
-    with new_directory(out, overwrite=overwrite) as staging:
+    with new_directory(out, MODEL, overwrite=overwrite) as staging:
         left_out = write_checkpoint(seen, staging, tell, dtype, _advance(seen, progress))
         nbytes = sum((staging / file.name).stat().st_size for file in seen.files)
     return Merged(
@@ -167,14 +178,6 @@ def write_merged(
         left_out=tuple(left_out),
         rounding=loss.relative,
     )
-
-
-def _check_folders(base: Path, out: Path) -> None:
-    if base.is_file():
-        raise FileError(f"{base} is a file: give the folder of the base model")
-    mine, there = base.resolve(), out.resolve()
-    if mine == there or mine in there.parents or there in mine.parents:
-        raise FileError(f"{out} is, holds or lies in the base's folder {base}: write elsewhere")
 
 
 def _config(folder: Path) -> dict[str, Any]:

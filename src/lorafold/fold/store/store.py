@@ -23,11 +23,28 @@ from typing import Any
 
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory, writer_lock
-from .manifest import MANIFEST, SHARD_NAME, KnownEntries, parse_manifest, read_manifest
+from ...files.replacing import Kind, check_apart
+from .manifest import FORMAT, MANIFEST, SHARD_NAME, KnownEntries, parse_manifest, read_manifest
 from .shard import Shard, ShardInfo, ShardWriter
 
 _LOCK = ".lock"
 _LEFT_BY_WRITERS = re.compile(rf"{SHARD_NAME.pattern}|\.{re.escape(MANIFEST)}\.[0-9a-f]{{16}}\.tmp")
+
+
+def _is_known(path: Path) -> bool:
+    """Whether a library is or was at `path`, in whatever state and of whatever version."""
+    try:
+        names = os.listdir(path)
+        return any(map(SHARD_NAME.fullmatch, names)) or FORMAT.encode() in read_manifest(path)
+    except (FileError, OSError):
+        return False
+
+
+LIBRARY = Kind(
+    "a library",
+    _is_known,
+    re.compile("|".join((re.escape(MANIFEST), re.escape(_LOCK), _LEFT_BY_WRITERS.pattern))),
+)
 _RETRIES = 10  # manifests replaced while a reader was opening shards; each needs one more writer
 
 
@@ -83,8 +100,8 @@ class Store:
 
         Args:
             path: the folder; None to keep everything in memory.
-            overwrite: replace what is at `path`. A library is replaced as any transaction would
-                change it, other files in its folder staying; anything else is replaced as a whole.
+            overwrite: replace the library at `path`, as any transaction would change it: other
+                files in its folder stay.
             timeout: seconds to wait for another writer of a library to be replaced.
 
         Raises:
@@ -115,7 +132,7 @@ class Store:
 
         Args:
             path: the folder.
-            overwrite: replace what is there, as a whole.
+            overwrite: replace the library that is there; other files in its folder stay.
             timeout: seconds to wait for another writer of a library to be replaced.
 
         Returns:
@@ -125,7 +142,7 @@ class Store:
             FileError: something is at `path` and `overwrite` is False, another process is changing
                 it, or a shard of this store is damaged.
         """
-        with _replaced(Path(os.path.abspath(path)), overwrite, timeout) as folder:
+        with _replaced(Path(os.path.abspath(path)), self.path, overwrite, timeout) as folder:
             for name, shard in self.shards.items():
                 shard.copy_to(folder / name)
             replace_file(folder / MANIFEST, self._raw)
@@ -237,7 +254,7 @@ class Transaction:
             place.enter_context(_without_leftovers(store, store.path))
             self._folder, self._in_place = store.path, True
         else:
-            folder = new_directory(store.path, overwrite=self._kind == "overwrite")
+            folder = new_directory(store.path, LIBRARY, overwrite=self._kind == "overwrite")
             self._folder = place.enter_context(folder)
         if self._kind == "change":
             if store.path is not None:
@@ -380,9 +397,10 @@ def _remove_leftovers(store: Store, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(path: Path, overwrite: bool, timeout: float) -> Iterator[Path]:
+def _replaced(path: Path, source: Path | None, overwrite: bool, timeout: float) -> Iterator[Path]:
     """A directory to take the place of `path`, whose writers are kept out if it is a library."""
+    check_apart(path, [source])
     with contextlib.ExitStack() as stack:
         if overwrite and _is_library(path):
             stack.enter_context(writer_lock(path / _LOCK, timeout))
-        yield stack.enter_context(new_directory(path, overwrite=overwrite))
+        yield stack.enter_context(new_directory(path, LIBRARY, overwrite=overwrite))
