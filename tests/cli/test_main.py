@@ -202,7 +202,7 @@ def test_json_is_alone_on_stdout(line, here, cli):
         ("merge-into base adapters/sql", "Missing option '-o'"),
         ("merge-into nowhere adapters/sql -o out", "no such folder: 'nowhere'"),
         ("merge-into base adapters/sql -o lib", "not a model in safetensors: it holds"),
-        ("merge-into base adapters/sql -o adapters --overwrite", "holds the source adapters/sql"),
+        ("merge-into base adapters/sql -o adapters --overwrite", "not a model in safetensors"),
         ("resize adapters/sql adapters/sql --rank 1 --overwrite", "is the source adapters/sql"),
         ("resize lib:sql lib/sql --rank 1 --overwrite", "lies in the source lib"),
         ("resize adapters/sql adapters/sql/../sql/r1 --rank 1", "lies in the source"),
