@@ -1,6 +1,6 @@
 """What does a base in 4 or 8 bits save and cost, and does QLoRA on it run like PEFT's?
 
-Three parts, on one thread of a CPU:
+Four parts, on one thread of a CPU:
 
 - The packaged base in every format and group size: how many times fewer bytes its linear layers
   take, bits a weight, errors of weights and logits, and the share of 8 packaged adapters' lift that
@@ -9,8 +9,12 @@ Three parts, on one thread of a CPU:
 - A Llama of 2 layers, hidden size 1024, random weights, nf4 in groups of 64: our layers against
   those that transformers makes with bitsandbytes (same bytes, same logits), with the same adapter
   attached here and by PEFT there: processor time of a forward and of a step of training; losses
-  alike.
+  alike. Both compute in float32: where a processor has AVX512-BF16, bitsandbytes would round
+  scales and products to bfloat16 in evaluation, and not train any more afterwards; that is off.
 - The same forward on the float32 base.
+- Rows that are no whole number of groups, of unequal size: on processors with AVX-512,
+  bitsandbytes' kernel takes other rows' scales. How far off its weights are from codes × scales,
+  and what `quantize_base` does: a weight error like that of whole groups, or a refusal.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ from transformers.utils.logging import disable_progress_bar
 
 import lorafold as lf
 from lorafold.demo.model import data_dir
+from lorafold.errors import MismatchError
+from lorafold.layers.misread import misread
 from lorafold.quantize.footprint import model_bytes
+from lorafold.quantize.formats import chosen, quantized_linear
 
 QUESTION = "A base in 4 and 8 bits: bytes, errors, lift kept; QLoRA against PEFT on bitsandbytes"
 HIDDEN, LAYERS, VOCABULARY, RANK = 1024, 2, 1024, 16
@@ -48,6 +55,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 ADAPTERS = ("roman", "morse", "dates", "add", "brackets", "caesar", "hexdump", "tokens")
 CONTEXT, WINDOWS = 256, 12
 EQUAL, NOT_SLOWER = 1e-4, 1.05
+WIDTHS = ((128, 64), (96, 64), (384, 256), (192, 128), (100, 64), (66, 64), (33, 64))  # row, group
 
 Rows = list[dict[str, Any]]
 
@@ -106,6 +114,26 @@ def formats() -> tuple[Rows, dict[str, Any]]:
     return rows, result
 
 
+def widths() -> tuple[Rows, bool]:
+    """Rows that groups divide and do not, and whether each was right or refused."""
+    rows, right = [], True
+    for width, size in WIDTHS:
+        layer = torch.nn.Linear(width, 64)
+        spread = torch.logspace(-1, 1, 64)[:, None]
+        layer.weight.data = spread * torch.randn(
+            64, width, generator=torch.Generator().manual_seed(0)
+        )
+        wrong = misread(quantized_linear(layer.weight, chosen(4, "nf4", size, False, None)))
+        try:
+            outcome: Any = lf.quantize_base(layer, group_size=size).weight_error
+            right = right and not wrong and outcome < 0.2
+        except MismatchError as e:
+            outcome = "refused: " + str(e).rpartition(": ")[2]
+            right = right and wrong > 0
+        rows.append({"row": width, "group": size, "kernel off": wrong, "quantize_base": outcome})
+    return rows, right
+
+
 def by_transformers(model: Any) -> Any:
     """The same model, quantised by transformers with bitsandbytes."""
     config = BitsAndBytesConfig(
@@ -116,6 +144,9 @@ def by_transformers(model: Any) -> Any:
         found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=config, device_map="cpu"
         )
+    for module in found.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return found.eval()
 
 
@@ -224,15 +255,19 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="peft|transformers")
     disable_progress_bar()
     kinds, by_format = formats()
+    ragged, right = widths()
     rows, against = peers(args.repeats)
     first, last = against["first and last loss"]
     met = {
         "nf4 at least 7 × below float32": by_format["nf4, 64"]["÷ float32"] >= 7,
         "the loss falls": last < first,
+        "rows that groups don't divide are right or refused": right,
         f"a training step at most {NOT_SLOWER} × PEFT's": against["training / PEFT"] <= NOT_SLOWER,
     }
     Console().print(table_of(kinds))
-    report(QUESTION, rows, {"formats": by_format, "against PEFT": against, "met": met}, args.save)
+    Console().print(table_of(ragged))
+    found = {"formats": by_format, "widths": ragged, "against PEFT": against, "met": met}
+    report(QUESTION, rows, found, args.save)
 
 
 if __name__ == "__main__":
