@@ -67,6 +67,8 @@ class Footprint:
         before, after: bytes of the whole model, other modules and all scales counted.
         forward_error: ‖ŷ − y‖ / ‖y‖ of the model's output for the inputs given; None without.
         adapters: bytes of what is attached; see `with_adapters`.
+
+    Not for: the memory of activations, gradients and an optimiser.
     """
 
     layers: tuple[LayerFootprint, ...]

@@ -62,9 +62,13 @@ def quantize_base(
         Bytes before and after, and the errors; `print` gives a table.
 
     Raises:
-        MismatchError: what is not supported, with what is; numbers that are not finite.
+        MismatchError: what is not supported, with what is; numbers that are not finite; groups that
+            bitsandbytes reads wrongly on this processor, with those that fit.
         RefusedError: adapters are attached, or a layer can't be quantised.
         MissingExtraError: the package is not installed. The model is unchanged then.
+
+    Not for: embeddings and convolutions, which stay as they are, nor a model with adapters attached
+    (detach, quantise, attach).
 
     Example:
         >>> import torch, lorafold as lf
@@ -99,8 +103,8 @@ def quantize_base(
 def dequantize(x: nn.Module) -> nn.Module:
     """Give quantised layers their float class and weight back, in place; also under adapters.
 
-    What rounding lost stays lost: the weight is the one that the quantised layer computed with. A
-    bias comes back to the bit.
+    What rounding lost stays lost: the weight is the one that is stored, codes × scales. A bias comes
+    back to the bit.
 
     Args:
         x: a quantised layer, or a model that has some.
@@ -111,6 +115,9 @@ def dequantize(x: nn.Module) -> nn.Module:
     Raises:
         MismatchError: nothing in it is quantised. RefusedError: a layer that can't be read; nothing
             is changed then.
+
+    Not for: a part of a model whose adapters train elsewhere in it: give the whole model, so that
+    the new weights rest as the others do.
 
     Example:
         >>> import torch, lorafold as lf
