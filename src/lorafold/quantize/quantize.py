@@ -103,8 +103,8 @@ def quantize_base(
 def dequantize(x: nn.Module) -> nn.Module:
     """Give quantised layers their float class and weight back, in place; also under adapters.
 
-    What rounding lost stays lost: the weight is the one that is stored, codes × scales. A bias comes
-    back to the bit.
+    What rounding lost stays lost: the weight is the one that is stored, codes × scales. A bias
+    comes back to the bit.
 
     Args:
         x: a quantised layer, or a model that has some.
