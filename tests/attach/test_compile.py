@@ -85,6 +85,71 @@ def test_changing_the_choice_makes_no_new_graph(compiled, x, choices):
         assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_rows_are_told_apart_in_a_graph_as_out_of_it(compiled, small, adapters, x, expected, m):
+    net, fast, live, counter = compiled
+    rows = [None, "a", "b", "c", "a", "b"][: 6 // m]
+    with live.use(rows), torch.no_grad():
+        found = fast(x)
+        assert live.board.rows.n is None
+        for i, name in enumerate(rows):
+            mix = [] if name is None else [(adapters[name], 1)]
+            part = slice(m * i, m * (i + 1))
+            wanted = expected(small(), mix, x[part]).float()
+            torch.testing.assert_close(found[part], wanted, rtol=1e-4, atol=1e-4)
+        with pytest.raises(Exception, match="no multiple of the"):
+            torch.compile(net, backend="eager")(x[:5])
+        torch.testing.assert_close(fast(x), found)  # nothing is left of what failed
+    with live.use("a"), torch.no_grad():
+        fast(x)
+    with live.use(rows), torch.no_grad():
+        torch.testing.assert_close(fast(x), found)
+    assert counter.frame_count == 2  # one for rows, one for the whole batch
+
+
+def test_blocks_that_are_compiled_one_by_one(make_net, three, x, base, expected):
+    net = make_net()
+    live = lf.attach(net, three)
+    counter = CompileCounter()
+    for block in net.layers:
+        block.compile(backend=counter, fullgraph=True)
+    for rows in (["a", None, "b"], ["c", "c", None]):
+        with live.use(rows), torch.no_grad():
+            found = net(x)
+        for i, name in enumerate(rows):
+            mix = [] if name is None else [(three[name], 1)]
+            part = slice(2 * i, 2 * i + 2)
+            torch.testing.assert_close(found[part], expected(base, mix, x[part]))
+    assert counter.frame_count == 1  # the blocks are alike
+    with live.use(["a", "b"]), torch.no_grad():
+        assert live.board.rows.n is None
+        net(x)
+    assert live.board.rows.n is None
+
+
+def test_time_first_in_a_graph():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0).eval()
+    u = {n: lf.LowRank(torch.randn(2, 8), torch.randn(16, 2)) for n in "ab"}
+    live = lf.attach(layer, {n: lf.Adapter({"linear1": u[n]}) for n in "ab"})
+    counter = CompileCounter()
+    fast = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(4, 6, 8)  # time, batch
+    with torch.no_grad():
+        each = {}
+        for name in "ab":
+            with live.use(name):
+                each[name] = layer(x)
+        for rows in (["a", "b", "a"], ["b", "b", "a"]):
+            with live.use(rows):
+                found = fast(x)
+            for i, name in enumerate(rows):
+                torch.testing.assert_close(
+                    found[:, 2 * i : 2 * i + 2], each[name][:, 2 * i : 2 * i + 2], **CLOSE
+                )
+    assert counter.frame_count == 1
+
+
 def test_the_counter_counts(compiled, x):
     _, fast, live, counter = compiled
     with live.use("a"), torch.no_grad():

@@ -337,8 +337,8 @@ def test_c_0_is_refused_while_merged(net, three, choice):
 
 def test_rows_of_the_base_are_not_merged_into(net, three, x, fingerprint):
     live = lf.attach(net, three)
-    before = fingerprint(net)
     live.use(["b", None])
+    before = fingerprint(net)
     with pytest.raises(MismatchError, match="row 1 in use is the base's"):
         live.merge({"a": 1.0})
     assert fingerprint(net) == before

@@ -66,7 +66,7 @@ def test_a_forward_that_raises_leaves_nothing_behind(net, base, three, x, finger
     for what in ("a", ["a", None, "b"]):
         with pytest.raises(RuntimeError), live.use(what):
             net.layers[0].q(bad)
-    no_multiple = "batch of 6 at 'layers.0.q' is no multiple of the 4"
+    no_multiple = "batch of 6 is no multiple of the 4 rows"
     with pytest.raises(MismatchError, match=no_multiple), live.use(["a", None, "b", "c"]):
         net(x)
     assert live.active == {}

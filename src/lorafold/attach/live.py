@@ -131,7 +131,7 @@ class Live(Core):
         selection = parsed(what, c, rank, self._sources)
         for row in selection.rows:
             self._check_rank(row)
-        refuse_rows(selection, self.experts)
+        refuse_rows(selection, self)
         if self._merged is not None:
             dialled = (name in self.merged for row in selection.rows for name, _ in row.mix)
             if any(dialled) or not all(row.mix for row in selection.rows):
@@ -368,6 +368,7 @@ class Live(Core):
         for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
             site.leave()
         self.board.frozen.thaw()
+        self.board.show(None)
         self.slots.patches.clear()
         self.experts, self.saved = {}, {}
         self._sources, self._trained = {}, {}

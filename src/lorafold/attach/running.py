@@ -8,7 +8,7 @@ function of the rows' coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from ..errors import MismatchError, RefusedError
 from ..layers.modes import outside_inference_mode
 from ..lowrank import LowRank
-from .run.experts import Experts
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -86,14 +85,15 @@ def rebuild(live: Live) -> None:
         patch.keep([c * found[path] for found, c in kept if path in found])
 
 
-def refuse_rows(selection: Selection, sites: Mapping[str, Experts]) -> None:
+def refuse_rows(selection: Selection, live: Live) -> None:
     """Raise a `RefusedError` where rows of a batch would need experts of their own."""
     if selection.uniform:
         return
-    for path, site in sites.items():
-        for name in selection.names:
-            if site.has(name):
+    blind = [s for s in (*live.experts.values(), *live.patches.values()) if not s.knows_rows]
+    for site in blind:
+        for name in [*selection.names, *live.kept]:
+            if site.has(name) or live.update(name, site.path) is not None:
                 raise RefusedError(
-                    f"{name!r} updates the experts of {path!r}, where routing hides the rows of a "
-                    "batch: use one mix for the whole batch"
+                    f"{name!r} updates the experts of {site.path!r}, where routing hides the rows "
+                    "of a batch: use one mix for the whole batch"
                 )

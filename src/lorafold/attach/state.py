@@ -50,7 +50,7 @@ class Core:
         scaling: Callable[[float], float],
     ) -> None:
         self.model, self.slots = model, slots
-        self.board = Board(self, self._refresh, self.summed)
+        self.board = Board(self, model, self._refresh, self.summed)
         self.experts: dict[str, Experts] = {}
         self.saved: dict[str, Whole] = {}
         self.detached = False

@@ -16,13 +16,14 @@ from ...layers.frozen import FrozenBase
 from ...layers.swap import swap_out
 from ...lowrank import LowRank
 from ..selection import Row, Selection
+from .rows import Rows
 
 
 class Board:
     """What the sites of one model share; a copy begins stale.
 
     Args:
-        handle: whose they are; sites don't look at it.
+        handle: whose they are; sites don't look at it. model: that they are in.
         refresh: shows the layers anew what runs. summed: what a mix adds to the weight at a path.
 
     Attributes:
@@ -30,15 +31,18 @@ class Board:
         stale: what they are shown is no longer right: layers moved to another device, maybe.
         frozen: the base's parameters, while adapters train.
         ran: trained layers have run, with gradients, since somebody asked.
+        rows: which entries of the batch the rows in use are.
     """
 
     def __init__(
         self,
         handle: Any,
+        model: nn.Module,
         refresh: Callable[[], None],
         summed: Callable[[str, Row], LowRank | None],
     ) -> None:
         self.handle, self.refresh, self.summed = handle, refresh, summed
+        self.rows = Rows(model)
         self.running: Selection | None = None
         self.stale = self.ran = False
         self.frozen = FrozenBase()
@@ -57,6 +61,7 @@ class Board:
     def show(self, running: Selection | None) -> None:
         """This is what runs."""
         self.running, self.stale = running, False
+        self.rows.choose(running)
 
     def moved(self) -> None:
         """Layers may be elsewhere."""
@@ -80,6 +85,7 @@ class Site(nn.Module, ABC):
 
     Attributes:
         knows_rows: whether the rows of a batch can be told apart here.
+        turned: whether time is the first axis here.
     """
 
     knows_rows = True
@@ -87,6 +93,7 @@ class Site(nn.Module, ABC):
     def __init__(self, board: Board, path: str, module: nn.Module) -> None:
         super().__init__()
         self.board, self.path = board, path
+        self.turned = board.rows.join(path)
         self._held = (module,)  # in a tuple, or it would become a child of its own child
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MismatchError, RefusedError
+from ...errors import RefusedError
 from ...layers.sites import Place
 from ...layers.storage import is_quantized
 from ...layers.swap import device_of, input_of
@@ -35,6 +35,7 @@ class Patch(Site):
     def __init__(self, board: Board, path: str, place: Place, index: int) -> None:
         super().__init__(board, path, place.layer)
         self.index, self.kind, self.dims = index, place.kind, place.dims
+        self.knows_rows = not board.rows.routed(path)
         self.banks = nn.ModuleDict()
         self.fresh = nn.ModuleDict()
         self.keys: dict[str, str] = {}
@@ -118,12 +119,23 @@ class Patch(Site):
     def _rows(
         self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
     ) -> Tensor:
+        lead = self._lead(layer, y)
+        self.board.rows.check(self.path, lead, self.turned, _is_recorded(y))
+        if self.turned and len(lead) > 1:
+            turned = x.transpose(0, 1)
+            return self._told_apart(layer, y.transpose(0, 1), turned, now, controls).transpose(0, 1)
+        return self._told_apart(layer, y, x, now, controls)
+
+    def _lead(self, layer: Any, y: Tensor) -> tuple[int, ...]:
+        """The axes of the output that are not channels; none where there is no batch."""
+        if self.kind.channel == -1:
+            return y.shape[:-1]
+        return y.shape[:1] if y.ndim == layer.weight.ndim else ()
+
+    def _told_apart(
+        self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
+    ) -> Tensor:
         rows = len(now.ids)
-        if y.shape[0] % rows:
-            raise MismatchError(
-                f"a batch of {y.shape[0]} at {self.path!r} is no multiple of the {rows} rows given "
-                "to use([...])"
-            )
         if not _is_recorded(y) and not controls.any_on:
             return y
         out = y

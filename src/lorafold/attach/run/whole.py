@@ -77,19 +77,25 @@ class Whole(Site):
             return y
         if len(mixes) == 1:
             return found[mixes[0]]
-        like = y if y is not None else found[mixes[0]]
-        if not isinstance(like, Tensor) or like.shape[0] % len(mixes):
-            raise MismatchError(
-                f"module {self.path!r} is saved with an adapter, and its output can't be told "
-                f"apart by {len(mixes)} rows"
-            )
-        m = like.shape[0] // len(mixes)
-        y = like
+        y = y if y is not None else found[mixes[0]]
+        axis = self._axis(y)
+        m = y.shape[axis] // len(mixes)
         for mix, own in found.items():
             chosen = torch.tensor([mix == other for other in mixes], device=y.device)
-            chosen = chosen.repeat_interleave(m).view(-1, *[1] * (y.ndim - 1))
-            y = torch.where(chosen, own, y)
+            chosen = chosen.repeat_interleave(m)
+            y = torch.where(chosen.view(-1, *[1] * (y.ndim - 1 - axis)), own, y)
         return y
+
+    def _axis(self, y: Any) -> int:
+        """The axis of the output along which the rows lie."""
+        if not isinstance(y, Tensor) or y.ndim == 0:
+            raise MismatchError(
+                f"module {self.path!r} is saved with an adapter, and its output can't be told "
+                "apart by rows: use one mix for the whole batch"
+            )
+        lead = y.shape[:-1] or y.shape
+        self.board.rows.check(self.path, lead, self.turned, torch.compiler.is_compiling())
+        return int(self.turned and len(lead) > 1)
 
     def _weights(self, mix: Mix) -> dict[str, Tensor]:
         own = {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{CHILD}.")}
