@@ -85,7 +85,7 @@ class Site(nn.Module, ABC):
 
     Attributes:
         knows_rows: whether the rows of a batch can be told apart here.
-        turned: whether time is the first axis here.
+        time_first: whether time is the first axis here.
     """
 
     knows_rows = True
@@ -93,7 +93,7 @@ class Site(nn.Module, ABC):
     def __init__(self, board: Board, path: str, module: nn.Module) -> None:
         super().__init__()
         self.board, self.path = board, path
-        self.turned = board.rows.join(path)
+        self.time_first = board.rows.join(path)
         self._held = (module,)  # in a tuple, or it would become a child of its own child
 
     @property

@@ -120,10 +120,12 @@ class Patch(Site):
         self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
     ) -> Tensor:
         lead = self._lead(layer, y)
-        self.board.rows.check(self.path, lead, self.turned, _is_recorded(y))
-        if self.turned and len(lead) > 1:
-            turned = x.transpose(0, 1)
-            return self._told_apart(layer, y.transpose(0, 1), turned, now, controls).transpose(0, 1)
+        self.board.rows.check(self.path, lead, self.time_first, _is_recorded(y))
+        if self.time_first and len(lead) > 1:
+            swapped = x.transpose(0, 1)
+            return self._told_apart(layer, y.transpose(0, 1), swapped, now, controls).transpose(
+                0, 1
+            )
         return self._told_apart(layer, y, x, now, controls)
 
     def _lead(self, layer: Any, y: Tensor) -> tuple[int, ...]:

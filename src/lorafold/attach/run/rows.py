@@ -65,15 +65,19 @@ class Rows:
 
     def join(self, path: str) -> bool:
         """Watch the modules that hold one more layer; whether time is first there."""
-        turned = False
+        time_first = False
         for above, module in _above(self._model, path):
             if above not in self._watched:
-                enter = self._enter_turned if turned or _torch_time_first(module) else self._enter
+                enter = (
+                    self._enter_time_first
+                    if time_first or _torch_time_first(module)
+                    else self._enter
+                )
                 self._watched[above] = (module, enter)
-            turned = turned or _time_first_inside(module)
+            time_first = time_first or _time_first_inside(module)
         if self.count:
             self._show_hooks()
-        return turned
+        return time_first
 
     def routed(self, path: str) -> bool:
         """Whether a layer is one of experts in a list, each of which gets what routing picks."""
@@ -105,7 +109,7 @@ class Rows:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._read(module, args, kwargs, 0)
 
-    def _enter_turned(
+    def _enter_time_first(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self._read(module, args, kwargs, 1)
@@ -142,33 +146,35 @@ class Rows:
                 f"a batch of {n}{where} is no multiple of the {self.count} rows given to use([...])"
             )
 
-    def check(self, path: str, lead: Sequence[int], turned: bool, recorded: bool) -> None:
+    def check(self, path: str, lead: Sequence[int], time_first: bool, recorded: bool) -> None:
         """Raise a `MismatchError` where a layer's entries are not those of the rows.
 
         Args:
             path: of the layer. lead: the axes of what it gives, the channels left out.
-            turned: whether time is first there. recorded: whether it runs in a graph.
+            time_first: whether time is first there. recorded: whether it runs in a graph.
         """
         if not self.count:
             return
-        axis, n = int(turned), self.n
+        axis, n = int(time_first), self.n
         if n is None:  # it is called by itself: its own input says
             if len(lead) > axis:
                 self._check_multiple(lead[axis], f" at {path!r}")
                 return
-        elif len(lead) == 1 and not turned:
+        elif len(lead) == 1 and not time_first:
             if lead[0] == n or any(lead[0] == n * length for length in self.lengths):
                 return
         elif len(lead) > axis and lead[axis] == n:
-            self._check_known(path, lead, turned, recorded)
+            self._check_known(path, lead, time_first, recorded)
             return
         raise MismatchError(
             f"module {path!r} gets {_shown(lead)} entries where the model's input has {n}, so the "
             "rows can't be told apart there: use one mix for the whole batch"
         )
 
-    def _check_known(self, path: str, lead: Sequence[int], turned: bool, recorded: bool) -> None:
-        if turned:
+    def _check_known(
+        self, path: str, lead: Sequence[int], time_first: bool, recorded: bool
+    ) -> None:
+        if time_first:
             return
         if lead[0] not in lead[1:]:
             if not recorded:  # in a graph this would be looked at, and done at every call

@@ -94,8 +94,8 @@ class Whole(Site):
                 "apart by rows: use one mix for the whole batch"
             )
         lead = y.shape[:-1] or y.shape
-        self.board.rows.check(self.path, lead, self.turned, torch.compiler.is_compiling())
-        return int(self.turned and len(lead) > 1)
+        self.board.rows.check(self.path, lead, self.time_first, torch.compiler.is_compiling())
+        return int(self.time_first and len(lead) > 1)
 
     def _weights(self, mix: Mix) -> dict[str, Tensor]:
         own = {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{CHILD}.")}
