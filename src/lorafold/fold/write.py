@@ -464,7 +464,7 @@ def code_own_or_shared(
             it only those that share nothing are decomposed, and those in a bad gauge.
     """
     n = len(rows)
-    result = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    result = Coded.nothing(n)
     for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
         ids = (u if U else None, v if V else None)
@@ -484,7 +484,8 @@ def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) ->
     assert plan.flat is not None
     parts = code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    coded = Coded(parts.records, error, np.full(len(error), float(plan.fixed)))
+    payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
+    coded = Coded(parts.records, error, payload)
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)

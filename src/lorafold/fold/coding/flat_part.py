@@ -102,9 +102,13 @@ def read_side(
     return FlatSide(rows * c[:, None], record, side=side)
 
 
-def flattened(f: Factors, side: str) -> Tensor:
-    """(n, r·in) of A or (n, out·r) of B, row-major as in the file."""
-    return (f.A if side == "A" else f.B).reshape(len(f.members), -1)
+def flattened(f: Factors, side: str, rank: int | None = None) -> Tensor:
+    """(n, r·in) of A or (n, out·r) of B, row-major as in the file; zero-padded to a rank."""
+    X = f.A if side == "A" else f.B
+    if rank is not None and rank > f.A.shape[1]:
+        short = rank - f.A.shape[1]
+        X = torch.nn.functional.pad(X, (0, 0, 0, short) if side == "A" else (0, short))
+    return X.reshape(len(f.members), -1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class FlatParts:
     """Flat parts of a block: their records, and the factors they decode to.
 
     Args:
-        records: n byte strings. B: (n, out, r), A: (n, r, in) as decoded.
+        records: n byte strings, empty for zero updates. B: (n, out, r), A: (n, r, in) as decoded.
     """
 
     records: list[bytes]
@@ -123,12 +127,15 @@ class FlatParts:
 def code_parts(
     f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool, rows: np.ndarray | None = None
 ) -> FlatParts:
-    """Project a block on the coded sides.
+    """Project a block on the coded sides; nothing for zero updates, which loadings would not keep.
 
     Args:
         number: the basis's number at its module. wide: keep loadings in float32.
         rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
     """
+    zero = f.square() == 0
+    if bool(zero.all()):  # and maybe of a lower rank
+        return FlatParts([b""] * len(zero), torch.zeros_like(f.B), torch.zeros_like(f.A))
     kind = torch.float32 if wide else torch.float16
     r = f.A.shape[1]
     tops, loads, rebuilt = [], [], []
@@ -145,6 +152,9 @@ def code_parts(
         + loads[1][i].tobytes()
         for i in range(len(f.members))
     ]
+    for k in torch.nonzero(zero)[:, 0].tolist():
+        records[k] = b""
+        rebuilt[0][k] = rebuilt[1][k] = 0
     return FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
 
 

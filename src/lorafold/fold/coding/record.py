@@ -117,6 +117,11 @@ class Coded:
     squared_error: np.ndarray
     payload: np.ndarray
 
+    @classmethod
+    def nothing(cls, count: int) -> Coded:
+        """Zero updates."""
+        return cls([b""] * count, np.zeros(count), np.zeros(count))
+
     def row(self, k: int) -> Coded:
         """One of them alone."""
         row = slice(k, k + 1)
@@ -164,7 +169,7 @@ def code(
     over = lost > _RESIDUAL * target.amount
     if not over.any() or over.all():
         return _code(rows, rest=bool(over.any()))
-    found = Coded([b""] * n, np.zeros(n), np.zeros(n))
+    found = Coded.nothing(n)
     for index, rest in ((np.flatnonzero(~over), False), (np.flatnonzero(over), True)):
         found = found.replaced(index, _code(rows.take(index), rest))
     return found
@@ -265,12 +270,12 @@ def _code_part(
     n, k = bits.shape
     flat = bits.reshape(-1)
     coded = [
-        code_rows(X.mT.reshape(n * k, -1), flat, seed)
+        code_rows(X.mT.reshape(n * k, X.shape[1]), flat, seed)
         for X, seed in ((p.left, LEFT_SEED), (p.right, RIGHT_SEED))
     ]
     scale = (coded[0].scale * coded[1].scale).reshape(n, k)
     c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
-    hats = [side.hat.reshape(n, k, -1) for side in coded]
+    hats = [side.hat.reshape(n, k, side.hat.shape[1]) for side in coded]
     left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
     return left, hats[1], [_pairs_record(coded, bits, c, i, p, ids[i]) for i in range(n)]
 

@@ -43,7 +43,7 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     Args:
         most: directions wanted at most; all N − 1 when None.
     """
-    n = len(stack)
+    n, rank = len(stack), int(stack.ranks.max())
     gram, center = _centred_gram(stack, side)
     values, vectors = (t.numpy()[..., ::-1] for t in torch.linalg.eigh(gram.cpu()))
     most = n - 1 if most is None else min(most, n - 1)
@@ -55,7 +55,7 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     directions = center.new_zeros(len(values), len(center))
     at, work = 0, None
     for f in stack.factors():
-        X = flattened(f, side)
+        X = flattened(f, side, rank)
         if work is None or work.shape != X.shape:
             work = torch.empty_like(X)  # a fresh one for each block costs more than the product
         directions.addmm_(mix[:, at : at + len(X)], torch.sub(X, center, out=work))
@@ -66,17 +66,17 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
 
 def _centred_gram(stack: Stack, side: str) -> tuple[Tensor, Tensor]:
     """The N×N float64 Gram of the flattened factors less their mean, and the mean (D,)."""
-    whole = stack.in_memory()
+    whole, rank = stack.in_memory(), int(stack.ranks.max())
     if whole is not None:
-        return _gram_by_columns([flattened(f, side) for f in whole])
+        return _gram_by_columns([flattened(f, side, rank) for f in whole])
     n, at = len(stack), 0
-    center = torch.stack([flattened(f, side).sum(0) for f in stack.factors()]).sum(0) / n
+    center = torch.stack([flattened(f, side, rank).sum(0) for f in stack.factors()]).sum(0) / n
     gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
     for f in stack.factors():
-        X, there = flattened(f, side) - center, 0
+        X, there = flattened(f, side, rank) - center, 0
         for g in stack.factors():
             if there >= at:
-                Y = X if there == at else flattened(g, side) - center
+                Y = X if there == at else flattened(g, side, rank) - center
                 gram[at : at + len(X), there : there + len(Y)] = X @ Y.T
             there += len(g.members)
         at += len(X)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Planner:
         Args:
             S: (N, r) singular values by row of the stack.
         """
+        if not S.any():  # zero in all adapters: nothing to share, and nothing to store
+            return [replace(self.costs.on_own_sides(stack, S), form=forms[0])]
         sharing: Sharing | None = None
         plans: list[ModulePlan] = []
         limit = np.inf
@@ -63,8 +65,8 @@ class Planner:
     def _flat(self, stack: Stack, S: np.ndarray, limit: float) -> list[ModulePlan]:
         """The form `flat` in one plan, or none where ranks differ."""
         o = self.costs.options
-        if len(set(stack.ranks.tolist())) > 1:
-            return []
+        if set(stack.ranks[S.any(1)].tolist()) != {int(stack.ranks.max())}:
+            return []  # only zero updates may be of a lower rank
         spectra = {side: flat_spectrum(stack, side, o.rank) for side in "AB"}
         if o.tolerance is None:
             bits = 32 if o.bits is None else int(np.ceil(o.bits))

@@ -199,10 +199,13 @@ class Sharing:
                 continue
             coded = {}
             for g, X in found.items():
+                if not X.shape[1]:
+                    continue  # zero in all of the group: nothing to share
                 kept = np.arange(X.shape[1]) < max(1, (bits[g] > 0).sum())
                 at_least = np.where(kept, np.maximum(bits[g][: X.shape[1]], 1), 0)
                 coded[g] = basis_of(X, at_least, side)
-            plans.append(Shared(self._groups[key], coded))
+            there = np.where(np.isin(self._groups[key], list(coded)), self._groups[key], -1)
+            plans.append(Shared(there, coded) if coded else None)
             bases.append((key, coded))
         tails = self._spans.missed(bases[0], bases[1])
         return self._costs.on_shared_sides(
