@@ -84,6 +84,61 @@ def test_added_adapters_are_projected_alike(adapters, make_adapter):
         assert (dense(lib["new"][p]) - update(theirs, p)).norm() / W.norm() < 1e-4
 
 
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_a_projection_is_vloras(adapters, make_adapter, k):
+    """Loadings (up to the signs of directions) and error, which is what `add` states then."""
+    lib, peer = lf.fold(adapters, form="flat", rank=k), subspace(adapters, k)
+    new = make_adapter(SHAPES, RANK, seed=99, scale=0.5)
+    found, theirs = lib.project(new), peer.project(weights(new), "new")
+    for p in SHAPES:
+        for ours, other in zip(
+            found.loadings[p], (theirs.loadings_a[p], theirs.loadings_b[p]), strict=True
+        ):
+            torch.testing.assert_close(ours.abs(), other.abs(), rtol=1e-3, atol=1e-4)
+    peer.add_task(theirs)
+    back = peer.reconstruct("new")
+    lost = sum((dense(u) - update(back, p)).square().sum() for p, u in new.modules.items())
+    total = sum(dense(u).square().sum() for u in new.modules.values())
+    assert found.error == pytest.approx(float(lost / total) ** 0.5, rel=1e-4)
+    assert lib.names == list(adapters)  # nothing is stored
+    assert lib.add(new, "new") == pytest.approx(found.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 8, None])
+def test_projections_of_those_in_it_and_of_a_mean(adapters, bits):
+    lib = lf.fold(adapters, form="flat", rank=3, bits=bits)
+    for name, a in adapters.items():
+        assert lib.project(a).error == pytest.approx(lib.error(name), rel=0.02)
+    mean = lf.Adapter(
+        {
+            p: lf.LowRank(
+                torch.stack([a[p].A for a in adapters.values()]).mean(0),
+                torch.stack([a[p].scale * a[p].B for a in adapters.values()]).mean(0),
+            )
+            for p in SHAPES
+        }
+    )
+    found = lib.project(mean)
+    if bits is None:
+        assert found.error < 1e-5
+        assert all(x.abs().max() < 1e-4 for pair in found.loadings.values() for x in pair)
+
+
+def test_an_adapter_of_another_rank_is_not_on_flat_sides(tmp_path, adapters, make_adapter):
+    """It shares nothing with them, is stored on its own, and both are read back after opening."""
+    lf.fold(adapters, tmp_path / "lib", form="flat", rank=3).close()
+    for rank in (1, RANK - 1, RANK + 1):
+        new = make_adapter(SHAPES, rank, seed=9)
+        with lf.Library.open(tmp_path / "lib") as lib:
+            found = lib.project(new)
+            assert (found.loadings, found.error) == ({}, 1)
+            lib.add(new, f"of rank {rank}")
+        with lf.Library.open(tmp_path / "lib") as lib:
+            one = lib["a0"]
+            assert one.distance(adapters["a0"]) / adapters["a0"].norm() < lib.error("a0") + 1e-4
+            assert lib[f"of rank {rank}"].distance(new) / new.norm() < 1e-5
+
+
 def test_ids_that_look_alike_as_file_names(tmp_path, adapters):
     """`a/b` and `a_b` are one file to vLoRA, two adapters here."""
     alike = dict(zip(("a/b", "a_b"), adapters.values(), strict=False))

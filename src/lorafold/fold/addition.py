@@ -22,6 +22,7 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes, threads
 from ..collection.sources import Handle
 from ..collection.stack import Stack
+from ..errors import FileError
 from .coding.bases import Bases, Basis, Side, basis_of, projected, weighted_norms
 from .coding.flat_part import FlatSide
 from .coding.record import Coded, Target, code
@@ -168,8 +169,8 @@ class Adding:
                     continue
                 if "A0" in self.lib.modules[j].get("bases", {}):
                     stack, S = self._module(path)
-                    flat = _flat_plan(self.lib, j, self.builder.costs, stack, S)
-                    self.plans[path] = flat or self.plans[path]
+                    if bases := flat_bases(self.lib, j, int(stack.ranks[0])):
+                        self.plans[path] = _flat_plan(self.builder.costs, stack, S, bases)
                 elif found := nearest_sides(self.lib, j, batch.block.take(np.array([k]))):
                     sides[k] = found
             for rows in _alike({k: _widths(*pair) for k, pair in sides.items()}):
@@ -401,19 +402,22 @@ def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Ba
     return Basis(torch.cat([basis.columns, fresh.columns], 1), fresh.record, fresh.rank)
 
 
-def _flat_plan(
-    lib: Library, j: int, costs: Costs, stack: Stack, S: np.ndarray
-) -> ModulePlan | None:
-    out, inner = stack.shape
-    r = int(stack.ranks[0])
-    try:
-        A = FlatSide(lib.basis(j, "A", 0, r), b"")
-        B = FlatSide(lib.basis(j, "B", 0, r), b"")
-    except (RuntimeError, ValueError):
+def flat_bases(lib: Library, j: int, rank: int) -> FlatBases | None:
+    """The module's flat sides; None where it has none for adapters of this rank."""
+    module = lib.modules[j]
+    if "A0" not in module.get("bases", {}):
         return None
-    if A.rows.shape[1] != r * inner or B.rows.shape[1] != r * out:
-        return None  # another rank than the flattened factors have
-    wide = lib.modules[j].get("wide", False)
-    plan = costs.on_flat_sides(stack, S, FlatBases(A, B, wide))
+    out, inner = module["shape"]
+    try:
+        A, B = (FlatSide(lib.basis(j, side, 0, rank), b"") for side in "AB")
+    except FileError:
+        return None
+    if A.rows.shape[1] != rank * inner or B.rows.shape[1] != rank * out:
+        return None  # decoded before, for another rank
+    return FlatBases(A, B, module.get("wide", False))
+
+
+def _flat_plan(costs: Costs, stack: Stack, S: np.ndarray, bases: FlatBases) -> ModulePlan:
+    plan = costs.on_flat_sides(stack, S, bases)
     svd = costs.on_own_sides(stack, S)
     return plan if costs.options.tolerance is None or plan.nbytes <= svd.nbytes else svd

@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..collection.batch import Block, decompose, squared_norms
+from ..collection.batch import (
+    Block,
+    decompose,
+    joined_factors,
+    squared_norms,
+    squared_residuals,
+)
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean
 from .coding.bases import Basis, projected, read_basis, residual
-from .coding.flat_part import read_side
+from .coding.flat_part import code_parts, flattened, read_side
 from .coding.record import StoredPart, decode, stored_parts
 from .store.manifest import config_of, read_layout
 from .store.shard import Shard
@@ -39,11 +45,12 @@ class Projection:
 
     Args:
         loadings: module path → coordinates in the shared sides: (R_U, R_V) where both are shared,
-            (out, R_V) or (R_U, in) where one is; modules without shared bases are left out.
-        error: ‖ΔŴ − ΔW‖ / ‖ΔW‖ over all modules.
+            (out, R_V) or (R_U, in) where one is; (k_A,) of A and (k_B,) of B, a pair, in the form
+            `flat`. Modules without shared bases are left out.
+        error: ‖ΔŴ − ΔW‖ / ‖ΔW‖ over all modules, before directions or residuals of its own.
     """
 
-    loadings: dict[str, Tensor]
+    loadings: dict[str, Tensor | tuple[Tensor, Tensor]]
     error: float
 
 
@@ -300,13 +307,13 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape.
             RefusedError: ΔW algebra would be wrong.
         """
-        from .addition import nearest_sides
+        from .addition import flat_bases, nearest_sides
         from .change import one_handle
 
         _, handle = one_handle(adapter)
         if handle.refusal:
             raise RefusedError(handle.refusal)
-        loadings: dict[str, Tensor] = {}
+        loadings: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
         lost = total = 0.0
         for path in handle.shapes:
             u = handle.read(path).to(self._device)
@@ -314,7 +321,15 @@ class Library(Mapping[str, Adapter]):
             block = block_of(u)
             norm = float((block.S**2).sum())
             total += norm
-            sides = nearest_sides(self, self._number[path], block) if path in self._number else None
+            j = self._number.get(path)
+            if j is not None and (flat := flat_bases(self, j, u.rank)):
+                f = joined_factors(block.members, [(u.B, u.A, u.scale)])
+                parts = code_parts(f, flat.A, flat.B, 0, flat.wide)
+                lost += float(squared_residuals(f.B, f.A, parts.B, parts.A))
+                a, b = (x.loadings(flattened(f, s))[0] for x, s in ((flat.A, "A"), (flat.B, "B")))
+                loadings[path] = a, b
+                continue
+            sides = None if j is None else nearest_sides(self, j, block)
             if sides is None:
                 lost += norm
                 continue

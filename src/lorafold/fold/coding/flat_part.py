@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...collection.batch import Factors
+from ...errors import FileError
 from .rows import (
     code_rows,
     joined,
@@ -97,8 +98,18 @@ def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
 def read_side(
     record: bytes, d: int, side: str, device: torch.device | str | None = None
 ) -> FlatSide:
-    """Decode a flat side of rows of length d."""
-    (rows,), c, _ = read_rows(record, 0, [d], [_SEEDS[side]], device)
+    """Decode a flat side of rows of length d.
+
+    Raises:
+        FileError: its rows are of another length, as those of adapters of another rank are.
+    """
+    other = FileError(f"a flat side of the library has no rows of length {d}")
+    try:
+        (rows,), c, end = read_rows(record, 0, [d], [_SEEDS[side]], device)
+    except ValueError as e:
+        raise other from e
+    if end != len(record):
+        raise other
     return FlatSide(rows * c[:, None], record, side=side)
 
 
