@@ -1,4 +1,4 @@
-"""What an adapter carries besides factors: named, refused with a reason, or put in its place."""
+"""What an adapter carries besides factors: named, or refused with a reason."""
 
 import math
 import re
@@ -8,8 +8,7 @@ import torch
 
 import lorafold as lf
 from lorafold.errors import MismatchError
-from lorafold.parts import extra_kind, refusal_reason, scaling
-from lorafold.placing import apply_extras
+from lorafold.parts import LINEAR, Layout, extra_kind, plain_name, refusal_reason, scaling
 
 P = "base_model.model."
 
@@ -91,114 +90,6 @@ def test_what_leaves_the_base_alone_is_not_refused(config):
     assert refusal_reason(config, [P + "score.weight", P + "q.lora_B.bias"]) is None
 
 
-def state():
-    embedding = torch.arange(12.0).reshape(4, 3)
-    return {
-        "embed.weight": embedding,
-        "head.weight": embedding,  # tied
-        "q.weight": torch.zeros(2, 3),
-        "q.bias": torch.tensor([1.0, 2.0], dtype=torch.float16),
-        "score.0.weight": torch.zeros(2, 2),
-    }
-
-
-def applied(extras, config):
-    before, s = state(), state()
-    s["head.weight"] = s["embed.weight"]
-    kept = dict(s)
-    unused = apply_extras(s, extras, config)
-    for key, value in before.items():
-        assert torch.equal(kept[key], value), f"{key} was written to"
-    return s, unused
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        P + "q.bias",
-        "q.bias",
-        P + "q.base_layer.bias",
-        P + "q.modules_to_save.bias",
-        P + "q.modules_to_save.default.bias",
-    ],
-)
-def test_replaced_tensors_keep_the_dtype_of_the_base(key):
-    s, unused = applied({key: torch.tensor([5.0, 6.0])}, {"bias": "all"})
-    assert unused == []
-    assert torch.equal(s["q.bias"], torch.tensor([5.0, 6.0], dtype=torch.float16))
-
-
-def test_the_untrained_twin_of_a_saved_module_is_passed_over():
-    extras = {P + "score.original_module.0.weight": torch.ones(2, 2)}
-    s, unused = applied(extras, {"bias": "all"})
-    assert unused == []
-    assert torch.equal(s["score.0.weight"], torch.zeros(2, 2))
-
-
-def test_lora_bias_is_added_with_its_scale_after_the_stored_bias():
-    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"q": 1}, "use_rslora": True}
-    extras = {P + "q.lora_B.bias": torch.tensor([1.0, 10.0])}
-    s, _ = applied(extras, config)
-    assert torch.equal(s["q.bias"].float(), torch.tensor([7.0, 62.0]))
-    extras[P + "q.base_layer.bias"] = torch.tensor([100.0, 200.0])
-    s, _ = applied(extras, config)
-    assert torch.equal(s["q.bias"].float(), torch.tensor([106.0, 260.0]))
-
-
-@pytest.mark.parametrize("given", [[3, 0], {"embed": [3, 0]}, {"x.embed": [1, 2], "embed": [3, 0]}])
-def test_trained_rows_replace_rows_of_every_tied_weight(given):
-    rows = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    extras = {P + "embed.token_adapter.trainable_tokens_delta": rows}
-    s, unused = applied(extras, {"trainable_token_indices": given})
-    assert unused == []
-    assert s["head.weight"] is s["embed.weight"]
-    assert torch.equal(s["embed.weight"][[3, 0]], rows)
-    assert torch.equal(s["embed.weight"][1:3], state()["embed.weight"][1:3])
-
-
-def test_what_has_no_place_is_returned():
-    extras = {
-        P + "k.bias": torch.ones(2),
-        P + "k.lora_B.bias": torch.ones(2),
-        P + "k.token_adapter.trainable_tokens_delta": torch.ones(1, 3),
-        P + "q.lora_magnitude_vector": torch.ones(2),
-        P + "c.lora_A.weight": torch.ones(2, 3, 3),
-        "nonsense": torch.ones(1),
-    }
-    s, unused = applied(extras, {"trainable_token_indices": [0]})
-    assert sorted(unused) == sorted(extras)
-    assert s.keys() == state().keys()
-    with pytest.raises(MismatchError, match="none of the adapter's 1 tensors has a place"):
-        lf.Adapter({}, {"nonsense": torch.ones(1)}).apply_to(state())
-
-
-@pytest.mark.parametrize(
-    ("extras", "config", "match"),
-    [
-        ({P + "q.bias": torch.ones(3)}, {}, r"'base_model\.model\.q\.bias' has shape \(3,\)"),
-        ({P + "embed.weight": torch.ones(5, 3)}, {}, "vocabulary"),
-        (
-            {P + "q.lora_B.bias": torch.ones(3)},
-            {"r": 1, "lora_alpha": 1},
-            r"q\.lora_B\.bias' has shape \(3,\)",
-        ),
-        (
-            {P + "embed.token_adapter.trainable_tokens_delta": torch.ones(2, 3)},
-            {"trainable_token_indices": [0]},
-            "2 token rows.*names 1",
-        ),
-        (
-            {P + "embed.token_adapter.trainable_tokens_delta": torch.ones(1, 3)},
-            {"trainable_token_indices": [9]},
-            "4 rows",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_an_error(extras, config, match):
-    with pytest.raises(MismatchError, match=match):
-        apply_extras(state(), extras, config)
-
-
 def test_scaling():
     config = {"r": 4, "lora_alpha": 6}
     assert scaling(config, "q") == (4, 1.5)
@@ -217,3 +108,61 @@ def test_biases_scaled_differently_do_not_mix(make_adapter):
     with pytest.raises(MismatchError, match="scaled by α/r"):
         other + with_bias
     assert set((alike + with_bias).extras) == {key}
+
+
+@pytest.mark.parametrize(
+    ("layout", "path", "weight", "owner", "group"),
+    [
+        (LINEAR, "a.q", "a.q.weight", "a.q", "a.q"),
+        (LINEAR, "", "weight", "", ""),
+        (Layout("linear", parameter="in_proj_weight"), "a", "a.in_proj_weight", "a", "a"),
+        (
+            Layout("linear", stem="a.base_layer.out_proj"),
+            "a.out_proj",
+            "a.out_proj.weight",
+            "a.out_proj",
+            "a",
+        ),
+        (
+            Layout("expert", expert=(2, 4)),
+            "a.experts.down[2]",
+            "a.experts.down",
+            "a.experts",
+            "a.experts.down",
+        ),
+        (Layout("expert", expert=(0, 1)), "a.down", "a.down", "a", "a.down"),
+    ],
+)
+def test_a_layout_says_where_its_weight_is(layout, path, weight, owner, group):
+    assert layout.weight_name(path) == weight
+    assert (layout.owner(path), layout.group(path)) == (owner, group)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        (LINEAR, [(2, 3), (3, 2)]),
+        (Layout("embedding"), [(3, 2)]),
+        (Layout("conv", kernel=(3, 1)), [(2, 3, 1)]),
+        (Layout("expert", expert=(1, 4)), [(4, 2, 3), (4, 3, 2)]),
+        (Layout("expert", expert=(0, 1)), [(1, 2, 3), (1, 3, 2), (2, 3), (3, 2)]),
+    ],
+)
+def test_shapes_that_an_update_fits(layout, shapes):
+    assert layout.shapes(2, 3) == shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("_orig_mod.q.weight", "q.weight"),
+        ("module._orig_mod.model.layers.0._orig_mod.q", "model.layers.0.q"),
+        ("_fsdp_wrapped_module.h._checkpoint_wrapped_module.q", "h.q"),
+        ("module.module.q", "q"),
+        ("model.module.q", "model.module.q"),  # a child that is called so
+        ("module", "module"),
+        ("", ""),
+    ],
+)
+def test_names_without_what_wrapped_the_model(name, plain):
+    assert plain_name(name) == plain

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .errors import MismatchError, RefusedError, UnknownNameError
 from .lowrank import LowRank, from_svd
-from .parts import LINEAR, check_bias_scales, refusal_reason
+from .naming import Base
+from .parts import LINEAR, Parts, check_bias_scales, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
-from .placing import add_updates, apply_extras, check_replicated, weight_key
+from .placing import Spot, applied, check_replicated, placed
 from .words import did_you_mean
 
 
@@ -265,37 +266,50 @@ class Adapter(Mapping[str, LowRank]):
                 tensors are shared with the result.
 
         Returns:
-            A new dict with the same keys; changed tensors keep their dtype.
+            A new dict with the same keys; changed tensors keep their dtype. Tensors that share
+            their memory go on doing so where both change alike, and part where they do not; an
+            adapter of `lm_head` adds its weight where the dict has the embedding alone (tied).
 
         Raises:
             MismatchError: no module matches, or a shape does not fit. Modules without a weight
                 are listed in a warning.
         """
-        modules = self._algebra()
-        state = dict(state_dict)
-        check_replicated(state, self.config, modules)
-        missing = [p for p in modules if weight_key(state, p, self.layout(p)) is None]
-        if modules and len(missing) == len(modules):
+        modules, parts = self._algebra(), self.parts
+        check_replicated(state_dict, self.config, modules)
+        plan = placed(parts, Base.of_state(state_dict, parts.names()))
+        if modules and not any(spot.what == "update" for spot in plan.spots) and not plan.wrong:
+            first = parts.names()[0]
             raise MismatchError(
                 f"none of the adapter's {len(modules)} modules is in the state dict: "
-                f"expected e.g. {missing[0] + '.weight'!r}, found e.g. {next(iter(state), None)!r}"
+                f"expected e.g. {first!r}, found e.g. {next(iter(state_dict), None)!r}"
             )
-        # First what replaces: an update adds to the weight that the file itself may hold.
-        unused = apply_extras(state, self.extras, self.config)
-        add_updates(state, modules, self.layouts, bool(self.config.get("fan_in_fan_out")))
-        if not modules and len(unused) == len(self.extras):
+        for misfit in plan.wrong.values():
+            raise MismatchError(misfit.says)
+        if not modules and len(plan.unplaced) == len(self.extras):
             raise MismatchError(
-                f"none of the adapter's {len(unused)} tensors has a place in the state dict: "
-                f"e.g. {unused[0]!r}, found e.g. {next(iter(state), None)!r}"
+                f"none of the adapter's {len(plan.unplaced)} tensors has a place in the state "
+                f"dict: e.g. {next(iter(plan.unplaced))!r}, found e.g. "
+                f"{next(iter(state_dict), None)!r}"
             )
-        if missing or unused:
-            names = ", ".join(repr(n) for n in [*missing, *unused][:5])
+        if plan.unplaced:
+            names = ", ".join(repr(n) for n in list(plan.unplaced)[:5])
             warnings.warn(
-                f"{len(missing) + len(unused)} parts of the adapter have no place in "
+                f"{len(plan.unplaced)} parts of the adapter have no place in "
                 f"the state dict: {names}",
                 stacklevel=2,
             )
-        return state
+        return applied(plan, state_dict, self.value_at)
+
+    def value_at(self, spot: Spot) -> LowRank | Tensor:
+        """What an adapter has for a place: the update, or the extra tensor."""
+        return self.modules[spot.part] if spot.what == "update" else self.extras[spot.part]
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, without the numbers."""
+        shapes = {p: u.shape for p, u in self.modules.items()}
+        extras = {key: tuple(t.shape) for key, t in self.extras.items()}
+        return Parts(shapes, extras, self.config, self.layouts)
 
     def _with(self, modules: Mapping[str, LowRank]) -> Adapter:
         return replace(self, modules=modules)

@@ -126,6 +126,23 @@ def _is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in {"embed_tokens", "lm_head", "wte", "word_embeddings"}
 
 
+# What compiling, sharding and checkpointing put between a module and its child.
+_HIDDEN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's or module's name without what wrapped the model when it was written down.
+
+    Example:
+        >>> plain_name("module._orig_mod.model.layers.0.q_proj")
+        'model.layers.0.q_proj'
+    """
+    parts = [part for part in name.split(".") if part not in _HIDDEN]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    return ".".join(parts)
+
+
 def base_names(key: str) -> list[str]:
     """The names that a stored tensor may have in the base, best first."""
     name = key.removeprefix(PREFIX)
@@ -284,3 +301,31 @@ class Layout:
 
 
 LINEAR = Layout()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter is made of, without its numbers.
+
+    Args:
+        modules: {module path: (out, in) of its update}.
+        extras: {file key: shape}.
+        config: the adapter's configuration.
+        layouts: {module path: Layout}; plain linear where none is given.
+    """
+
+    modules: Mapping[str, tuple[int, int]]
+    extras: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    layouts: Mapping[str, Layout]
+
+    def layout(self, path: str) -> Layout:
+        """How the module's weight relates to its update."""
+        return self.layouts.get(path, LINEAR)
+
+    def names(self) -> list[str]:
+        """Names that the tensors which it changes may have in memory."""
+        found = [self.layout(path).weight_name(path) for path in self.modules]
+        for key in self.extras:
+            found += extra_places(key, self.config)
+        return found

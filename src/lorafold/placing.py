@@ -1,19 +1,27 @@
-"""How a weight relates to its 2-D update, and adding the one to the other."""
+"""Where each part of an adapter goes in a base, whether it fits, and the weight with it.
+
+`placed` answers the first two by names and shapes alone, for a state dict and for files on the
+disk; `changed` does the third, one tensor at a time. Replacements come first (a module saved
+whole, a bias), then what goes into them (token rows, a LoRA bias), then W + c · ΔW.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .errors import MismatchError
 from .lowrank import LowRank
+from .naming import Base, Held, Piece, Shape, is_head
 from .parts import (
     LINEAR,
     Layout,
-    base_names,
+    Parts,
     extra_kind,
     extra_places,
     lora_bias_path,
@@ -21,106 +29,345 @@ from .parts import (
     token_indices,
 )
 
+NOT_THERE = "not in the base"
+OTHER_FORM = "the base stores this module in another form"
+NO_WEIGHT = "no change of a weight"
 
-def add_updates(
-    state: dict[str, Tensor],
-    modules: Mapping[str, LowRank],
-    layouts: Mapping[str, Layout],
-    transposed: bool,
-) -> None:
-    """Add every update to its weight, where there is one.
+_NO_PLACE = ("dora magnitude", "grouped convolution")
+# What PEFT loads into the base's own parameter, which a tied one shares.
+_INTO_THE_BASE = ("base weight", "trained tokens")
+_ORDER = {"whole": 0, "bias": 1, "rows": 1, "update": 2}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One part of an adapter at its place.
 
     Args:
-        state: changed in place: its tensors are replaced, never written to.
-        modules: {module path: update}.
-        layouts: {module path: Layout}; plain linear where none is given.
-        transposed: linear layers store (in, out) (`fan_in_fan_out`), where shapes don't tell.
+        part: module path, or key of an extra tensor.
+        what: it takes the tensor's place, is added to a bias, takes rows' places, or is ΔW.
+        held: the tensor that it changes, as the base holds it.
+        layout: of an update.
+        turned: the weight holds an update's transpose.
+        scale: of a bias.
+        rows: that are replaced.
+    """
+
+    part: str
+    what: Literal["whole", "bias", "rows", "update"]
+    held: Held
+    layout: Layout = LINEAR
+    turned: bool = False
+    scale: float = 1.0
+    rows: tuple[int, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The base's tensors that are changed."""
+        e = None if self.layout.expert is None else self.layout.expert[0]
+        return tuple(p for p in self.held.pieces if e is None or p.expert in (None, e))
+
+    def replaced(self, W: Tensor, piece: Piece, value: Tensor) -> Tensor:
+        """A new tensor: W with what takes a place, or is added to a bias, in its dtype."""
+        if self.what == "rows":
+            new = W.clone()
+            new[list(self.rows)] = value.to(new)
+            return new
+        value = _cut(value.detach(), piece)
+        if self.what == "whole" and piece.into is None:
+            return value.to(W, copy=True)
+        new = W.clone()
+        there = _region(new, piece)
+        if self.what == "bias":
+            value = there.float() + value.float().to(there.device) * self.scale
+        there.copy_(value)
+        return new
+
+    def update(self, W: Tensor, piece: Piece, u: LowRank) -> tuple[Tensor, Tensor]:
+        """What of W an update changes (a view), and ΔW in that shape, float32 at least.
+
+        Raises:
+            MismatchError: the weight is not floating point.
+        """
+        if not W.is_floating_point():
+            raise MismatchError(
+                f"{piece.key!r} is {W.dtype}: dequantise it before adding an update"
+            )
+        there = _region(W, piece)
+        if self.layout.expert is not None and piece.expert is None and W.ndim == 3:
+            there = W[self.layout.expert[0]]
+        if piece.rows is not None:
+            start, stop = piece.rows
+            u = (
+                LowRank(u.A[:, start:stop], u.B, u.scale)
+                if self.turned
+                else LowRank(u.A, u.B[start:stop], u.scale)
+            )
+        delta = u.dense().to(W.device)
+        if self.layout.kind == "conv":
+            delta = delta.reshape(len(delta), *self.layout.kernel)
+        return there, delta.T if self.turned else delta
+
+
+Step: TypeAlias = tuple[Spot, Piece]
+Values: TypeAlias = Callable[[Spot], "LowRank | Tensor"]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A part that does not fit: the shape that it needs, the shape that is there, a message."""
+
+    expected: Shape
+    found: Shape
+    says: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of an adapter go.
+
+    Args:
+        base: into which.
+        spots: what has a place and fits.
+        unplaced: {part: why it has no place}.
+        wrong: {part: what does not fit}.
+    """
+
+    base: Base
+    spots: tuple[Spot, ...] = ()
+    unplaced: Mapping[str, str] = field(default_factory=dict)
+    wrong: Mapping[str, Misfit] = field(default_factory=dict)
+
+    def changes(self, value: Values | None = None) -> dict[str, list[Step]]:
+        """{key of the base: what happens to it, in this order}.
+
+        An output layer that shares the embedding's weight is among them, under a key that the
+        base does not have, where the two come to differ.
+
+        Args:
+            value: of a spot. Without, two modules saved whole count as different.
+        """
+        found: dict[str, list[Step]] = {}
+        for spot in sorted(self.spots, key=lambda spot: _ORDER[spot.what]):
+            for piece in spot.pieces:
+                found.setdefault(piece.key, []).append((spot, piece))
+        if self.base.tied is not None:
+            head, embedding = self.base.tied
+            alike = same_steps(found.get(head, []), found.get(embedding, []), value)
+            if head not in self.base.tensors:
+                if alike:
+                    found.pop(head, None)
+                else:
+                    found.setdefault(head, [])
+        return found
+
+    def untied(self, value: Values | None = None) -> str | None:
+        """The key of an output layer that no longer shares the embedding's weight."""
+        if self.base.tied is None:
+            return None
+        head, embedding = self.base.tied
+        found = self.changes(value)
+        same = same_steps(found.get(head, []), found.get(embedding, []), value)
+        return None if same or (head not in self.base.tensors and head not in found) else head
+
+
+def same_steps(a: list[Step], b: list[Step], value: Values | None) -> bool:
+    """Whether the same happens to two tensors that are equal before."""
+
+    def same(x: Spot, y: Spot) -> bool:
+        if x.part == y.part:
+            return True
+        if value is None or x.what != "whole" or y.what != "whole":
+            return False
+        s, t = value(x), value(y)
+        assert isinstance(s, Tensor)
+        assert isinstance(t, Tensor)
+        return s.dtype == t.dtype and torch.equal(s, t)
+
+    return len(a) == len(b) and all(same(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
+
+
+def placed(parts: Parts, base: Base, renumbered: Callable[[str], str] = str) -> Placement:
+    """Find the place of every part, by names and shapes alone.
+
+    Args:
+        parts: of an adapter.
+        base: a state dict's or files' tensors.
+        renumbered: from a name of the adapter to the one that the base has for it.
 
     Raises:
-        MismatchError: an update does not fit its weight.
+        MismatchError: the config lacks what a bias is scaled by.
     """
-    keys = {p: k for p in modules if (k := weight_key(state, p, layouts.get(p, LINEAR)))}
-    shapes = {p: tuple(state[k].shape) for p, k in keys.items()}
-    flips = orientations(modules, layouts, shapes, transposed)
-    for key in {k for p, k in keys.items() if layouts.get(p, LINEAR).kind == "expert"}:
-        state[key] = state[key].clone()  # once, and not for every expert
-    for p, key in keys.items():
-        layout = layouts.get(p, LINEAR)
-        if layout.kind == "expert":
-            _add_expert(state[key], modules[p], layout, flips[p], key)
+    spots: list[Spot] = []
+    unplaced: dict[str, str] = {}
+    wrong: dict[str, Misfit] = {}
+    for path in parts.modules:
+        name = renumbered(parts.layout(path).weight_name(path))
+        held = base.find(name)
+        if held is None:
+            inside = any(base.below(name.rpartition(".")[0]))
+            unplaced[path] = OTHER_FORM if inside else _why(base, name)
         else:
-            state[key] = added(state[key], modules[p], layout, flips[p], key)
+            spots.append(Spot(path, "update", held, parts.layout(path)))
+    spots = _oriented(spots, parts, wrong)
+    for key in parts.extras:
+        kind = extra_kind(key, parts.config)
+        if kind == "training state" or "original_module" in key.split("."):
+            continue  # no part of the effect, or the untrained twin of a saved module
+        names = [renumbered(name) for name in extra_places(key, parts.config)]
+        held = next((h for name in names if (h := base.find(name)) is not None), None)
+        if held is None:
+            unplaced[key] = NO_WEIGHT if kind in _NO_PLACE else _why(base, names[-1])
+            continue
+        spot = _extra(key, kind, held, parts)
+        if isinstance(spot, Misfit):
+            wrong[key] = spot
+            continue
+        spots.append(spot)
+        if kind in _INTO_THE_BASE and held.whole:
+            spots += _shared(spot, base)
+    return Placement(base, tuple(spots), unplaced, wrong)
 
 
-def weight_key(state: Mapping[str, Tensor], path: str, layout: Layout) -> str | None:
-    """The state dict's key of the weight that the module at `path` updates; None if not there."""
-    if layout.kind == "expert":
-        path = path.rpartition("[")[0] if path.endswith("]") else path
-        return path if path in state else None
-    name = f"{path}.{layout.parameter}" if path else layout.parameter
-    return name if name in state else None
+def _why(base: Base, name: str) -> str:
+    if is_head(name) and (embedding := base.embedding()) is not None:
+        return f"not in the base, whose embedding is {embedding!r}"
+    return NOT_THERE
 
 
-def added(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> Tensor:
-    """W + ΔW in W's shape and dtype, summed in float32 at least.
+def _shared(spot: Spot, base: Base) -> list[Spot]:
+    """The same for every other tensor that shares the weight."""
+    held, (piece,) = spot.held, spot.held.pieces
+    found = []
+    for key in base.ties(piece.key):
+        if key != piece.key:
+            like = None if key in base.tensors else piece.key
+            twin = Held(key, held.shape, held.dtype, (Piece(key, like=like),))
+            found.append(replace(spot, held=twin))
+    return found
+
+
+def _oriented(spots: list[Spot], parts: Parts, wrong: dict[str, Misfit]) -> list[Spot]:
+    """Updates that fit, each with whether its weight holds the transpose."""
+    shapes = {spot.part: spot.held.shape for spot in spots}
+    transposed = bool(parts.config.get("fan_in_fan_out"))
+    flips = orientations(parts.modules, parts.layouts, shapes, transposed)
+    found = []
+    for spot in spots:
+        out, inner = parts.modules[spot.part]
+        fitting = spot.layout.shapes(out, inner)
+        there = spot.held.shape
+        if not spot.held.dtype.is_floating_point:
+            found.append(spot)  # quantised: the shape says nothing
+            continue
+        if there not in fitting:
+            key = spot.held.pieces[0].key if spot.held.whole else spot.held.name
+            says = f"{key!r} has shape {there}, the update fits {fitting[0]}"
+            wrong[spot.part] = Misfit(fitting[0], there, says)
+            continue
+        turned = spot.layout.kind == "embedding"
+        if spot.layout.kind in ("linear", "expert"):
+            turned = there[-2:] == (inner, out) and (out != inner or flips[spot.part])
+        found.append(replace(spot, turned=turned))
+    return found
+
+
+def _extra(key: str, kind: str, held: Held, parts: Parts) -> Spot | Misfit:
+    """Where an extra tensor goes, if it fits."""
+    shape = parts.extras[key]
+    if kind == "trained tokens":
+        path = held.name.removesuffix(".weight")
+        rows = tuple(token_indices(parts.config, path))
+        most = max(rows, default=-1) + 1
+        if len(rows) != shape[0] or most > held.shape[0] or min(rows, default=0) < 0:
+            says = (
+                f"{key!r} holds {shape[0]} token rows, but trainable_token_indices in the config "
+                f"names {len(rows)} up to {most - 1} for {path!r} (which has {held.shape[0]} rows)"
+            )
+            return Misfit((max(most, shape[0]), *shape[1:]), held.shape, says)
+        if shape[1:] == held.shape[1:] and held.whole:
+            return Spot(key, "rows", held, rows=rows)
+    elif shape == held.shape:
+        if kind == "lora bias":
+            return Spot(key, "bias", held, scale=scaling(parts.config, lora_bias_path(key))[1])
+        return Spot(key, "whole", held)
+    says = (
+        f"{key!r} has shape {shape}, but {held.name!r} in the base has {held.shape}: resize the "
+        "base (for example its vocabulary) as it was when the adapter was trained"
+    )
+    return Misfit(shape, held.shape, says)
+
+
+def applied(plan: Placement, state: Mapping[str, Tensor], value: Values) -> dict[str, Tensor]:
+    """A state dict with everything applied; what shares memory and changes alike still does."""
+    result = dict(state)
+    changes = plan.changes(value)
+    done: set[str] = set()
+    for key, steps in changes.items():
+        tied = [other for other in plan.base.ties(key) if other in done]
+        twin = next((k for k in tied if same_steps(changes[k], steps, value)), None)
+        result[key] = (
+            changed(state[plan.base.source(key)], steps, value) if twin is None else result[twin]
+        )
+        done.add(key)
+    return result
+
+
+def changed(
+    W: Tensor,
+    steps: Iterable[Step],
+    value: Values,
+    c: float = 1.0,
+    add: Callable[[Tensor, Tensor, Step], None] | None = None,
+) -> Tensor:
+    """A tensor of the base with everything applied that happens to it.
 
     Args:
-        W: the weight, not changed.
-        transposed: the layer stores (in, out) (`fan_in_fan_out`); decides only where both fit.
+        W: not changed, unless `add` is given.
+        steps: as `Placement.changes` says.
+        value: of a spot: the update, or the extra tensor.
+        c: the dial: W + c · ΔW, and W + c (W' − W) where W' takes its place.
+        add: adds an update to what it changes, in place; summed in float32 at least by default.
 
     Raises:
-        MismatchError: the update does not fit the weight, or the weight is not floating point.
+        MismatchError: the weight of an update is not floating point.
     """
-    if layout.kind == "expert":
-        result = W.clone()
-        _add_expert(result, u, layout, transposed or layout.transposed, key)
-        return result
-    _, delta = dense_for(W, u, layout, transposed, key)
-    return (W.to(delta.dtype) + delta).to(W.dtype)
+    new = W
+    updates = []
+    for spot, piece in steps:
+        v = value(spot)
+        if isinstance(v, LowRank):
+            updates.append((spot, piece, c * v))
+        else:
+            new = spot.replaced(new, piece, v)
+    if c != 1 and new is not W and W.is_floating_point():  # a counter has no share
+        wide = torch.promote_types(W.dtype, torch.float32)
+        new = (W.to(wide) + c * (new.to(wide) - W.to(wide))).to(W.dtype)
+    if updates and new is W and add is None:
+        new = W.clone()
+    for spot, piece, u in updates:
+        there, delta = spot.update(new, piece, u)
+        if add is None:
+            there.copy_(there.to(delta.dtype) + delta)
+        else:
+            add(there, delta, (spot, piece))
+    return new
 
 
-def dense_for(
-    W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str
-) -> tuple[Tensor, Tensor]:
-    """What of W an update changes, and ΔW in that shape.
-
-    Args:
-        transposed: it is stored (in, out); decides only where both fit.
-
-    Returns:
-        W itself or an expert's slice of it (a view), and ΔW, float32 at least.
-
-    Raises:
-        MismatchError: the update does not fit the weight, or the weight is not floating point.
-    """
-    if not W.is_floating_point():
-        raise MismatchError(f"{key!r} is {W.dtype}: dequantise it before adding an update")
-    part, count = W, None
-    if layout.expert is not None:
-        index, count = layout.expert
-        part = W[index] if W.ndim == 3 and index < len(W) else W
-    flipped = tuple(part.shape) == u.shape[::-1]
-    delta = u.dense().to(W.device)
-    if layout.kind == "conv":
-        delta = delta.reshape(u.shape[0], *layout.kernel)
-    elif layout.kind == "embedding" or (flipped and (transposed or u.shape[0] != u.shape[1])):
-        delta = delta.T
-    # A 2-D weight is one expert.
-    slices = () if count is None or (W.ndim != 3 and count == 1) else (count,)
-    expected = (*slices, *delta.shape)
-    if tuple(W.shape) != expected:
-        raise MismatchError(f"{key!r} has shape {tuple(W.shape)}, the update fits {expected}")
-    return part, delta
+def _cut(value: Tensor, piece: Piece) -> Tensor:
+    """What of a model's tensor a piece holds."""
+    if piece.expert is not None:
+        value = value[piece.expert]
+    return value if piece.rows is None else value[piece.rows[0] : piece.rows[1]]
 
 
-def _add_expert(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> None:
-    """Add the update to its slice of W (experts, ·, ·) in place."""
-    part, delta = dense_for(W, u, layout, transposed, key)
-    part.copy_(part.to(delta.dtype) + delta)
+def _region(W: Tensor, piece: Piece) -> Tensor:
+    """The rows of the base's tensor that a piece is."""
+    return W if piece.into is None else W[piece.into[0] : piece.into[1]]
 
 
 def orientations(
-    modules: Mapping[str, LowRank],
+    modules: Mapping[str, tuple[int, int]],
     layouts: Mapping[str, Layout],
     weights: Mapping[str, tuple[int, ...]],
     transposed: bool,
@@ -131,14 +378,14 @@ def orientations(
     config doesn't: it has one `fan_in_fan_out` for all layers, and none for experts.
 
     Args:
-        modules: {module path: update}.
+        modules: {module path: (out, in)}.
         layouts: {module path: Layout}; plain linear where none is given.
         weights: {module path: shape of its weight}, of those that are there.
         transposed: the config's `fan_in_fan_out`.
     """
     found: dict[tuple[str, str], bool] = {}
     for p, weight in weights.items():
-        layout, shape = layouts.get(p, LINEAR), modules[p].shape
+        layout, shape = layouts.get(p, LINEAR), modules[p]
         if layout.kind in ("linear", "expert") and shape[0] != shape[1]:
             found[_kin(p, layout)] = weight[-2:] != shape
     result = {}
@@ -155,99 +402,7 @@ def _kin(path: str, layout: Layout) -> tuple[str, str]:
     return layout.kind, ".".join(parts[:-1]) if layout.kind == "expert" else parts[-1]
 
 
-def apply_extras(
-    state: dict[str, Tensor], extras: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> list[str]:
-    """Put extra tensors into a base state dict, as PEFT's merge_and_unload does.
-
-    Saved modules, biases and stored base weights replace the base's tensors; trained token rows
-    replace rows; a LoRA bias is added with its module's scale. Tensors keep the base's dtype.
-
-    Args:
-        state: changed in place: its tensors are replaced, never written to.
-        extras: {file key: tensor}.
-        config: the adapter's configuration.
-
-    Returns:
-        The keys that had no place.
-
-    Raises:
-        MismatchError: a shape differs from the base's, or token indices are missing.
-    """
-    unused = []
-    # Replacements first: a LoRA bias adds to the bias that the file itself may hold, and rows
-    # go into the embedding that it may hold.
-    order = {"lora bias": 1, "trained tokens": 1}
-    kinds = {key: extra_kind(key, config) for key in extras}
-    for key in sorted(extras, key=lambda key: order.get(kinds[key], 0)):
-        kind, value = kinds[key], extras[key]
-        if kind in ("dora magnitude", "grouped convolution"):
-            placed = False
-        elif kind == "training state":
-            placed = True
-        elif kind == "lora bias":
-            placed = _add_lora_bias(state, key, value, config)
-        elif kind == "trained tokens":
-            placed = _set_token_rows(state, key, value, config)
-        else:
-            placed = _replace(state, key, value)
-        if not placed:
-            unused.append(key)
-    return unused
-
-
-def _replace(state: dict[str, Tensor], key: str, value: Tensor) -> bool:
-    if "original_module" in key.split("."):
-        return True  # the untrained twin of a saved module, which the saved one replaces
-    for name in base_names(key):
-        if name in state:
-            _check_shape(key, tuple(value.shape), name, tuple(state[name].shape))
-            state[name] = value.detach().to(state[name], copy=True)
-            return True
-    return False
-
-
-def _add_lora_bias(
-    state: dict[str, Tensor], key: str, value: Tensor, config: Mapping[str, Any]
-) -> bool:
-    for name in extra_places(key, config):
-        bias = state.get(name)
-        if bias is not None:
-            _check_shape(key, tuple(value.shape), name, tuple(bias.shape))
-            delta = value.float() * scaling(config, lora_bias_path(key))[1]
-            state[name] = (bias.float() + delta.to(bias.device)).to(bias.dtype)
-            return True
-    return False
-
-
-def _set_token_rows(
-    state: dict[str, Tensor], key: str, value: Tensor, config: Mapping[str, Any]
-) -> bool:
-    (name,) = extra_places(key, config)
-    path = name.removesuffix(".weight")
-    old = state.get(name)
-    if old is None:
-        return False
-    rows = token_indices(config, path)
-    if len(rows) != value.shape[0] or max(rows, default=-1) >= old.shape[0]:
-        raise MismatchError(
-            f"{key!r} holds {value.shape[0]} token rows, but trainable_token_indices in the "
-            f"config names {len(rows)} for {path!r} (which has {old.shape[0]} rows)"
-        )
-    new = old.clone()
-    new[list(rows)] = value.to(new)
-    for name, other in list(state.items()):
-        # A tied output layer shares the embedding's memory, and follows it in PEFT too.
-        if other is old or (
-            other.data_ptr() == old.data_ptr() and other.shape == old.shape and old.numel()
-        ):
-            state[name] = new
-    return True
-
-
-def check_replicated(
-    state: Mapping[str, Any], config: Mapping[str, Any], paths: Iterable[str]
-) -> None:
+def check_replicated(state: Iterable[str], config: Mapping[str, Any], paths: Iterable[str]) -> None:
     """Refuse a base without the replicated layers that the adapter was trained on.
 
     Its layer numbers count the replicas, so they would hit the wrong layers of the plain base.
@@ -269,9 +424,19 @@ def check_replicated(
         )
 
 
-def _check_shape(key: str, found: tuple[int, ...], name: str, expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise MismatchError(
-            f"{key!r} has shape {found}, but {name!r} in the base has {expected}: "
-            "resize the base (for example its vocabulary) as it was when the adapter was trained"
-        )
+def added(W: Tensor, u: LowRank, layout: Layout, transposed: bool, key: str) -> Tensor:
+    """W + ΔW in W's shape and dtype.
+
+    Args:
+        transposed: the layer stores (in, out) (`fan_in_fan_out`); decides only where both fit.
+
+    Raises:
+        MismatchError: the update does not fit the weight, or the weight is not floating point.
+    """
+    held = Held(key, tuple(W.shape), W.dtype, (Piece(key),))
+    wrong: dict[str, Misfit] = {}
+    parts = Parts({key: u.shape}, {}, {"fan_in_fan_out": transposed}, {key: layout})
+    spots = _oriented([Spot(key, "update", held, layout)], parts, wrong)
+    for misfit in wrong.values():
+        raise MismatchError(misfit.says)
+    return changed(W, [(spots[0], held.pieces[0])], lambda _: u)

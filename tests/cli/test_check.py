@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from lorafold import naming
 from lorafold.cli import check
-from lorafold.files import base as base_files
+from lorafold.files import safetensors
+from lorafold.files.base import by_kind
 from lorafold.lowrank import LowRank
 from lorafold.parts import ExtraKind
 
@@ -152,7 +154,10 @@ def test_transposed_and_quantised_weights(here, base, cli):
 
 def test_a_tied_head_is_the_embedding(here, make_adapter, cli):
     save(make_adapter({"lm_head": (32, 16)}, 2))
-    assert cli("check", "a", "--base", "base").code == 0
+    ran = cli("check", "a", "--base", "base")
+    assert ran.code == 0
+    assert "lm_head.weight gets a weight of its own in a merge: the model will be untied" in ran.out
+    assert cli("check", "adapters/sql", "--base", "base", "--json").json["untied"] is None
     save(make_adapter({"lm_head": (33, 16)}, 2), "b")
     assert cli("check", "b", "--base", "base").code == 1
 
@@ -216,6 +221,45 @@ def test_trained_tokens_and_embeddings(here, cli):
         assert cli("check", f"t{width}", "--base", "base").code == code
 
 
+@pytest.mark.parametrize("rows", [[3, 32], [3, 99], [-1, 3], [3], [3, 4, 5]])
+def test_token_indices_that_the_vocabulary_does_not_have(rows, here, cli):
+    config = {"r": 1, "lora_alpha": 1, "trainable_token_indices": rows}
+    key = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    q = LowRank(torch.randn(1, 16), torch.randn(24, 1))
+    save(lf.Adapter({Q.format(0): q}, {key: torch.zeros(2, 16)}, config))
+    ran = cli("check", "a", "--base", "base")
+    assert ran.code == 1
+    found = cli("check", "a", "--base", "base", "--json").json
+    assert [w["name"] for w in found["wrong_shape"]] == [key]
+    assert (found["modules_matched"], found["other_tensors_matched"]) == (1, 0)
+
+
+def test_modules_and_other_tensors_are_counted_apart(here, make_adapter, cli):
+    config = {"bias": "lora_only", "modules_to_save": ["score"], "peft_type": "LORA", "r": 2}
+    extras = {
+        f"{PREFIX}{Q.format(0)}.bias": torch.zeros(24),  # not in the base
+        f"{PREFIX}score.weight": torch.zeros(2, 16),  # new
+        f"{PREFIX}model.norm.weight": torch.zeros(16),
+    }
+    shapes = {Q.format(0): (24, 16), Q.format(9): (24, 16), Q.format(1): (24, 15)}
+    save(make_adapter(shapes, 2, extras=extras, config=config | {"lora_alpha": 4}))
+    ran = cli("check", "a", "--base", "base")
+    assert "1 of 3 match by name and shape" in ran.out
+    assert "1 of 3 match\n" in ran.out
+
+
+def test_the_adapters_own_tensors_are_not_read_either(here, cli, monkeypatch):
+    extras = {f"{PREFIX}model.norm.weight": torch.zeros(16)}
+    q = LowRank(torch.randn(1, 16), torch.randn(24, 1))
+    save(lf.Adapter({Q.format(0): q}, extras))
+
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(safetensors, "read_tensors", fail)
+    assert cli("check", "a", "--base", "base").code == 0
+
+
 def test_experts_and_convolutions(here, base, cli):
     path, owner = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts"
     modules = {f"{path}[{e}]": LowRank(torch.randn(1, 4), torch.randn(6, 1)) for e in range(2)}
@@ -236,12 +280,15 @@ def test_experts_and_convolutions(here, base, cli):
     base(lambda s: {**s, path: torch.zeros(3, 4, 6)})
     assert cli("check", "a", "--base", "base").code == 1
     one_by_one = {f"{owner}.{e}.gate_proj.weight": torch.zeros(3, 4) for e in range(2)}
+    one_by_one |= {f"{owner}.{e}.up_proj.weight": torch.zeros(3, 4) for e in range(2)}
     base(lambda s: {**{k: t for k, t in s.items() if k != path}, **one_by_one})
     found = cli("check", "a", "--base", "base", "--json").json
-    assert found["ok"]
-    assert len(found["unchecked"]) == 2
+    assert (found["ok"], found["modules_matched"], found["unchecked"]) == (True, 3, [])
+    del one_by_one[f"{owner}.1.up_proj.weight"]  # half an expert
+    base(lambda s: {k: t for k, t in s.items() if not k.startswith(owner)} | one_by_one)
+    assert cli("check", "a", "--base", "base").code == 1
 
 
 def test_kinds_leave_out_whole_numbers_only():
-    assert base_files.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
-    assert base_files.by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}
+    assert naming.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
+    assert by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}

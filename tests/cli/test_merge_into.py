@@ -44,7 +44,7 @@ def test_from_a_library_with_c_and_a_dtype(here, cli):
     assert (found["c"], found["dtype"], found["path"]) == (-0.5, "bfloat16", "merged")
     assert (found["files"], found["tensors"], len(found["changed"])) == ([FILE], 8, 6)
     assert found["unplaced"] == {}
-    assert (found["shared"], found["left_out"]) == ([], [])
+    assert (found["untied"], found["left_out"]) == (None, [])
     with lf.Library.open("lib") as lib:
         wanted = (-0.5 * lib["sql"]).apply_to(load_file(f"base/{FILE}"))
     assert same(load_file(f"merged/{FILE}"), {k: t.bfloat16() for k, t in wanted.items()})
@@ -72,31 +72,38 @@ def test_shards(here, cli):
     assert same(joined, lf.load("adapters/sql").apply_to(state))
 
 
-def test_what_has_no_place_is_listed(here, cli, make_adapter):
+def test_what_has_no_place_is_listed_and_nothing_is_written(here, cli, make_adapter):
     shapes = {Q.format(n): (24, 16) for n in range(14)}
-    lf.save(lf.Adapter({**make_adapter(shapes, 2), "lm_head": head()}), "a")
+    lf.save(make_adapter(shapes, 2), "a")
+    before = sorted(here.rglob("*"))
     ran = cli("merge-into", "base", "a", "-o", "merged")
+    assert ran.code == 1
+    assert ran.err == (
+        "error: 11 parts of the adapter have no place in base: nothing is written "
+        "(--partial merges the rest)\n"
+    )
+    assert f"{Q.format(3)}" in ran.out
+    assert "and 1 more (--verbose lists them)" in ran.out
+    assert "more" not in cli("merge-into", "base", "a", "-o", "merged", "--verbose").out
+    ran = cli("merge-into", "base", "a", "-o", "merged", "--json")
+    assert (ran.code, ran.json["written"], len(ran.json["unplaced"])) == (1, False, 11)
+    assert sorted(here.rglob("*")) == before
+    (here / "base" / "config.json").write_text("{}")
+    ran = cli("merge-into", "base", "a", "-o", "merged", "--partial")
     assert (ran.code, ran.err) == (0, "")
     assert f"{Q.format(3)}" in ran.out
-    assert "and 2 more (--verbose lists them)" in ran.out
-    ran = cli("merge-into", "base", "a", "-o", "all", "--verbose", columns=200)
-    assert "it shares the weight of 'model.embed_tokens.weight'" in ran.out
-    assert "more" not in ran.out
-    found = cli("merge-into", "base", "a", "-o", "json", "--json").json
-    assert len(found["unplaced"]) == 12
+    config = json.loads((here / "merged" / "config.json").read_text())
+    assert len(config["lorafold"]["left_out"]) == 11
 
 
-def head():
-    return LowRank(torch.randn(1, 16), torch.randn(32, 1))
-
-
-def test_an_embedding_that_is_the_output_layer_is_told(here, cli):
+def test_an_embedding_that_is_the_output_layer_parts_from_it(here, cli):
     u = LowRank(torch.randn(1, 32), torch.randn(16, 1))
     name = "model.embed_tokens"
     lf.save(lf.Adapter({name: u}, layouts={name: lf.Layout("embedding")}), "a")
+    (here / "base" / "config.json").write_text('{"tie_word_embeddings": true}')
     ran = cli("merge-into", "base", "a", "-o", "merged")
     assert (ran.code, ran.err) == (0, "")
-    assert "model.embed_tokens.weight is the output layer's weight too" in ran.out
+    assert "lm_head.weight has a weight of its own now" in ran.out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import lorafold as lf
 from lorafold.files.base import read_base
 from lorafold.merge import checkpoint
-from lorafold.merge.checkpoint import write_checkpoint
+from lorafold.merge.checkpoint import Edits, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -46,13 +46,12 @@ def base(tmp_path):
     return path
 
 
-def rewritten(base, changes=None, dtype=None):
+def rewritten(base, changes=None, dtype=None, **more):
     """The folder that is written, and what was left out."""
     out = base.with_name("out")
     out.mkdir()
-    return out, write_checkpoint(
-        read_base(str(base), []), out, changes or {}, dtype, lambda *_: None
-    )
+    edits = Edits(changes or {}, dtype, **more)
+    return out, write_checkpoint(read_base(str(base)), out, edits, lambda *_: None)
 
 
 def tensors(folder):
@@ -107,7 +106,7 @@ def test_an_error_of_the_system_is_no_reason_to_copy_ourselves(base, monkeypatch
 def test_a_file_that_shrinks_meanwhile(base, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", lambda *_args, **_options: 0, raising=False)
     file = base / "model-2.safetensors"
-    seen = read_base(str(base), [])
+    seen = read_base(str(base))
     out = base.with_name("out")
     out.mkdir()
 
@@ -116,7 +115,7 @@ def test_a_file_that_shrinks_meanwhile(base, monkeypatch):
             os.truncate(file, file.stat().st_size - 30)
 
     with pytest.raises(lf.FileError, match=r"model-2\.safetensors: '.*' ends too early"):
-        write_checkpoint(seen, out, {}, None, cut)
+        write_checkpoint(seen, out, Edits(), cut)
 
 
 def test_a_dtype_reaches_config_and_index_and_spares_whole_numbers(base, monkeypatch):
@@ -197,19 +196,34 @@ def test_the_other_files_are_copied_and_other_weights_left_out(base):
     assert found == {*kept, *weights, "link.json"}
 
 
+def test_a_tensor_is_added_beside_the_one_that_it_starts_from(base):
+    """Also where whole numbers come before it: every tensor stays aligned."""
+    (base / "config.json").write_text(json.dumps({"tie": True, "text_config": {"tie": True}}))
+    key, new = "layers.0.q.weight", "head.weight"
+    changes = {new: lambda t: t.mul_(2)}
+    out, _ = rewritten(base, changes, added={new: key}, fields={"tie": False, "more": 1})
+    state = state_of()
+    assert_same_bits(tensors(out), state | {new: 2 * state[key]})
+    index, old = (json.loads((folder / INDEX).read_text()) for folder in (out, base))
+    assert index["weight_map"] == old["weight_map"] | {new: old["weight_map"][key]}
+    assert index["metadata"]["total_size"] == old["metadata"]["total_size"] + state[key].nbytes
+    found = json.loads((out / "config.json").read_text())
+    assert found == {"tie": False, "text_config": {"tie": False}, "more": 1}
+
+
 # Which files they are
 
 
 def test_one_whole_file_goes_before_an_index_as_in_transformers(base):
     save_file({"a": torch.ones(1)}, base / "model.safetensors")
-    seen = read_base(str(base), [])
+    seen = read_base(str(base))
     assert [f.name for f in seen.files] == ["model.safetensors"]
     assert seen.index is None
 
 
 def test_the_usual_index_goes_before_that_of_a_variant(base):
     (base / "model.fp16.safetensors.index.json").write_text("{")
-    assert read_base(str(base), []).index == base / INDEX
+    assert read_base(str(base)).index == base / INDEX
 
 
 def test_damaged_bases(base):
@@ -217,7 +231,7 @@ def test_damaged_bases(base):
 
     def fails(match):
         with pytest.raises(lf.FileError, match=match):
-            read_base(str(base), [])
+            read_base(str(base))
 
     for name in ("../base/" + first, "/x.safetensors", "..", ""):
         (base / INDEX).write_text(json.dumps({"weight_map": {"a": first, "b": name}}))

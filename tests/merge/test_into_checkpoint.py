@@ -63,7 +63,7 @@ def test_the_demo_base_gets_the_bits_of_apply_to(tmp_path):
     assert_same_bits(written(tmp_path / "out"), adapter.apply_to(base))
     assert sorted(merged.changed) == sorted(f"{p}.weight" for p in adapter)
     assert merged.unplaced == {}
-    assert (merged.shared, merged.left_out) == ((), ())
+    assert (merged.untied, merged.left_out) == (None, ())
     assert (tmp_path / "out" / "config.json").read_bytes() == (BASE / "config.json").read_bytes()
     assert os.listdir(tmp_path) == ["out"]
 
@@ -262,9 +262,13 @@ def test_a_bases_extras_of_training_alone_and_what_has_no_place(
     modules = {**small.modules, Q.format(7): more}
     adapter = lf.Adapter(modules, extras, {"modules_to_save": ["score"]})
     state = small_state()
-    base = folder(state)
-    with pytest.warns(UserWarning, match=r"2 parts of the adapter have no place in .*layers\.7"):
-        merged = lf.merge_into_weights(base, adapter, tmp_path / "out")
+    base = folder(state, config={"model_type": "small"})
+    with pytest.raises(lf.MismatchError, match=r"2 parts .* have no place in .*layers\.7.*partial"):
+        lf.merge_into_weights(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merged = lf.merge_into_weights(base, adapter, tmp_path / "out", partial=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["lorafold"] == {"partial_merge": True, "left_out": list(merged.unplaced)}
     assert merged.unplaced == {
         Q.format(7): "not in the base",
         f"{PREFIX}score.weight": "not in the base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -46,35 +47,83 @@ def test_the_name_of_the_body_may_be_left_out(longer, folder, make_adapter, tmp_
     assert_same_bits(found, {key.removeprefix(mine): t for key, t in full.items()})
 
 
-def test_a_head_that_is_the_embedding_is_reported_and_not_invented(
-    small_state, folder, small, tmp_path
+def test_a_head_that_is_the_embedding_gets_a_weight_of_its_own(
+    small_state, folder, small, tmp_path, dense
 ):
     head = lf.LowRank(torch.randn(1, 4), torch.randn(9, 1))
     adapter = lf.Adapter({**small.modules, "lm_head": head})
     state = small_state()
-    base = folder(state)
-    with pytest.warns(UserWarning, match="'lm_head'"):
-        merged = lf.merge_into_weights(base, adapter, tmp_path / "out")
-    assert "shares the weight of 'embed_tokens.weight'" in merged.unplaced["lm_head"]
-    assert_same_bits(load_file(tmp_path / "out" / "model.safetensors"), small.apply_to(state))
-    with pytest.raises(lf.MismatchError, match=r"nothing of .* shares the weight of"):
-        lf.merge_into_weights(base, lf.Adapter({"lm_head": head}), tmp_path / "no")
+    base = folder(state, config={"tie_word_embeddings": True}, shards=2)
+    merged = lf.merge_into_weights(base, adapter, tmp_path / "out")
+    assert merged.untied == "lm_head.weight"
+    found = load_all(tmp_path / "out")
+    assert_same_bits(found, adapter.apply_to(state))
+    exact = state["embed_tokens.weight"].double() + dense(head)
+    torch.testing.assert_close(found["lm_head.weight"].double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found["embed_tokens.weight"], state["embed_tokens.weight"])
+    assert says_tied(tmp_path / "out") is False
+    # Without a configuration nothing could say that they are two weights now.
+    bare = folder(state, name="bare")
+    assert_refused(tmp_path, bare, adapter, lf.RefusedError, r"has no config\.json")
 
 
-def test_an_embedding_that_is_the_output_layer_is_told(small_state, folder, tmp_path):
+def load_all(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def says_tied(folder):
+    return json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
+
+
+def test_an_embedding_that_is_the_output_layer_parts_from_it(small_state, folder, tmp_path):
     u = lf.LowRank(torch.randn(1, 9), torch.randn(4, 1))
     adapter = lf.Adapter({"embed_tokens": u}, layouts={"embed_tokens": lf.Layout("embedding")})
-    tied = folder(small_state(), config={"tie_word_embeddings": True})
-    with pytest.warns(UserWarning, match=r"'embed_tokens\.weight' is the output layer too"):
-        merged = lf.merge_into_weights(tied, adapter, tmp_path / "a")
-    assert merged.shared == ("embed_tokens.weight",)
-    free = folder(small_state(), config={"tie_word_embeddings": False}, name="free")
-    assert lf.merge_into_weights(free, adapter, tmp_path / "b").shared == ()
-    both = folder(small_state() | {"lm_head.weight": torch.randn(9, 4)}, name="both")
-    assert lf.merge_into_weights(both, adapter, tmp_path / "c").shared == ()
+    state = small_state()
+    tied = folder(state, config={"tie_word_embeddings": True})
+    merged = lf.merge_into_weights(tied, adapter, tmp_path / "a")
+    assert merged.untied == "lm_head.weight"
+    wanted = adapter.apply_to(state) | {"lm_head.weight": state["embed_tokens.weight"]}
+    assert_same_bits(load_all(tmp_path / "a"), wanted)
+    assert says_tied(tmp_path / "a") is False
+    none = lf.merge_into_weights(tied, adapter, tmp_path / "none", c=0)
+    assert (none.untied, none.changed, says_tied(tmp_path / "none")) == (None, (), True)
+    body = folder(state, config={"architectures": ["LlamaModel"]}, name="body")
+    assert lf.merge_into_weights(body, adapter, tmp_path / "e").untied is None
+    free = folder(state, config={"tie_word_embeddings": False}, name="free")
+    assert lf.merge_into_weights(free, adapter, tmp_path / "b").untied is None
+    own = state | {"lm_head.weight": torch.randn(9, 4)}
+    both = folder(own, config={"tie_word_embeddings": False}, name="both")
+    assert lf.merge_into_weights(both, adapter, tmp_path / "c").untied is None
+    said = folder(own, config={"tie_word_embeddings": True}, name="said")
+    assert lf.merge_into_weights(said, adapter, tmp_path / "f").untied == "lm_head.weight"
+    assert_same_bits(load_all(tmp_path / "f"), adapter.apply_to(own))
+    assert says_tied(tmp_path / "f") is False
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_what_both_have_alike_stays_tied(differ, small_state, folder, tmp_path):
+    state = small_state()
+    tied = folder(state, config={"tie_word_embeddings": True})
     rows = {f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(1, 4)}
-    tokens = lf.Adapter({}, rows, {"trainable_token_indices": [2]})
-    assert lf.merge_into_weights(tied, tokens, tmp_path / "d").shared == ()  # meant for both
+    new = torch.randn(9, 4)
+    saved = {f"{PREFIX}embed_tokens.weight": new, f"{PREFIX}lm_head.weight": new + differ}
+    config = {"trainable_token_indices": [2]}
+    for n, (extras, more) in enumerate(
+        [(rows, {}), (saved, {"modules_to_save": ["embed_tokens", "lm_head"]})]
+    ):
+        adapter = lf.Adapter({}, extras, config | more)
+        out = tmp_path / str(n)
+        merged = lf.merge_into_weights(tied, adapter, out)
+        parted = differ and extras is saved
+        assert merged.untied == ("lm_head.weight" if parted else None)
+        wanted = adapter.apply_to(state)
+        if not parted:
+            wanted.pop("lm_head.weight", None)
+        assert_same_bits(load_all(out), wanted)
+        assert says_tied(out) is not parted
 
 
 # Refusals: before anything is written
@@ -164,8 +213,10 @@ def test_a_quantised_model_keeps_its_dtypes(small_state, folder, small, tmp_path
 def test_a_module_in_another_form_is_listed(small_state, folder, small, tmp_path):
     state = small_state()
     state["layers.1.q.weight_v"] = state.pop("layers.1.q.weight")
-    with pytest.warns(UserWarning, match="1 parts"):
-        merged = lf.merge_into_weights(folder(state), small, tmp_path / "out")
+    base = folder(state)
+    match = r"1 parts .* 'layers\.1\.q' \(the base stores this module in another form\)"
+    assert_refused(tmp_path, base, small, lf.MismatchError, match)
+    merged = lf.merge_into_weights(base, small, tmp_path / "out", partial=True)
     assert merged.unplaced == {Q.format(1): "the base stores this module in another form"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +14,11 @@ from ._source import adapter_options, opened
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
-    from ..adapter import Layout
     from ..files import AdapterFile
-    from ..files.base import Base
+    from ..naming import Base
+    from ..parts import Parts
+    from ..placing import Placement
 
 # What a reader that knows only W + scale · B A of linear layers makes of the rest.
 _IGNORED = {
@@ -57,47 +57,47 @@ def check(adapter: str, base: str, **options: Any) -> None:
 
 def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
     """The comparison, in JSON's types."""
-    from ..files.base import kind, read_base
+    from ..files.base import read_base
+    from ..parts import extra_kind
+    from ..placing import placed
 
-    plain = _unreplicated(file.config)
-    base = read_base(base_path, [plain(_owner(p, file.layouts.get(p))) for p in file.shapes])
-    results: dict[str, list[Any]] = {"unmatched": [], "wrong_shape": [], "unchecked": []}
-    touched = set()
-    for path, (out, inner, _) in file.shapes.items():
-        layout = file.layouts.get(path)
-        owner = plain(_owner(path, layout))
-        touched.add(owner)
-        status, detail = _module_fit(base, owner, layout, (out, inner))
-        if status == "unmatched":
-            results[status].append(path)
-        elif status != "right":
-            results[status].append({"name": path, **detail})
-    new = _check_extras(base, file, results)
-    kinds = {kind(owner) for owner in touched}
-    missing = [m for m in dict.fromkeys(base.modules()) if kind(m) in kinds and m not in touched]
+    parts, plain = file.parts, _unreplicated(file.config)
+    base = read_base(base_path).named(map(plain, parts.names()))
+    plan = placed(parts, base, plain)
+    unmatched, unchecked, new = _without_place(plan, parts)
+    unchecked += [
+        {"name": spot.part, "reason": f"the base stores {spot.held.dtype}"}
+        for spot in plan.spots
+        if spot.what == "update" and not spot.held.dtype.is_floating_point
+    ]
+    beside = ("dora magnitude", "grouped convolution", "training state")
+    others = [key for key in parts.extras if extra_kind(key, parts.config) not in beside]
+    fitting = {spot.part for spot in plan.spots} - {row["name"] for row in unchecked}
     return {
         "adapter": name,
         "base": base_path,
-        "ok": not results["unmatched"] and not results["wrong_shape"],
-        "modules": len(file.shapes),
-        "prefix": base.prefix or None,
-        **results,
+        "ok": not unmatched and not plan.wrong,
+        "modules": len(parts.modules),
+        "modules_matched": len(fitting & parts.modules.keys()),
+        "other_tensors": len(others),
+        "other_tensors_matched": len(fitting & set(others)),
+        "renamed": base.renamed,
+        "unmatched": unmatched,
+        "wrong_shape": [
+            {"name": part, "expected": list(misfit.expected), "found": list(misfit.found)}
+            for part, misfit in plan.wrong.items()
+        ],
+        "unchecked": unchecked,
         "new": new,
-        "untouched": missing,
+        "untied": plan.untied(),
+        "untouched": _untouched(parts, base, plain),
         "layers_to_transform": file.config.get("layers_to_transform"),
         "ignored": _ignored(file),
         "refusal": file.refusal,
     }
 
 
-def _owner(path: str, layout: Layout | None) -> str:
-    """The module, or for experts the parameter, that the base has under its name."""
-    if layout is not None and layout.kind == "expert" and path.endswith("]"):
-        return path.rpartition("[")[0]
-    return path
-
-
-def _unreplicated(config: Mapping[str, Any]) -> Any:
+def _unreplicated(config: Mapping[str, Any]) -> Callable[[str], str]:
     """From a layer's number among replicas (`layer_replication`) to the one in the file."""
     ranges = config.get("layer_replication") or []
     numbers = [n for start, stop in ranges for n in range(start, stop)]
@@ -111,79 +111,39 @@ def _unreplicated(config: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _module_fit(
-    base: Base, owner: str, layout: Layout | None, shape: tuple[int, int]
-) -> tuple[str, dict[str, Any]]:
-    """("right", "unmatched", "wrong_shape" or "unchecked", what was found)."""
-    expert = layout is not None and layout.kind == "expert"
-    parameter = "weight" if layout is None else layout.parameter
-    key = base.named(owner if expert else f"{owner}.{parameter}".lstrip("."))
-    entry = base.entries.get(key)
-    tied = base.embedding() if owner.rpartition(".")[2] == "lm_head" else None
-    if entry is None and tied is not None:
-        entry = base.entries[tied]
-    if entry is None:
-        parent = owner.rpartition(".")[0] if expert else owner
-        if base.below(parent):
-            reason = "the base stores this module in another form (quantised, or split)"
-            return "unchecked", {"reason": reason}
-        return "unmatched", {}
-    if not entry.dtype.is_floating_point:
-        return "unchecked", {"reason": f"the base stores {entry.dtype}"}
-    expected = _weight_shapes(layout, shape)
-    if tuple(entry.shape) in expected:
-        return "right", {}
-    return "wrong_shape", {"expected": list(expected[0]), "found": list(entry.shape)}
+def _without_place(
+    plan: Placement, parts: Parts
+) -> tuple[list[str], list[dict[str, Any]], list[str]]:
+    """What matches nothing, what can't be checked, and what is new in the adapter."""
+    from ..parts import extra_kind
+    from ..placing import NO_WEIGHT, OTHER_FORM
+
+    unmatched: list[str] = []
+    unchecked: list[dict[str, Any]] = []
+    new: list[str] = []
+    for part, why in plan.unplaced.items():
+        if part in parts.modules and why == OTHER_FORM:
+            unchecked.append({"name": part, "reason": f"{why} (quantised, or split)"})
+        elif part not in parts.modules and extra_kind(part, parts.config) in _MAY_BE_NEW:
+            new.append(part)
+        elif why != NO_WEIGHT:  # what is beside factors is checked with them
+            unmatched.append(part)
+    return unmatched, unchecked, new
 
 
-def _weight_shapes(layout: Layout | None, shape: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Shapes of the weight that an update (out, in) fits; layers may store either orientation."""
-    out, inner = shape
-    if layout is None or layout.kind == "linear":
-        return [(out, inner), (inner, out)]
-    if layout.kind == "embedding":
-        return [(inner, out)]
-    if layout.kind == "conv":
-        return [(out, *layout.kernel)]
-    count = layout.expert[1] if layout.expert else 1
-    shapes: list[tuple[int, ...]] = [(count, out, inner), (count, inner, out)]
-    return shapes + ([shape, shape[::-1]] if count == 1 else [])
+def _untouched(parts: Parts, base: Base, plain: Callable[[str], str]) -> list[str]:
+    """Modules of the kinds that the adapter has, which it leaves alone."""
+    from ..naming import kind
 
-
-def _check_extras(base: Base, file: AdapterFile, results: dict[str, list[Any]]) -> list[str]:
-    """Sort extras into the results; those that are new in the adapter are returned."""
-    from ..parts import extra_kind, extra_places
-
-    new = []
-    for key, tensor in file.read_extras().items():
-        what = extra_kind(key, file.config)
-        if what in ("dora magnitude", "grouped convolution", "training state"):
-            continue  # beside factors, and checked with them
-        names = extra_places(key, file.config)
-        found = next((n for n in names if base.named(n) in base.entries), None)
-        if found is None:
-            if _is_tied(base, names):
-                continue
-            if what in _MAY_BE_NEW or "original_module" in key:
-                new.append(key)
-            else:
-                results["unmatched"].append(key)
-        else:
-            shape = base.entries[base.named(found)].shape
-            if not _extra_fits(what, tensor, shape):
-                detail = {"expected": list(tensor.shape), "found": list(shape)}
-                results["wrong_shape"].append({"name": key, **detail})
-    return new
-
-
-def _is_tied(base: Base, names: list[str]) -> bool:
-    return any(n.endswith("lm_head.weight") for n in names) and base.embedding() is not None
-
-
-def _extra_fits(what: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    if what == "trained tokens":
-        return tuple(tensor.shape[1:]) == tuple(shape[1:]) and len(tensor) <= shape[0]
-    return tuple(tensor.shape) == tuple(shape)
+    found: dict[str, None] = {}
+    touched = {plain(parts.layout(path).weight_name(path)) for path in parts.modules}
+    for name in {kind(name): name for name in touched}.values():
+        stem = name.removesuffix(".weight")
+        there = base.alike(name) or [
+            other.replace("qweight", "weight") for other in base.alike(f"{stem}.qweight")
+        ]
+        found |= dict.fromkeys(other for other in there if other not in touched)
+    return [name.removesuffix(".weight") for name in found]
 
 
 def _ignored(file: AdapterFile) -> list[dict[str, Any]]:
@@ -216,19 +176,20 @@ def _ignored(file: AdapterFile) -> list[dict[str, Any]]:
 
 
 def _show(out: Console, d: Mapping[str, Any]) -> None:
-    wrong = {w["name"] for w in d["wrong_shape"]} | set(d["unmatched"])
-    good = d["modules"] - len(wrong) - sum(u["name"] not in wrong for u in d["unchecked"])
-    prefix = d["prefix"]
-    words = f"names {'less' if prefix[0] == '+' else 'after'} {prefix[1:]!r}" if prefix else None
+    modules = f"{d['modules_matched']:,} of {d['modules']:,} match by name and shape"
+    others = f"{d['other_tensors_matched']:,} of {d['other_tensors']:,} match"
+    untied = f"{d['untied']} gets a weight of its own in a merge: the model will be untied"
     verdict = "fits" if d["ok"] else "does not fit"
     output.say(out, f"{d['adapter']} {verdict} {d['base']}\n")
     output.facts(
         out,
         [
-            ("modules", f"{max(good, 0):,} of {d['modules']:,} match by name and shape"),
-            ("matched by", words),
+            ("modules", modules if d["modules"] else None),
+            ("other tensors", others if d["other_tensors"] else None),
+            ("matched by", _renamed(d["renamed"])),
             ("not checked", _grouped(d["unchecked"], "reason")),
             ("new", output.listed(d["new"]) or None),
+            ("tied", untied if d["untied"] else None),
         ],
     )
     if d["unmatched"]:
@@ -249,6 +210,17 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
         output.table(out, ["what", ">count", "why"], rows2)
     if d["refusal"]:
         output.say(out, f"\nnot for ΔW algebra: {d['refusal']}")
+
+
+def _renamed(renamed: Mapping[str, str]) -> str | None:
+    """How the names of the adapter differ from the base's."""
+    words = []
+    for old, new in renamed.items():
+        if old and new:
+            words.append(f"{old!r} as {new!r}")
+        else:
+            words.append(f"names {'less' if old else 'after'} {(old or new)!r}")
+    return ", ".join(words) or None
 
 
 def _shape(shape: list[int]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _output as output
-from ._command import command, settings
+from ._command import CheckFailed, command, settings
 from ._source import adapter_options, loaded
 from ._writing import DTYPES, torch_dtype
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "folder", required=True, metavar="DIR", help="The folder to write.")
 @click.option("-c", "c", type=float, default=1.0, help="The dial: W + c·ΔW (1 by default).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights; else each keeps its own.")
+@click.option("--partial", is_flag=True, help="Merge though parts have no place in the base.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DIR.")
 @adapter_options
 def merge_into(
@@ -30,37 +32,32 @@ def merge_into(
     folder: str,
     c: float,
     dtype: str | None,
+    partial: bool,
     overwrite: bool,
     **options: Any,
 ) -> None:
     """Write a checkpoint with an adapter merged, without loading the model.
 
     Shards, keys, metadata and dtypes stay those of BASE_DIR, and its other files are copied. One
-    tensor at a time is in memory. Tells what has no place in the base, and what rounding to the
-    weights' dtype costs.
+    tensor at a time is in memory. Where a part of the adapter has no place in the base, nothing is
+    written (exit status 1) unless --partial. Tells what rounding to the weights' dtype costs.
     """
-    with output.progress("merging") as advance:
-        found = _merged(base, adapter, folder, c, dtype, overwrite, advance, options)
-    output.report(found, lambda out: _show(out, found))
+    from ..merge.into_checkpoint import Merge
 
-
-def _merged(
-    base: str,
-    adapter: str,
-    folder: str,
-    c: float,
-    dtype: str | None,
-    overwrite: bool,
-    advance: output.Advance,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    from ..merge.into_checkpoint import write_merged
-
-    merged = write_merged(
-        base, loaded(adapter, **options), folder, c, torch_dtype(dtype), overwrite, advance
-    )
+    merge = Merge.of(base, loaded(adapter, **options), folder, c=c, dtype=torch_dtype(dtype))
     facts = {"base": base, "adapter": adapter, "c": c, "dtype": dtype}
-    return {**facts, **dataclasses.asdict(merged), "path": folder}
+    unplaced = dict(merge.plan.unplaced)
+    if unplaced and not partial:
+        missing = {**facts, "written": False, "unplaced": unplaced}
+        output.report(missing, lambda out: _show_unplaced(out, unplaced))
+        raise CheckFailed(
+            f"{len(unplaced)} parts of the adapter have no place in {base}: nothing is written "
+            "(--partial merges the rest)"
+        )
+    with output.progress("merging") as advance:
+        merged = merge.write(overwrite=overwrite, progress=advance)
+    found = {**facts, "written": True, **dataclasses.asdict(merged), "path": folder}
+    output.report(found, lambda out: _show(out, found))
 
 
 def _show(out: Console, d: dict[str, Any]) -> None:
@@ -79,12 +76,17 @@ def _show(out: Console, d: dict[str, Any]) -> None:
     )
     if d["left_out"]:
         output.say(out, "\nFiles that are left out are weights in another form, not merged.")
-    for key in d["shared"]:
-        output.say(out, f"\n{key} is the output layer's weight too, which so changes as well.")
+    if d["untied"]:
+        says = "has a weight of its own now, and the embedding another (tie_word_embeddings: false)"
+        output.say(out, f"\n{d['untied']} {says}.")
     if d["unplaced"]:
-        output.say(out, "\nHas no place in the base, and is not in what was written:")
-        rows = list(d["unplaced"].items())
-        most = len(rows) if settings().verbose else 10
-        output.table(out, ["part of the adapter", "why"], rows[:most])
-        if rows[most:]:
-            output.say(out, f"and {len(rows) - most:,} more (--verbose lists them)")
+        _show_unplaced(out, d["unplaced"])
+
+
+def _show_unplaced(out: Console, unplaced: Mapping[str, str]) -> None:
+    output.say(out, "\nHas no place in the base:")
+    rows = list(unplaced.items())
+    most = len(rows) if settings().verbose else 10
+    output.table(out, ["part of the adapter", "why"], rows[:most])
+    if rows[most:]:
+        output.say(out, f"and {len(rows) - most:,} more (--verbose lists them)")

@@ -4,73 +4,89 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import FileError
+from ..naming import Base, is_head, kind
 from .safetensors import Entry, read_entries
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_WEIGHTS = (".weight", ".qweight")
+CONFIG_NAME = "config.json"
+
+# Architectures that end in an output layer over the vocabulary, and its name where the embedding
+# of its body is called otherwise.
+_WITH_HEAD = re.compile("LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
+_HEADS = {
+    "bert.": "cls.predictions.decoder",
+    "roberta.": "lm_head.decoder",
+    "distilbert.": "vocab_projector",
+}
+_MASKED = re.compile("ForMaskedLM|ForPreTraining")
 
 
 @dataclass(frozen=True)
-class Base:
-    """What the headers say.
+class BaseFiles:
+    """What the headers and the configuration of a base model say.
 
     Args:
         path: as it was given.
         entries: {tensor name: dtype and shape}.
-        prefix: how an adapter's paths differ from these names: "+transformer." where the adapter
-            has it and the files don't, "-model." the other way round, "" where they agree.
         files: the safetensors files.
         index: the file that says which tensor is in which of them, if there is one.
+        config: the model's configuration; {} where there is none.
     """
 
     path: str
     entries: Mapping[str, Entry]
-    prefix: str = ""
     files: tuple[Path, ...] = ()
     index: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
-    def named(self, name: str) -> str:
-        """An adapter's name as the files have it."""
-        sign, letters = self.prefix[:1], self.prefix[1:]
-        if sign == "+":
-            return name.removeprefix(letters)
-        return letters + name if sign == "-" else name
+    def named(self, asked: Iterable[str] = ()) -> Base:
+        """Its tensors, to be found by the names that an adapter asks for."""
+        asked = list(asked)
+        tensors = {key: (entry.shape, entry.dtype) for key, entry in self.entries.items()}
+        return Base(tensors, asked, self._tied(any(map(is_head, asked))))
 
-    def unnamed(self, name: str) -> str:
-        """A name of the files as the adapter has it."""
-        sign, letters = self.prefix[:1], self.prefix[1:]
-        if sign == "-":
-            return name.removeprefix(letters)
-        return letters + name if sign == "+" else name
+    def _tied(self, asked: bool) -> tuple[str, str] | None:
+        """The keys of output layer and embedding, if they are one weight.
 
-    def below(self, name: str) -> bool:
-        """Whether anything is stored under the module `name`."""
-        start = self.named(name) + "."
-        return any(key.startswith(start) for key in self.entries)
+        Args:
+            asked: an adapter has an output layer, so there is one.
+        """
+        embedding = Base(dict.fromkeys(self.entries, ((), None))).embedding()
+        head = next((key for key in self.entries if is_head(key)), None)
+        says = self.config.get("tie_word_embeddings")
+        if says is None:
+            inner = self.config.get("text_config")
+            says = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+        if embedding is None or says is False:
+            return None
+        if head is not None:
+            return (head, embedding) if says else None
+        names = [str(name) for name in self.config.get("architectures") or []]
+        ends = any(map(_WITH_HEAD.search, names)) if names else says is True
+        return (self._head_of(embedding), embedding) if ends or asked else None
 
-    def embedding(self) -> str | None:
-        """The key of the input embedding, which a tied head has in common."""
-        return next((key for key in self.entries if key.endswith(_EMBEDDINGS)), None)
+    def _head_of(self, embedding: str) -> str:
+        """What an output layer is called that is in no file."""
+        architectures = " ".join(map(str, self.config.get("architectures") or []))
+        if "Whisper" in architectures:
+            return "proj_out.weight"
+        if embedding.startswith("language_model.model."):
+            return "language_model.lm_head.weight"
+        masked = _MASKED.search(architectures) is not None
+        names = (n for start, n in _HEADS.items() if masked and embedding.startswith(start))
+        return f"{next(names, 'lm_head')}.weight"
 
-    def modules(self) -> Iterator[str]:
-        """Modules with a matrix or a kernel, and 3-D parameters, by the adapter's names."""
-        for key, entry in self.entries.items():
-            if len(entry.shape) < 2 and not key.endswith(_WEIGHTS[1]):
-                continue
-            end = next((e for e in _WEIGHTS if key.endswith(e)), None)
-            yield self.unnamed(key.removesuffix(end) if end else key)
 
-
-def read_base(path: str, names: Iterable[str]) -> Base:
-    """The base in a folder (or a safetensors file), its prefix chosen so that `names` match best.
+def read_base(path: str) -> BaseFiles:
+    """The base in a folder, or a safetensors file.
 
     Raises:
         FileError: nothing there in safetensors, a shard missing, a tensor in two shards, or a
@@ -86,9 +102,16 @@ def read_base(path: str, names: Iterable[str]) -> Base:
         entries |= found
     if not entries:
         raise FileError(f"{path}: there are no tensors in it")
-    plain = Base(path, entries)
-    prefix = _prefix(list(names), set(plain.modules()))
-    return Base(path, entries, prefix, tuple(files), index)
+    return BaseFiles(path, entries, tuple(files), index, _config(files[0].parent))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The model's configuration; {} where there is none."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _files(path: Path) -> tuple[list[Path], Path | None]:
@@ -123,35 +146,6 @@ def _indexed(index: Path) -> list[Path]:
     if missing:
         raise FileError(f"{index} names {missing[0]!r}, which is not there")
     return [index.parent / name for name in names]
-
-
-def _prefix(names: list[str], known: set[str]) -> str:
-    """What to take away from, or put before, the adapter's names so that most are known.
-
-    transformers saves a model without the name of its body's attribute, and loads it so.
-    """
-    candidates = {"": 0}
-    for name in {kind(n): n for n in names}.values():
-        for other in known:
-            if other.endswith(f".{name}"):
-                candidates["-" + other[: -len(name)]] = 0
-            elif name.endswith(f".{other}"):
-                candidates["+" + name[: -len(other)]] = 0
-    for prefix in candidates:
-        base = Base("", {}, prefix)
-        candidates[prefix] = sum(base.named(name) in known for name in names)
-    best = max(candidates.values())
-    return min((p for p, n in candidates.items() if n == best), key=lambda p: (len(p), p))
-
-
-def kind(name: str) -> str:
-    """A module's name with its numbers left out: modules of one kind differ in these alone.
-
-    Example:
-        >>> kind("model.layers.12.self_attn.q_proj")
-        'model.layers.#.self_attn.q_proj'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
 def by_kind(names: Iterable[str]) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter import Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
-from ..parts import refusal_reason
+from ..parts import Parts, refusal_reason
 from ..words import did_you_mean
 from . import safetensors
 from .config import checked, parsed, plain, read_text
@@ -132,6 +132,16 @@ class AdapterFile:
     @property
     def extra_keys(self) -> tuple[str, ...]:
         return self._record.extra_keys
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, without the numbers."""
+        modules = {path: (out, inner) for path, (out, inner, _) in self.shapes.items()}
+        if self._adapter is not None:
+            extras = {key: tuple(t.shape) for key, t in self._adapter.extras.items()}
+        else:
+            extras = {key: self._record.entries[key].shape for key in self.extra_keys}
+        return Parts(modules, extras, self.config, self.layouts)
 
     @property
     def refusal(self) -> str | None:

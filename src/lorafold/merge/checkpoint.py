@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,11 @@ from torch import Tensor
 from ..errors import FileError, MismatchError
 from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
-from ..files.base import INDEX_SUFFIX, Base
+from ..files.base import CONFIG_NAME, INDEX_SUFFIX, BaseFiles
 from ..files.replacing import Kind
 from ..files.safetensors import Entry
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CONFIG_NAME = "config.json"
 
 _WEIGHTS_FILE = re.compile(r"(?!adapter_model\.|training_state\.|shard-).*\.safetensors")
 # What transformers writes beside the weights: none of it may stay with another model's.
@@ -56,21 +56,30 @@ _MODELS = (".pth", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot", ".c
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".bin.index.json", INDEX_SUFFIX, "adapter_config.json")
 
 
-def write_checkpoint(
-    base: Base,
-    folder: Path,
-    changes: Mapping[str, Change],
-    dtype: torch.dtype | None,
-    advance: Advance,
-) -> list[str]:
+@dataclass(frozen=True)
+class Edits:
+    """What becomes of a base's files.
+
+    Args:
+        changes: {key: from the tensor to what is stored in its place}: of the same shape, and of
+            the dtype that `stored_dtype` says.
+        dtype: of all floating point tensors of 16 bits or more; their own when None.
+        added: {new key: the key of the tensor that it starts from}; beside it, in its file.
+        fields: set in the model's configuration.
+    """
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    added: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_checkpoint(base: BaseFiles, folder: Path, edits: Edits, advance: Advance) -> list[str]:
     """Write the base's folder into another one that is there and empty.
 
     Args:
         base: of a folder.
         folder: where it goes.
-        changes: {key: from the tensor to what is stored in its place}: of the same shape, and of
-            the dtype that `stored_dtype` says.
-        dtype: of all floating point tensors of 16 bits or more; their own when None.
         advance: told of every step.
 
     Returns:
@@ -81,10 +90,10 @@ def write_checkpoint(
         MismatchError: a number is beyond the range of `dtype`.
     """
     for file in base.files:
-        rewrite(file, folder / file.name, changes, dtype, advance)
+        rewrite(file, folder / file.name, edits, advance)
     done = {file.name for file in base.files}
     if base.index is not None:
-        _write_index(base.index, folder / base.index.name, folder, done, dtype)
+        _write_index(base.index, folder / base.index.name, done, edits)
         done.add(base.index.name)
     left_out = []
     for path, name in _others(Path(base.path)):
@@ -92,8 +101,8 @@ def write_checkpoint(
             continue
         if not path.is_file() or _is_left_out(name):
             left_out.append(name)
-        elif name == CONFIG_NAME and dtype is not None:
-            _write_config(path, folder / name, dtype)
+        elif name == CONFIG_NAME and (edits.dtype is not None or edits.fields):
+            _write_config(path, folder / name, edits)
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
@@ -126,19 +135,16 @@ def out_of_range(key: str, dtype: torch.dtype) -> str:
 # One file
 
 
-def rewrite(
-    source: Path,
-    target: Path,
-    changes: Mapping[str, Change],
-    dtype: torch.dtype | None,
-    advance: Advance,
-) -> None:
+def rewrite(source: Path, target: Path, edits: Edits, advance: Advance) -> None:
     """Write one safetensors file anew; see `write_checkpoint`."""
+    dtype = edits.dtype
     with safetensors.open_file(source) as f:
         header, size = safetensors.header_bytes(f, source)
         entries, metadata = safetensors.parse_header(header, size, source)
         head, order = len(header).to_bytes(8, "little") + header, list(entries.items())
-        if any(stored_dtype(entry.dtype, dtype) != entry.dtype for _, entry in order):
+        new = [(key, entries[like]) for key, like in edits.added.items() if like in entries]
+        order += new
+        if new or any(stored_dtype(entry.dtype, dtype) != entry.dtype for _, entry in order):
             # Wide numbers first, so that all of them are aligned.
             order.sort(key=lambda item: -stored_dtype(item[1].dtype, dtype).itemsize)
             stored = [(k, stored_dtype(e.dtype, dtype), e.shape) for k, e in order]
@@ -147,7 +153,7 @@ def rewrite(
         try:
             write_all(out, head)
             for key, entry in order:
-                _write(f, out, key, entry, source, changes.get(key), dtype)
+                _write(f, out, key, entry, source, edits.changes.get(key), dtype)
                 advance(entry.stop - entry.start, source.name)
         finally:
             os.close(out)
@@ -226,16 +232,16 @@ def _is_left_out(name: str) -> bool:
     return name.endswith(_MODELS if "/" in name else _MODELS + _WEIGHTS)
 
 
-def _write_index(
-    source: Path, target: Path, folder: Path, names: set[str], dtype: torch.dtype | None
-) -> None:
-    if dtype is None:
+def _write_index(source: Path, target: Path, names: set[str], edits: Edits) -> None:
+    if edits.dtype is None and not edits.added:
         shutil.copyfile(source, target)
         return
     index = json.loads(source.read_text(encoding="utf-8"))
+    for key, like in edits.added.items():
+        index["weight_map"][key] = index["weight_map"][like]
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
-        metadata["total_size"] = sum(_data_bytes(folder / name) for name in names)
+        metadata["total_size"] = sum(_data_bytes(target.parent / name) for name in names)
     target.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -243,21 +249,29 @@ def _data_bytes(path: Path) -> int:
     return sum(entry.stop - entry.start for entry in safetensors.read_entries(path).values())
 
 
-def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+def _write_config(source: Path, target: Path, edits: Edits) -> None:
     try:
         config = json.loads(source.read_text(encoding="utf-8"))
     except ValueError as e:
         raise FileError(f"{source} is not valid JSON: {e}") from e
-    _set_dtype(config, str(dtype).removeprefix("torch."))
+    if edits.dtype is not None:
+        name = str(edits.dtype).removeprefix("torch.")
+        _set_in_parts(
+            config, {"dtype": name, "torch_dtype": name}, lambda old: isinstance(old, str)
+        )
+    if isinstance(config, dict):
+        # A flag that a part of the model has of its own says the same as the whole's.
+        _set_in_parts(config, edits.fields, lambda _: True)
+        config |= edits.fields
     target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _set_dtype(config: Any, name: str) -> None:
-    """Change the dtype in a config and in those of a model's parts."""
+def _set_in_parts(config: Any, fields: Mapping[str, Any], may: Callable[[Any], bool]) -> None:
+    """Change fields where a config, or that of a part of the model, has them."""
     if not isinstance(config, dict):
         return
     for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            config[key] = name
+        if key in fields and may(value):
+            config[key] = fields[key]
         elif key.endswith("_config"):
-            _set_dtype(value, name)
+            _set_in_parts(value, fields, may)

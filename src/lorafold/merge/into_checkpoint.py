@@ -8,12 +8,10 @@ then each tensor is read, changed and written on its own.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -22,20 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import Adapter
 from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
-from ..files.base import Base, read_base
+from ..files.base import CONFIG_NAME, BaseFiles, read_base
 from ..files.replacing import check_apart
-from ..files.safetensors import Entry
-from ..lowrank import LowRank
-from ..parts import extra_kind, extra_places
-from ..placing import apply_extras, check_replicated, dense_for, orientations
+from ..placing import Placement, Step, changed, check_replicated, placed
 from .checkpoint import (
-    CONFIG_NAME,
     FLOATS,
     MODEL,
+    Edits,
     narrowed,
     out_of_range,
     stored_dtype,
@@ -46,7 +41,6 @@ Progress = Callable[[int, int, str], None]
 
 _CHUNK = 1 << 21  # numbers
 _COUNTS = (torch.int64, torch.bool)  # what buffers beside weights hold, and quantised ones don't
-_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,10 @@ class Merged:
         tensors: how many tensors are in them.
         nbytes: bytes of these.
         changed: keys of those that the adapter changed.
-        unplaced: {module path or key of the adapter: why it has no place in the base}.
-        shared: changed keys that an output layer has in common, which is in no file
-            (`tie_word_embeddings`) and so changes too.
+        unplaced: {module path or key of the adapter: why it has no place in the base}; empty
+            unless `partial`.
+        untied: the output layer, where it shared the embedding's weight and now has its own;
+            `tie_word_embeddings` is false in what was written.
         left_out: files of the base that are weights in another form, and were not copied.
         rounding: what storing in the weights' dtype adds, ‖stored − (W + c ΔW)‖ / ‖c ΔW‖ against
             the float32 sum, over the weights that updates changed.
@@ -73,7 +68,7 @@ class Merged:
     nbytes: int
     changed: tuple[str, ...]
     unplaced: Mapping[str, str]
-    shared: tuple[str, ...]
+    untied: str | None
     left_out: tuple[str, ...]
     rounding: float
 
@@ -85,14 +80,17 @@ def merge_into_weights(
     *,
     c: float = 1.0,
     dtype: torch.dtype | None = None,
+    partial: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Write a base model's checkpoint with an adapter merged into its weights.
 
     Files, keys, metadata and dtypes stay those of the base, and what else is in its folder is
-    copied. One tensor at a time is in memory, beside the adapter. The folder appears whole or not
-    at all. Parts of the adapter that have no place in the base are listed in a warning.
+    copied. Names and layouts on the disk are mapped to those of the modules, part by part. One
+    tensor at a time is in memory, beside the adapter. The folder appears whole or not at all.
+
+    Not for: a running model, where `live.merge` is; a state dict, where `adapter.apply_to` is.
 
     Args:
         base: the folder of the base: safetensors, one file or shards with an index.
@@ -100,6 +98,8 @@ def merge_into_weights(
         out: the folder to write; not in the base's, nor around it.
         c: the dial: W + c · ΔW; with 0 every byte is the base's.
         dtype: of all floating point weights; each keeps its own when None.
+        partial: merge what has a place, though parts of the adapter have none; they are listed
+            in the result and in the written config.json. Without it they are an error.
         overwrite: replace the model at `out`; files that no model has stay in its folder.
         progress: called with (bytes done, bytes in all, file).
 
@@ -108,7 +108,7 @@ def merge_into_weights(
 
     Raises:
         FileError: no safetensors there, a damaged or missing file, `out` is there already.
-        MismatchError: nothing of the adapter matches, or a shape does not fit.
+        MismatchError: parts of the adapter have no place, or a shape does not fit.
         RefusedError: the adapter is no plain update (DoRA, …), or a weight is quantised.
 
     Example:
@@ -119,78 +119,103 @@ def merge_into_weights(
         >>> merged.files, merged.tensors, len(merged.changed)
         (('model.safetensors',), 39, 28)
     """
-    merged = write_merged(base, adapter, out, c, dtype, overwrite, progress)
-    if merged.unplaced:
-        names = ", ".join(repr(n) for n in list(merged.unplaced)[:5])
-        warnings.warn(
-            f"{len(merged.unplaced)} parts of the adapter have no place in {base}: {names}",
-            stacklevel=2,
+    merge = Merge.of(base, adapter, out, c=c, dtype=dtype)
+    unplaced = merge.plan.unplaced
+    if unplaced and not partial:
+        first, why = next(iter(unplaced.items()))
+        raise MismatchError(
+            f"{len(unplaced)} parts of the adapter have no place in {base}: e.g. {first!r} ({why});"
+            " partial=True merges the rest"
         )
-    for key in merged.shared:
-        warnings.warn(f"{key!r} is the output layer too, which so changes as well", stacklevel=2)
-    return merged
+    return merge.write(overwrite=overwrite, progress=progress)
 
 
-def write_merged(
-    base: str | os.PathLike[str],
-    adapter: Adapter | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    c: float,
-    dtype: torch.dtype | None,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Merged:
-    """See `merge_into_weights`; without the warnings."""
-    if isinstance(c, bool) or not isinstance(c, Real) or not math.isfinite(c):
-        raise MismatchError(f"c must be a finite number, found {c!r}")
-    if dtype is not None and dtype not in FLOATS:
-        known = ", ".join(map(str, FLOATS))
-        raise MismatchError(f"weights can be written as {known}, not as {dtype}")
-    if Path(base).is_file():
-        raise FileError(f"{base} is a file: give the folder of the base model")
-    check_apart(out, [base, None if isinstance(adapter, Adapter) else adapter])
-    if not isinstance(adapter, Adapter):
-        adapter = load(adapter)
-    if adapter.refusal is not None:
-        raise RefusedError(adapter.refusal)
-    seen = read_base(os.fspath(base), _names(adapter))
-    config = _config(Path(base))
-    if dtype is not None and config.get("quantization_config"):
-        raise RefusedError(f"{base} is quantised: its tensors keep their dtypes")
-    changes, unplaced = _planned(seen, adapter)
-    for change in changes.values():
-        _check_fit(change, adapter, c, seen.entries[change.key])
-    if c == 0:
-        changes = {}  # nothing is added, and W + 0 would turn −0 into 0
-    loss = _Loss()
-    tell = {k: partial(_changed, v, adapter, float(c), dtype, loss) for k, v in changes.items()}
-    with new_directory(out, MODEL, overwrite=overwrite) as staging:
-        left_out = write_checkpoint(seen, staging, tell, dtype, _advance(seen, progress))
-        nbytes = sum((staging / file.name).stat().st_size for file in seen.files)
-    return Merged(
-        path=Path(out),
-        files=tuple(file.name for file in seen.files),
-        tensors=len(seen.entries),
-        nbytes=nbytes,
-        changed=tuple(key for key in seen.entries if key in changes),
-        unplaced=unplaced,
-        shared=_shared(seen, changes, adapter, config),
-        left_out=tuple(left_out),
-        rounding=loss.relative,
-    )
+@dataclass(frozen=True)
+class Merge:
+    """A merge that has been checked: every part's place and fit, by the headers."""
+
+    base: BaseFiles
+    adapter: Adapter
+    plan: Placement
+    out: Path
+    c: float
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(
+        cls,
+        base: str | os.PathLike[str],
+        adapter: Adapter | str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        c: float,
+        dtype: torch.dtype | None,
+    ) -> Merge:
+        """See `merge_into_weights`; parts without a place are no error here."""
+        if isinstance(c, bool) or not isinstance(c, Real) or not math.isfinite(c):
+            raise MismatchError(f"c must be a finite number, found {c!r}")
+        if dtype is not None and dtype not in FLOATS:
+            known = ", ".join(map(str, FLOATS))
+            raise MismatchError(f"weights can be written as {known}, not as {dtype}")
+        if Path(base).is_file():
+            raise FileError(f"{base} is a file: give the folder of the base model")
+        check_apart(out, [base, None if isinstance(adapter, Adapter) else adapter])
+        if not isinstance(adapter, Adapter):
+            adapter = load(adapter)
+        if adapter.refusal is not None:
+            raise RefusedError(adapter.refusal)
+        seen = read_base(os.fspath(base))
+        if dtype is not None and seen.config.get("quantization_config"):
+            raise RefusedError(f"{base} is quantised: its tensors keep their dtypes")
+        return cls(seen, adapter, _planned(seen, adapter), Path(out), float(c), dtype)
+
+    def write(self, *, overwrite: bool, progress: Progress | None) -> Merged:
+        """Write it, whatever has no place."""
+        base, value = self.base, self.adapter.value_at
+        changes = {} if self.c == 0 else self.plan.changes(value)  # W + 0 would turn −0 into 0
+        untied = None if self.c == 0 else self.plan.untied(value)
+        loss = _Loss()
+        edits = Edits(
+            {key: self._change(key, steps, loss) for key, steps in changes.items()},
+            self.dtype,
+            {key: source for key in changes if (source := self._source(key)) != key},
+            self._fields(untied),
+        )
+        read = [base.entries[self._source(key)] for key in [*base.entries, *edits.added]]
+        total = sum(entry.stop - entry.start for entry in read)
+        advance = _advance(total, progress)
+        with new_directory(self.out, MODEL, overwrite=overwrite) as staging:
+            left_out = write_checkpoint(base, staging, edits, advance)
+            nbytes = sum((staging / file.name).stat().st_size for file in base.files)
+        return Merged(
+            path=self.out,
+            files=tuple(file.name for file in base.files),
+            tensors=len(base.entries) + len(edits.added),
+            nbytes=nbytes,
+            changed=tuple(key for key in [*base.entries, *edits.added] if key in changes),
+            unplaced=self.plan.unplaced,
+            untied=untied,
+            left_out=tuple(left_out),
+            rounding=loss.relative,
+        )
+
+    def _source(self, key: str) -> str:
+        return self.plan.base.source(key)
+
+    def _change(self, key: str, steps: list[Step], loss: _Loss) -> Callable[[Tensor], Tensor]:
+        return partial(_changed, key, steps, self, loss)
+
+    def _fields(self, untied: str | None) -> dict[str, Any]:
+        """What the written configuration says."""
+        fields: dict[str, Any] = {}
+        if untied is not None:
+            fields["tie_word_embeddings"] = False
+        if self.plan.unplaced:
+            fields["lorafold"] = {"partial_merge": True, "left_out": list(self.plan.unplaced)}
+        return fields
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The model's configuration; {} where there is none."""
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _advance(base: Base, progress: Progress | None) -> Callable[[int, str], None]:
-    total = sum(entry.stop - entry.start for entry in base.entries.values())
+def _advance(total: int, progress: Progress | None) -> Callable[[int, str], None]:
     done = 0
 
     def advance(count: int, stage: str) -> None:
@@ -202,136 +227,46 @@ def _advance(base: Base, progress: Progress | None) -> Callable[[int, str], None
     return advance
 
 
-# What goes where, by the headers
+def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
+    """Every part's place.
 
-
-@dataclass
-class _Change:
-    """What the adapter does to one tensor of the base.
-
-    Args:
-        key: of the tensor in the files. name: in the adapter's words.
-        extras: {key in the adapter: tensor}, in the order in which they apply.
-        updates: with how the weight is stored.
+    Raises:
+        MismatchError: none has one, or one does not fit.
+        RefusedError: a weight is quantised, or can't be told from the output layer's.
     """
-
-    key: str
-    name: str
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    updates: list[tuple[LowRank, Layout, bool]] = field(default_factory=list)
-
-
-def _weight_name(path: str, layout: Layout) -> str:
-    if layout.kind == "expert":
-        return path.rpartition("[")[0] if path.endswith("]") else path
-    return f"{path}.{layout.parameter}" if path else layout.parameter
-
-
-def _names(adapter: Adapter) -> list[str]:
-    """The modules, or experts' parameters, by which the base's prefix is found."""
-    names = [
-        _weight_name(path, adapter.layout(path)).removesuffix(".weight") for path in adapter.modules
-    ]
-    places = (extra_places(key, adapter.config) for key in adapter.extras)
-    return names or [found[-1].rpartition(".")[0] for found in places if found]
-
-
-def _planned(base: Base, adapter: Adapter) -> tuple[dict[str, _Change], dict[str, str]]:
-    """{key: what happens to it}, and {part of the adapter: why it has no place}."""
-    names = dict.fromkeys(base.unnamed(key) for key in base.entries)
-    check_replicated(names, adapter.config, adapter.modules)
-    changes: dict[str, _Change] = {}
-    unplaced: dict[str, str] = {}
-    for key, place in _extras_places(base, adapter).items():
-        if isinstance(place, _Change):
-            changes.setdefault(place.key, place).extras[key] = adapter.extras[key]
-        else:
-            unplaced[key] = place
-    places = {path: _module_place(base, path, adapter.layout(path)) for path in adapter.modules}
-    there = {path: p for path, p in places.items() if isinstance(p, _Change)}
-    shapes = {path: base.entries[p.key].shape for path, p in there.items()}
-    transposed = bool(adapter.config.get("fan_in_fan_out"))
-    flips = orientations(adapter.modules, adapter.layouts, shapes, transposed)
-    for path, change in there.items():
-        update = (adapter.modules[path], adapter.layout(path), flips[path])
-        changes.setdefault(change.key, change).updates.append(update)
-    unplaced = {path: p for path, p in places.items() if isinstance(p, str)} | unplaced
-    if not (there if adapter.modules else changes):
-        parts = "modules" if adapter.modules else "tensors"
-        first, why = next(iter(unplaced.items()), ("none of them", "of training alone"))
+    parts = adapter.parts
+    named = base.named(parts.names())
+    check_replicated(list(named.names()), adapter.config, adapter.modules)
+    plan = placed(parts, named)
+    for path in adapter.modules if plan.unplaced else ():
+        _check_float(base, named.beside(adapter.layout(path).weight_name(path)), _COUNTS)
+    for spot in plan.spots:
+        if spot.what == "update" or adapter.extras[spot.part].is_floating_point():
+            _check_float(base, (named.source(p.key) for p in spot.pieces))
+    for misfit in plan.wrong.values():
+        raise MismatchError(misfit.says)
+    here = [spot for spot in plan.spots if spot.what == "update" or not adapter.modules]
+    if not here:
+        kinds = "modules" if adapter.modules else "tensors"
+        first, why = next(iter(plan.unplaced.items()), ("none of them", "of training alone"))
         raise MismatchError(
-            f"nothing of the adapter's {len(adapter.modules or adapter.extras)} {parts} is in "
+            f"nothing of the adapter's {len(adapter.modules or adapter.extras)} {kinds} is in "
             f"{base.path}: e.g. {first!r} ({why}); found e.g. {next(iter(base.entries))!r}"
         )
-    return changes, unplaced
+    if plan.untied(adapter.value_at) is not None and not base.config:
+        raise RefusedError(f"{base.path} has no {CONFIG_NAME}, so its weights can't be untied")
+    return plan
 
 
-def _module_place(base: Base, path: str, layout: Layout) -> _Change | str:
-    """The weight that an update goes to, or why there is none."""
-    name = _weight_name(path, layout)
-    key = base.named(name)
-    entry = base.entries.get(key)
-    owner = name.rpartition(".")[0]
-    if entry is None:
-        inner = f"{base.named(owner)}."
-        for other, stored in base.entries.items():
-            beside = other.startswith(inner) and "." not in other[len(inner) :]
-            if beside and stored.dtype not in (*FLOATS, *_COUNTS):
-                raise _quantized(base, other, stored)
-        if base.below(owner):
-            return "the base stores this module in another form"
-        return _why(base, name)
-    if entry.dtype not in FLOATS:
-        raise _quantized(base, key, entry)
-    return _Change(key, name)
-
-
-def _extras_places(base: Base, adapter: Adapter) -> dict[str, _Change | str]:
-    """{key: the tensor that an extra goes to, or why there is none}, in order of application."""
-    found: dict[str, _Change | str] = {}
-    kinds = {key: extra_kind(key, adapter.config) for key in adapter.extras}
-    # As in `apply_extras`: first what replaces, then what adds to it or replaces rows of it.
-    for key in sorted(kinds, key=lambda k: kinds[k] in ("lora bias", "trained tokens")):
-        names = extra_places(key, adapter.config)
-        if not names or "original_module" in key.split("."):
-            continue  # of training alone, or the untrained twin of a saved module
-        name = next((n for n in names if base.named(n) in base.entries), None)
-        if name is None:
-            found[key] = _why(base, names[-1])
-            continue
-        entry = base.entries[base.named(name)]
-        if adapter.extras[key].is_floating_point() and entry.dtype not in FLOATS:
-            raise _quantized(base, base.named(name), entry)
-        found[key] = _Change(base.named(name), name)
-    return found
-
-
-def _why(base: Base, name: str) -> str:
-    embedding = base.embedding()
-    if name.endswith(_HEADS) and embedding is not None:
-        return f"not in the files: it shares the weight of {embedding!r}"
-    return "not in the base"
-
-
-def _quantized(base: Base, key: str, entry: Entry) -> RefusedError:
-    dtype = str(entry.dtype).removeprefix("torch.")
-    return RefusedError(
-        f"{base.path} is quantised: {key!r} is {dtype}, and merging would quantise the sum again. "
-        "Merge into the float model, or keep the adapter attached"
-    )
-
-
-def _shared(
-    base: Base, changes: Mapping[str, _Change], adapter: Adapter, config: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """The changed embedding, if an output layer shares it that is in no file."""
-    key = base.embedding()
-    if key is None or key not in changes or any(other.endswith(_HEADS) for other in base.entries):
-        return ()
-    kinds = {extra_kind(extra, adapter.config) for extra in changes[key].extras}
-    # Trained tokens are meant to change both.
-    alone = kinds == {"trained tokens"} and not changes[key].updates
-    return () if alone or not config.get("tie_word_embeddings", True) else (key,)
+def _check_float(base: BaseFiles, keys: Iterable[str], others: Iterable[torch.dtype] = ()) -> None:
+    for key in keys:
+        dtype = base.entries[key].dtype
+        if dtype not in (*FLOATS, *others):
+            name = str(dtype).removeprefix("torch.")
+            raise RefusedError(
+                f"{base.path} is quantised: {key!r} is {name}, and merging would quantise the sum "
+                "again. Merge into the float model, or keep the adapter attached"
+            )
 
 
 # One tensor
@@ -349,39 +284,24 @@ class _Loss:
         return math.sqrt(self.error / self.norm) if self.norm else 0.0
 
 
-def _check_fit(change: _Change, adapter: Adapter, c: float, entry: Entry) -> None:
-    """Do everything on tensors without numbers, which fails as it would with them."""
-    W = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-    W = _with_extras(change, adapter, c, W)
-    for u, layout, flip in change.updates:
-        dense_for(W, u.to("meta"), layout, flip, change.key)
-
-
-def _changed(
-    change: _Change, adapter: Adapter, c: float, dtype: torch.dtype | None, loss: _Loss, W: Tensor
-) -> Tensor:
+def _changed(key: str, steps: list[Step], merge: Merge, loss: _Loss, W: Tensor) -> Tensor:
     """The tensor with everything applied; W may be written to."""
-    target = stored_dtype(W.dtype, dtype)
+    target = stored_dtype(W.dtype, merge.dtype)
+    value, c = merge.adapter.value_at, merge.c
     # In the wider of the two, so that it is rounded once.
-    W = _with_extras(change, adapter, c, W.to(torch.promote_types(W.dtype, target)))
-    if not all(bool(W.isfinite().all()) for v in change.extras.values() if v.isfinite().all()):
-        raise MismatchError(out_of_range(change.key, W.dtype))
-    for u, layout, flip in change.updates:
-        part, delta = dense_for(W, c * u, layout, flip, change.key)
-        loss.norm += (c * u).norm() ** 2
-        _add(part, delta, target, loss, change.key)
-    return narrowed(W, target, change.key)
+    W = W.to(torch.promote_types(W.dtype, target))
+    whole = [(spot, piece) for spot, piece in steps if spot.what != "update"]
+    W = changed(W, whole, value, c)
+    given = [merge.adapter.extras[spot.part] for spot, _ in whole]
+    if not bool(W.isfinite().all()) and all(bool(v.isfinite().all()) for v in given):
+        raise MismatchError(out_of_range(key, W.dtype))
 
+    def add(part: Tensor, delta: Tensor, step: Step) -> None:
+        loss.norm += float(torch.linalg.vector_norm(delta)) ** 2
+        _add(part, delta, target, loss, key)
 
-def _with_extras(change: _Change, adapter: Adapter, c: float, W: Tensor) -> Tensor:
-    state = {change.name: W}
-    for key, value in change.extras.items():
-        apply_extras(state, {key: value}, adapter.config)
-    new = state[change.name]
-    if c == 1 or new is W or not W.is_floating_point():  # a counter, which has no share
-        return new
-    wide = torch.promote_types(W.dtype, torch.float32)
-    return (W.to(wide) + c * (new.to(wide) - W.to(wide))).to(W.dtype)
+    W = changed(W, [step for step in steps if step[0].what == "update"], value, c, add)
+    return narrowed(W, target, key)
 
 
 def _add(part: Tensor, delta: Tensor, target: torch.dtype, loss: _Loss, key: str) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ...layers.swap import Swapped
 from ...lowrank import LowRank
-from ...parts import Layout
-from ...placing import add_updates, weight_key
+from ...naming import Base
+from ...parts import Layout, Parts
+from ...placing import applied, placed
 from ..selection import Row
 from .board import Board, Site
 
@@ -54,12 +55,13 @@ class Experts(Site):
         found = {path: self.board.summed(path, row) for path in layouts}
         updates: dict[str, LowRank] = {path: u for path, u in found.items() if u is not None}
         own = self.module.named_parameters(recurse=False)
-        base = {f"{self.path}.{n}": p.detach() for n, p in own}
-        changed = {weight_key(base, path, layouts[path]) for path in updates}
-        state = dict(base)
-        device = next(iter(base.values())).device
-        add_updates(state, {p: u.to(device) for p, u in updates.items()}, layouts, False)
-        return {key.rpartition(".")[2]: state[key] for key in changed if key is not None}
+        state = {f"{self.path}.{n}": p.detach() for n, p in own}
+        parts = Parts({p: u.shape for p, u in updates.items()}, {}, {}, layouts)
+        plan = placed(parts, Base.of_state(state))
+        device = next(iter(state.values())).device
+        moved = {p: u.to(device) for p, u in updates.items()}
+        new = applied(plan, state, lambda spot: moved[spot.part])
+        return {key.rpartition(".")[2]: W for key, W in new.items() if W is not state[key]}
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
