@@ -173,6 +173,10 @@ def test_prefixes_that_stand_for_each_other(mine, theirs):
     [
         ("encoder.", "decoder."),
         ("model.vision_tower.", "language_model."),
+        ("model.vision_model.", "model."),
+        ("model.", "model.vision_model."),
+        ("model.dit.", "paligemma.model.language_model."),
+        ("model.audio.encoder.", "perception.encoder."),
         ("a.1.", "a.2."),
     ],
 )
@@ -189,8 +193,8 @@ def test_two_prefixes_as_good_as_each_other_are_none():
 def test_what_else_the_adapter_has_decides_between_prefixes():
     """The text model's adapter, on a base whose vision tower has layers of the same names."""
     mlp = "{}layers.0.mlp.gate_proj.weight"
-    names = [Q.format("model.vision.", 0), Q.format("model.text.", 0), mlp.format("model.text.")]
-    asked = [Q.format("model.", 0), mlp.format("model.")]
+    names = [Q.format("vision.", 0), Q.format("text.", 0), mlp.format("text.")]
+    asked = [Q.format("", 0), mlp.format("")]
     assert found(base_of(*names, asked=asked), asked[0]) == [names[1]]
     assert base_of(*names).find(asked[0]) is None
 

@@ -32,7 +32,10 @@ _BODIES = {"model", "language_model", "text_model", "transformer", "llm", "think
 # Words of a kind of name in memory, and what they are on the disk: applied in turn.
 _FAMILIES: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
-    ((r"\.mlp\.(?=experts\.|gate\.)", ".block_sparse_moe."),),
+    (
+        (r"\.mlp\.(?=experts\.|gate\.|router\.)", ".block_sparse_moe."),
+        (r"\.router\.weight$", ".gate.weight"),
+    ),
     (
         (r"\.layers\.#", ".encoder.layer.#"),
         (r"\.attention\.o_proj\.", ".attention.output.dense."),
@@ -57,7 +60,21 @@ _FAMILIES: tuple[tuple[tuple[str, str], ...], ...] = (
         (r"\.mlp\.fc1\.", ".intermediate.dense."),
         (r"\.mlp\.fc2\.", ".output.dense."),
     ),
-    ((r"^lm_head\.", "embed_out."),),
+    ((r"\.layers\.#", ".encoder.layer.#"), (r"\.self_attn\.", ".attention.")),
+    (
+        (r"\.layers\.#", ".encoder.layers.#"),
+        (r"\.self_attn\.o_proj\.", ".mixer.out_proj."),
+        (r"\.self_attn\.", ".mixer."),
+    ),
+    (
+        (r"\.layers\.#", ".encoder.layers.#"),
+        (r"\.self_attn\.o_proj\.", ".attn.out_proj."),
+        (r"\.self_attn\.", ".attn."),
+        (r"\.mlp\.up_proj\.", ".mlp.fc11."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc12."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    ),
+    ((r"^\.lm_head\.", ".embed_out."),),
     (
         (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
         (r"\.experts\.down_proj$", ".output_linear.weight"),
@@ -80,8 +97,8 @@ _FUSED: dict[str, tuple[tuple[str, int, int], ...]] = {
 }
 
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|proj_out|vocab_projector|lm_head\.decoder|predictions\.decoder)"
-    r"\.weight$"
+    r"(^|\.)(lm_head|embed_out|proj_out|output_projection|generator_lm_head|vocab_projector"
+    r"|lm_head\.decoder|predictions\.decoder)\.weight$"
 )
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 
@@ -413,10 +430,15 @@ def _dotted(parts: list[str]) -> str:
 
 
 def _may_be(old: list[str], new: list[str]) -> bool:
-    """Whether one prefix may stand for another: one of them is none, or they are of one body."""
-    if not old or not new or set(old) & set(new):
+    """Whether one prefix may stand for another.
+
+    One of them is none, or what they say beside the body's words (`vision_tower`) is the same, or
+    more of the same.
+    """
+    if not old or not new:
         return True
-    return set(old) <= _BODIES and set(new) <= _BODIES
+    mine, theirs = set(old) - _BODIES, set(new) - _BODIES
+    return mine == theirs or (bool(mine & theirs) and (mine <= theirs or theirs <= mine))
 
 
 def _filled(template: str, numbers: list[str]) -> str:

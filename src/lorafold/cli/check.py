@@ -178,7 +178,8 @@ def _ignored(file: AdapterFile) -> list[dict[str, Any]]:
 def _show(out: Console, d: Mapping[str, Any]) -> None:
     modules = f"{d['modules_matched']:,} of {d['modules']:,} match by name and shape"
     others = f"{d['other_tensors_matched']:,} of {d['other_tensors']:,} match"
-    untied = f"{d['untied']} gets a weight of its own in a merge: the model will be untied"
+    head = d["untied"] or "the output layer"
+    untied = f"{head} gets a weight of its own in a merge: the model will be untied"
     verdict = "fits" if d["ok"] else "does not fit"
     output.say(out, f"{d['adapter']} {verdict} {d['base']}\n")
     output.facts(
@@ -189,7 +190,7 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
             ("matched by", _renamed(d["renamed"])),
             ("not checked", _grouped(d["unchecked"], "reason")),
             ("new", output.listed(d["new"]) or None),
-            ("tied", untied if d["untied"] else None),
+            ("tied", untied if d["untied"] is not None else None),
         ],
     )
     if d["unmatched"]:

@@ -18,15 +18,22 @@ WHOLE_NAME = "model.safetensors"
 
 CONFIG_NAME = "config.json"
 
-# Architectures that end in an output layer over the vocabulary, and its name where the embedding
-# of its body is called otherwise.
+# Architectures that end in an output layer over the vocabulary.
 _WITH_HEAD = re.compile("LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
-_HEADS = {
-    "bert.": "cls.predictions.decoder",
-    "roberta.": "lm_head.decoder",
-    "distilbert.": "vocab_projector",
-}
-_MASKED = re.compile("ForMaskedLM|ForPreTraining")
+# What it is called where it is not `lm_head`: by how the architecture's name starts. Of masked
+# language models no others are known.
+_HEADS = (
+    ("Whisper", "proj_out"),
+    ("BioGpt", "output_projection"),
+    ("TrOCR", "output_projection"),
+    ("Bert", "cls.predictions.decoder"),
+    ("Albert", "predictions.decoder"),
+    ("Roberta", "lm_head.decoder"),
+    ("XLMRoberta", "lm_head.decoder"),
+    ("Camembert", "lm_head.decoder"),
+    ("DistilBert", "vocab_projector"),
+    ("Electra", "generator_lm_head"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +81,14 @@ class BaseFiles:
         return (self._head_of(embedding), embedding) if ends or asked else None
 
     def _head_of(self, embedding: str) -> str:
-        """What an output layer is called that is in no file."""
-        architectures = " ".join(map(str, self.config.get("architectures") or []))
-        if "Whisper" in architectures:
-            return "proj_out.weight"
+        """What an output layer is called that is in no file; "" where that is not known."""
+        names = [str(name) for name in self.config.get("architectures") or []]
         if embedding.startswith("language_model.model."):
             return "language_model.lm_head.weight"
-        masked = _MASKED.search(architectures) is not None
-        names = (n for start, n in _HEADS.items() if masked and embedding.startswith(start))
-        return f"{next(names, 'lm_head')}.weight"
+        special = (head for start, head in _HEADS if any(n.startswith(start) for n in names))
+        masked = any("MaskedLM" in n or "PreTraining" in n for n in names)
+        head = next(special, "" if masked else "lm_head")
+        return head and f"{head}.weight"
 
 
 def read_base(path: str) -> BaseFiles:

@@ -253,8 +253,14 @@ def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
             f"nothing of the adapter's {len(adapter.modules or adapter.extras)} {kinds} is in "
             f"{base.path}: e.g. {first!r} ({why}); found e.g. {next(iter(base.entries))!r}"
         )
-    if plan.untied(adapter.value_at) is not None and not base.config:
+    untied = plan.untied(adapter.value_at)
+    if untied is not None and not base.config:
         raise RefusedError(f"{base.path} has no {CONFIG_NAME}, so its weights can't be untied")
+    if untied == "":
+        raise RefusedError(
+            f"{base.path} has an output layer that shares the embedding's weight and would part "
+            "from it, under a name that is not known here: keep the adapter attached"
+        )
     return plan
 
 
