@@ -348,7 +348,7 @@ def test_a_wider_dtype_keeps_the_sum_and_a_narrower_one_rounds_once(
 def test_stopped_half_way_nothing_is_left(small_state, folder, small, tmp_path):
     base = folder(small_state(), shards=2)
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_text("old")
+    (tmp_path / "kept" / "model.safetensors").write_text("old")
     before = sorted(tmp_path.rglob("*"))
 
     def stop(done, total, stage):
