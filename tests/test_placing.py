@@ -177,6 +177,7 @@ def test_prefixes_that_stand_for_each_other(mine, theirs):
         ("model.", "model.vision_model."),
         ("model.dit.", "paligemma.model.language_model."),
         ("model.audio.encoder.", "perception.encoder."),
+        ("model.language_model.encoder.", "vision_model.encoder."),
         ("a.1.", "a.2."),
     ],
 )

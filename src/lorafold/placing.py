@@ -318,7 +318,7 @@ def changed(
     steps: Iterable[Step],
     value: Values,
     c: float = 1.0,
-    add: Callable[[Tensor, Tensor, Step], None] | None = None,
+    add: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """A tensor of the base with everything applied that happens to it.
 
@@ -350,7 +350,7 @@ def changed(
         if add is None:
             there.copy_(there.to(delta.dtype) + delta)
         else:
-            add(there, delta, (spot, piece))
+            add(there, delta)
     return new
 
 

@@ -299,11 +299,10 @@ def _changed(key: str, steps: list[Step], merge: Merge, loss: _Loss, W: Tensor) 
     whole = [(spot, piece) for spot, piece in steps if spot.what != "update"]
     W = changed(W, whole, value, c)
     given = [merge.adapter.extras[spot.part] for spot, _ in whole]
-    if not bool(W.isfinite().all()) and all(bool(v.isfinite().all()) for v in given):
+    if given and all(bool(v.isfinite().all()) for v in given) and not bool(W.isfinite().all()):
         raise MismatchError(out_of_range(key, W.dtype))
 
-    def add(part: Tensor, delta: Tensor, step: Step) -> None:
-        loss.norm += float(torch.linalg.vector_norm(delta)) ** 2
+    def add(part: Tensor, delta: Tensor) -> None:
         _add(part, delta, target, loss, key)
 
     W = changed(W, [step for step in steps if step[0].what == "update"], value, c, add)
@@ -315,6 +314,7 @@ def _add(part: Tensor, delta: Tensor, target: torch.dtype, loss: _Loss, key: str
     rows = max(1, _CHUNK // max(1, part[0].numel()))
     for at in range(0, len(part), rows):
         W, change = part[at : at + rows], delta[at : at + rows]
+        loss.norm += float(torch.linalg.vector_norm(change)) ** 2
         total = W.to(change.dtype, copy=True).add_(change)
         W.copy_(total)
         if target != total.dtype:
