@@ -62,18 +62,6 @@ def _linear_rows_up(layer: Any, y: Tensor, h: Tensor, Bt: Tensor) -> Tensor:
     return (flat + torch.bmm(h, Bt).to(y.dtype)).view(y.shape)
 
 
-def _takes_all(layer: Any) -> str | None:
-    return None
-
-
-def _plain_layout(layer: Any) -> Layout:
-    return Layout()
-
-
-def _not_plain(layer: Any) -> bool:
-    return False
-
-
 @dataclass(frozen=True, eq=False)
 class LayerKind:
     """How one kind of layer is updated.
@@ -115,11 +103,11 @@ class LayerKind:
     name: str
     mine: Callable[[Any], bool]
     dims: Callable[[Any], tuple[int, int]]
-    refusal: Callable[[Any], str | None] = _takes_all
-    layout: Callable[[Any], Layout] = _plain_layout
+    refusal: Callable[[Any], str | None] = lambda layer: None
+    layout: Callable[[Any], Layout] = lambda layer: Layout()
     transposed: bool = False
     linear: bool = True
-    plain: Callable[[Any], bool] = _not_plain
+    plain: Callable[[Any], bool] = lambda layer: False
     channel: int = -1
     down: Callable[[Any, Tensor, Tensor], Tensor] = _linear_down
     up: Callable[[Any, Tensor, Tensor], Tensor] = _linear_up

@@ -53,10 +53,6 @@ def _own_dtype(layer: Any) -> torch.dtype | None:
     return dtype if dtype.is_floating_point else None
 
 
-def _same_class(layer: Any) -> Origin:
-    return Origin(base_class(layer), None)
-
-
 @dataclass(frozen=True, eq=False)
 class Storage:
     """One way to store the weight of a layer.
@@ -84,7 +80,7 @@ class Storage:
     read: Callable[[Any], Tensor | None]
     parts: Callable[[Any], Parts]
     dtype: Callable[[Any], torch.dtype | None] = _own_dtype
-    origin: Callable[[Any], Origin] = _same_class
+    origin: Callable[[Any], Origin] = lambda layer: Origin(base_class(layer), None)
     quantized: bool = True
     kernel: Callable[[Any], Tensor] | None = None
 

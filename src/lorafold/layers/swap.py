@@ -71,7 +71,7 @@ def refuse_attached(layer: nn.Module, path: str) -> None:
     """Raise a `RefusedError` where a module can't get a child."""
     if isinstance(layer, Swapped):
         raise RefusedError(f"module {path!r} is attached already: detach that first")
-    if CHILD in layer._modules:
+    if CHILD in vars(layer)["_modules"]:
         raise RefusedError(f"module {path!r} has a child named {CHILD!r} of its own")
 
 
@@ -93,7 +93,7 @@ def is_attached(layer: nn.Module) -> bool:
 def swap_out(layer: Any) -> None:
     """Detach: the module as it was."""
     layer.__class__ = layer._swapped
-    del layer._modules[CHILD]
+    delattr(layer, CHILD)
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -116,9 +116,9 @@ def plain_copy(layer: nn.Module) -> nn.Module:
 
 def _without_children(module: nn.Module) -> nn.Module:
     twin: Any = copy.copy(module)
-    twin._modules = {
+    vars(twin)["_modules"] = {
         name: None if child is None else _without_children(child)
-        for name, child in module._modules.items()
+        for name, child in vars(module)["_modules"].items()
         if name != CHILD
     }
     if isinstance(module, Swapped):

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-
-class Record(Protocol):
-    """What a table holds."""
-
-    @property
-    def name(self) -> str:
-        """By which copies and pickles find it again."""
-        ...
-
-    @property
-    def mine(self) -> Any:
-        """Whether a layer is of this record."""
-        ...
-
-
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=Any)
 
 
 class Table(Generic[R]):
-    """Records by name, in the order in which they are asked."""
+    """Records by their `name`, in the order in which they are asked whether a layer is `mine`."""
 
     def __init__(self, *records: R) -> None:
-        self._records = {record.name: record for record in records}
+        self._records: dict[str, R] = {record.name: record for record in records}
 
     def register(self, record: R) -> R:
         """Add a record, before all others; one of the same name is replaced."""
