@@ -150,8 +150,8 @@ def test_bytes_of_the_other_kinds():
     assert (rows.codes, rows.groups, rows.scales) == (512 * 64, 64, 4 * 64)
     groups = layer(**GROUPS, group_size=128)
     assert (groups.codes, groups.groups) == (512 * 64, 256)
-    large = layer(group_size=4096)
-    assert (large.codes, large.groups) == (512 * 32, 8)
+    large = layer(group_size=512)
+    assert (large.codes, large.groups) == (512 * 32, 64)
 
 
 @every
@@ -176,8 +176,8 @@ def test_errors_are_those_of_the_weights(wide, options):
 
 def test_nf4_loses_nine_percent_of_normal_weights():
     # Large groups lose more, and fp4 more than nf4; a floor and a ceiling for each.
-    layer = nn.Linear(256, 256)
-    W = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    layer = nn.Linear(1024, 64)
+    W = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
 
     def error(**options):
         copied = copy.deepcopy(layer)
@@ -185,7 +185,7 @@ def test_nf4_loses_nine_percent_of_normal_weights():
         return lf.quantize_base(copied, **options).weight_error
 
     assert 0.090 < error() < 0.094
-    assert error(group_size=32) < error() < error(group_size=256) < error(group_size=4096)
+    assert error(group_size=32) < error() < error(group_size=256) < error(group_size=1024)
     assert error() < error(kind="fp4")
     assert error(bits=8) < 0.01
 
@@ -373,7 +373,7 @@ def test_save_and_resume_on_a_quantised_base(wide, x, tmp_path):
     lf.quantize_base(wide)
     live = lf.attach(wide, lf.LoRA(rank=2, seed=0))
     for p in live.parameters():
-        nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(1))
     y = wide(x)
     live.save(tmp_path / "a")
     live.detach()
@@ -511,7 +511,7 @@ def test_rows_that_groups_do_not_divide_are_right_or_refused(
     codes, state = F.quantize_4bit(W, blocksize=size, quant_type=kind)
     wrong = relative(F.dequantize_4bit(codes, state), codes_times_scales(codes, state))
     if wrong > 1e-3:  # this processor's kernel is at fault
-        with pytest.raises(MismatchError, match=r"module '' can't be quantised: .* whole groups"):
+        with pytest.raises(MismatchError, match=r"module '' can't be quantised: .* in groups of"):
             lf.quantize_base(layer, **options)
         assert fingerprint(layer) == before
         return

@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
 ]
 
-TOLERANCE = 1e-5
+# Two orders of the same products in float32, through a model; what is wrong is above 1e-2.
+TOLERANCE = 512 * torch.finfo(torch.float32).eps
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 32,

@@ -201,8 +201,9 @@ def fits(shape: tuple[int, int], choice: Choice) -> str | None:
 
 
 def whole_groups(width: int, choice: Choice) -> str:
-    """What to do about rows of this width: the group sizes of the format that divide it."""
-    whole = [s for s in choice.format.sizes if s == ROW or width % int(s) == 0]
+    """What to do about rows of this width: other group sizes of the format that divide it."""
+    others = [s for s in choice.format.sizes if s != choice.group_size]
+    whole = [s for s in others if s == ROW or width % int(s) == 0]
     if not whole:
         return "leave it out (exclude=), or take bits=8"
     return f"group_size {_listed(_sorted(whole))}"

@@ -208,9 +208,9 @@ def _quantized(path: str, layer: Any, choice: Choice) -> tuple[nn.Linear, LayerF
     wrong = misread(new)
     if wrong:
         raise MismatchError(
-            f"module {path!r} can't be quantised: its rows of {W.shape[1]} are no whole groups of "
-            f"{choice.group_size}, and with these bitsandbytes computes wrongly on this processor "
-            f"({wrong:.0%} off): {whole_groups(W.shape[1], choice)}"
+            f"module {path!r} can't be quantised: its rows of {W.shape[1]} in groups of "
+            f"{choice.group_size} are read wrongly by bitsandbytes on this processor ({wrong:.0%} "
+            f"off): {whole_groups(W.shape[1], choice)}"
         )
     dense = weight_of(new, path)
     probe = copy.deepcopy(new).eval()  # a first forward leaves traces on an 8-bit layer
