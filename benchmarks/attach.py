@@ -283,7 +283,7 @@ def beginnings(model: Any, repeats: int) -> tuple[Rows, Result]:
             same(logits(model, tokens), expected)
             energy[label] = sum(
                 f.scale**2 * float((f.B @ f.A).square().sum())
-                for f in live.trained_modules("default").values()
+                for f in live._state.trained("default").fresh.values()
             )
             live.detach()
     most = energy["lorafold pissa"]

@@ -110,12 +110,16 @@ def main() -> None:
 
 def slots_nbytes(live: lf.Live) -> int:
     """Bytes of the slots of a handle."""
-    return sum(b.A.nbytes + b.Bt.nbytes for p in live.patches.values() for b in p.banks.values())
+    return sum(
+        b.A.nbytes + b.Bt.nbytes
+        for p in live._state.slots.patches.values()
+        for b in p.banks.values()
+    )
 
 
 def traffic(live: lf.Live) -> int:
     """Bytes of factors and sides that one step reads: every slot is used once."""
-    return sum(b.nbytes for p in live.patches.values() for b in p.banks.values())
+    return sum(b.nbytes for p in live._state.slots.patches.values() for b in p.banks.values())
 
 
 if __name__ == "__main__":

@@ -152,13 +152,13 @@ def by_transformers(model: Any) -> Any:
 
 def on_peft(base: Any, live: Any) -> Any:
     """PEFT's adapter on another base, with the factors that `live` has."""
-    leaves = sorted({path.rpartition(".")[2] for path in live.patches})
+    leaves = sorted({path.rpartition(".")[2] for path in live._state.slots.patches})
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=leaves)
     theirs = peft.get_peft_model(base, config)
     kinds = {type(m).__name__ for m in theirs.modules() if hasattr(m, "lora_A")}
     assert kinds == {"Linear4bit"}, kinds
     with torch.no_grad():
-        for path, factors in live.trained_modules("default").items():
+        for path, factors in live._state.trained("default").fresh.items():
             layer = theirs.get_submodule(f"base_model.model.{path}")
             layer.lora_A["default"].weight.copy_(factors.A)
             layer.lora_B["default"].weight.copy_(factors.B)

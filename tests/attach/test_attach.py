@@ -128,7 +128,7 @@ def test_a_lone_layer_and_a_module_dict(make_adapter, make_update, dense):
     assert type(layer) is nn.Linear
     assert torch.equal(layer(x), before)
     lone = lf.attach(nn.Linear(6, 4), lf.LoRA(rank=2))
-    assert list(lone.patches) == [""]
+    assert list(lone._state.slots.patches) == [""]
 
     layers = nn.ModuleDict({"q": nn.Linear(6, 4), "v": nn.Linear(6, 4)})
     before = layers["v"](x)
@@ -164,11 +164,11 @@ def test_the_factors_dtype_is_the_widest_or_the_one_asked_for(
 ):
     given = {name: a.to(dtype=adapter) for name, a in three.items()}
     live = lf.attach(make_net(model), given)
-    assert live.patches["layers.0.q"].bank("own").A.dtype == wanted
+    assert live._state.slots.patches["layers.0.q"].bank("own").A.dtype == wanted
     live = lf.attach(make_net(model), given, dtype=torch.float16)
-    assert live.patches["layers.0.q"].bank("own").A.dtype == torch.float16
+    assert live._state.slots.patches["layers.0.q"].bank("own").A.dtype == torch.float16
     live.add(three["a"], "late")
-    assert live.patches["layers.0.q"].bank("own").A.dtype == torch.float16
+    assert live._state.slots.patches["layers.0.q"].bank("own").A.dtype == torch.float16
 
 
 def test_it_computes_in_the_factors_dtype_and_adds_in_the_outputs(make_net, three, x, expected):
@@ -215,7 +215,7 @@ def test_missing_modules_are_listed(net, three, make_adapter):
     some = make_adapter({"layers.0.q": (8, 8), "layers.9.q": (8, 8)}, 2)
     with pytest.warns(UserWarning, match=r"1 modules of adapter 'default'.*'layers.9.q'"):
         live = lf.attach(net, some)
-    assert list(live.patches) == ["layers.0.q"]
+    assert list(live._state.slots.patches) == ["layers.0.q"]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_flat_keys_are_read(kind, tmp_path):
     model, live = trained(SPECS[kind])
     tensors = {
         f"{key}.{path.replace('.', '__')}": t.detach().clone()
-        for path, fresh in live.trained_modules("default").items()
+        for path, fresh in live._state.trained("default").fresh.items()
         for key, t in fresh.state_dict().items()
         if key != "index"
     }
@@ -85,8 +85,8 @@ def test_flat_keys_are_read(kind, tmp_path):
     handle.resume(tmp_path / "flat.safetensors")
     assert torch.equal(again(X), model(X))
     if kind == "modulation":
-        for path, fresh in handle.trained_modules("default").items():
-            assert torch.equal(fresh.index, live.trained_modules("default")[path].index)
+        for path, fresh in handle._state.trained("default").fresh.items():
+            assert torch.equal(fresh.index, live._state.trained("default").fresh[path].index)
 
 
 def test_a_modulations_state_has_its_parts(tmp_path):
@@ -141,4 +141,4 @@ def test_the_score_is_kept(tmp_path):
     live.save(tmp_path / "a")
     again = lf.attach(fresh_model(), lf.PiSSA(rank=2))
     again.resume(tmp_path / "a")
-    assert {m.select for m in again.trained_modules("default").values()} == {"act_only"}
+    assert {m.select for m in again._state.trained("default").fresh.values()} == {"act_only"}

@@ -91,7 +91,7 @@ def test_rows_are_told_apart_in_a_graph_as_out_of_it(compiled, small, adapters, 
     rows = [None, "a", "b", "c", "a", "b"][: 6 // m]
     with live.use(rows), torch.no_grad():
         found = fast(x)
-        assert live.board.rows.n is None
+        assert live._state.board.rows.n is None
         for i, name in enumerate(rows):
             mix = [] if name is None else [(adapters[name], 1)]
             part = slice(m * i, m * (i + 1))
@@ -122,9 +122,9 @@ def test_blocks_that_are_compiled_one_by_one(make_net, three, x, base, expected)
             torch.testing.assert_close(found[part], expected(base, mix, x[part]))
     assert counter.frame_count == 1  # the blocks are alike
     with live.use(["a", "b"]), torch.no_grad():
-        assert live.board.rows.n is None
+        assert live._state.board.rows.n is None
         net(x)
-    assert live.board.rows.n is None
+    assert live._state.board.rows.n is None
 
 
 def test_time_first_in_a_graph():

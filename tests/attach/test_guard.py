@@ -10,7 +10,7 @@ import lorafold as lf
 
 def trained(net, init="kaiming", rank=4, **more):
     live = lf.attach(net, {"one": lf.LoRA(rank=rank, init=init, seed=0), **more})
-    for m in live.trained_modules("one").values():
+    for m in live._state.trained("one").fresh.values():
         m.B.data = torch.randn(m.B.shape, generator=torch.Generator().manual_seed(1))
     return live
 
@@ -25,7 +25,7 @@ def step(live, net, optimizer, x, **options):
 def snapshot(live):
     return {
         path: (m.A.detach().clone(), m.B.detach().clone())
-        for path, m in live.trained_modules("one").items()
+        for path, m in live._state.trained("one").fresh.items()
     }
 
 
@@ -48,7 +48,7 @@ def test_paused_ranks_do_not_move(net, x, optimizer):
     states = copy.deepcopy({id(p): s for p, s in optimizer.state.items()})
     for _ in range(3):
         step(live, net, optimizer, x, rank=2)
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         A, B = before[path]
         assert torch.equal(m.A[2:], A[2:])
         assert torch.equal(m.B[:, 2:], B[:, 2:])
@@ -67,14 +67,16 @@ def test_without_the_guard_they_move(net, x, optimizer):
     step(live, net, optimizer, x)
     before = snapshot(live)
     step(live, net, optimizer, x, rank=2)
-    assert any((m.A[2:] != before[p][0][2:]).any() for p, m in live.trained_modules("one").items())
+    assert any(
+        (m.A[2:] != before[p][0][2:]).any() for p, m in live._state.trained("one").fresh.items()
+    )
 
 
 def test_active_dimensions_alone_get_gradient(net, x):
     live = trained(net)
     with live.use("one", rank=2):
         net(x).square().mean().backward()
-    for m in live.trained_modules("one").values():
+    for m in live._state.trained("one").fresh.values():
         assert not m.A.grad[2:].any()
         assert not m.B.grad[:, 2:].any()
         assert m.A.grad[:2].any(dim=1).all()
@@ -102,7 +104,7 @@ def test_state_that_comes_with_a_paused_step_begins_at_0(net, x):
     optimizer = OPTIMIZERS["adamw"](live.parameters())
     live.guard(optimizer)
     step(live, net, optimizer, x, rank=1)
-    m = live.trained_modules("one")["layers.0.q"]
+    m = live._state.trained("one").fresh["layers.0.q"]
     assert not optimizer.state[m.A]["exp_avg"][1:].any()
     step(live, net, optimizer, x)
     assert optimizer.state[m.A]["exp_avg"][1:].any()
@@ -118,7 +120,7 @@ def test_the_largest_rank_between_two_steps_counts(net, x):
         with live.use("one", rank=rank):
             net(x).square().mean().backward()
     optimizer.step()
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         assert torch.equal(m.A[3:], before[path][0][3:])
         assert (m.A[:3] != before[path][0][:3]).all()
 
@@ -134,7 +136,7 @@ def test_what_only_looked_does_not_count(net, x):
     with live.use("one"), torch.no_grad():
         net(x)  # an evaluation at full rank
     optimizer.step()
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         assert torch.equal(m.A[2:], before[path][0][2:])
 
 
@@ -147,7 +149,7 @@ def test_rows_count_by_their_ranks(net, x):
     with live.use(["one", None, "one"], rank=[1, 4, 3]):
         net(x).square().mean().backward()
     optimizer.step()
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         assert torch.equal(m.A[3:], before[path][0][3:])
         assert (m.A[:3] != before[path][0][:3]).all()
 
@@ -159,21 +161,21 @@ def test_ranks_by_module_and_adapters_that_do_not_run(net, x):
     before = snapshot(live)
     others = {}
     for name in ("two", "mod"):
-        modules = live.trained_modules(name).values()
+        modules = live._state.trained(name).fresh.values()
         others[name] = [p.detach().clone() for m in modules for p in m.parameters()]
     for p in live.parameters():
         p.grad = torch.zeros_like(p)  # so that decay reaches everything
     with live.use("one", rank={"q": 1}):
         net(x).square().mean().backward()
     optimizer.step()
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         if path.endswith("q"):
             assert torch.equal(m.A[1:], before[path][0][1:])
         assert (m.A[:1] != before[path][0][:1]).all()
         if not path.endswith("q"):
             assert (m.A != before[path][0]).all()
     for name, held in others.items():
-        now = [p for m in live.trained_modules(name).values() for p in m.parameters()]
+        now = [p for m in live._state.trained(name).fresh.values() for p in m.parameters()]
         assert all(torch.equal(p, q) for p, q in zip(now, held, strict=True))
 
 
@@ -182,7 +184,7 @@ def test_modulations_are_guarded_too(net, x):
     optimizer = OPTIMIZERS["adamw"](live.parameters())
     live.guard(optimizer)
     step(live, net, optimizer, x, rank=2)
-    for m in live.trained_modules("one").values():
+    for m in live._state.trained("one").fresh.values():
         assert (m.delta_s[2:] == 0.5).all()
         assert (m.delta_s[:2] != 0.5).all()
 
@@ -194,7 +196,7 @@ def test_the_guard_can_be_taken_off(net, x):
     guard.remove()
     before = snapshot(live)
     step(live, net, optimizer, x, rank=2)
-    for path, m in live.trained_modules("one").items():
+    for path, m in live._state.trained("one").fresh.items():
         assert (m.A[2:] != before[path][0][2:]).any()
     guard.remove()
 
@@ -213,7 +215,7 @@ def test_a_step_without_any_forward_moves_nothing(net, x):
 
 def test_each_of_several_optimizers_is_guarded(net, x):
     live = trained(net)
-    modules = list(live.trained_modules("one").values())
+    modules = list(live._state.trained("one").fresh.values())
     optimizers = [torch.optim.SGD([getattr(m, n) for m in modules], lr=0.1) for n in ("A", "B")]
     guards = [live.guard(optimizer) for optimizer in optimizers]
     before = snapshot(live)

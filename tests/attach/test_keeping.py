@@ -197,7 +197,7 @@ def test_pissa_rounds_mix_with_lora_rounds_and_commute(make_net, base, x, expect
         live = lf.attach(net, {**rounds, "now": lf.LoRA(rank=2, seed=3, dtype=torch.float64)})
         g = torch.Generator().manual_seed(0)
         for name in ("one", "now"):
-            for m in live.trained_modules(name).values():
+            for m in live._state.trained(name).fresh.values():
                 m.B.data = torch.randn(m.B.shape, generator=g, dtype=torch.float64) / 9
         for name in rounds:
             live.keep(name, -0.5)
@@ -216,7 +216,7 @@ def test_a_later_round_picks_among_the_directions_that_are_left(net):
     live.add(lf.PiSSA(rank=3), "two")
     live.keep("two")
     live.add(lf.PiSSA(rank=3, niter=20), "three")
-    chosen = {n: live.trained_modules(n)["layers.0.q"].index.tolist() for n in live.names}
+    chosen = {n: live._state.trained(n).fresh["layers.0.q"].index.tolist() for n in live.names}
     assert chosen == {"one": [0, 1, 2], "two": [3, 4, 5], "three": [6, 7]}
     live.keep("three")
     with pytest.raises(MismatchError, match="kept rounds have taken every direction of module"):
@@ -224,7 +224,7 @@ def test_a_later_round_picks_among_the_directions_that_are_left(net):
     assert live.names == ["one", "two", "three"]
     live.drop("two")
     live.add(lf.PiSSA(rank=9), "four")
-    assert live.trained_modules("four")["layers.0.q"].index.tolist() == [3, 4, 5]
+    assert live._state.trained("four").fresh["layers.0.q"].index.tolist() == [3, 4, 5]
 
 
 def test_what_is_kept_is_frozen_as_it_was(net, x):
@@ -234,7 +234,7 @@ def test_what_is_kept_is_frozen_as_it_was(net, x):
     live.keep("one")
     live.use("now")
     before = net(x).detach()
-    for m in live.trained_modules("one").values():
+    for m in live._state.trained("one").fresh.values():
         m.B.data += 1  # what training on would do
     assert torch.equal(net(x).detach(), before)
     live.keep("two", 0)  # nothing more in the background
@@ -250,8 +250,10 @@ def test_the_background_has_no_gradient_and_the_current_round_has(net, x, three)
     live.keep("one", 0.5)
     live.use("two")
     net(x).square().sum().backward()
-    assert all(p.grad is None for m in live.trained_modules("one").values() for p in m.parameters())
-    assert all(m.B.grad.abs().sum() > 0 for m in live.trained_modules("two").values())
+    assert all(
+        p.grad is None for m in live._state.trained("one").fresh.values() for p in m.parameters()
+    )
+    assert all(m.B.grad.abs().sum() > 0 for m in live._state.trained("two").fresh.values())
 
 
 def test_no_dense_update_appears(make_update, shape_watch):
@@ -264,7 +266,7 @@ def test_no_dense_update_appears(make_update, shape_watch):
         live.keep("b", 0.5)
         live.use("c")
         # Not the layer itself, whose own product has the weight's size.
-        kept, y = live.patches[""].kept, torch.zeros(4, 200)
+        kept, y = live._state.slots.patches[""].kept, torch.zeros(4, 200)
         kept.uniform(layer, y, x, 1.0)
         kept.rows(layer, y, x, torch.ones(2))
     assert watch.largest < 200 * 300 / 4
@@ -283,7 +285,7 @@ def test_mixed_ranks_and_dtypes_join_in_the_widest(make_update, dense):
                              "now": lf.Adapter({"": now})})  # fmt: skip
     for name, (_, c) in parts.items():
         live.keep(name, c)
-    kept = live.patches[""].kept
+    kept = live._state.slots.patches[""].kept
     assert (kept.A.dtype, kept.A.shape, kept.B.shape) == (torch.float64, (6, 6), (4, 6))
     x = torch.randn(3, 6, dtype=torch.float64)
     wanted = base(x) + x @ (dense(now) + sum(c * dense(u) for u, c in parts.values())).T
@@ -334,8 +336,7 @@ def test_always_runs_once_the_only_current_one_is_kept(make_net, x, used):
     live = lf.attach(net, lf.PiSSA(rank=3, std=0.5, seed=0))
     y = net(x)
     if not used:
-        live.use(None)
-        live._show(None)
+        live._state.running.forget("default")
     live.keep("default")
     live.gate = "always"
     torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)

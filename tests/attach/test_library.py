@@ -76,7 +76,7 @@ def test_shared_sides_are_not_multiplied_out(wide, family, monkeypatch):
     live = lf.attach(model, library, slots=4)
     live.use(["a0", "a1", "a2", "a3"])
     model(torch.randn(4, 1, 48))
-    (bank,) = live.patches["0"].banks.values()
+    (bank,) = live._state.slots.patches["0"].banks.values()
     assert bank.U.shape == (48, 12)
     assert bank.V.shape == (48, 12)
     assert bank.A.shape[2] == bank.Bt.shape[2] == 12  # cores, not factors of 48
@@ -116,10 +116,10 @@ def test_rank_prefixes_run_through_all_parts(wide, family):
 def test_slots_follow_the_bytes_they_may_take(wide, family):
     library = lf.fold(family, form="svd")
     live = lf.attach(copy.deepcopy(wide), library, cache=20_000)
-    capacity = live.slots.capacity
+    capacity = live._state.slots.capacity
     live.detach()
     assert 1 <= capacity < 20
-    assert lf.attach(copy.deepcopy(wide), library, cache="1GiB").slots.capacity == 20
+    assert lf.attach(copy.deepcopy(wide), library, cache="1GiB")._state.slots.capacity == 20
     with pytest.raises(lf.MismatchError, match="holds no adapter"):
         lf.attach(copy.deepcopy(wide), library, cache=10)
     with pytest.raises(lf.MismatchError, match="give one of them"):

@@ -121,7 +121,7 @@ def test_adding(live, make_adapter, shapes_of, base, net, x, expected):
     live.add(more, "more")
     assert live.names == ["a", "b", "c", "more"]
     assert live.active == {"a": 1.0}
-    assert "lm_head" in live.patches
+    assert "lm_head" in live._state.slots.patches
     with live.use("more"):
         torch.testing.assert_close(net(x), expected(base, [(more, 1)], x), **TIGHT)
     live.detach()
@@ -249,7 +249,7 @@ def test_an_adapter_comes_back_as_it_was_given(live, three):
 
 def test_only_what_is_trained_has_factors_to_train(live):
     with pytest.raises(MismatchError, match="'a' is not trained"):
-        live.trained_modules("a")
+        live.parameters("a")
 
 
 def test_the_argument_is_not_changed(net, three, x):

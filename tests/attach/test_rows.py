@@ -91,7 +91,7 @@ def tokens(n, length, vocabulary=30, seed=0):
 def no_trace(model):
     """No hooks are left, and no batch is remembered."""
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    return not hooks and live_of(model).board.rows.n is None
+    return not hooks and live_of(model)._state.board.rows.n is None
 
 
 # Time first
@@ -532,7 +532,7 @@ def test_gradient_checkpointing(reentrant):
             out = model(input_ids=ids, use_cache=False).logits
             out.square().sum().backward()
         grads.append([out.detach(), *(p.grad for p in live.parameters())])
-        assert live.board.rows.n is None
+        assert live._state.board.rows.n is None
     assert len(grads[0]) > 5
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, **TIGHT)
@@ -674,7 +674,7 @@ def test_a_copy_has_hooks_of_its_own():
     for i, name in enumerate("ab"):
         mine = slice(2 * i, 2 * i + 2)
         torch.testing.assert_close(found[mine], alone(base, adapters[name], 1, ids[mine]), **TIGHT)
-    assert live_of(twin).board.rows.n is None
+    assert live_of(twin)._state.board.rows.n is None
     live_of(twin).use(None)
     assert no_trace(twin)
 

@@ -101,7 +101,7 @@ def test_many_batch_sizes_are_not_remembered_for_ever(net, three, x):
     live = lf.attach(net, three)
     for rows in range(1, 200):
         live.use(["a", "b"] * rows)
-    assert len(live._controls) < 100
+    assert len(live._state.running._active) < 100
     live.use(["a", "b"])
     net(x)
 

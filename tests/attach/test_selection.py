@@ -5,39 +5,39 @@ import pytest
 import torch
 
 import lorafold as lf
-from lorafold.attach.selection import Row, Selection, parsed
+from lorafold.attach.selection import Row, Selection
 from lorafold.errors import MismatchError, UnknownNameError
 
 NAMES = ["a", "b", "sql"]
 
 
 def test_weights_and_c_multiply():
-    assert parsed("a", None, None, NAMES) == Selection((Row((("a", 1.0),)),))
-    assert parsed("a", -0.5, 3, NAMES) == Selection((Row((("a", -0.5),), 3),))
-    mix = parsed({"a": 1, "b": -0.25}, 2, None, NAMES)
+    assert Selection.of("a", None, None, NAMES) == Selection((Row((("a", 1.0),)),))
+    assert Selection.of("a", -0.5, 3, NAMES) == Selection((Row((("a", -0.5),), 3),))
+    mix = Selection.of({"a": 1, "b": -0.25}, 2, None, NAMES)
     assert mix.rows[0].mix == (("a", 2.0), ("b", -0.5))
     assert mix.uniform
 
 
 def test_rows_have_their_own_c_and_rank():
-    rows = parsed(["a", None, {"a": 2, "b": 1}], [1, 5, -0.5], [2, 1, {"q": 3}], NAMES)
+    rows = Selection.of(["a", None, {"a": 2, "b": 1}], [1, 5, -0.5], [2, 1, {"q": 3}], NAMES)
     assert not rows.uniform
     assert [r.mix for r in rows.rows] == [(("a", 1.0),), (), (("a", -1.0), ("b", -0.5))]
     assert [r.rank for r in rows.rows] == [2, 1, {"q": 3}]
-    assert parsed(("a", "b"), 2, 1, NAMES).rows[1] == Row((("b", 2.0),), 1)
+    assert Selection.of(("a", "b"), 2, 1, NAMES).rows[1] == Row((("b", 2.0),), 1)
 
 
 @pytest.mark.parametrize(
     "c", [torch.tensor([0.5, 2.0]), np.array([0.5, 2.0]), (0.5, np.float32(2))], ids=str
 )
 def test_c_of_rows_may_be_an_array(c):
-    assert [r.mix[0][1] for r in parsed(["a", "b"], c, None, NAMES).rows] == [0.5, 2.0]
+    assert [r.mix[0][1] for r in Selection.of(["a", "b"], c, None, NAMES).rows] == [0.5, 2.0]
 
 
 def test_mix_widths_are_padded_to_powers_of_two():
     wide = dict.fromkeys(NAMES, 1)
     for what, width in [(None, 1), ("a", 1), ({"a": 1, "b": 1}, 2), (wide, 4), (["a", wide], 4)]:
-        assert parsed(what, None, None, NAMES).width == width
+        assert Selection.of(what, None, None, NAMES).width == width
 
 
 BAD = [
@@ -80,14 +80,14 @@ def test_a_bad_choice_changes_nothing(net, three, x, what, options, message):
 @pytest.mark.parametrize("what", ["sqll", {"sqll": 1}, ["a", "sqll"], [{"sqll": 1.0}]])
 def test_unknown_names(what):
     with pytest.raises(UnknownNameError, match="no adapter 'sqll' is attached; did you mean 'sql'"):
-        parsed(what, None, None, NAMES)
+        Selection.of(what, None, None, NAMES)
     with pytest.raises(UnknownNameError, match="there are 3: 'a', 'b', 'sql'"):
-        parsed("unlike", None, None, NAMES)
+        Selection.of("unlike", None, None, NAMES)
 
 
 def test_a_name_of_another_type_is_unknown():
     with pytest.raises(UnknownNameError, match="no adapter 3"):
-        parsed({3: 1.0}, None, None, NAMES)
+        Selection.of({3: 1.0}, None, None, NAMES)
 
 
 @pytest.mark.parametrize("rows", [4, 5, 12])

@@ -216,4 +216,4 @@ def test_all_linear_names_what_to_leave_out():
     with pytest.raises(RefusedError, match=r"'attn\.out_proj'.*exclude="):
         lf.attach(model, lf.LoRA(rank=2))
     live = lf.attach(model, lf.LoRA(rank=2, exclude="attn"))
-    assert list(live.patches) == ["mlp"]
+    assert list(live._state.slots.patches) == ["mlp"]

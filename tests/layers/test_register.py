@@ -144,10 +144,10 @@ def test_all_linear_means_it_and_training_begins_in_its_directions(which, model_
     model, x = model_of(which), torch.randn(6, 8)
     W, plain = matrix(model[1]), model(x).detach()
     live = lf.attach(model, lf.LoRA(rank=3, alpha=3, init="pissa"))
-    assert set(live.patches) == {"0", "1"}
+    assert set(live._state.slots.patches) == {"0", "1"}
     torch.testing.assert_close(model(x), plain, **CLOSE)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    factors = live.trained_modules("default")["1"]
+    factors = live._state.trained("default").fresh["1"]
     wanted = (U[:, :3] * S[:3]) @ Vh[:3]
     torch.testing.assert_close((factors.B @ factors.A).detach().double(), wanted, **CLOSE)
     model(x).square().sum().backward()

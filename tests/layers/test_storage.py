@@ -319,7 +319,7 @@ def test_pissa_begins_with_the_dequantised_weight(wide, x, options):
     plain = wide(x)
     live = lf.attach(wide, lf.LoRA(rank=4, alpha=4, init="pissa"))
     torch.testing.assert_close(wide(x), plain, rtol=0, atol=1e-4)
-    for path, factors in live.trained_modules("default").items():
+    for path, factors in live._state.trained("default").fresh.items():
         U, S, Vh = torch.linalg.svd(expected.get_submodule(path).weight.double())
         wanted = (U[:, :4] * S[:4]) @ Vh[:4]
         # Wedin: directions move by the error of the matrix over the gap to those left out.
@@ -328,7 +328,7 @@ def test_pissa_begins_with_the_dequantised_weight(wide, x, options):
         assert off < rounding * (2 + 2 * S[0] / (S[3] - S[4]))
     live.detach()
     live = lf.attach(wide, lf.PiSSA(rank=4, std=0.1, seed=0))
-    for path, module in live.trained_modules("default").items():
+    for path, module in live._state.trained("default").fresh.items():
         S = torch.linalg.svdvals(expected.get_submodule(path).weight)
         torch.testing.assert_close(module.S, S[:4], rtol=1e-5, atol=0)
     with live.use("default", c=0):

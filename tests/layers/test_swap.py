@@ -163,17 +163,19 @@ def test_a_handle_can_be_copied_too(net, base, three, x):
 def test_the_models_training_mode_reaches_new_adapters(net, three):
     net.train()
     live = lf.attach(net, lf.LoRA(rank=2, dropout=0.5))
-    assert all(p.training for p in live.patches.values())
+    assert all(p.training for p in live._state.slots.patches.values())
     net.eval()
     live.add(lf.LoRA(rank=2, dropout=0.5), "more")
-    assert not any(m.training for p in live.patches.values() for m in p.modules())
+    assert not any(m.training for p in live._state.slots.patches.values() for m in p.modules())
 
 
 def test_moving_the_model_moves_the_adapters(net, base, three, x, expected):
     live = lf.attach(net, {**three, "new": lf.LoRA(rank=2)})
     live.use("a")
     net.to(torch.float32)
-    assert {t.dtype for p in live.patches.values() for t in p.buffers()} == {torch.float32}
+    assert {t.dtype for p in live._state.slots.patches.values() for t in p.buffers()} == {
+        torch.float32
+    }
     wanted = expected(base, [(three["a"], 1)], x).float()
     torch.testing.assert_close(net(x).detach(), wanted, rtol=1e-5, atol=1e-5)
     with live.use(["a", None]):

@@ -66,10 +66,12 @@ def test_all_linear_is_every_linear_layer():
 
 def test_by_default_without_the_vision_tower_and_the_head():
     live = lf.attach(model(), lf.LoRA(rank=2))
-    assert list(live.patches) == [p for p in found("all-linear") if p.startswith("layers.")]
-    assert list(lf.attach(model(), lf.LoRA(rank=2, exclude=(), targets="lm_head")).patches) == [
-        "lm_head"
+    assert list(live._state.slots.patches) == [
+        p for p in found("all-linear") if p.startswith("layers.")
     ]
+    assert list(
+        lf.attach(model(), lf.LoRA(rank=2, exclude=(), targets="lm_head"))._state.slots.patches
+    ) == ["lm_head"]
 
 
 def test_names_and_patterns_together():

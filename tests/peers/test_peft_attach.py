@@ -206,7 +206,7 @@ def test_outputs_equal_peft(family, tmp_path):
     peft_model.save_pretrained(tmp_path)
     live = lf.attach(base, lf.load(tmp_path))
     wrapped = [n for n, _ in peft_model.named_modules() if n.endswith(".base_layer")]
-    assert len(live.patches) == len(wrapped)
+    assert len(live._state.slots.patches) == len(wrapped)
     check(base, live, peft_model, inputs)
 
 

@@ -12,9 +12,9 @@ from .._verb import make_face
 if TYPE_CHECKING:
     from .attach import attach as attach
     from .begin.calibration import calibrate as calibrate
+    from .begin.specs import LoRA as LoRA
+    from .begin.specs import PiSSA as PiSSA
     from .live import Live as Live
-    from .specs import LoRA as LoRA
-    from .specs import PiSSA as PiSSA
 
 __all__ = ["Live", "LoRA", "PiSSA", "attach", "calibrate"]
 
@@ -24,7 +24,7 @@ make_face(
         "attach": "attach",
         "calibrate": "begin.calibration",
         "Live": "live",
-        "LoRA": "specs",
-        "PiSSA": "specs",
+        "LoRA": "begin.specs",
+        "PiSSA": "begin.specs",
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from ..fold import Library
 from ..layers.misread import warn_of_misread
 from ..layers.modes import outside_inference_mode
 from ..layers.swap import Swapped
-from .additions import _add_all, _named, _patch, _widest, library_places
+from .additions import add_all, add_library, named_sources, widest
 from .live import Live
+from .run.shelf import slots_within
 from .run.slots import BY_ITSELF, Slots
 from .selection import SCALINGS
-from .sources import Sides, library_sources, slots_within
+from .state import State
 
 
 @outside_inference_mode
@@ -87,24 +87,28 @@ def attach(
             )
         if cache is not None and slots is not None:
             raise MismatchError("slots= and cache= say the same in two ways: give one of them")
+        kind = dtype or torch.float32
         if cache is not None:
-            slots = slots_within(x, memory_bytes(cache), dtype or torch.float32)
-        return _attach_library(model, x, slots, dtype, SCALINGS[rank_scaling])
+            slots = slots_within(x, memory_bytes(cache), kind)
+        room = Slots(slots or min(len(x), BY_ITSELF), None, kind)
+        state = State(model, room, SCALINGS[rank_scaling])
+        add_library(state, x, kind)
+        return Live(state)
     if cache is not None:
         raise MismatchError("cache= limits what is read of a Library; adapters have slots=")
-    named = _named(x)
+    named = named_sources(x)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
     room = Slots(
         slots,
         rank,
-        dtype or _widest(model, adapters),
+        dtype or widest(model, adapters),
         fixed_rank=max_rank is not None,
         fixed_dtype=dtype is not None,
     )
-    live = Live(model, room, SCALINGS[rank_scaling])
-    _add_all(live, named, trainable)
-    return live
+    state = State(model, room, SCALINGS[rank_scaling])
+    add_all(state, named, trainable)
+    return Live(state)
 
 
 def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str) -> None:
@@ -123,19 +127,3 @@ def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scali
     for label, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (type(value) is not int or value < 1):
             raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")
-
-
-def _attach_library(
-    model: nn.Module,
-    library: Library,
-    slots: int | None,
-    dtype: torch.dtype | None,
-    scaling: Callable[[float], float],
-) -> Live:
-    kind = dtype or torch.float32
-    live = Live(model, Slots(slots or min(len(library), BY_ITSELF), 0, kind), scaling)
-    places = library_places(live, library)
-    live._sources.update(library_sources(library))
-    _patch(live, places)
-    live.sides = Sides(library, kind)
-    return live

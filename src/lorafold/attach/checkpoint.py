@@ -11,44 +11,37 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FileError, MismatchError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
+from .begin.places import copies_of
 from .run.factors import Fresh, Modulation
-
-if TYPE_CHECKING:
-    from .live import Live
+from .sources import Trained
+from .state import State
 
 _HEADER = "lorafold"
 _KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
 
 
-def kind_of_trained(fresh: Fresh) -> str:
-    """What kind of checkpoint an adapter makes."""
-    return "pissa" if isinstance(fresh, Modulation) else "lora"
-
-
 def save_trained(
-    live: Live,
+    source: Trained,
     path: str | os.PathLike[str],
-    name: str,
     metadata: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
     """See `Live.save`."""
-    modules = live.trained_modules(name)
-    first = next(iter(modules.values()))
-    header: dict[str, Any] = {"version": 1, "kind": kind_of_trained(first), "metadata": metadata}
-    header["scales"] = {p: f.scale for p, f in modules.items()}
+    first = next(iter(source.fresh.values()))
+    header: dict[str, Any] = {"version": 1, "kind": _kind_of(source), "metadata": metadata}
+    header["scales"] = {p: f.scale for p, f in source.fresh.items()}
     if isinstance(first, Modulation):
         header["select"] = first.select
     try:
@@ -57,27 +50,27 @@ def save_trained(
         raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
     tensors = {
         f"{p}.{key}": value.detach().contiguous().cpu().clone()
-        for p, fresh in modules.items()
+        for p, fresh in source.fresh.items()
         for key, value in fresh.state_dict().items()
     }
-    form, config = peft_form(live.adapter(name))
+    form, config = peft_form(source.adapter())
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)
         save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", _HEADER: text})
 
 
-def resume_trained(live: Live, path: str | os.PathLike[str], name: str) -> dict[str, Any]:
+def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """See `Live.resume`."""
-    modules = live.trained_modules(name)
-    kind = kind_of_trained(next(iter(modules.values())))
+    source = state.trained(name)
+    modules, kind = source.fresh, _kind_of(source)
     place = Path(path)
-    state = place / STATE_NAME
+    beside = place / STATE_NAME
     metadata: dict[str, Any] = {}
     select: str | None = None
     if place.is_file():
-        found_kind, found = _flat(live, place)
-    elif state.is_file():
-        header, tensors = _read(state)
+        found_kind, found = _flat(state, place)
+    elif beside.is_file():
+        header, tensors = _read(beside)
         found_kind, metadata = header["kind"], header["metadata"]
         select = header.get("select")
         found = _by_module(tensors)
@@ -89,14 +82,19 @@ def resume_trained(live: Live, path: str | os.PathLike[str], name: str) -> dict[
             f"{path} holds a checkpoint of kind {found_kind!r}, and {name!r} is of kind {kind!r}"
         )
     _check(str(path), modules, found)
-    _load_copies(live, place, name)
+    _load_copies(source, name, state.model, place)
     with torch.no_grad():
         for p, tensors in found.items():
             modules[p].load_state_dict(tensors, strict=False)
             module = modules[p]
             if isinstance(module, Modulation) and select is not None:
-                module.select = select
+                module.selected_by(select)
     return metadata
+
+
+def _kind_of(source: Trained) -> str:
+    """What kind of checkpoint an adapter makes."""
+    return "pissa" if isinstance(next(iter(source.fresh.values())), Modulation) else "lora"
 
 
 def _rescale(
@@ -140,10 +138,11 @@ def _plain(
     }
 
 
-def _flat(live: Live, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+def _flat(state: State, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """A file with keys such as `A.layers__0__q_proj`."""
     _, tensors = _read(path)
-    names = {p.replace(".", "__"): p for p in live.patches}
+    patches = state.slots.patches
+    names = {p.replace(".", "__"): p for p in patches}
     found: dict[str, dict[str, Tensor]] = {}
     kinds = set()
     for key, value in tensors.items():
@@ -159,9 +158,9 @@ def _flat(live: Live, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     kind = kinds.pop()
     if kind == "pissa":
         for p, parts in found.items():
-            if p in live.patches and "S" in parts:
+            if p in patches and "S" in parts:
                 # The directions' numbers are not in such a file: the nearest singular values'.
-                W = live.patches[p].kind.matrix(live.layer(p), p)
+                W = patches[p].kind.matrix(patches[p].module, p)
                 spectrum = torch.linalg.svdvals(W)
                 distance = (parts["S"].to(spectrum)[:, None] - spectrum).abs()
                 parts["index"] = distance.argmin(1)
@@ -198,13 +197,10 @@ def _check(
             )
 
 
-def _load_copies(live: Live, place: Path, name: str) -> None:
+def _load_copies(source: Trained, name: str, model: nn.Module, place: Path) -> None:
     """Modules that were saved whole."""
-    own = {p: s.copy_of(name) for p, s in live.saved.items() if name in s.keys}
-    if not own or not place.is_dir():
+    if not source.copies or not place.is_dir():
         return
-    from .additions import saved_copies
-
-    for p, module in saved_copies(live, name, load(place)).items():
-        if p in own:
-            own[p].load_state_dict(module.state_dict())
+    for p, module in copies_of(name, load(place), model).items():
+        if p in source.copies:
+            source.copies[p].load_state_dict(module.state_dict())

@@ -7,70 +7,81 @@ and puts it back after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .selection import ranks_at
+from .run.board import Board
+from .selection import Selection, ranks_at
+from .sources import Source, Trained
 
-if TYPE_CHECKING:
-    from .state import Core
-
-Ledger: TypeAlias = "dict[str, list[int]]"
+# Of each trained adapter the largest prefix of each layer that has run, by key and path.
+Ledger: TypeAlias = "dict[str, dict[str, int]]"
 
 
 class Pauses:
-    """Which ranks of the trained adapters have not run since an optimiser's last step."""
+    """Which ranks of the trained adapters have not run since an optimiser's last step.
 
-    def __init__(self) -> None:
-        # For each optimiser: key → the largest prefix of each layer since it stepped; first, since
-        # any of them did.
-        self._ledgers: list[Ledger] = [{}]
+    Args:
+        board, sources: of the model.
+    """
+
+    def __init__(self, board: Board, sources: Mapping[str, Source]) -> None:
+        self._board, self._sources = board, sources
+        self._shown: Selection | None = None
+        self._ledgers: list[Ledger] = [{}]  # one an optimiser; first, since any of them stepped
 
     def open(self) -> Ledger:
         """What has run since an optimiser's last step, from now on."""
-        self._ledgers.append(dict(self._ledgers[0]))
+        self._ledgers.append({key: dict(ran) for key, ran in self._ledgers[0].items()})
         return self._ledgers[-1]
 
     def close(self, ledger: Ledger) -> None:
         """An optimiser is no longer guarded."""
         self._ledgers = [known for known in self._ledgers if known is not ledger]
 
-    def note(self, live: Core) -> None:
-        """Take down what the selection in use has run, before another takes its place."""
-        if not live.board.have_run() or live._selection is None:
+    def note(self) -> None:
+        """Take down what the selection that is shown has run."""
+        if not self._board.have_run() or self._shown is None:
             return
-        paths = list(live.patches)
-        for row in live._selection.rows:
-            ranks = ranks_at(row.rank, paths)
+        for row in self._shown.rows:
             for name, c in row.mix:
-                key = live._sources[name].key if name in live._sources else None
-                if c == 0 or key is None:
+                source = self._sources.get(name)
+                if c == 0 or not isinstance(source, Trained):
                     continue
-                for ledger in self._ledgers:
-                    old = ledger.get(key, [0] * len(paths))
-                    ledger[key] = [max(a, b) for a, b in zip(old, ranks, strict=True)]
+                paths = list(source.fresh)
+                for path, k in zip(paths, ranks_at(row.rank, paths), strict=True):
+                    for ledger in self._ledgers:
+                        ran = ledger.setdefault(source.key, {})
+                        ran[path] = max(ran.get(path, 0), k)
 
-    def forget(self, key: str) -> None:
-        """A trained adapter has gone."""
-        for ledger in self._ledgers:
-            ledger.pop(key, None)
+    def show(self, selection: Selection | None) -> None:
+        """Another selection takes the place of the one that was shown; that is noted before."""
+        self._shown = selection
 
-    def paused(self, live: Core, ledger: Ledger) -> Iterator[tuple[nn.Parameter, Any]]:
+    def forget(self, source: Source) -> None:
+        """An adapter has gone."""
+        if isinstance(source, Trained):
+            for ledger in self._ledgers:
+                ledger.pop(source.key, None)
+
+    def paused(self, ledger: Ledger) -> Iterator[tuple[nn.Parameter, Any]]:
         """Parameters, each with the index of its entries that have not run."""
-        self.note(live)
-        for key in live._trained:
-            ran = ledger.get(key, [0] * len(live.patches))
-            for patch in live.patches.values():
-                if key in patch.fresh and ran[patch.index] < patch.trained(key).rank:
-                    yield from patch.trained(key).paused(ran[patch.index])
+        self.note()
+        for source in self._sources.values():
+            if not isinstance(source, Trained):
+                continue
+            for path, fresh in source.fresh.items():
+                ran = ledger.get(source.key, {}).get(path, 0)
+                if ran < fresh.rank:
+                    yield from fresh.paused(ran)
 
-    def stepped(self, live: Core, ledger: Ledger) -> None:
+    def stepped(self, ledger: Ledger) -> None:
         """An optimiser has stepped: what runs from here on counts for its next step."""
-        self.note(live)
+        self.note()
         ledger.clear()
         self._ledgers[0].clear()
 
@@ -90,14 +101,14 @@ class Guard:
         self.close()
 
 
-def guarded(live: Core, optimizer: torch.optim.Optimizer) -> Guard:
+def guarded(pauses: Pauses, optimizer: torch.optim.Optimizer) -> Guard:
     """See `Live.guard`."""
-    ledger = live.pauses.open()
+    ledger = pauses.open()
     held: list[tuple[nn.Parameter, Any, Tensor, dict[str, Tensor]]] = []
 
     def before(*_: Any) -> None:
         held.clear()
-        for parameter, index in live.pauses.paused(live, ledger):
+        for parameter, index in pauses.paused(ledger):
             state = optimizer.state.get(parameter, {})
             kept = {
                 key: value[index].clone()
@@ -114,9 +125,9 @@ def guarded(live: Core, optimizer: torch.optim.Optimizer) -> Guard:
                     if isinstance(now, Tensor) and now.shape == parameter.shape:
                         now[index] = kept.get(key, 0)  # what came with this step begins at 0
         held.clear()
-        live.pauses.stepped(live, ledger)
+        pauses.stepped(ledger)
 
     return Guard(
         [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)],
-        lambda: live.pauses.close(ledger),
+        lambda: pauses.close(ledger),
     )

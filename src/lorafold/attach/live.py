@@ -1,41 +1,65 @@
-"""The handle of a model with adapters attached.
+"""The handle of a model with adapters attached: its verbs, each in one thread at a time.
 
-It owns the slots and the selection; the layers' children only look up what is active. Whatever is
-asked is checked first, so that an error leaves the model as it was.
+Whatever is asked is checked first, so that an error leaves the model as it was. How a verb is done
+stands in the files beside, and what it changes in `State`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import MismatchError, UnknownNameError
+from ..errors import MismatchError
 from ..layers.swap import Swapped
-from ..layers.targets import matches, shown
-from ..words import did_you_mean
+from .additions import add_one
+from .checkpoint import resume_trained, save_trained
+from .choices import Choice
 from .guard import Guard, guarded
-from .running import Gate, checked_gate, frozen_updates, rebuild, refuse_rows
-from .selection import Row, Selection, parsed
-from .sources import saved_extras
-from .state import Core
+from .merged import merge_into, unmerge_from, verified
+from .running import BASE, Gate
+from .selection import Selection
+from .state import State
+from .summary import Summary, summarized
 
-if TYPE_CHECKING:
-    from .summary import Summary
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Live(Core):
+def _in_turn(verb: Callable[Concatenate[Live, P], R]) -> Callable[Concatenate[Live, P], R]:
+    """A verb that waits for blocks of other threads, and asks for a handle that is attached."""
+
+    @functools.wraps(verb)
+    def waiting(self: Live, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._state.turns:
+            self._state.check_attached()
+            return verb(self, *args, **kwargs)
+
+    return waiting
+
+
+class Live:
     """Adapters on a running model; made by `lf.attach`.
 
+    Threads take turns: a `with live.use(…)` block holds the model until it is left, and whatever
+    else changes what runs waits for that.
+
+    Not for: a model whose weights are to be changed for good, or written: `Adapter.apply_to` and
+    `lorafold merge-into` need no handle.
+
     Attributes:
-        model: the model. patches: path → what is added to each layer.
-        kept: {name: c} of what runs in the background.
-        detached: whether `detach` was called.
+        model: the model.
     """
+
+    def __init__(self, state: State) -> None:
+        self._state, self.model = state, state.model
+        state.board.belongs_to(self)
 
     @staticmethod
     def of(model: nn.Module) -> Live:
@@ -51,22 +75,41 @@ class Live(Core):
         raise MismatchError("nothing is attached to this model")
 
     def __repr__(self) -> str:
-        state = "detached" if self.detached else f"{len(self.patches)} layers"
-        return f"Live({state}, {len(self._sources)} adapters)"
+        layers = f"{len(self._state.slots.patches)} layers"
+        return f"Live({'detached' if self.detached else layers}, {len(self.names)} adapters)"
+
+    def __dir__(self) -> list[str]:
+        hidden = {"of"}  # it is for who has no handle
+        return [n for n in super().__dir__() if n not in hidden and not n.startswith("_")]
 
     # What there is
 
     @property
+    def detached(self) -> bool:
+        """Whether `detach` was called: the handle is of no more use."""
+        return self._state.detached
+
+    @property
     def names(self) -> list[str]:
         """The attached adapters' names, in the order in which they came."""
-        return list(self._sources)
+        return list(self._state.sources)
 
     @property
     def active(self) -> dict[str, float] | list[dict[str, float]]:
         """What runs now: {name: c} for the whole batch, or a list of these for its rows."""
-        selection = self._selection or Selection((Row(),))
+        selection = self._state.running.selection or BASE
         rows = [dict(row.mix) if row.on else {} for row in selection.rows]
         return rows[0] if selection.uniform else rows
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """{name: c} of what is merged into the weights now."""
+        return self._state.running.merged_mix
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """{name: c} of what runs in the background."""
+        return dict(self._state.running.kept)
 
     def adapter(self, name: str) -> Adapter:
         """An attached adapter: the one that was given, or a copy of a trained one as it is now.
@@ -74,41 +117,27 @@ class Live(Core):
         Raises:
             UnknownNameError: no such name.
         """
-        source = self._source(name)
-        if source.adapter is not None:
-            return source.adapter
-        if source.library is not None:
-            return source.library[name]
-        assert source.key is not None
-        modules = {path: fresh.update() for path, fresh in self.trained_modules(name).items()}
-        config = dict(source.config or {})
-        whole = [path for path, saved in self.saved.items() if name in saved.keys]
-        if whole:
-            config["modules_to_save"] = whole
-        kinds = {path: self.patches[path].kind for path in modules}
-        if any(kind.linear and kind.transposed for kind in kinds.values()):
-            config["fan_in_fan_out"] = True
-        layouts = {p: kind.layout(self.layer(p)) for p, kind in kinds.items()}
-        return Adapter(modules, saved_extras(self, name), config, layouts=layouts)
+        self._state.check_attached()
+        return self._state.source(name).adapter()
 
+    @_in_turn
     def summary(self) -> Summary:
         """What is attached where, and how large it is; `print` gives a table."""
-        from .summary import summarized
+        return summarized(self._state)
 
-        self._check_attached()
-        return summarized(self)
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The parameters of the trained adapter of a name, or of all of them.
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The trained adapters' parameters."""
-        for patch in self.patches.values():
-            yield from patch.fresh.parameters()
-        for name, source in self._sources.items():
-            for saved in self.saved.values() if source.key is not None else ():
-                if name in saved.keys:
-                    yield from saved.copy_of(name).parameters()
+        Raises:
+            UnknownNameError: no such name. MismatchError: it is not trained.
+        """
+        if name is not None:
+            return self._state.trained(name).parameters()
+        return (p for source in self._state.sources.values() for p in source.parameters())
 
     # What runs
 
+    @_in_turn
     def use(self, what: Any = None, *, c: Any = None, rank: Any = None) -> Using:
         """Choose what runs: from now on, or in a `with` block.
 
@@ -121,44 +150,20 @@ class Live(Core):
                 modules; or one for each row. 0 is the base.
 
         Returns:
-            A context that gives the earlier choice back when it is left.
+            A context that gives the earlier choice back when it is left. Until then, other threads
+            that choose, or change what is attached, wait.
 
         Raises:
             UnknownNameError: a name that is not attached. MismatchError: anything else that is
                 wrong with the choice; what runs is unchanged then.
         """
-        self._check_attached()
-        selection = parsed(what, c, rank, self._sources)
-        for row in selection.rows:
-            self._check_rank(row)
-        refuse_rows(selection, self)
-        if self._merged is not None:
-            dialled = (name in self.merged for row in selection.rows for name, _ in row.mix)
-            if any(dialled) or not all(row.mix for row in selection.rows):
-                raise MismatchError(
-                    "no dial reaches what is merged into the weights "
-                    f"({', '.join(map(repr, self.merged))}): unmerge() first"
-                )
-        before = self._selection
-        self._show(selection)
-        return Using(self, before)
-
-    def _check_rank(self, row: Row) -> None:
-        if row.rank is None:
-            return
-        most = max((self._sources[name].rank for name, _ in row.mix), default=None)
-        ranks = row.rank.values() if isinstance(row.rank, Mapping) else [row.rank]
-        for target in row.rank if isinstance(row.rank, Mapping) else ():
-            if not any(matches(target, path) for path in self.patches):
-                raise MismatchError(f"rank= names {shown(target)}, which is no attached module")
-        for k in ranks:
-            if most is not None and k > most:
-                raise MismatchError(
-                    f"rank {k} is above that of every module; the largest is {most}"
-                )
+        selection = Selection.of(what, c, rank, self._state.sources)
+        self._state.running.check(selection)
+        return Using(self, self._state, self._state.running.choose(selection))
 
     # Training
 
+    @_in_turn
     def guard(self, optimizer: torch.optim.Optimizer) -> Guard:
         """Hold still what a rank prefix pauses, weight decay and momentum notwithstanding.
 
@@ -168,9 +173,9 @@ class Live(Core):
         Returns:
             The hooks; `remove()` takes them off.
         """
-        self._check_attached()
-        return guarded(self, optimizer)
+        return guarded(self._state.running.pauses, optimizer)
 
+    @_in_turn
     def save(
         self,
         path: str | os.PathLike[str],
@@ -190,10 +195,10 @@ class Live(Core):
             UnknownNameError: no such name. MismatchError: it is not trained.
             FileError: something is at `path`.
         """
-        from .checkpoint import save_trained
+        source = self._state.trained(self._state.only_trained() if name is None else name)
+        save_trained(source, path, metadata or {}, overwrite)
 
-        save_trained(self, path, self._only(name), metadata or {}, overwrite)
-
+    @_in_turn
     def resume(self, path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
         """Load what `save` wrote into a trained adapter of the same kind and targets.
 
@@ -209,17 +214,9 @@ class Live(Core):
             MismatchError: another kind, other modules, or other shapes; nothing is changed then.
             FileError: nothing there that is read.
         """
-        from .checkpoint import resume_trained
-
-        return resume_trained(self, path, self._only(name))
-
-    def _only(self, name: str | None) -> str:
-        if name is not None:
-            return name
-        trained = [n for n, s in self._sources.items() if s.key is not None]
-        if len(trained) != 1:
-            raise MismatchError(f"say which: {len(trained)} adapters are trained here")
-        return trained[0]
+        return resume_trained(
+            self._state, path, self._state.only_trained() if name is None else name
+        )
 
     # Kept rounds
 
@@ -228,17 +225,15 @@ class Live(Core):
         """When the background runs: "current" (where a current adapter has c ≠ 0), "always", or a
         function of the rows' coefficients (rows, K) that gives a factor for each row.
         """
-        return self._gate
+        return self._state.running.gate
 
     @gate.setter
     def gate(self, gate: Gate) -> None:
-        before, self._gate = self._gate, checked_gate(gate)
-        try:
-            self._show(self._selection)
-        except BaseException:
-            self._gate = before
-            raise
+        with self._state.turns:
+            self._state.check_attached()
+            self._state.running.set_gate(gate)
 
+    @_in_turn
     def keep(self, name: str, c: float = 1.0) -> None:
         """Make an adapter part of the background, at coefficient c, as it is now.
 
@@ -247,30 +242,22 @@ class Live(Core):
         Raises:
             UnknownNameError: no such name. RefusedError: it holds more than updates of layers.
         """
-        self._source(name)
-        (row,) = parsed(name, c, None, self._sources).rows
-        self.background[name] = frozen_updates(self, name)
-        self.kept[name] = row.mix[0][1]
-        rebuild(self)
-        if self._selection is not None:
-            self._selection = self._selection.left_by([name])
-        self._refresh()
+        self._state.source(name)
+        (row,) = Selection.of(name, c, None, self._state.sources).rows
+        self._state.running.keep(name, row.mix[0][1])
 
+    @_in_turn
     def drop(self, name: str) -> None:
         """Take an adapter out of the background; it stays attached.
 
         Raises:
             UnknownNameError: it is not kept.
         """
-        self._check_attached()
-        if name not in self.kept:
-            raise UnknownNameError(f"{name!r} is not kept; {did_you_mean(str(name), self.kept)}")
-        del self.kept[name], self.background[name]
-        rebuild(self)
-        self._refresh()
+        self._state.running.drop(name)
 
     # Merging
 
+    @_in_turn
     def merge(self, what: Any = None, *, c: Any = None, rank: Any = None, keep: bool = True) -> int:
         """Merge a mix into the weights; what else is in use stays so.
 
@@ -285,22 +272,18 @@ class Live(Core):
         Raises:
             MismatchError: something is merged already. RefusedError: a quantised weight.
         """
-        from .merged import merge_into
+        return merge_into(self._state, what, c=c, rank=rank, keep=keep)
 
-        self._check_attached()
-        return merge_into(self, what, c=c, rank=rank, keep=keep)
-
+    @_in_turn
     def unmerge(self) -> None:
         """Put the weights back that `merge` replaced, to the bit.
 
         Raises:
             MismatchError: nothing is merged.
         """
-        from .merged import unmerge_from
+        unmerge_from(self._state)
 
-        self._check_attached()
-        unmerge_from(self)
-
+    @_in_turn
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """The largest difference between the attached and the merged model's output.
 
@@ -309,13 +292,11 @@ class Live(Core):
         Args:
             args, kwargs: what the model is called with, in evaluation mode.
         """
-        from .merged import verified
-
-        self._check_attached()
-        return verified(self, args, kwargs)
+        return verified(self._state, args, kwargs)
 
     # Coming and going
 
+    @_in_turn
     def add(
         self, adapter: Any, name: str, *, replace: bool = False, trainable: bool = False
     ) -> None:
@@ -329,68 +310,44 @@ class Live(Core):
         Raises:
             MismatchError: the name is taken, shapes differ, or its rank is above the slots'.
         """
-        from .additions import add_to
+        add_one(self._state, adapter, name, replace=replace, trainable=trainable)
 
-        self._check_attached()
-        add_to(self, adapter, name, replace=replace, trainable=trainable)
-
+    @_in_turn
     def remove(self, name: str) -> None:
         """Let go of an adapter; where it was in use, the base runs.
 
         Raises:
-            UnknownNameError: no such name.
+            UnknownNameError: no such name. MismatchError: it is merged.
         """
-        source = self._source(name)
-        if name in self.merged:
-            raise MismatchError(f"{name!r} is merged into the weights: unmerge() first")
-        if name in self.kept:
-            self.drop(name)
-        if self._selection is not None:
-            self._show(self._selection.left_by([name]))
-        for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
-            site.drop(name)
-        del self._sources[name]
-        self.slots.release(name)
-        if source.key is not None:
-            del self._trained[source.key]
-            self.pauses.forget(source.key)
-            self._refresh()
+        self._state.remove(name)
 
+    @_in_turn
     def detach(self) -> nn.Module:
         """Give the model back as it was: classes, names, bits, and what requires gradients.
 
         Returns:
             The model. The handle is of no more use.
         """
-        self._check_attached()
-        if self._merged is not None:
-            self.unmerge()
-        for site in [*self.patches.values(), *self.experts.values(), *self.saved.values()]:
-            site.leave()
-        self.board.frozen.thaw()
-        self.board.show(None)
-        self.slots.patches.clear()
-        self.experts, self.saved = {}, {}
-        self._sources, self._trained = {}, {}
-        self._controls.clear()
-        self.detached = True
+        if self.merged:
+            unmerge_from(self._state)
+        self._state.detach()
         return self.model
 
 
 class Using:
-    """What `use` returns: as a context it gives the earlier selection back when left."""
+    """What `use` returns: as a context it gives the earlier choice back when it is left."""
 
-    def __init__(self, live: Live, before: Selection | None) -> None:
-        self._live, self._before = live, before
+    def __init__(self, live: Live, state: State, choice: Choice) -> None:
+        self._live, self._state, self._choice = live, state, choice
+        self._blocks: list[ExitStack] = []
+        choice.held_by(self)
 
     def __enter__(self) -> Live:
+        with ExitStack() as block:
+            block.enter_context(self._state.turns)
+            block.enter_context(self._state.running.during(self._choice))
+            self._blocks.append(block.pop_all())
         return self._live
 
     def __exit__(self, *_: object) -> None:
-        if self._live.detached:
-            return
-        before = self._before
-        if before is not None:  # some of it may have been removed inside
-            named = {name for row in before.rows for name, _ in row.mix}
-            before = before.left_by(named - set(self._live.names))
-        self._live._show(before)
+        self._blocks.pop().close()

@@ -8,116 +8,103 @@ tied to another layer's stays as it is there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import MismatchError
 from ..layers.modes import evaluating, outside_inference_mode
-from .selection import Row, Selection, parsed
-
-if TYPE_CHECKING:
-    from .live import Live
-
-
-@outside_inference_mode
-def merge_into(live: Live, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
-    """See `Live.merge`."""
-    if live.merged:
-        raise MismatchError(f"{_listed(live.merged)} merged already: unmerge() first")
-    row = row_to_merge(live, what, c, rank)
-    if live._selection is not None and not live._selection.uniform:
-        bare = next((i for i, r in enumerate(live._selection.rows) if not r.mix), None)
-        if bare is not None:
-            raise MismatchError(
-                f"row {bare} in use is the base's, and a merge would change it: choose other rows"
-            )
-    weights = {k: nn.Parameter(W, requires_grad=False) for k, W in _merged(live, row).items()}
-    kept = {key: _owner(live, key)[0][_owner(live, key)[1]] for key in weights}
-    for key, old in kept.items():
-        weights[key].requires_grad_(old is not None and old.requires_grad)
-    _put(live, weights)
-    live._merged = (row, kept)
-    live._show(live._selection)
-    if not keep:
-        live._merged = None
-        # The new weights require, once detached, what the old ones did.
-        for key, old in kept.items():
-            live.board.frozen.exchanged(old, weights[key])
-        for name, value in row.mix:
-            if value != 0:
-                live.remove(name)
-        return 0
-    return sum(p.nbytes for p in kept.values() if p is not None)
-
-
-def unmerge_from(live: Live) -> None:
-    """See `Live.unmerge`."""
-    if live._merged is None:
-        raise MismatchError("nothing is merged")
-    _put(live, live._merged[1])
-    live._merged = None
-    live._show(live._selection)
-
+from .choices import Choice
+from .running import Merged
+from .selection import Row, Selection
+from .state import State
 
 Key = tuple[str, str]  # path of a module, name of its parameter (dotted, in a saved module)
 
 
-def _merged(live: Live, row: Row) -> dict[Key, Tensor]:
-    """Every weight that a mix changes, as the sum."""
-    found: dict[Key, Tensor] = {}
-    for site in [*live.patches.values(), *live.experts.values(), *live.saved.values()]:
-        found |= {(site.path, name): W for name, W in site.merged(row).items()}
-    return found
+@outside_inference_mode
+def merge_into(state: State, what: Any, *, c: Any, rank: Any, keep: bool) -> int:
+    """See `Live.merge`."""
+    running = state.running
+    if running.merged is not None:
+        raise MismatchError(f"{_listed(running.merged_mix)} merged already: unmerge() first")
+    row = _mix_to_merge(state, what, c, rank)
+    if running.selection is not None and not running.selection.uniform:
+        bare = next((i for i, r in enumerate(running.selection.rows) if not r.mix), None)
+        if bare is not None:
+            raise MismatchError(
+                f"row {bare} in use is the base's, and a merge would change it: choose other rows"
+            )
+    sums = {(s.path, n): W for s in state.sites.values() for n, W in s.merged(row).items()}
+    weights = {key: nn.Parameter(W, requires_grad=False) for key, W in sums.items()}
+    kept = {key: _owner(state, key)[0][_owner(state, key)[1]] for key in weights}
+    for key, old in kept.items():
+        weights[key].requires_grad_(old is not None and old.requires_grad)
+    _put(state, weights)
+    running.set_merged(Merged(row, kept))
+    if keep:
+        return sum(p.nbytes for p in kept.values() if p is not None)
+    running.set_merged(None)
+    for key, old in kept.items():
+        state.board.frozen.exchanged(old, weights[key])
+    for name, value in row.mix:
+        if value != 0:
+            state.remove(name)
+    return 0
 
 
-def _owner(live: Live, key: Key) -> tuple[dict[str, nn.Parameter | None], str]:
-    """The dict that holds a parameter, and its name in it."""
-    inner, _, name = key[1].rpartition(".")
-    module = live.layer(key[0]).get_submodule(inner)
-    return module._parameters, name
+def unmerge_from(state: State) -> None:
+    """See `Live.unmerge`."""
+    if state.running.merged is None:
+        raise MismatchError("nothing is merged")
+    _put(state, state.running.merged.kept)
+    state.running.set_merged(None)
 
 
-def _put(live: Live, weights: Mapping[Key, nn.Parameter | None]) -> None:
-    for key, weight in weights.items():
-        parameters, name = _owner(live, key)
-        parameters[name] = weight
-
-
-def verified(live: Live, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+def verified(state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """See `Live.verify`."""
-    if live.merged:
-        raise MismatchError(f"{_listed(live.merged)} merged: unmerge() before verify()")
-    row = row_to_merge(live, None, None, None)
-    before = live._selection
-    try:
-        with evaluating(live.model):
-            live._show(Selection((row,)))
-            attached = live.model(*args, **kwargs)
-            merge_into(live, dict(row.mix), c=None, rank=row.rank, keep=True)
-            try:
-                merged = live.model(*args, **kwargs)
-            finally:
-                unmerge_from(live)
-    finally:
-        live._show(before)
+    if state.running.merged is not None:
+        raise MismatchError(
+            f"{_listed(state.running.merged_mix)} merged: unmerge() before verify()"
+        )
+    row = _mix_to_merge(state, None, None, None)
+    with evaluating(state.model), state.running.during(Choice(Selection((row,)))):
+        attached = state.model(*args, **kwargs)
+        merge_into(state, dict(row.mix), c=None, rank=row.rank, keep=True)
+        try:
+            merged = state.model(*args, **kwargs)
+        finally:
+            unmerge_from(state)
     return _difference(attached, merged)
 
 
-def row_to_merge(live: Live, what: Any, c: Any, rank: Any) -> Row:
+def _mix_to_merge(state: State, what: Any, c: Any, rank: Any) -> Row:
     """The mix that is meant: what is given, what runs, or the only adapter."""
+    names, chosen = list(state.sources), state.running.selection
     if what is not None:
-        selection = parsed(what, c, rank, live.names)
-    elif live._selection is not None and live._selection.on:
-        selection = live._selection
-    elif len(live.names) == 1:
-        selection = parsed(live.names[0], c, rank, live.names)
+        selection = Selection.of(what, c, rank, state.sources)
+    elif chosen is not None and chosen.on:
+        selection = chosen
+    elif len(names) == 1:
+        selection = Selection.of(names[0], c, rank, state.sources)
     else:
-        raise MismatchError(f"say which: there are {len(live.names)} adapters, and none runs")
+        raise MismatchError(f"say which: there are {len(names)} adapters, and none runs")
     if not selection.uniform:
         raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
-    live._check_rank(selection.rows[0])
+    state.running.check_rank(selection.rows[0])
     return selection.rows[0]
+
+
+def _owner(state: State, key: Key) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The dict that holds a parameter, and its name in it."""
+    inner, _, name = key[1].rpartition(".")
+    return state.module(key[0]).get_submodule(inner)._parameters, name
+
+
+def _put(state: State, weights: Mapping[Key, nn.Parameter | None]) -> None:
+    for key, weight in weights.items():
+        parameters, name = _owner(state, key)
+        parameters[name] = weight
 
 
 def _listed(names: Mapping[str, float]) -> str:

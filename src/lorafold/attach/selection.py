@@ -7,7 +7,7 @@ how: `rows` entries, of which a uniform selection has one that stands for the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -44,6 +44,32 @@ class Selection:
     rows: tuple[Row, ...]
     uniform: bool = True
 
+    @classmethod
+    def of(cls, what: Any, c: Any, rank: Any, names: Collection[str]) -> Selection:
+        """The selection that `use(what, c=c, rank=rank)` asks for.
+
+        Args:
+            what: None, a name, {name: weight}, or a list with one of these for each row.
+            c: a number, or one for each row. rank: a rank, or one for each row.
+            names: those there are.
+
+        Raises:
+            UnknownNameError: a name that is not there. MismatchError: anything else that is no
+                selection, naming it.
+        """
+        if isinstance(what, Sequence) and not isinstance(what, str):
+            if not what:
+                raise MismatchError("use([]) selects no row; give one entry per row, or None")
+            cs, ranks = _per_row(c, len(what), "c"), _per_row(rank, len(what), "rank")
+            rows = (_row(w, cs[i], ranks[i], names) for i, w in enumerate(what))
+            return cls(tuple(rows), uniform=False)
+        for label, value in (("c", c), ("rank", rank)):
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                raise MismatchError(
+                    f"{label}= has one entry per row, so the adapters must be a list as well"
+                )
+        return cls((_row(what, c, rank, names),))
+
     @property
     def names(self) -> KeysView[str]:
         """The adapters that take part, in the order in which they are named."""
@@ -73,34 +99,6 @@ class Selection:
         return 1 << max(0, most - 1).bit_length()
 
 
-def parsed(what: Any, c: Any, rank: Any, names: Iterable[str]) -> Selection:
-    """The selection that `use(what, c=c, rank=rank)` asks for.
-
-    Args:
-        what: None, a name, {name: weight}, or a list with one of these for each row.
-        c: a number, or one for each row. rank: a rank, or one for each row.
-        names: those there are.
-
-    Raises:
-        UnknownNameError: a name that is not there. MismatchError: anything else that is no
-            selection, naming it.
-    """
-    known = set(names)
-    if isinstance(what, Sequence) and not isinstance(what, str):
-        if not what:
-            raise MismatchError("use([]) selects no row; give one entry per row, or None")
-        cs, ranks = _per_row(c, len(what), "c"), _per_row(rank, len(what), "rank")
-        return Selection(
-            tuple(_row(w, cs[i], ranks[i], known) for i, w in enumerate(what)), uniform=False
-        )
-    for label, value in (("c", c), ("rank", rank)):
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            raise MismatchError(
-                f"{label}= has one entry per row, so the adapters must be a list as well"
-            )
-    return Selection((_row(what, c, rank, known),))
-
-
 def _per_row(value: Any, count: int, label: str) -> list[Any]:
     if hasattr(value, "tolist"):
         value = value.tolist()  # a tensor or an array
@@ -111,7 +109,7 @@ def _per_row(value: Any, count: int, label: str) -> list[Any]:
     return list(value)
 
 
-def _row(what: Any, c: Any, rank: Any, known: set[str]) -> Row:
+def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
     c = 1.0 if c is None else _number(c, "c")
     if what is None:
         mix: Mapping[Any, Any] = {}
@@ -178,3 +176,8 @@ def ranks_at(rank: Rank, paths: list[str]) -> list[int]:
     if isinstance(rank, int):
         return [rank] * len(paths)
     return [next((k for t, k in rank.items() if matches(t, p)), EVERYTHING) for p in paths]
+
+
+def prefix(rank: Rank, path: str, have: int) -> int:
+    """The prefix that one module of rank `have` runs."""
+    return min(ranks_at(rank, [path])[0], have)

@@ -1,213 +1,302 @@
-"""Where an attached adapter comes from."""
+"""Where an attached adapter comes from: given, stored in a library, or trained here.
+
+Each kind answers the same questions, so that nobody asks which kind it is: what it needs of the
+model (a `Plan`, made and checked before anything is attached), its update at a layer, what goes
+into a slot, and the adapter that it is now.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import MismatchError, RefusedError
-from ..fold import Library
-from ..fold.coding.record import StoredPart
-from ..layers.sites import Place
-from ..layers.swap import device_of
+from ..errors import RefusedError, UnknownNameError
+from ..layers.sites import Place, place_at
+from ..layers.swap import device_of, plain_copy
+from ..layers.targets import found_layers
 from ..lowrank import LowRank
-from ..parts import PREFIX, extra_kind
-from .run.factors import Factors, Fresh, Modulation
+from ..parts import PREFIX, Layout, extra_kind
+from .begin.lora import fresh_factors
+from .begin.modulation import fresh_modulation
+from .begin.places import copies_of, experts_of, layers_of, whole_modules
+from .begin.specs import LoRA, PiSSA, Spec
+from .run.factors import Factors, Fresh
 from .run.patch import Patch
-from .run.slots import GROUPS
-from .specs import Spec
-
-if TYPE_CHECKING:
-    from .live import Live
-    from .state import Core
+from .run.shelf import Shelf
+from .run.slots import Slots
 
 
-@dataclass
-class Source:
-    """Where an attached adapter comes from: one of the three.
+class Source(ABC):
+    """One attached adapter; see the three final classes.
 
-    Args:
-        adapter: held as it was given. library: that holds it. key: of the trained factors.
-        spec: that trained factors were made from. rank: its largest. config: it is saved with.
+    Attributes:
+        rank: the largest of its modules. in_slots: whether it takes a slot to run.
     """
 
     rank: int
-    adapter: Adapter | None = None
-    library: Library | None = None
-    key: str | None = None
-    spec: Spec | None = None
-    config: Mapping[str, Any] | None = None
+    in_slots = True
+
+    @abstractmethod
+    def update(self, path: str) -> LowRank | None:
+        """Its update at one layer; None where it has none there."""
+
+    @abstractmethod
+    def shape(self, path: str) -> tuple[int, float] | None:
+        """(rank, scale) of it at one layer; None where it has none there."""
+
+    @abstractmethod
+    def adapter(self) -> Adapter:
+        """The adapter that it is now."""
+
+    @abstractmethod
+    def load(self, slots: Slots, slot: int) -> None:
+        """Write its factors into a slot."""
+
+    @abstractmethod
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What of it is trained."""
 
 
-def saved_extras(live: Core, name: str) -> dict[str, Tensor]:
-    """The copies of a trained adapter as a file holds them."""
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter needs of a model; nothing is attached yet.
+
+    Args:
+        places: {path: layer} that it updates. copies: {path: module} that it has whole.
+        experts: {path of an experts' module: {path of an update: its layout}}.
+    """
+
+    source: Source
+    places: Mapping[str, Place]
+    copies: Mapping[str, nn.Module] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
+
+
+class Given(Source):
+    """An adapter as it was handed over."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter, self.rank = adapter, adapter.rank
+
+    @classmethod
+    def plan(cls, name: str, a: Adapter, model: nn.Module, known: Mapping[str, Patch]) -> Plan:
+        """What an adapter needs, or the error that says why it does not fit."""
+        places = layers_of(name, a, model, known)
+        experts = experts_of(name, a, model)
+        return Plan(cls(a), places, copies_of(name, a, model), experts)
+
+    def update(self, path: str) -> LowRank | None:
+        return self._adapter.modules.get(path)
+
+    def shape(self, path: str) -> tuple[int, float] | None:
+        u = self.update(path)
+        return None if u is None else (u.rank, u.scale)
+
+    def adapter(self) -> Adapter:
+        return self._adapter
+
+    def load(self, slots: Slots, slot: int) -> None:
+        for path, u in self._adapter.modules.items():
+            if path in slots.patches:
+                slots.write(slot, path, u)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+
+class Trained(Source):
+    """Factors and whole modules that are trained here.
+
+    Args:
+        fresh: by path, the factors. places: their layers. copies: by path, modules that train
+            whole. config: what a file says of it.
+    """
+
+    in_slots = False
+
+    def __init__(
+        self,
+        fresh: Mapping[str, Fresh],
+        places: Mapping[str, Place],
+        copies: Mapping[str, nn.Module],
+        config: Mapping[str, Any],
+    ) -> None:
+        self.fresh, self.copies, self.config = dict(fresh), dict(copies), dict(config)
+        self.rank = max((f.rank for f in fresh.values()), default=0)
+        self._places = dict(places)
+        self.key = ""
+
+    @classmethod
+    def plan(
+        cls,
+        name: str,
+        a: Adapter,
+        model: nn.Module,
+        known: Mapping[str, Patch],
+        dtype: torch.dtype,
+    ) -> Plan:
+        """What an adapter needs that is to be trained on."""
+        places, copies = layers_of(name, a, model, known), copies_of(name, a, model)
+        if experts_of(name, a, model):
+            raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
+        fresh = {}
+        for path, place in places.items():
+            u = a[path].to(device_of(place.layer), dtype)
+            fresh[path] = Factors(place.kind, u.A.clone(), u.B.clone(), u.scale)
+        copies = {path: module.requires_grad_(True) for path, module in copies.items()}
+        return Plan(cls(fresh, places, copies, a.config), places, copies)
+
+    @classmethod
+    def plan_fresh(
+        cls,
+        spec: Spec,
+        model: nn.Module,
+        known: Mapping[str, Patch],
+        in_use: Callable[[str], list[int]],
+    ) -> Plan:
+        """What a specification needs.
+
+        Args:
+            in_use: the singular directions of a layer's weight that kept rounds have.
+        """
+        layers = found_layers(model, spec.targets, spec.exclude, spec.layers)
+        if isinstance(spec, LoRA):
+            spec.check_patterns(layers)
+        whole = whole_modules(model, spec.modules_to_save)
+        places = {p: place_at(model, p, known) for p in layers if not _inside(p, whole)}
+        generator = torch.Generator()
+        # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
+        seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
+        generator.manual_seed(seed)
+        fresh: dict[str, Fresh] = {}
+        for path, place in places.items():
+            args = path, place.layer, place.kind, generator
+            if isinstance(spec, PiSSA):
+                fresh[path] = fresh_modulation(spec, *args, in_use(path))
+            else:
+                assert isinstance(spec, LoRA)
+                fresh[path] = fresh_factors(spec, *args)
+        copies = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
+        return Plan(cls(fresh, places, copies, _config(spec)), places, copies)
+
+    def join(self, name: str, patches: Mapping[str, Patch]) -> None:
+        """Put the factors where they run."""
+        taken = {key for patch in patches.values() for key in patch.fresh}
+        self.key = next(k for i in range(len(taken) + 1) if (k := f"t{i}") not in taken)
+        for path, factors in self.fresh.items():
+            patches[path].put(name, self.key, factors)
+
+    def table(self, patches: Mapping[str, Patch]) -> tuple[Tensor, Tensor]:
+        """Ranks (L,) and scales (L,) at all layers; 0 where it has nothing."""
+        found = [self.shape(path) or (0, 0.0) for path in patches]
+        return (
+            torch.tensor([rank for rank, _ in found], dtype=torch.int64),
+            torch.tensor([scale for _, scale in found], dtype=torch.float64),
+        )
+
+    def update(self, path: str) -> LowRank | None:
+        return self.fresh[path].update() if path in self.fresh else None
+
+    def shape(self, path: str) -> tuple[int, float] | None:
+        found = self.fresh.get(path)
+        return None if found is None else (found.rank, found.scale)
+
+    def adapter(self) -> Adapter:
+        config = dict(self.config)
+        if self.copies:
+            config["modules_to_save"] = list(self.copies)
+        kinds = [place.kind for place in self._places.values()]
+        if any(kind.linear and kind.transposed for kind in kinds):
+            config["fan_in_fan_out"] = True
+        extras = {
+            f"{PREFIX}{path}.{key}": value.detach().clone()
+            for path, module in self.copies.items()
+            for key, value in module.state_dict().items()
+        }
+        layouts = {path: place.kind.layout(place.layer) for path, place in self._places.items()}
+        modules = {path: factors.update() for path, factors in self.fresh.items()}
+        return Adapter(modules, extras, config, layouts=layouts)
+
+    def load(self, slots: Slots, slot: int) -> None:
+        raise TypeError("what is trained takes no slot")  # pragma: no cover
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for module in (*self.fresh.values(), *self.copies.values()):
+            yield from module.parameters()
+
+
+def _inside(path: str, modules: Iterable[str]) -> bool:
+    return any(path == p or path.startswith(f"{p}.") for p in modules)
+
+
+def _config(spec: Spec) -> dict[str, Any]:
+    """What PEFT's config says of a fresh adapter; without r where modules differ."""
+    if not isinstance(spec, LoRA) or spec.rank_pattern or spec.alpha_pattern:
+        return {}
+    if spec.init.startswith("pissa"):
+        return {}  # saved with the start beside it, at twice the rank
     return {
-        f"{PREFIX}{path}.{key}": value.detach().clone()
-        for path, patch in live.saved.items()
-        if name in patch.keys
-        for key, value in patch.copy_of(name).state_dict().items()
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
     }
 
 
-def library_sources(library: Library) -> dict[str, Source]:
-    """A source for each of a library's adapters."""
-    found = {}
-    for name, entry in library.store.manifest["adapters"].items():
-        ranks = entry["rank"]
-        # What coding added (a residual part) may come on top of the file's own rank.
-        rank = max(ranks) if isinstance(ranks, list) else ranks
-        found[name] = Source(2 * rank, library=library)
-    return found
+class Stored(Source):
+    """An adapter in a library; its parts are read when they are asked for."""
+
+    def __init__(self, name: str, shelf: Shelf, rank: int) -> None:
+        self.name, self.rank, self._shelf = name, rank, shelf
+
+    def update(self, path: str) -> LowRank | None:
+        try:
+            return self._shelf.library.update(self.name, path)
+        except UnknownNameError:
+            return None
+
+    def shape(self, path: str) -> tuple[int, float] | None:
+        u = self.update(path)
+        return None if u is None else (u.rank, u.scale)
+
+    def adapter(self) -> Adapter:
+        return self._shelf.library[self.name]
+
+    def load(self, slots: Slots, slot: int) -> None:
+        """Write its parts into a slot.
+
+        Raises:
+            RefusedError: it is stored exactly because ΔW algebra would be wrong for it, or carries
+                tensors that would not be run.
+        """
+        self._refuse()
+        self._shelf.load(self.name, slots, slot)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
+
+    def _refuse(self) -> None:
+        library, name = self._shelf.library, self.name
+        entry: Mapping[str, Any] = library.entry(name)
+        if entry.get("refusal"):
+            raise RefusedError(f"adapter {name!r}: {entry['refusal']}")
+        for key in entry.get("extras", {}):
+            kind = extra_kind(key, library.config(name))
+            if kind != "training state":
+                raise RefusedError(
+                    f"adapter {name!r} carries {key!r} ({kind}), which does not run from a "
+                    "library: attach library[name] itself, or apply it to the weights "
+                    "(adapter.apply_to)"
+                )
 
 
-def slots_within(library: Library, nbytes: int, dtype: torch.dtype) -> int:
-    """How many adapters fit in so many bytes, judged by the first one.
-
-    Raises:
-        MismatchError: not even one.
-    """
-    name = library.names[0]
-    each = 0
-    for m in library.modules:
-        for part in library.parts(name, m["path"]):
-            each += (part.left.numel() + part.right.numel()) * dtype.itemsize
-    if nbytes < each:
-        raise MismatchError(f"cache= of {nbytes} bytes holds no adapter: one takes {each}")
-    return max(1, min(len(library), nbytes // max(each, 1)))
-
-
-class Sides:
-    """The shared sides of a library's modules, each on its layer's device; read once.
-
-    Args:
-        library: the library. dtype: of the sides.
-    """
-
-    def __init__(self, library: Library, dtype: torch.dtype) -> None:
-        self._library, self._dtype = library, dtype
-        self._numbers = {m["path"]: j for j, m in enumerate(library.modules)}
-        self._known: dict[str, dict[str, tuple[Tensor | None, list[int]]]] = {}
-
-    def at(self, patch: Patch) -> dict[str, tuple[Tensor | None, list[int]]]:
-        """For "U" and "V": all bases side by side, (d, ΣR), and where each begins."""
-        if patch.path not in self._known:
-            self._known[patch.path] = {
-                side: self._joined([b.columns for b in bases], patch)
-                for side, bases in self._library.sides(self._numbers[patch.path]).items()
-            }
-        return self._known[patch.path]
-
-    def _joined(self, columns: list[Tensor], patch: Patch) -> tuple[Tensor | None, list[int]]:
-        starts = [0]
-        for c in columns:
-            starts.append(starts[-1] + c.shape[1])
-        if not columns:
-            return None, starts
-        return torch.cat(columns, 1).to(patch.device, self._dtype), starts
-
-
-def write_library_adapter(live: Core, slot: int, name: str, library: Library) -> None:
-    """Read an adapter's parts from its library into a slot.
-
-    Raises:
-        RefusedError: it is stored exactly because ΔW algebra would be wrong for it, or carries
-            tensors that would not be run.
-    """
-    refuse_adapter(library, name)
-    assert live.sides is not None
-    for path, patch in live.patches.items():
-        first = 0
-        for group, parts in _by_group(library.parts(name, path)).items():
-            sides = live.sides.at(patch)
-            U = sides["U"][0] if group in ("both", "out") else None
-            V = sides["V"][0] if group in ("both", "in") else None
-            u = _joined_core(parts, patch, sides)
-            live.slots.write(slot, path, u, U, V, first)
-            first += u.rank
-
-
-def refuse_adapter(library: Library, name: str) -> None:
-    """Raise a `RefusedError` for an adapter that can't be run from its library."""
-    entry: Mapping[str, Any] = library.entry(name)
-    if entry.get("refusal"):
-        raise RefusedError(f"adapter {name!r}: {entry['refusal']}")
-    refuse_extras(name, entry.get("extras", {}), library.config(name))
-
-
-def _by_group(parts: list[StoredPart]) -> dict[str, list[StoredPart]]:
-    found: dict[str, list[StoredPart]] = {}
-    for part in parts:
-        found.setdefault(GROUPS[part.U is not None, part.V is not None], []).append(part)
-    return found
-
-
-def _joined_core(
-    parts: list[StoredPart], patch: Patch, sides: Mapping[str, tuple[Tensor | None, list[int]]]
-) -> LowRank:
-    """Parts of one group as one update in the joined coordinates."""
-    lefts, rights = [], []
-    for part in parts:
-        lefts.append(part.scale * _placed(part.left, part.U, sides["U"]))
-        rights.append(_placed(part.right.T, part.V, sides["V"]).T)
-    return LowRank(torch.cat(rights), torch.cat(lefts, 1))
-
-
-def _placed(X: Tensor, number: int | None, side: tuple[Tensor | None, list[int]]) -> Tensor:
-    """Coordinates (R, k) in one basis as coordinates (ΣR, k) in all of them."""
-    if number is None:
-        return X
-    starts = side[1]
-    whole = X.new_zeros(starts[-1], X.shape[1])
-    whole[starts[number] : starts[number] + len(X)] = X
-    return whole
-
-
-def refuse_extras(name: str, extras: Iterable[str], config: Mapping[str, Any]) -> None:
-    """Raise a `RefusedError` for extra tensors that would not be run."""
-    for key in extras:
-        kind = extra_kind(key, config)
-        if kind != "training state":
-            raise RefusedError(
-                f"adapter {name!r} carries {key!r} ({kind}), which does not run from a library: "
-                "attach library[name] itself, or apply it to the weights (adapter.apply_to)"
-            )
-
-
-def taken(live: Live, path: str) -> list[int]:
-    """The singular directions of a layer's weight that kept rounds have taken."""
-    found: list[int] = []
-    for name in live.kept:
-        fresh = live.fresh_at(name, path)
-        if isinstance(fresh, Modulation):
-            found += fresh.index.tolist()
-    return found
-
-
-def _trained_factors(
-    a: Adapter, places: Mapping[str, Place], dtype: torch.dtype
-) -> tuple[dict[str, Fresh], Source]:
-    fresh: dict[str, Fresh] = {}
-    for path, place in places.items():
-        u = a[path].to(device_of(place.layer), dtype)
-        fresh[path] = Factors(place.kind, u.A.clone(), u.B.clone(), u.scale)
-    return fresh, Source(a.rank, config=dict(a.config))
-
-
-def _add_trained(live: Live, name: str, fresh: Mapping[str, Fresh], source: Source) -> None:
-    hidden = () if live._merged is None else live._merged[1].values()  # behind what is merged
-    live.board.frozen.freeze([*live.model.parameters(), *(p for p in hidden if p is not None)])
-    taken = {s.key for s in live._sources.values()}
-    source.key = next(k for i in range(len(taken) + 1) if (k := f"t{i}") not in taken)
-    live._sources[name] = source
-    ranks = torch.zeros(len(live.patches), dtype=torch.int64)
-    scales = torch.zeros(len(live.patches), dtype=torch.float64)
-    for path, module in fresh.items():
-        patch = live.patches[path]
-        patch.put(name, source.key, module)
-        ranks[patch.index], scales[patch.index] = module.rank, module.scale
-    live._trained[source.key] = (ranks, scales)
+def stored(shelf: Shelf) -> dict[str, Source]:
+    """A source for each adapter of a library."""
+    return {name: Stored(name, shelf, rank) for name, rank in shelf.ranks().items()}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..layers.storage import is_quantized
 from ..words import aligned
-
-if TYPE_CHECKING:
-    from .live import Live
+from .state import State
 
 
 @dataclass(frozen=True)
@@ -96,25 +94,25 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarized(live: Live) -> Summary:
+def summarized(state: State) -> Summary:
     """See `Live.summary`."""
     layers = []
-    own = {id(p) for p in live.parameters()}
-    for path, patch in live.patches.items():
-        updates = {n: u for n in live.names if (u := live.shape_at(n, path)) is not None}
-        layer = live.layer(path)
+    for path, patch in state.slots.patches.items():
+        found = {name: source.shape(path) for name, source in state.sources.items()}
+        shapes = {name: shape for name, shape in found.items() if shape is not None}
         layers.append(
             LayerSummary(
                 path,
-                patch.kind.size(layer),
-                sum(r * sum(patch.dims) for r, _ in updates.values()),
-                {n: r for n, (r, _) in updates.items()},
-                {n: r * scale for n, (r, scale) in updates.items()},
-                is_quantized(layer),
+                patch.kind.size(patch.module),
+                sum(r * sum(patch.dims) for r, _ in shapes.values()),
+                {name: r for name, (r, _) in shapes.items()},
+                {name: r * scale for name, (r, scale) in shapes.items()},
+                is_quantized(patch.module),
             )
         )
-    total = sum(_count(p) for p in live.model.parameters() if id(p) not in own)
-    trainable = sum(p.numel() for p in live.model.parameters() if p.requires_grad)
+    own = {id(p) for source in state.sources.values() for p in source.parameters()}
+    total = sum(_count(p) for p in state.model.parameters() if id(p) not in own)
+    trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     return Summary(tuple(layers), total, trainable)
 
 

@@ -16,7 +16,7 @@ INITS = ["kaiming", "orthogonal", "pissa", "pissa_niter_4"]
 
 def attached(net, **options):
     live = lf.attach(net, lf.LoRA(**{"rank": 4, "seed": 0, **options}))
-    return live, live.trained_modules("default")
+    return live, live._state.trained("default").fresh
 
 
 @pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
@@ -105,7 +105,7 @@ def test_pissa_trains_as_if_the_directions_were_taken_out_of_the_weight(base, ne
                 module.B @ module.A - module.B0 @ module.A0
             )).T + alone.bias  # fmt: skip
             torch.testing.assert_close(layer(h), wanted, rtol=1e-10, atol=1e-10)
-        u = live.update("default", path)
+        u = live._state.sources["default"].update(path)
         assert u.rank == 8  # exported with the start beside it
         both = module.scale * (module.B @ module.A - module.B0 @ module.A0)
         torch.testing.assert_close(u.dense(), both.detach(), rtol=1e-10, atol=1e-10)
@@ -132,7 +132,7 @@ def test_the_randomised_svd_comes_close_to_the_exact_one(shape):
 def test_seeds(make_net):
     def A_of(**options):
         live = lf.attach(make_net(), lf.LoRA(rank=2, **options))
-        return live.trained_modules("default")["layers.0.q"].A.detach()
+        return live._state.trained("default").fresh["layers.0.q"].A.detach()
 
     assert torch.equal(A_of(seed=3), A_of(seed=3))
     assert not torch.equal(A_of(seed=3), A_of(seed=4))
@@ -154,7 +154,7 @@ def test_a_seed_leaves_the_global_one_alone(net):
 def test_two_adapters_without_a_seed_don_t_share_their_start(net):
     # One A for both would look like a shared skill.
     live = lf.attach(net, {"one": lf.LoRA(rank=2), "two": lf.LoRA(rank=2)})
-    one, two = (live.trained_modules(name)["layers.0.q"].A for name in ("one", "two"))
+    one, two = (live._state.trained(name).fresh["layers.0.q"].A for name in ("one", "two"))
     assert not torch.equal(one, two)
 
 
@@ -162,7 +162,7 @@ def test_patterns_of_rank_and_alpha(net):
     spec = lf.LoRA(
         rank=4, alpha=8, rank_pattern={"up": 2, re.compile(r"\.3\.q"): 1}, alpha_pattern={"q": 5}
     )
-    modules = lf.attach(net, spec).trained_modules("default")
+    modules = lf.attach(net, spec)._state.trained("default").fresh
     for path, module in modules.items():
         leaf = path.rpartition(".")[2]
         rank = 2 if leaf == "up" else 1 if path == "layers.3.q" else 4

@@ -5,15 +5,16 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from lorafold.attach.begin.modulation import tail_depth
+from lorafold.attach.run.factors import Modulation
 from lorafold.errors import MismatchError
+from lorafold.layers.kinds import LINEAR
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def attached(net, name="default", **options):
     live = lf.attach(net, {name: lf.PiSSA(**{"rank": 3, "seed": 0, **options})})
-    return live, live.trained_modules(name)
+    return live, live._state.trained(name).fresh
 
 
 def shaken(live, size=0.3):
@@ -63,7 +64,7 @@ def test_the_directions_are_those_of_the_weight(net, base):
             pair = torch.outer(m.U[:, i], m.Vh[i]).double()
             torch.testing.assert_close(pair, torch.outer(U[:, i], Vh[i]), rtol=1e-3, atol=1e-4)
         assert m.index.tolist() == [0, 1, 2]
-        assert tail_depth(m) == 0
+        assert m.tail_depth == 0
 
 
 def test_w_is_never_altered(net, base, x):
@@ -123,7 +124,7 @@ def test_a_mean_breaks_the_symmetry_of_the_dial(make_net, x):
 def test_ranks_are_clamped_per_layer():
     model = nn.ModuleDict({"wide": nn.Linear(9, 4), "square": nn.Linear(6, 6)})
     live = lf.attach(model, lf.PiSSA())
-    ranks = {path: m.rank for path, m in live.trained_modules("default").items()}
+    ranks = {path: m.rank for path, m in live._state.trained("default").fresh.items()}
     assert ranks == {"wide": 4, "square": 6}
 
 
@@ -133,7 +134,7 @@ def test_the_randomised_svd_finds_the_same(net, base):
         _, S, _ = svd(base.get_submodule(path).weight)
         torch.testing.assert_close(m.S.double(), S[:3], rtol=1e-4, atol=1e-4)
         assert m.directions == len(S)
-        assert tail_depth(m) == 0
+        assert m.tail_depth == 0
 
 
 def test_rank_prefixes(net, base):
@@ -164,11 +165,11 @@ def test_convolutions_and_embeddings_are_modulated_too():
     weights = {path: m.weight.detach().clone() for path, m in model.items()}
     shaken(live)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-    m = live.trained_modules("default")["conv"]
+    m = live._state.trained("default").fresh["conv"]
     W = weights["conv"] + (m.U * m.delta_s @ m.Vh).reshape(4, 3, 3)
     wanted = nn.functional.conv1d(x, W, model["conv"].bias)
     torch.testing.assert_close(model["conv"](x), wanted, **TIGHT)
-    m = live.trained_modules("default")["embed"]
+    m = live._state.trained("default").fresh["embed"]
     W = weights["embed"] + (m.U * m.delta_s @ m.Vh).T
     ids = torch.tensor([[1, 6, 0]])
     torch.testing.assert_close(model["embed"](ids), W[ids], **TIGHT)
@@ -215,7 +216,7 @@ def test_choosing_by_one_set(net, base, inputs, select):
         )
         assert m.index.tolist() == order[:3].tolist()
         assert m.select == select
-        depths.append(tail_depth(m))
+        depths.append(m.tail_depth)
         S = svd(base.get_submodule(path).weight)[1]
         torch.testing.assert_close(m.S.double(), S[m.index], rtol=1e-5, atol=1e-5)
     assert (max(depths) > 0) == (select != "s_only")
@@ -238,15 +239,15 @@ def test_one_set_alone_leaves_the_default(net, inputs):
 
 
 def test_tail_depth():
-    class Chosen:
-        def __init__(self, index, directions):
-            self.index, self.directions = torch.tensor(index), directions
-            self.rank = len(index)
+    def depth(index, directions):
+        r, index = len(index), torch.tensor(index)
+        parts = torch.zeros(12, r), torch.zeros(r), torch.zeros(r, 12), torch.zeros(r)
+        return Modulation(LINEAR, *parts, index, directions).tail_depth
 
-    assert tail_depth(Chosen([0, 1, 2], 10)) == 0
-    assert tail_depth(Chosen([7, 8, 9], 10)) == 1
-    assert tail_depth(Chosen([9, 0], 10)) == pytest.approx(0.5)
-    assert tail_depth(Chosen([1, 0], 2)) == 0
+    assert depth([0, 1, 2], 10) == 0
+    assert depth([7, 8, 9], 10) == 1
+    assert depth([9, 0], 10) == pytest.approx(0.5)
+    assert depth([1, 0], 2) == 0
 
 
 def no_inputs(X):

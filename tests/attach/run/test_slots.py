@@ -17,7 +17,7 @@ def many(make_adapter, make_net, shapes_of):
 
 
 def bank_of(live, path="layers.0.q"):
-    return live.patches[path].bank("own")
+    return live._state.slots.patches[path].bank("own")
 
 
 def test_slots_are_made_as_adapters_come(net, many):
@@ -28,7 +28,7 @@ def test_slots_are_made_as_adapters_come(net, many):
         sizes.append(len(bank_of(live).A))
     assert all(size > i for i, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 5  # by doubling: seldom
-    assert len(live.slots.places) == 9
+    assert len(live._state.slots.places) == 9
 
 
 def test_a_number_reserves_them(net, many):
@@ -43,15 +43,15 @@ def test_a_number_reserves_them(net, many):
 
 def test_the_least_recently_used_leaves(net, base, many, x, expected):
     live = lf.attach(net, many, slots=3)
-    assert list(live.slots.places) == ["n0", "n1", "n2"]
+    assert list(live._state.slots.places) == ["n0", "n1", "n2"]
     live.use("n0")
     live.use("n5")
-    assert list(live.slots.places) == ["n2", "n0", "n5"]  # n1 was used longest ago
+    assert list(live._state.slots.places) == ["n2", "n0", "n5"]  # n1 was used longest ago
     live.use({"n2": 1, "n7": 1})
-    assert set(live.slots.places) == {"n5", "n2", "n7"}
+    assert set(live._state.slots.places) == {"n5", "n2", "n7"}
     live.use("n5")
     live.use("n1")
-    assert list(live.slots.places) == ["n7", "n5", "n1"]
+    assert list(live._state.slots.places) == ["n7", "n5", "n1"]
     # Whoever left and came back is the same, however small or large its forerunner's rank was.
     for name in [*many, *reversed(many)]:
         with live.use(name, c=0.5):
@@ -67,7 +67,7 @@ def test_what_leaves_while_it_is_in_use_outside_a_context_comes_back(net, base, 
     live = lf.attach(net, many, slots=1)
     live.use("n3")
     with live.use("n8"):
-        assert list(live.slots.places) == ["n8"]
+        assert list(live._state.slots.places) == ["n8"]
         torch.testing.assert_close(net(x), expected(base, [(many["n8"], 1)], x), **TIGHT)
     torch.testing.assert_close(net(x), expected(base, [(many["n3"], 1)], x), **TIGHT)
 
@@ -90,7 +90,7 @@ def test_removing_frees_a_slot(net, many):
     live = lf.attach(net, many, slots=2)
     live.remove("n0")
     live.use("n5")
-    assert set(live.slots.places) == {"n1", "n5"}
+    assert set(live._state.slots.places) == {"n1", "n5"}
 
 
 def test_a_module_that_an_adapter_lacks_gets_nothing_from_its_slots_forerunner(
@@ -106,15 +106,15 @@ def test_a_module_that_an_adapter_lacks_gets_nothing_from_its_slots_forerunner(
 def test_trained_adapters_take_no_slot(net, many):
     live = lf.attach(net, {"n0": many["n0"], "new": lf.LoRA(rank=2)}, slots=1)
     live.use({"n0": 1, "new": 1})
-    assert list(live.slots.places) == ["n0"]
+    assert list(live._state.slots.places) == ["n0"]
 
 
 def test_the_64th_adapter_makes_no_new_banks(net, many):
     live = lf.attach(net, {"n0": many["n0"]}, slots=64)
-    pointers = {p.bank("own").A.data_ptr() for p in live.patches.values()}
+    pointers = {p.bank("own").A.data_ptr() for p in live._state.slots.patches.values()}
     for i in range(1, 64):
         live.add(many["n4" if i % 2 else "n0"], f"m{i}")
-    assert {p.bank("own").A.data_ptr() for p in live.patches.values()} == pointers
+    assert {p.bank("own").A.data_ptr() for p in live._state.slots.patches.values()} == pointers
 
 
 @pytest.mark.parametrize("spec", [lf.LoRA(rank=2), lf.PiSSA(rank=2, mean=0.5)], ids=type)
@@ -138,14 +138,14 @@ def test_what_runs_goes_on_where_another_can_t_be_loaded(net, three, x, monkeypa
     live = lf.attach(net, three, slots=1)
     live.use("a")
     y = net(x)
-    write = live._write
+    source = live._state.sources["b"]
+    load = source.load
 
-    def broken(slot, name):
-        write(slot, name)
-        if name == "b":
-            raise OSError("the disk is gone")
+    def broken(slots, slot):
+        load(slots, slot)
+        raise OSError("the disk is gone")
 
-    monkeypatch.setattr(live, "_write", broken)
+    monkeypatch.setattr(source, "load", broken)
     with pytest.raises(OSError, match="disk"):
         live.use("b")
     assert live.active == {"a": 1.0}

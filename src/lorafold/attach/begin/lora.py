@@ -17,7 +17,7 @@ from ...errors import MismatchError
 from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
 from ..run.factors import Factors
-from ..specs import LoRA
+from .specs import LoRA
 
 
 def fresh_factors(

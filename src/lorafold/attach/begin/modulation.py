@@ -17,9 +17,9 @@ from ...errors import MismatchError
 from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
 from ..run.factors import Modulation
-from ..specs import PiSSA
 from .calibration import Calibration, DirectionStats, stats_of
 from .lora import leading_directions
+from .specs import PiSSA
 
 
 def fresh_modulation(
@@ -58,11 +58,8 @@ def fresh_modulation(
     noise = torch.randn(r, generator=generator) if spec.std else torch.zeros(r)
     device = device_of(layer)
     delta = (spec.mean + spec.std * noise).to(device)
-    parts = [t.to(device, spec.dtype).contiguous() for t in (U[:, index], S[index], Vh[index])]
-    module = Modulation(kind, parts[0], parts[1], parts[2], delta, index.to(device))
-    module.directions = min(W.shape)
-    module.select = select
-    return module
+    U, S, Vh = (t.to(device, spec.dtype).contiguous() for t in (U[:, index], S[index], Vh[index]))
+    return Modulation(kind, U, S, Vh, delta, index.to(device), min(W.shape), select)
 
 
 def _has_two(calibration: Any, path: str) -> bool:
@@ -115,14 +112,3 @@ def _stats(calibration: Any, path: str, Vh: Tensor) -> DirectionStats:
                 f"{tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__}"
             )
     return stats_of(sets, Vh)
-
-
-def tail_depth(module: Modulation) -> float:
-    """How far from the top the chosen directions are: 0 for the leading ones, 1 for the last ones.
-
-    (mean index − (r − 1) / 2) / (k − r), k directions in all; 0 where all of them are chosen.
-    """
-    r, k = module.rank, module.directions
-    if k == r:
-        return 0.0
-    return (float(module.index.double().mean()) - (r - 1) / 2) / (k - r)

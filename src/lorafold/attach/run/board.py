@@ -23,32 +23,41 @@ class Board:
     """What the sites of one model share; a copy begins stale.
 
     Args:
-        handle: whose they are; sites don't look at it. model: that they are in.
-        refresh: shows the layers anew what runs. summed: what a mix adds to the weight at a path.
+        model: that they are in.
 
     Attributes:
+        frozen: the base's parameters, while adapters train.
         running: what the layers run: without what is merged; None for nothing.
         stale: what they are shown is no longer right: layers moved to another device, maybe.
-        frozen: the base's parameters, while adapters train.
         ran: trained layers have run, with gradients, since somebody asked.
         rows: which entries of the batch the rows in use are.
+        handle: of the model; sites don't look at it.
+        refresh: shows the layers anew what runs. summed: what a mix adds to the weight at a path.
     """
 
-    def __init__(
-        self,
-        handle: Any,
-        model: nn.Module,
-        refresh: Callable[[], None],
-        summed: Callable[[str, Row], LowRank | None],
-    ) -> None:
-        self.handle, self.refresh, self.summed = handle, refresh, summed
-        self.rows = Rows(model)
+    refresh: Callable[[], None]
+    summed: Callable[[str, Row], LowRank | None]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.frozen, self.rows = FrozenBase(), Rows(model)
         self.running: Selection | None = None
         self.stale = self.ran = False
-        self.frozen = FrozenBase()
+        self.handle: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stale": True}
+
+    def connect(
+        self,
+        refresh: Callable[[], None],
+        summed: Callable[[str, Row], LowRank | None],
+    ) -> None:
+        """Whom the sites ask."""
+        self.refresh, self.summed = refresh, summed
+
+    def belongs_to(self, handle: Any) -> None:
+        """The model has a handle."""
+        self.handle = handle
 
     @property
     def row(self) -> Row | None:
@@ -113,10 +122,10 @@ class Site(nn.Module, ABC):
     def merged(self, row: Row) -> dict[str, Tensor]:
         """{parameter of the module: W + Σ c ΔW} of the parameters that a mix changes."""
 
-    def weight_exchanged(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """A parameter of the base has taken the place of another."""
-        self.board.frozen.exchanged(old, new)
-
     def leave(self) -> None:
         """Give the module back as it was."""
         swap_out(self.module)
+
+    def weight_exchanged(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """The module has another weight."""
+        self.board.frozen.exchanged(old, new)

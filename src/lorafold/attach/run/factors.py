@@ -136,13 +136,36 @@ class Modulation(Fresh):
     index: Tensor
 
     def __init__(
-        self, kind: LayerKind, U: Tensor, S: Tensor, Vh: Tensor, delta_s: Tensor, index: Tensor
+        self,
+        kind: LayerKind,
+        U: Tensor,
+        S: Tensor,
+        Vh: Tensor,
+        delta_s: Tensor,
+        index: Tensor,
+        directions: int | None = None,
+        select: str = "s_only",
     ) -> None:
         super().__init__(kind, len(S), 1.0)
-        self.directions, self.select = len(S), "s_only"
+        self.directions, self.select = directions or len(S), select
         for name, t in (("U", U), ("S", S), ("Vh", Vh), ("index", index)):
             self.register_buffer(name, t)
         self.delta_s = nn.Parameter(delta_s)
+
+    def selected_by(self, select: str) -> None:
+        """They were chosen by this score."""
+        self.select = select
+
+    @property
+    def tail_depth(self) -> float:
+        """How far from the top the directions are: 0 for the leading ones, 1 for the last ones.
+
+        (mean index − (r − 1) / 2) / (k − r), k directions in all; 0 where all of them are chosen.
+        """
+        r, k = self.rank, self.directions
+        if k == r:
+            return 0.0
+        return (float(self.index.double().mean()) - (r - 1) / 2) / (k - r)
 
     def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
         return [(self.Vh[:k], self.U[:, :k], self.delta_s[:k])]

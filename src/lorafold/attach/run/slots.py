@@ -26,7 +26,8 @@ class Slots:
 
     Args:
         reserved: how many; None to make them as adapters come.
-        rank: ranks that a slot has room for in the group `OWN`. dtype: of the factors.
+        rank: ranks that a slot has room for in the group `OWN`; None where that grows as adapters
+            come. dtype: of the factors.
         fixed_rank, fixed_dtype: these were asked for, and stay when more adapters come.
 
     Attributes:
@@ -38,7 +39,7 @@ class Slots:
     def __init__(
         self,
         reserved: int | None,
-        rank: int,
+        rank: int | None,
         dtype: torch.dtype,
         *,
         fixed_rank: bool = False,
@@ -46,8 +47,8 @@ class Slots:
     ) -> None:
         self.limit = reserved or BY_ITSELF
         self.capacity = reserved or 0
-        self.rank, self.dtype = rank, dtype
-        self.fixed_rank, self.fixed_dtype = fixed_rank, fixed_dtype
+        self.dtype = dtype
+        self._rank, self._fixed_rank, self._fixed_dtype = rank, fixed_rank, fixed_dtype
         self.patches: dict[str, Patch] = {}
         self.tables: dict[str, Table] = {}
         self.places: OrderedDict[str, int] = OrderedDict()
@@ -57,12 +58,25 @@ class Slots:
         """One more layer takes updates."""
         self.patches[patch.path] = patch
 
+    def check_rank(self, name: str, rank: int) -> None:
+        """Raise a `MismatchError` for an adapter that slots will have no room for."""
+        if self._rank is not None and rank > self._rank and not self._open:
+            raise MismatchError(
+                f"adapter {name!r} has rank {rank}, and the slots have room for {self._rank}: "
+                f"attach with max_rank={rank}"
+            )
+
     def widen(self, rank: int, dtype: torch.dtype) -> None:
         """Have room for adapters of this rank and dtype, as far as these were left open."""
-        if not self.tables and not self.fixed_rank:
-            self.rank = max(self.rank, rank)
-        if not self.fixed_dtype:
+        if self._rank is not None and self._open:
+            self._rank = max(self._rank, rank)
+        if not self._fixed_dtype:
             self.dtype = torch.promote_types(self.dtype, dtype)
+
+    @property
+    def _open(self) -> bool:
+        """Whether nothing has fixed the rank yet."""
+        return not self.tables and not self._fixed_rank
 
     def make_room(self, count: int) -> None:
         """Slots for `count` adapters, as far as the limit allows."""
@@ -85,7 +99,7 @@ class Slots:
 
     def own_banks(self, paths: Iterable[str]) -> None:
         """Have banks at some layers for updates with both sides their own."""
-        self._table(OWN, self.rank)
+        self._table(OWN, self._rank or 1)
         for path in paths:
             if path in self.patches:
                 self._bank(self.patches[path], OWN, None, None)

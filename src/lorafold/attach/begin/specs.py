@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..errors import MismatchError
-from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, matches, shown
+from ...errors import MismatchError
+from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, matches, shown
 
 INITS = ("kaiming", "orthogonal", "pissa")
 SELECTIONS = ("s_only", "wanda", "act_only", "min_std")
