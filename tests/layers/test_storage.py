@@ -138,6 +138,7 @@ def test_bytes_by_hand():
     assert f"= {with_adapters.total:,}" in str(with_adapters)
     assert live.summary().quantized == 1
     assert live.summary().original == 64 * 32
+    assert live.summary().total == 10 * 64 + 64 * 32 + 32 + 2 * 32
 
 
 def test_bytes_of_the_other_kinds():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..layers.kinds import packed_sizes
 from ..layers.storage import is_quantized
 from ..words import aligned
 from .state import State
@@ -111,12 +112,8 @@ def summarized(state: State) -> Summary:
             )
         )
     own = {id(p) for source in state.sources.values() for p in source.parameters()}
-    total = sum(_count(p) for p in state.model.parameters() if id(p) not in own)
+    packed = packed_sizes(state.model)
+    base = (p for p in state.model.parameters() if id(p) not in own)
+    total = sum(packed.get(id(p), p.numel()) for p in base)
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     return Summary(tuple(layers), total, trainable)
-
-
-def _count(p: Any) -> int:
-    """Numbers in a parameter; bitsandbytes packs two in a byte."""
-    state = getattr(p, "quant_state", None)
-    return int(p.numel() if state is None else state.shape.numel())

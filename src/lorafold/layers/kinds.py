@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import RefusedError
 from ..parts import Layout
-from .storage import weight_of
+from .storage import storage_of, weight_of
 from .swap import base_class
 from .table import Table
 
@@ -292,6 +292,12 @@ def kind_of(layer: nn.Module, path: str) -> LayerKind:
     if reason:
         raise RefusedError(f"module {path!r} {reason}")
     return kind
+
+
+def packed_sizes(model: nn.Module) -> dict[int, int]:
+    """By the id of each quantised weight, the numbers that it stands for."""
+    layers = ((m, KINDS.find(m)) for m in model.modules() if storage_of(m).quantized)
+    return {id(m.weight): kind.size(m) for m, kind in layers if kind is not None}
 
 
 def is_linear(layer: nn.Module) -> bool:
