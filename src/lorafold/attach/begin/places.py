@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from ...adapter import Adapter
 from ...errors import MismatchError, RefusedError
 from ...fold import Library
+from ...layers.kinds import is_linear
 from ...layers.sites import Place, check_dims, place_at
 from ...layers.swap import plain_copy
 from ...layers.targets import Target, matches
 from ...parts import Layout, base_names, extra_kind
+from ...words import warn
 
 
 def layers_of(
@@ -41,10 +42,9 @@ def layers_of(
             f"{paths[0]!r}, the model e.g. {_like(there, paths[0])!r}"
         )
     if missing:
-        warnings.warn(
+        warn(
             f"{len(missing)} modules of adapter {name!r} are not in the model: "
             f"{', '.join(map(repr, missing[:5]))}",
-            stacklevel=4,
         )
     found = {p: place_at(model, p, known) for p in paths if p in there}
     for path, place in found.items():
@@ -55,7 +55,7 @@ def layers_of(
 def _like(there: Mapping[str, Any], path: str) -> str:
     """A linear layer of the model, the one named most like the path if there is any."""
     leaf = path.rpartition(".")[2]
-    linear = [p for p, m in there.items() if isinstance(m, nn.Linear)] or list(there)
+    linear = [p for p, m in there.items() if is_linear(m)] or list(there)
     return next((p for p in linear if p.rpartition(".")[2] == leaf), linear[0])
 
 
