@@ -546,10 +546,14 @@ def test_a_bad_source_is_named_and_nothing_is_written(tmp_path, regular):
 def test_an_existing_target_needs_overwrite(tmp_path, regular):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "precious").write_text("text")
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match="not a library: it holds 'precious'"):
+            lf.fold(regular, tmp_path / "lib", tolerance=0.3, overwrite=overwrite)
+    assert (tmp_path / "lib" / "precious").read_text() == "text"
+    (tmp_path / "lib" / "precious").unlink()
+    lf.fold(regular, tmp_path / "lib", tolerance=0.3)
     with pytest.raises(FileError, match="overwrite"):
         lf.fold(regular, tmp_path / "lib", tolerance=0.3)
-    assert (tmp_path / "lib" / "precious").read_text() == "text"
-    lf.fold(regular, tmp_path / "lib", tolerance=0.3, overwrite=True)
     lib = lf.fold({"x": regular["a0"]}, tmp_path / "lib", tolerance=0.3, overwrite=True)
     assert lf.Library.open(tmp_path / "lib").names == lib.names == ["x"]
 

@@ -30,26 +30,10 @@ def adapter_options(function: F) -> F:
     return function
 
 
-def is_library(path: str | Path) -> bool:
-    """Whether the folder holds a library."""
-    from ..fold.store.manifest import MANIFEST
-
-    return (Path(path) / MANIFEST).is_file()
-
-
-def in_library(text: str) -> tuple[str, str] | None:
-    """Library and name of LIB:NAME; None where the text is a path, or no library is there.
-
-    A path that exists is a path, whatever colons are in it.
-    """
-    if Path(text).exists():
-        return None
-    colons = (at for at, letter in enumerate(text) if letter == ":")
-    return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
-
-
 def library_of(text: str) -> str | None:
     """The library of LIB:NAME; None where the text is none."""
+    from ..files.find import in_library
+
     found = in_library(text)
     return None if found is None else found[0]
 
@@ -65,7 +49,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
         UnknownNameError: the library has no such name.
     """
     from ..files import AdapterFile, open_adapter
-    from ..files.config import SUBSPACE_NAME
+    from ..files.find import in_library, is_library
     from ..fold import Library
 
     found = in_library(text)
@@ -75,11 +59,6 @@ def opened(text: str, **options: Any) -> AdapterFile:
             return AdapterFile.of(lib[found[1]], Path(text), int(entry["file_bytes"]))
     if is_library(text):
         raise FileError(f"{text} is a library; name one of its adapters, as {text}:NAME")
-    if Path(text, SUBSPACE_NAME).is_file():
-        raise FileError(
-            f"{text} is a vLoRA folder of many adapters; fold it: "
-            f"lorafold fold {text} -o LIB --alpha α"
-        )
     if not Path(text).exists() and Path(text).parent.exists() and not options.get("revision"):
         # A slip in a path, most likely, and the Hub would be asked in vain.
         hint = "" if text.count("/") != 1 else " (for an id on the Hub, give --revision main)"
@@ -125,12 +104,12 @@ def _without_subspaces(
 ) -> tuple[list[str], dict[str, Any]]:
     """The other paths, and the adapters of vLoRA folders among them by name."""
     from ..files import load_many
-    from ..files.config import SUBSPACE_NAME
+    from ..files.find import is_subspace
 
     others: list[str] = []
     found: dict[str, Any] = {}
     for path in paths:
-        if Path(path, SUBSPACE_NAME).is_file():
+        if is_subspace(path):
             found |= load_many(path, alpha=alpha)
         else:
             others.append(path)

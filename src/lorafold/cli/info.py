@@ -13,7 +13,7 @@ import click
 from . import _output as output
 from ._command import command, settings
 from ._library import library_facts, library_table
-from ._source import adapter_options, in_library, is_library, opened
+from ._source import adapter_options, opened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,9 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
     One adapter is described in full, a folder of adapters (or several paths) in one line each, and
     a library by its forms, bytes and errors. With --verbose, every module.
     """
-    if len(paths) == 1 and is_library(paths[0]) and in_library(paths[0]) is None:
+    from ..files.find import is_library
+
+    if len(paths) == 1 and is_library(paths[0]):
         _library(paths[0])
         return
     found = [place for path in paths for place in _places(path)]
@@ -68,13 +70,13 @@ def _library(path: str) -> None:
 
 def _places(path: str) -> list[str]:
     """The adapters that a path stands for: those in the folder where it is not itself one."""
-    from ..files.find import adapters_below, is_adapter
+    from ..files.find import adapters_at, matches
 
-    folder = Path(path)
-    if not folder.is_dir() or is_adapter(folder) or is_library(folder):
-        return [path]
-    below = adapters_below(folder)
-    return [str(p) for p in below] if len(below) > 1 else [path]
+    found = []
+    for place in matches(path):
+        inside = adapters_at(place)
+        found += [str(p) for p in inside] if len(inside) > 1 else [str(place)]
+    return found if found != [str(Path(path))] else [path]
 
 
 def _described_or_error(path: str, failures: list[str], options: Mapping[str, Any]) -> Any:

@@ -5,17 +5,16 @@ A handle is an opened adapter: its header is known, its tensors are read one by 
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..adapter import Adapter, Layout
-from ..errors import FileError, MismatchError
-from ..files.find import _name_of, adapter_folders
+from ..errors import MismatchError
+from ..files import open_adapter
+from ..files.find import adapters_at, matches, name_of
 from ..lowrank import LowRank
 
 
@@ -88,28 +87,12 @@ def named_handles(sources: Any) -> dict[str, Handle]:
 
 
 def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
-    from ..files import open_adapter
-
     if isinstance(source, Adapter):
         return [(f"task_{position}", open_adapter(source))]
     if not isinstance(source, str | os.PathLike):
         raise MismatchError(f"a source must be a path or an Adapter, not {type(source).__name__}")
-    text = os.fspath(source)
-    path = Path(text)
-    if not path.exists() and glob.has_magic(text):
-        found = sorted(glob.glob(text))
-        if not found:
-            raise FileError(f"no adapter matches {text!r}")
-        return [pair for p in found for pair in _opened(p, position)]
-    inside = adapter_folders(path)
-    if inside is not None:
-        return [(p.name, open_adapter(p)) for p in inside]
-    if (path / "subspace_meta.json").is_file():
-        raise FileError(
-            f"{text} is a vLoRA subspace: fold(lorafold.files.load_many({text!r}, alpha=…)) takes "
-            "its adapters"
-        )
-    return [(_name_of(path), open_adapter(path))]
+    places = [place for path in matches(source) for place in adapters_at(path)]
+    return [(name_of(place), open_adapter(place)) for place in places]
 
 
 def _checked_name(name: Any) -> str:

@@ -13,6 +13,11 @@ from typing import Any
 from ..errors import FileError, MismatchError
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
+LIBRARY_NAME = "library.json"
+STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on
 
 
 def read_text(path: Path) -> str:
@@ -95,9 +100,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-SUBSPACE_NAME = "subspace_meta.json"
-STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on

@@ -1,14 +1,22 @@
-"""From what a user gives to the two files of one adapter."""
+"""What a path stands for: an adapter, a folder of them, one in a library; and where its files are.
+
+A folder is an adapter if it holds weights or a config of one, whole or not: one without the other
+is listed like any, and opening it says what is missing. A folder that is none itself stands for
+the adapters directly below it. Hidden folders are passed over: they are caches, and what a writer
+that was killed has left.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
-from .config import CONFIG_NAME, PICKLE_NAME, SUBSPACE_NAME, WEIGHTS_NAME
+from .config import CONFIG_NAME, LIBRARY_NAME, PICKLE_NAME, SUBSPACE_NAME, WEIGHTS_NAME
+from .hub import snapshot
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,71 @@ class Location:
     path: Path
     weights: Path
     config: Path | None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the directory itself holds an adapter's weights or config."""
+    return any((path / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME, CONFIG_NAME))
+
+
+def is_subspace(path: str | os.PathLike[str]) -> bool:
+    """Whether the directory is one of vLoRA's, of many adapters."""
+    return Path(path, SUBSPACE_NAME).is_file()
+
+
+def is_library(path: str | os.PathLike[str]) -> bool:
+    """Whether the directory holds a library."""
+    return Path(path, LIBRARY_NAME).is_file()
+
+
+def in_library(text: str) -> tuple[str, str] | None:
+    """Library and name of LIB:NAME; None where the text is a path, or no library is there.
+
+    A path that exists is a path, whatever colons are in it.
+    """
+    if Path(text).exists():
+        return None
+    colons = (at for at, letter in enumerate(text) if letter == ":")
+    return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
+
+
+def matches(text: str | os.PathLike[str]) -> list[Path]:
+    """The path itself, or what a glob matches, sorted.
+
+    Raises:
+        FileError: a glob that matches nothing.
+    """
+    path = os.fspath(text)
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return [Path(path)]
+    found = [Path(p) for p in sorted(glob.glob(path))]
+    if not found:
+        raise FileError(f"no adapter matches {path!r}")
+    return found
+
+
+def adapters_at(path: Path) -> list[Path]:
+    """The adapters that a path stands for: those directly below it, or the path itself.
+
+    It is itself where it is no directory, is an adapter or a subspace, or has neither below.
+    PEFT saves an adapter that is not named "default" one level down, so one is enough.
+
+    Raises:
+        FileError: the directory can't be read.
+    """
+    try:
+        if not path.is_dir() or is_adapter(path) or is_subspace(path):
+            return [path]
+        below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return sorted(p for p in below if is_adapter(p) or is_subspace(p)) or [path]
+    except OSError as e:
+        raise FileError(f"{path}: {e.strerror or e}") from e
+
+
+def name_of(path: Path) -> str:
+    """What an adapter is called by its path."""
+    resolved = path if path.name not in ("", "..") else path.resolve()
+    return resolved.parent.name if resolved.suffix in (".safetensors", ".bin") else resolved.name
 
 
 def locate(
@@ -32,9 +105,7 @@ def locate(
         raise FileError(f"an adapter is given as a path, not as {type(source).__name__}")
     path = Path(source)
     if not os.path.lexists(path):
-        from .hub import snapshot
-
-        path = snapshot(os.fspath(source), revision, allow_pickle)
+        path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
     if path.is_dir():
@@ -47,46 +118,47 @@ def locate(
     return Location(path, path, config if config.is_file() else None)
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether the directory itself holds an adapter's tensors."""
-    return (path / WEIGHTS_NAME).is_file() or (path / PICKLE_NAME).is_file()
-
-
-def adapters_below(path: Path) -> list[Path]:
-    """The directories directly below that hold an adapter, by name."""
-    try:
-        return sorted(p for p in path.iterdir() if p.is_dir() and is_adapter(p))
-    except OSError as e:
-        raise FileError(f"{path}: {e.strerror or e}") from e
+def _fetched(text: str, revision: str | None, allow_pickle: bool) -> Path:
+    found = in_library(text)
+    if found is not None:
+        raise FileError(
+            f"{text} is in a library: Library.open({found[0]!r})[{found[1]!r}] reads it"
+        )
+    return snapshot(text, revision, allow_pickle)
 
 
 def _in_directory(path: Path, allow_pickle: bool) -> Location:
-    if is_adapter(path):
-        folder = path
-    elif (path / SUBSPACE_NAME).is_file():
-        raise FileError(
-            f"{path} is a vLoRA folder of many adapters; "
-            "use lorafold.files.load_many(path, alpha=…)"
-        )
-    else:
-        below = adapters_below(path)
-        if len(below) != 1:
-            raise FileError(_none_or_many(path, (p.name for p in below)))
-        (folder,) = below  # PEFT saves an adapter that is not named "default" one level down
-    config = folder / CONFIG_NAME
-    found = config if config.is_file() else None
+    found = adapters_at(path)
+    if len(found) > 1:
+        raise FileError(_many(path, (p.name for p in found)))
+    (folder,) = found
+    if not is_adapter(folder):
+        raise FileError(_none(folder))
+    config = folder / CONFIG_NAME if (folder / CONFIG_NAME).is_file() else None
     if (folder / WEIGHTS_NAME).is_file():
-        return Location(path, folder / WEIGHTS_NAME, found)
+        return Location(path, folder / WEIGHTS_NAME, config)
+    if not (folder / PICKLE_NAME).is_file():
+        raise FileError(_none(folder))
     if not allow_pickle:
         raise _pickle_error(folder / PICKLE_NAME)
-    return Location(path, folder / PICKLE_NAME, found)
+    return Location(path, folder / PICKLE_NAME, config)
 
 
-def _none_or_many(path: Path, names: Iterable[str]) -> str:
+def _many(path: Path, names: Iterable[str]) -> str:
     names = list(names)
-    if names:
-        shown = ", ".join(repr(n) for n in names[:5])
-        return f"{path} holds {len(names)} adapters: {shown}; give the path of one of them"
+    shown = ", ".join(repr(n) for n in names[:5]) + (", …" if names[5:] else "")
+    return f"{path} holds {len(names)} adapters: {shown}; give the path of one of them"
+
+
+def _none(path: Path) -> str:
+    if is_subspace(path):
+        return (
+            f"{path} is a vLoRA folder of many adapters, which does not hold their α: "
+            "lorafold.files.load_many(path, alpha=…) reads them, and on the command line "
+            "lorafold fold takes it with its α"
+        )
+    if is_library(path):
+        return f"{path} is a library: Library.open(path)[name] reads one of its adapters"
     has = "there is only adapter_config.json" if (path / CONFIG_NAME).is_file() else "neither is"
     return f"{path} is no adapter: it needs {WEIGHTS_NAME} and {CONFIG_NAME}, {has}"
 
@@ -96,21 +168,3 @@ def _pickle_error(path: Path) -> FileError:
         f"{path} is a pickle, which can run code when it is read: give allow_pickle=True "
         "if you trust it (it is read with weights_only=True)"
     )
-
-
-def _name_of(path: Path) -> str:
-    resolved = path if path.name not in ("", "..") else path.resolve()
-    return resolved.parent.name if resolved.suffix in (".safetensors", ".bin") else resolved.name
-
-
-def adapter_folders(path: Path) -> list[Path] | None:
-    """The adapters in a folder that is not itself one; None where it is, or holds none."""
-    if not path.is_dir() or _is_adapter(path):
-        return None
-    inside = sorted(p for p in path.iterdir() if _is_adapter(p))
-    # PEFT writes a named adapter as <path>/<name>/, so a single one is still a folder of one.
-    return inside or None
-
-
-def _is_adapter(path: Path) -> bool:
-    return path.is_dir() and (path / "adapter_config.json").is_file()

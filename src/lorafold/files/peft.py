@@ -230,7 +230,7 @@ def open_adapter(
         return AdapterFile.of(source)
     place = locate(source, revision=revision, allow_pickle=allow_pickle)
     text = None if place.config is None else read_text(place.config)
-    _check_alpha(alpha, text is not None, str(place.path))
+    _check_alpha(alpha, text is not None, str(place.weights))
     nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
     if place.weights.suffix != ".safetensors":
         config = None if text is None else parsed(text, str(place.config))

@@ -34,7 +34,7 @@ from .replacing import Kind
 
 ADAPTER = Kind(
     "an adapter",
-    lambda path: is_adapter(path) or (path / CONFIG_NAME).is_file(),
+    is_adapter,
     re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
 )
 

@@ -23,7 +23,7 @@ from ..lowrank import LowRank
 from ..parts import PREFIX
 from ..words import did_you_mean
 from .config import SUBSPACE_NAME, read_text
-from .find import adapters_below, is_adapter
+from .find import adapters_at, is_adapter, is_subspace, name_of
 from .peft import load
 from .safetensors import open_file, read_entries, read_tensors
 
@@ -67,15 +67,15 @@ def load_many(
         ['poems', 'sql']
     """
     folder = Path(path)
-    if (folder / SUBSPACE_NAME).is_file():
+    if is_subspace(folder):
         return _Subspace(folder, alpha, device, dtype)
     if not folder.is_dir():
         raise FileError(f"{folder} is no directory")
-    places = [folder] if is_adapter(folder) else adapters_below(folder)
-    if not places:
+    places = adapters_at(folder)
+    if places == [folder] and not is_adapter(folder):
         raise FileError(f"{folder} holds neither adapters nor a vLoRA subspace")
     options = {"alpha": alpha, "allow_pickle": allow_pickle, "device": device, "dtype": dtype}
-    return _Folder({place.name: place for place in places}, options)
+    return _Folder({name_of(place): place for place in places}, options)
 
 
 class _Folder(Mapping[str, Adapter]):

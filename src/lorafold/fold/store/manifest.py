@@ -18,11 +18,12 @@ from typing import Any
 from ...adapter import Layout
 from ...errors import FileError
 from ...files.atomic import set_aside
+from ...files.config import LIBRARY_NAME
 from .shard import ShardInfo
 
 FORMAT = "lorafold-library"
 VERSION = 1
-MANIFEST = "library.json"
+MANIFEST = LIBRARY_NAME
 SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

@@ -1,0 +1,249 @@
+"""One rule for what a path stands for: `fold`, `info`, `load` and `check` see the same adapters."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+from lorafold.errors import FileError, LorafoldError
+from lorafold.files import load_many
+from lorafold.files.config import CONFIG_NAME, LIBRARY_NAME, SUBSPACE_NAME, WEIGHTS_NAME
+from lorafold.files.find import adapters_at, in_library, locate, matches, name_of
+
+
+def adapter(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    factors = torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g)
+    return lf.Adapter({"layers.0.q_proj": lf.LowRank(*factors)}, base_model="base")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_file({"layers.0.q_proj.weight": torch.randn(6, 8)}, folder / "model.safetensors")
+    return folder
+
+
+def whole(path):
+    lf.save(adapter(), path)
+
+
+def weights_only(path):
+    whole(path)
+    (path / CONFIG_NAME).unlink()
+
+
+def config_only(path):
+    whole(path)
+    (path / WEIGHTS_NAME).unlink()
+
+
+def pickled(path):
+    whole(path)
+    torch.save(load_file(path / WEIGHTS_NAME), path / "adapter_model.bin")
+    (path / WEIGHTS_NAME).unlink()
+
+
+def damaged(path):
+    whole(path)
+    (path / WEIGHTS_NAME).write_bytes(b"")
+
+
+def other_method(path):
+    whole(path)
+    (path / CONFIG_NAME).write_text(json.dumps({"peft_type": "IA3"}))
+
+
+def subspace(path):
+    path.mkdir(parents=True)
+    (path / SUBSPACE_NAME).write_text("{}")
+
+
+def unrelated(path):
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text("x")
+
+
+def library(path):
+    lf.fold([adapter()], path).close()
+
+
+BROKEN = [weights_only, config_only, pickled, damaged, other_method, subspace]
+NONE = [unrelated, library]
+
+
+@pytest.fixture
+def doors(cli, base):
+    """{door: folder -> the names that it sees as adapters, those named as errors among them}."""
+
+    def by_fold(folder):
+        try:
+            return set(lf.fold(folder, tolerance=0.5).names)
+        except LorafoldError as e:
+            return {"error", *named_in(str(e), folder)}
+
+    def by_info(folder):
+        ran = cli("info", folder, "--json")
+        found = json.loads(ran.out) if ran.out.strip() else []
+        found = found if isinstance(found, list) else [found]
+        names = {name_of(locate_or(folder, d["path"])) for d in found}
+        if ran.code:
+            return {"error", *names, *named_in(ran.err, folder)}
+        return names
+
+    def by_load(folder):
+        try:
+            lf.load(folder)
+        except LorafoldError as e:
+            return {"error", *named_in(str(e), folder)}
+        return {name_of(locate(folder).weights)}
+
+    def by_check(folder):
+        ran = cli("check", folder, "--base", base)
+        if ran.code:
+            return {"error", *named_in(ran.err, folder)}
+        return {name_of(locate(folder).weights)}
+
+    return {"fold": by_fold, "info": by_info, "load": by_load, "check": by_check}
+
+
+def locate_or(folder, path):
+    """The adapter's own folder, where `info` gives the one around it."""
+    return locate(path).weights if str(path) == str(folder) else type(folder)(path)
+
+
+def named_in(message, folder):
+    return {p.name for p in folder.iterdir() if p.is_dir() and p.name in message}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_broken_one_is_named_by_every_door(tmp_path, doors, broken, others):
+    folder = tmp_path / "set"
+    for k in range(others):
+        whole(folder / f"good{k}")
+    broken(folder / "bad")
+    for name, door in doors.items():
+        found = door(folder)
+        assert "bad" in found, name
+        assert "error" in found, name
+
+
+@pytest.mark.parametrize("none", NONE, ids=lambda f: f.__name__)
+def test_what_is_no_adapter_is_passed_over_by_every_door(tmp_path, doors, none):
+    folder = tmp_path / "set"
+    whole(folder / "good")
+    none(folder / "other")
+    for hidden in (".cache", ".good.0123456789abcdef.tmp", ".good.0123456789abcdef.old"):
+        weights_only(folder / hidden)
+    for name, door in doors.items():
+        assert door(folder) == {"good"}, name
+
+
+def test_several_whole_ones(tmp_path, doors):
+    folder = tmp_path / "set"
+    for name in ("a", "b", "c"):
+        whole(folder / name)
+    (folder / "link").symlink_to(folder / "a", target_is_directory=True)
+    (folder / "README.md").write_text("x")
+    everyone = {"a", "b", "c", "link"}
+    assert doors["fold"](folder) == doors["info"](folder) == everyone
+    assert doors["load"](folder) == doors["check"](folder) == {"error", *everyone}
+    assert set(load_many(folder)) == everyone
+
+
+@pytest.mark.parametrize("broken", [whole, *BROKEN], ids=lambda f: f.__name__)
+def test_a_folder_that_is_one_itself_stands_for_itself(tmp_path, doors, broken):
+    """As a trainer's output, with its checkpoints below."""
+    folder = tmp_path / "out"
+    broken(folder)
+    whole(folder / "checkpoint-100")
+    whole(folder / "checkpoint-200")
+    for name, door in doors.items():
+        found = door(folder)
+        assert not {"checkpoint-100", "checkpoint-200"} & found, name
+        assert found == {"out"} if broken is whole else "error" in found, name
+
+
+@pytest.mark.parametrize("broken", [whole, *BROKEN], ids=lambda f: f.__name__)
+def test_a_named_adapter_of_peft_lies_one_level_down(tmp_path, doors, broken):
+    broken(tmp_path / "out" / "polite")
+    for name, door in doors.items():
+        found = door(tmp_path / "out")
+        assert "polite" in found, name
+        assert ("error" in found) == (broken is not whole), name
+
+
+@pytest.mark.parametrize("kind", ["empty", "unrelated", "library"])
+def test_folders_without_any(tmp_path, doors, kind):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if kind == "unrelated":
+        unrelated(folder / "other")
+    if kind == "library":
+        folder.rmdir()
+        library(folder)
+    for name, door in doors.items():
+        if (name, kind) != ("info", "library"):  # which describes it
+            assert door(folder) == {"error"}, name
+
+
+def test_pickles_are_read_when_asked_for(tmp_path, cli):
+    pickled(tmp_path / "out" / "bad")
+    for path in (tmp_path / "out", tmp_path / "out" / "bad"):
+        assert lf.load(path, allow_pickle=True).rank == 2
+        assert cli("info", path, "--allow-pickle").code == 0
+
+
+def test_globs(tmp_path, cli, monkeypatch):
+    for name in ("a1", "a2", "b1", "[x]"):
+        whole(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert lf.fold("a*", tolerance=0.5).names == ["a1", "a2"]
+    assert [d["path"] for d in cli("info", "a*", "--json").json] == ["a1", "a2"]
+    assert lf.fold("[x]", tolerance=0.5).names == ["[x]"]  # what is there is no glob
+    assert [p.name for p in matches("?1")] == ["a1", "b1"]
+    for call in (lambda: matches("c*"), lambda: lf.fold("c*")):
+        with pytest.raises(FileError, match=r"no adapter matches 'c\*'"):
+            call()
+    assert "no adapter matches" in cli("info", "c*").err
+
+
+def test_one_in_a_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lf.fold({"a:b": adapter()}, "li:b").close()
+    assert in_library("li:b:a:b") == ("li:b", "a:b")
+    assert in_library("li:b:nothing") == ("li:b", "nothing")
+    assert in_library("li:b") is None  # a path that is there
+    assert in_library("li") is None
+    for call in (lf.load, lf.fold):
+        with pytest.raises(FileError, match=r"Library.open\('li:b'\)\['a:b'\] reads it"):
+            call("li:b:a:b")
+        with pytest.raises(FileError, match=r"is a library: Library.open\(path\)\[name\]"):
+            call("li:b")
+    shutil.rmtree("li:b")
+    assert in_library("li:b:a:b") is None
+
+
+def test_names_of_paths(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    expected = {".": "b", "..": "a", "x/": "x", f"x/{WEIGHTS_NAME}": "x", "org/name": "name"}
+    assert {text: name_of(matches(text)[0]) for text in expected} == expected
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refused)
+    with pytest.raises(FileError, match="Permission denied"):
+        adapters_at(tmp_path)
+
+
+def test_the_library_of_a_folder_is_known_by_its_manifest(tmp_path):
+    library(tmp_path / "lib")
+    assert (tmp_path / "lib" / LIBRARY_NAME).is_file()
