@@ -16,7 +16,7 @@ from lorafold.errors import FileError
 from lorafold.files import atomic
 from lorafold.fold.store import store as store_module
 from lorafold.fold.store.shard import Shard
-from lorafold.fold.store.store import Store
+from lorafold.fold.store.store import LIBRARY, Store
 
 CAPACITY = 256
 
@@ -215,11 +215,12 @@ def test_a_transaction_is_for_one_block():
 def test_create_refuses_what_exists(tmp_path):
     create(tmp_path / "lib", 1)
     (tmp_path / "other").mkdir()
-    for path in (tmp_path / "lib", tmp_path / "other"):
-        with (
-            pytest.raises(FileError, match="exists already; give overwrite=True"),
-            Store.create(path),
-        ):
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    for name, message in [
+        ("lib", "exists already; give overwrite=True"),
+        ("other", "exists already, and it is not a library: it holds 'notes.txt'"),
+    ]:
+        with pytest.raises(FileError, match=message), Store.create(tmp_path / name):
             pytest.fail("the block was entered")
 
 
@@ -235,21 +236,34 @@ def test_overwrite_of_a_library_stays_in_its_folder(tmp_path):
     assert state(old) == ("created", [1, 2])
 
 
-@pytest.mark.parametrize("found", ["nothing", "file", "folder", "newer", "broken"])
-def test_overwrite_of_anything_else_replaces_all(tmp_path, found):
+@pytest.mark.parametrize("found", ["nothing", "empty", "newer", "broken"])
+def test_overwrite_of_a_library_of_any_kind(tmp_path, found):
     path = tmp_path / "lib"
-    if found == "file":
-        path.write_text("x")
-    elif found != "nothing":
+    if found != "nothing":
         path.mkdir()
-        (path / "notes.txt").write_text("x")
     if found == "newer":
         (path / "library.json").write_text('{"format":"lorafold-library","version":2,"shards":{}}')
     if found == "broken":
         (path / "library.json").write_text("{")
+        (path / "shard-0123456789abcdef.safetensors").write_text("x")
+    if found in ("newer", "broken"):
+        (path / "notes.txt").write_text("mine")
     create(path, 3, overwrite=True)
     assert state_at(path) == ("created", [3])
-    assert len(files(path)) == 2
+    assert len(files(path)) == 2 + (found in ("newer", "broken"))
+
+
+@pytest.mark.parametrize("found", ["file", "folder", "another's manifest"])
+def test_overwrite_of_anything_else_is_refused(tmp_path, found):
+    path = tmp_path / "lib"
+    if found == "file":
+        path.write_text("x")
+    else:
+        path.mkdir()
+        (path / "library.json" if "manifest" in found else path / "notes.txt").write_text("{}")
+    with pytest.raises(FileError, match="lib won't be overwritten"):
+        create(path, 3, overwrite=True)
+    assert path.read_text() == "x" if found == "file" else len(files(path)) == 1
 
 
 # What is no library
@@ -429,7 +443,7 @@ def test_two_writers_take_turns(tmp_path, monkeypatch):
         with pytest.raises(FileError, match=r"lib is being changed by another process"), locked:
             pytest.fail("the block was entered")
     with pytest.raises(FileError, match=r"lib is being changed by another process"):
-        store.save(path, overwrite=True, timeout=0)
+        create(None, 2).save(path, overwrite=True, timeout=0)
     waits = []
 
     def wait(seconds):
@@ -553,7 +567,7 @@ def test_killed_anywhere_a_store_is_old_or_new(tmp_path, kill_points, name, mode
             create(path, 1)
         else:
             change(Store.open(path))
-        with atomic.new_directory(path.parent / "sibling"):
+        with atomic.new_directory(path.parent / "sibling", LIBRARY):
             pass
         assert sorted(os.listdir(path.parent)) == ["lib", "sibling"]
         assert files(path) == ["library.json", *sorted(Store.open(path).shards)]
