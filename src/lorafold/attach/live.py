@@ -138,16 +138,20 @@ class Live:
     # What runs
 
     @_in_turn
-    def use(self, what: Any = None, *, c: Any = None, rank: Any = None) -> Using:
+    def use(
+        self, what: Any = None, *, c: Any = None, rank: Any = None, lengths: Any = None
+    ) -> Using:
         """Choose what runs: from now on, or in a `with` block.
 
         Args:
             what: a name; {name: weight} for several at once; None for the base; or a list with
-                one of these for each row of the batch, which must be a multiple of its length
-                (row i then serves as many consecutive entries).
+                one of these for each row of the batch. The first axis of the model's input must
+                be a multiple of the list's length: each row is as many consecutive entries.
             c: the dial: the model runs with W + c · ΔW. A number, or one for each row; 1 when None.
             rank: run the first k ranks only, of each module the ranks it has; {target: k} for some
                 modules; or one for each row. 0 is the base.
+            lengths: of a packed batch, inputs (1, T) with several sequences end to end: how many
+                consecutive entries each row is. What lies behind them is the base's.
 
         Returns:
             A context that gives the earlier choice back when it is left. Until then, other threads
@@ -157,7 +161,7 @@ class Live:
             UnknownNameError: a name that is not attached. MismatchError: anything else that is
                 wrong with the choice; what runs is unchanged then.
         """
-        selection = Selection.of(what, c, rank, self._state.sources)
+        selection = Selection.of(what, c, rank, self._state.sources, lengths)
         self._state.running.check(selection)
         return Using(self, self._state, self._state.running.choose(selection))
 

@@ -78,7 +78,7 @@ class Running:
         self._background: dict[str, dict[str, LowRank]] = {}  # what is kept, as it was then
         self._choices = Choices()
         self._shown: Selection | None = None
-        self._active: dict[tuple[int, int], Controls] = {}
+        self._active: dict[tuple[int, int, bool], Controls] = {}
         self._made_for = -1  # version of the slots that `_active` was made for
         board.connect(self.refresh, self.summed)
 
@@ -169,6 +169,7 @@ class Running:
         if self.merged is not None:
             running = running.without(self.merged_mix)
         self.pauses.note()
+        packed = None
         # Adapters at c = 0 are shown as well: for a compiled graph that is no other graph.
         if not running.uniform or any(row.mix for row in running.rows) or any(gates):
             try:
@@ -177,17 +178,18 @@ class Running:
                 if selection is not self._shown:  # what runs may have left its slots
                     self.show(self._shown)
                 raise
-            active = self._sized(len(running.rows), running.width)
+            active = self._sized(running)
             keys = {name: s.key for name, s in self._trained().items()}
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
+            packed = active.packed
             for patch in self._slots.patches.values():
                 patch.show(active.layers[patch.index])
         else:
             for patch in self._slots.patches.values():
                 patch.show(None)
         self._shown = selection
-        self._board.show(None if selection is None else running)
+        self._board.show(None if selection is None else running, packed)
         self.pauses.show(selection)
 
     def refresh(self) -> None:
@@ -239,12 +241,13 @@ class Running:
             self._slots.release(name)  # half of it may be there
             raise
 
-    def _sized(self, rows: int, width: int) -> Controls:
+    def _sized(self, selection: Selection) -> Controls:
         """The tensors of selections of one size."""
         if self._made_for != self._slots.version:  # banks came or grew
             self._active.clear()
             self._made_for = self._slots.version
-        size = (rows, width)
+        packed = selection.lengths is not None
+        size = (selection.height, selection.width, packed)
         if size in self._active:
             self._active[size] = self._active.pop(size)  # the last used goes last
             return self._active[size]
@@ -259,7 +262,7 @@ class Running:
         for patch in patches.values():
             for p in patch.fresh.parameters():
                 dtype = torch.promote_types(dtype, p.dtype)
-        self._active[size] = Controls(rows, width, tables, trained, members, devices, dtype)
+        self._active[size] = Controls(*size, tables, trained, members, devices, dtype)
         return self._active[size]
 
     # The background, and what is merged

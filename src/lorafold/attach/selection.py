@@ -39,19 +39,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows of a batch; a uniform selection has one row for all of it."""
+    """The rows of a batch; a uniform selection has one row for all of it.
+
+    Args:
+        lengths: of packed rows, how many consecutive entries along the second axis each is.
+    """
 
     rows: tuple[Row, ...]
     uniform: bool = True
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, what: Any, c: Any, rank: Any, names: Collection[str]) -> Selection:
-        """The selection that `use(what, c=c, rank=rank)` asks for.
+    def of(
+        cls, what: Any, c: Any, rank: Any, names: Collection[str], lengths: Any = None
+    ) -> Selection:
+        """The selection that `use(what, c=c, rank=rank, lengths=lengths)` asks for.
 
         Args:
             what: None, a name, {name: weight}, or a list with one of these for each row.
             c: a number, or one for each row. rank: a rank, or one for each row.
-            names: those there are.
+            names: those there are. lengths: of packed rows, one for each row.
 
         Raises:
             UnknownNameError: a name that is not there. MismatchError: anything else that is no
@@ -62,9 +69,10 @@ class Selection:
                 raise MismatchError("use([]) selects no row; give one entry per row, or None")
             cs, ranks = _per_row(c, len(what), "c"), _per_row(rank, len(what), "rank")
             rows = (_row(w, cs[i], ranks[i], names) for i, w in enumerate(what))
-            return cls(tuple(rows), uniform=False)
-        for label, value in (("c", c), ("rank", rank)):
-            if isinstance(value, Sequence) and not isinstance(value, str):
+            return cls(tuple(rows), uniform=False, lengths=_lengths(lengths, len(what)))
+        for label, value in (("c", c), ("rank", rank), ("lengths", lengths)):
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            if listed or (label == "lengths" and value is not None):
                 raise MismatchError(
                     f"{label}= has one entry per row, so the adapters must be a list as well"
                 )
@@ -84,7 +92,7 @@ class Selection:
         """The selection with some adapters taken out."""
         gone = set(names)
         rows = tuple(Row(tuple(p for p in r.mix if p[0] not in gone), r.rank) for r in self.rows)
-        return Selection(rows, self.uniform)
+        return Selection(rows, self.uniform, self.lengths)
 
     def left_by(self, names: Iterable[str]) -> Selection | None:
         """The selection once some adapters have gone; None where it was of nothing else."""
@@ -95,8 +103,16 @@ class Selection:
     @property
     def width(self) -> int:
         """Adapters per row, padded to a power of two."""
-        most = max((len(row.mix) for row in self.rows), default=0)
-        return 1 << max(0, most - 1).bit_length()
+        return _padded(max((len(row.mix) for row in self.rows), default=0))
+
+    @property
+    def height(self) -> int:
+        """Rows, those of a packed batch padded to a power of two, and one more for the base."""
+        return len(self.rows) if self.lengths is None else _padded(len(self.rows)) + 1
+
+
+def _padded(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _per_row(value: Any, count: int, label: str) -> list[Any]:
@@ -107,6 +123,15 @@ def _per_row(value: Any, count: int, label: str) -> list[Any]:
     if len(value) != count:
         raise MismatchError(f"{label} has {len(value)} entries for {count} rows")
     return list(value)
+
+
+def _lengths(value: Any, count: int) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) and not hasattr(value, "tolist"):
+        raise MismatchError(f"lengths must be a list with one entry per row, found {value!r}")
+    found = _per_row(value, count, "lengths")
+    return tuple(_whole(length, "a length") for length in found)
 
 
 def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
@@ -150,9 +175,9 @@ def _rank(value: Any) -> Rank:
     return _whole(value)
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, label: str = "rank") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise MismatchError(f"rank must be a whole number of at least 0, found {value!r}")
+        raise MismatchError(f"{label} must be a whole number of at least 0, found {value!r}")
     return int(value)
 
 

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..selection import SCALINGS, Selection, ranks_at
+from ..selection import SCALINGS, Row, Selection, ranks_at
 from .bank import Table
 from .grouping import Grouping
+from .packed import Blocks, Packed, Segments
 
 # Of a uniform selection at one layer: by group, (slot, coefficient, rank); and (key, coefficient,
 # rank) of the trainable adapters.
@@ -37,6 +38,23 @@ class LayerControls:
     w: dict[str, Tensor] = field(default_factory=dict)
     trained_w: dict[str, Tensor] = field(default_factory=dict)
 
+    def gathered(self, rows: Tensor) -> LayerControls:
+        """The same of other rows: some of these, in any order."""
+        return LayerControls(
+            self.controls,
+            self.index,
+            self.ids[rows],
+            self.on[rows],
+            self.gate[rows],
+            {group: w[rows] for group, w in self.w.items()},
+            {key: w[rows] for key, w in self.trained_w.items()},
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Rows of factors that each row's mix has here."""
+        return sum(w.shape[1] for w in self.w.values())
+
     @property
     def items(self) -> dict[str, list[tuple[int, float, int]]]:
         """By group, (slot, coefficient, rank) of a uniform selection."""
@@ -52,27 +70,32 @@ class Controls:
     """The tensors of selections of one size.
 
     Args:
-        rows, width: of the selections. tables: by group. trained: key → (L,) ranks of a trainable
-            adapter, and its scales (L,). members: by group and key, which layers have it.
-        devices: of each layer. dtype: of the weights.
+        rows, width: of the selections. packed: whether they are of packed rows.
+        tables: by group. trained: key → (L,) ranks of a trainable adapter, and its scales (L,).
+        members: by group and key, which layers have it. devices: of each layer.
+        dtype: of the weights.
     """
 
     def __init__(
         self,
         rows: int,
         width: int,
+        packed: bool,
         tables: Mapping[str, Table],
         trained: Mapping[str, tuple[Tensor, Tensor]],
         members: Mapping[str, list[bool]],
         devices: list[torch.device],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.tables, self.trained = tables, trained
+        self.tables, self.trained, self.height = tables, trained, rows
+        self.packed = Packed(rows, devices) if packed else None
         self.uniform: Selection | None = None
         self.all_on, self.any_on = False, False
         self.gates: list[float] = [0.0]
         self._numbers: list[Numbers] | None = None
-        self._grouped: dict[torch.device, Grouping | None] = {}
+        self._grouped: dict[tuple[torch.device, bool], Grouping | Segments | None] = {}
+        self._blocks: dict[tuple[torch.device, int, bool, int], Blocks] = {}
+        self._lengths: tuple[int, ...] = ()
         self._entries: list[tuple[int, int]] = []
         self._slots: dict[str, int] = {}
         self._keys: dict[str, str] = {}
@@ -132,12 +155,20 @@ class Controls:
             paths: of the layers.
         """
         self.uniform = selection if selection.uniform else None
+        if self.packed is not None:  # the tensors have more rows than there are
+            assert selection.lengths is not None
+            self._lengths = selection.lengths
+            self.packed.set(selection.lengths)
+            more = self.height - len(selection.rows)
+            selection = Selection((*selection.rows, *[Row()] * more), False)
+            gates = [*gates, *[0.0] * more]
         on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
         self.all_on, self.any_on = all(on), any(on)
         self.gates = gates
         self._slots, self._keys = dict(slots), dict(keys)
         self._scaling, self._paths = scaling, paths
         self._grouped.clear()
+        self._blocks.clear()
         self._numbers = None
         ids, c = self._mixes(selection)
         values = {
@@ -152,16 +183,38 @@ class Controls:
             for name, value in values.items():
                 tensors[name].copy_(value)
 
-    def grouped(self, device: torch.device) -> Grouping | None:
-        """What runs by slot, for layers on a device; None where gathering the factors is better."""
-        if device not in self._grouped:
-            tensors = self._on_device[device]
-            w = {group: tensors[f"w.{group}"] for group in self.tables}
-            rows, width = tensors["ids"].shape
-            by = Grouping(self._entries, rows, width, w)
-            # One by one is many small calls, which an accelerator waits for.
-            self._grouped[device] = by if by.dense or device.type == "cpu" else None
-        return self._grouped[device]
+    def grouped(self, device: torch.device, one: bool = False) -> Grouping | Segments | None:
+        """What runs by slot, for layers on a device; None where gathering the factors is better.
+
+        Args:
+            one: of packed rows, one entry each, of those that have any.
+        """
+        key = (device, one)
+        if key not in self._grouped:
+            self._grouped[key] = self._find_grouped(self._on_device[device], device, one)
+        return self._grouped[key]
+
+    def _find_grouped(
+        self, tensors: Mapping[str, Tensor], device: torch.device, one: bool
+    ) -> Grouping | Segments | None:
+        w = {group: tensors[f"w.{group}"] for group in self.tables}
+        rows, width = tensors["ids"].shape
+        # One by one is many small calls, which an accelerator waits for.
+        if self.packed is not None:
+            lengths = [min(length, 1) if one else length for length in self._lengths]
+            return Segments(self._entries, lengths, width, w) if device.type == "cpu" else None
+        by = Grouping(self._entries, rows, width, w)
+        return by if by.dense or device.type == "cpu" else None
+
+    def blocks(self, device: torch.device, tokens: int, one: bool, size: int) -> Blocks:
+        """The tokens of packed rows in blocks."""
+        assert self.packed is not None
+        if torch.compiler.is_compiling():
+            return self.packed.blocks(device, tokens, one, size)
+        key = (device, tokens, one, size)
+        if key not in self._blocks:
+            self._blocks[key] = self.packed.blocks(device, tokens, one, size)
+        return self._blocks[key]
 
     def _mixes(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """Slots and coefficients (rows, K); the entries that run are noted."""

@@ -16,6 +16,7 @@ from ...layers.frozen import FrozenBase
 from ...layers.swap import swap_out
 from ...lowrank import LowRank
 from ..selection import Row, Selection
+from .packed import Packed
 from .rows import Rows
 
 
@@ -67,10 +68,10 @@ class Board:
             return None
         return running.rows[0]
 
-    def show(self, running: Selection | None) -> None:
-        """This is what runs."""
+    def show(self, running: Selection | None, packed: Packed | None = None) -> None:
+        """This is what runs, and how its rows are packed."""
         self.running, self.stale = running, False
-        self.rows.choose(running)
+        self.rows.choose(running, packed)
 
     def moved(self) -> None:
         """Layers may be elsewhere."""

@@ -17,6 +17,8 @@ from .active import Controls, LayerControls
 from .bank import Bank
 from .board import Board, Site
 from .factors import Fresh, Kept
+from .grouping import Grouping
+from .packed import Segments, block_size
 
 
 class Patch(Site):
@@ -119,46 +121,84 @@ class Patch(Site):
     def _rows(
         self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
     ) -> Tensor:
-        lead = self._lead(layer, y)
-        self.board.rows.check(self.path, lead, self.time_first, _is_recorded(y))
-        if self.time_first and len(lead) > 1:
-            swapped = x.transpose(0, 1)
-            return self._told_apart(layer, y.transpose(0, 1), swapped, now, controls).transpose(
-                0, 1
+        lead, recorded = self._lead(layer, y), _is_recorded(y)
+        if controls.packed is not None:
+            return self._packed(layer, y, x, now, lead, recorded)
+        self.board.rows.check(self.path, lead, self.time_first, recorded)
+        if not recorded and not controls.any_on:
+            return y
+        swapped = self.time_first and len(lead) > 1
+        if swapped:
+            x, y = x.transpose(0, 1), y.transpose(0, 1)
+        by = None if recorded else controls.grouped(y.device)
+        out = self._summed(layer, y, x, now, by)
+        # In this order: what a graph looks at, it is compiled again for.
+        if recorded or not controls.all_on:
+            out = _selected(now.on, out, y)
+        return out.transpose(0, 1) if swapped else out
+
+    def _packed(
+        self,
+        layer: Any,
+        y: Tensor,
+        x: Tensor,
+        now: LayerControls,
+        lead: tuple[int, ...],
+        recorded: bool,
+    ) -> Tensor:
+        """The tokens of packed rows, as rows of one token or as blocks of several."""
+        controls = now.controls
+        tokens, one = self.board.rows.packed_as(self.path, lead, self.time_first, y.device)
+        assert controls.packed is not None
+        if not recorded and not controls.any_on:
+            return y
+        flat = y.reshape(tokens, y.shape[-1])
+        inputs = x.reshape(tokens, *x.shape[len(lead) :])
+        row = controls.packed.row_of(y.device, tokens, one)
+        by = None if recorded or not self.kind.linear else controls.grouped(y.device, one)
+        if by is not None:
+            more = self.kept is not None or now.trained_w
+            out = self._summed(layer, flat, inputs, now.gathered(row) if more else now, by)
+        else:
+            size = block_size(tokens, len(now.ids), now.ranks)
+            blocks = controls.blocks(y.device, tokens, one, size)
+            cut = (-1, size)
+            placed = self._summed(
+                layer,
+                flat[blocks.source].reshape(*cut, flat.shape[1]),
+                inputs[blocks.source].reshape(*cut, *inputs.shape[1:]),
+                now.gathered(blocks.row),
+                None,
             )
-        return self._told_apart(layer, y, x, now, controls)
+            out = placed.reshape(-1, flat.shape[1])[blocks.place]
+        return _selected(now.on[row], out, flat).view(y.shape)
+
+    def _summed(
+        self,
+        layer: Any,
+        y: Tensor,
+        x: Tensor,
+        now: LayerControls,
+        by: Grouping | Segments | None,
+    ) -> Tensor:
+        """y plus what every row runs, also what is selected away afterwards."""
+        for group, w in now.w.items():
+            bank: Any = self.banks[group]
+            if by is None or not bank.kind.linear:
+                y = bank.rows(layer, y, x, now.ids, w)
+            else:
+                y = bank.grouped(y, x, by, by.w[group][self.index])
+        for key, w in now.trained_w.items():
+            fresh: Any = self.fresh[key]
+            y = fresh.rows(layer, y, x, w)
+        return y if self.kept is None else self.kept.rows(layer, y, x, now.gate)
 
     def _lead(self, layer: Any, y: Tensor) -> tuple[int, ...]:
         """The axes of the output that are not channels; none where there is no batch."""
         if self.kind.channel == -1:
             return y.shape[:-1]
-        return y.shape[:1] if y.ndim == layer.weight.ndim else ()
-
-    def _told_apart(
-        self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
-    ) -> Tensor:
-        rows = len(now.ids)
-        if not _is_recorded(y) and not controls.any_on:
-            return y
-        out = y
-        by = None if _is_recorded(y) else controls.grouped(y.device)
-        for group, w in now.w.items():
-            bank: Any = self.banks[group]
-            if by is None or not bank.kind.linear:
-                out = bank.rows(layer, out, x, now.ids, w)
-            else:
-                out = bank.grouped(out, x, by, by.w[group][self.index])
-        for key, w in now.trained_w.items():
-            fresh: Any = self.fresh[key]
-            out = fresh.rows(layer, out, x, w)
-        if self.kept is not None:
-            out = self.kept.rows(layer, out, x, now.gate)
-        # In this order: what a graph looks at, it is compiled again for.
-        if not _is_recorded(y) and controls.all_on:
-            return out
-        # A row of the base is selected, so that it is the base's to the bit.
-        on = now.on.repeat_interleave(y.shape[0] // rows, 0).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(on, out, y)
+        packed = self.now is not None and self.now.controls.packed is not None
+        return () if packed or y.ndim != layer.weight.ndim else y.shape[:1]
 
     def bank(self, group: str) -> Bank:
         """One of its banks."""
@@ -169,6 +209,12 @@ class Patch(Site):
         """One of its trainable adapters."""
         found: Any = self.fresh[key]
         return found  # type: ignore[no-any-return]
+
+
+def _selected(on: Tensor, out: Tensor, y: Tensor) -> Tensor:
+    """Rows of the base are selected, so that they are the base's to the bit."""
+    chosen = on.repeat_interleave(y.shape[0] // len(on), 0)
+    return torch.where(chosen.view(-1, *[1] * (y.ndim - 1)), out, y)
 
 
 def _is_recorded(y: Tensor) -> bool:

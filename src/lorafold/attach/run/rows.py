@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import MismatchError
 from ..selection import Selection
+from .packed import Packed
 
 HOOK = "lorafold"  # always the same key: a compiled graph looks at it, and the hooks come and go
 
@@ -42,7 +44,8 @@ class Rows:
         model: that adapters are attached to.
 
     Attributes:
-        count: of the rows in use; 0 where they needn't be told apart.
+        count: of the rows in use; 0 where they needn't be told apart along the first axis.
+        packed: how rows lie along the second axis, where they do.
         n: entries of the batch that runs; None where no module that is watched runs.
         lengths: of its inputs.
     """
@@ -52,6 +55,7 @@ class Rows:
         self._watched: dict[str, tuple[Any, Callable[..., None]]] = {}
         self._known: set[str] = set()  # layers whose first axis is the batch's beyond doubt
         self.count = 0
+        self.packed: Packed | None = None
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,6 +66,7 @@ class Rows:
         self._depth = 0
         self.n: int | None = None
         self.lengths: tuple[int, ...] = ()
+        self._checked = False
 
     def join(self, path: str) -> bool:
         """Watch the modules that hold one more layer; whether time is first there."""
@@ -75,7 +80,7 @@ class Rows:
                 )
                 self._watched[above] = (module, enter)
             time_first = time_first or _time_first_inside(module)
-        if self.count:
+        if self._wanted:
             self._show_hooks()
         return time_first
 
@@ -84,23 +89,30 @@ class Rows:
         lists = [p for p, m in _above(self._model, path) if isinstance(m, _LISTS)]
         return any("expert" in p.rpartition(".")[2].lower() for p in lists)
 
-    def choose(self, running: Selection | None) -> None:
+    def choose(self, running: Selection | None, packed: Packed | None) -> None:
         """These rows run."""
         self._forget()  # what an interrupted forward may have left
         rows = 0 if running is None or running.uniform else len(running.rows)
-        self.count = rows if rows > 1 else 0
+        self.packed = packed
+        self.count = rows if rows > 1 and packed is None else 0
         self._show_hooks()
 
+    @property
+    def _wanted(self) -> bool:
+        """Whether the hooks have something to do."""
+        return bool(self.count) or self.packed is not None
+
     def _show_hooks(self) -> None:
+        wanted = self._wanted
         for module, enter in self._watched.values():
             before, after = module._forward_pre_hooks, module._forward_hooks
-            if (HOOK in before) == bool(self.count):
+            if (HOOK in before) == wanted:
                 continue
             named, always = (
                 module._forward_pre_hooks_with_kwargs,
                 module._forward_hooks_always_called,
             )
-            if self.count:
+            if wanted:
                 before[HOOK], named[HOOK] = enter, True
                 after[HOOK], always[HOOK] = self._leave, True
             else:
@@ -132,7 +144,15 @@ class Rows:
                     f"entries and {size}: rows can't be told apart"
                 )
         self.n, self.lengths = sizes[0], tuple(_length(t, axis) for t in inputs)
-        self._check_multiple(sizes[0], "")
+        if self.packed is None:
+            self._check_multiple(sizes[0], "")
+        elif sizes[0] != 1:
+            raise MismatchError(
+                "packed rows (lengths=) lie along the second axis of inputs (1, T), found a batch "
+                f"of {sizes[0]}"
+            )
+        elif not torch.compiler.is_compiling():  # in a graph the first layer does
+            self.packed.check(self.lengths[0], inputs[0].device)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._owner is module:
@@ -169,6 +189,37 @@ class Rows:
         raise MismatchError(
             f"module {path!r} gets {_shown(lead)} entries where the model's input has {n}, so the "
             "rows can't be told apart there: use one mix for the whole batch"
+        )
+
+    def packed_as(
+        self, path: str, lead: Sequence[int], time_first: bool, device: torch.device
+    ) -> tuple[int, bool]:
+        """How a layer's entries are packed rows: (their number, whether it is one a sequence).
+
+        Args:
+            path, lead, time_first: as for `check`. device: of the layer.
+
+        Raises:
+            MismatchError: they are not, naming the layer.
+        """
+        assert self.packed is not None
+        ones, found = list(lead), 0
+        if len(lead) == 2:
+            found = ones.pop(0 if time_first else 1)
+        elif len(lead) == 1:
+            found = ones.pop()
+        tokens = self.lengths[0] if self.lengths else found  # or it is called by itself
+        if ones in ([], [1]) and lead:
+            if not self._checked:
+                self._checked = bool(self.lengths)
+                self.packed.check(tokens, device)
+            if found == tokens:
+                return found, False
+            if found == self.packed.sequences:
+                return found, True
+        raise MismatchError(
+            f"module {path!r} gets {_shown(lead)} entries of {tokens} packed tokens, so the rows "
+            "can't be told apart there: it needs all of them, or one a sequence"
         )
 
     def _check_known(

@@ -69,33 +69,38 @@ class Whole(Site):
         Args:
             base: the module's own forward.
         """
-        selection = self.board.running
+        selection, packed = self.board.running, self.board.rows.packed is not None
         mixes = [()] if selection is None else [self._mix(row) for row in selection.rows]
-        y: Any = None if all(mixes) else base(*args, **kwargs)
+        y: Any = None if all(mixes) and not packed else base(*args, **kwargs)
         found = {mix: self._run(mix, args, kwargs) for mix in dict.fromkeys(mixes) if mix}
         if not found:
             return y
-        if len(mixes) == 1:
+        if len(mixes) == 1 and not packed:
             return found[mixes[0]]
         y = y if y is not None else found[mixes[0]]
-        axis = self._axis(y)
-        m = y.shape[axis] // len(mixes)
+        rows = self._rows(y, len(mixes))
         for mix, own in found.items():
-            chosen = torch.tensor([mix == other for other in mixes], device=y.device)
-            chosen = chosen.repeat_interleave(m)
-            y = torch.where(chosen.view(-1, *[1] * (y.ndim - 1 - axis)), own, y)
+            # The last is the base's, for what no packed row has.
+            chosen = torch.tensor([*(mix == other for other in mixes), False], device=y.device)
+            y = torch.where(chosen[rows], own, y)
         return y
 
-    def _axis(self, y: Any) -> int:
-        """The axis of the output along which the rows lie."""
+    def _rows(self, y: Any, count: int) -> Tensor:
+        """Which row each entry of the output is of, in as many axes as that has."""
         if not isinstance(y, Tensor) or y.ndim == 0:
             raise MismatchError(
                 f"module {self.path!r} is saved with an adapter, and its output can't be told "
                 "apart by rows: use one mix for the whole batch"
             )
-        lead = y.shape[:-1] or y.shape
-        self.board.rows.check(self.path, lead, self.time_first, torch.compiler.is_compiling())
-        return int(self.time_first and len(lead) > 1)
+        lead, rows = y.shape[:-1] or y.shape, self.board.rows
+        if rows.packed is not None:
+            tokens, one = rows.packed_as(self.path, lead, self.time_first, y.device)
+            row = rows.packed.row_of(y.device, tokens, one).clamp(max=count)
+            return row.view(*lead, *[1] * (y.ndim - len(lead)))
+        rows.check(self.path, lead, self.time_first, torch.compiler.is_compiling())
+        axis = int(self.time_first and len(lead) > 1)
+        row = torch.arange(count, device=y.device).repeat_interleave(y.shape[axis] // count)
+        return row.view(-1, *[1] * (y.ndim - 1 - axis))
 
     def _weights(self, mix: Mix) -> dict[str, Tensor]:
         own = {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{CHILD}.")}
