@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import lorafold as lf
@@ -361,3 +362,73 @@ def test_what_is_merged_is_frozen_with_the_base(net, three):
     assert not [n for n, p in net.named_parameters() if p.requires_grad and id(p) not in mine]
     live.detach()
     assert {n: p.requires_grad for n, p in net.named_parameters()} == required
+
+
+# Tied weights
+
+
+def tied_llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def of_both_ends(what):
+    """An adapter of the embedding, the output layer, or both."""
+    g = torch.Generator().manual_seed(1)
+    modules, layouts, extras, config = {}, {}, {}, {}
+    if what in ("embedding", "both"):
+        u = lf.LowRank(torch.randn(2, 50, generator=g), torch.randn(24, 2, generator=g), 0.1)
+        modules["model.embed_tokens"] = u
+        layouts["model.embed_tokens"] = lf.Layout("embedding")
+    if what in ("head", "both"):
+        u = lf.LowRank(torch.randn(2, 24, generator=g), torch.randn(50, 2, generator=g), 0.1)
+        modules["lm_head"] = u
+    if what in ("copies", "equal copies"):
+        W = torch.randn(50, 24, generator=g)
+        V = W.clone() if what == "equal copies" else torch.randn(50, 24, generator=g)
+        prefix = "base_model.model."
+        extras = {f"{prefix}model.embed_tokens.weight": W, f"{prefix}lm_head.weight": V}
+        config = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    return lf.Adapter(modules, extras, config, layouts=layouts)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("what", ["embedding", "head", "both", "copies", "equal copies"])
+def test_what_is_merged_into_tied_weights_is_saved_and_loaded(what, keep, tmp_path):
+    model = tied_llama()
+    tokens = torch.tensor([[1, 2, 3, 5, 6, 7]])
+    W = model.lm_head.weight
+    live = lf.attach(model, of_both_ends(what))
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with live.use("default"):
+            wanted = model(tokens).logits
+        assert (wanted - plain).abs().max() > 0.1
+        live.verify(tokens)
+        assert model.config.tie_word_embeddings is True
+        live.merge("default", keep=keep)
+        if not keep:
+            live.detach()
+        model.save_pretrained(tmp_path)
+        twin = type(model).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(twin(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    alike = what == "equal copies"
+    saved = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in saved) is not alike
+    assert twin.config.tie_word_embeddings is alike
+    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) is alike
+    if keep:
+        live.unmerge()
+        assert model.config.tie_word_embeddings is True
+        assert model.lm_head.weight is W
+        assert model.model.embed_tokens.weight is W

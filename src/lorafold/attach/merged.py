@@ -2,7 +2,8 @@
 
 The layer gets a new parameter W + Σ c ΔW, and the old one is kept: unmerging puts it back, never
 subtracts. As it is the layer's parameter that is exchanged and not its contents, a weight that is
-tied to another layer's stays as it is there.
+tied to another layer's stays as it is there; while the two differ, the model's configuration does
+not call them one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError
 from ..layers.modes import evaluating, outside_inference_mode
+from ..layers.ties import say_tied, say_untied
 from .choices import Choice
 from .running import Merged
 from .selection import Row, Selection
@@ -36,12 +39,10 @@ def merge_into(state: State, what: Any, *, c: Any, rank: Any, keep: bool) -> int
                 f"row {bare} in use is the base's, and a merge would change it: choose other rows"
             )
     sums = {(s.path, n): W for s in state.sites.values() for n, W in s.merged(row).items()}
-    weights = {key: nn.Parameter(W, requires_grad=False) for key, W in sums.items()}
-    kept = {key: _owner(state, key)[0][_owner(state, key)[1]] for key in weights}
-    for key, old in kept.items():
-        weights[key].requires_grad_(old is not None and old.requires_grad)
+    kept = {key: _owner(state, key)[0][_owner(state, key)[1]] for key in sums}
+    weights = _parameters(sums, kept)
     _put(state, weights)
-    running.set_merged(Merged(row, kept))
+    running.set_merged(Merged(row, kept, say_untied(state.model)))
     if keep:
         return sum(p.nbytes for p in kept.values() if p is not None)
     running.set_merged(None)
@@ -58,6 +59,7 @@ def unmerge_from(state: State) -> None:
     if state.running.merged is None:
         raise MismatchError("nothing is merged")
     _put(state, state.running.merged.kept)
+    say_tied(state.running.merged.untied)
     state.running.set_merged(None)
 
 
@@ -93,6 +95,22 @@ def _mix_to_merge(state: State, what: Any, c: Any, rank: Any) -> Row:
         raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
     state.running.check_rank(selection.rows[0])
     return selection.rows[0]
+
+
+def _parameters(
+    sums: Mapping[Key, Tensor], kept: Mapping[Key, nn.Parameter | None]
+) -> dict[Key, nn.Parameter]:
+    """The new parameters; one for what was one before, where it comes to the same."""
+    found: dict[Key, nn.Parameter] = {}
+    tied: dict[int, Key] = {}
+    for key, W in sums.items():
+        old = kept[key]
+        first = tied.setdefault(id(old), key)
+        if first != key and old is not None and torch.equal(W, sums[first]):
+            found[key] = found[first]
+            continue
+        found[key] = nn.Parameter(W, requires_grad=old is not None and old.requires_grad)
+    return found
 
 
 def _owner(state: State, key: Key) -> tuple[dict[str, nn.Parameter | None], str]:

@@ -10,7 +10,7 @@ pristine base; "always"; or a function of the rows' coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -42,11 +42,13 @@ class Merged:
     """What is merged into the weights.
 
     Args:
-        row: the mix. kept: {(module, parameter): what stood there}.
+        row: the mix. kept: {(module, parameter): what stood there}. untied: configurations that
+            said before that output layer and embedding are one weight.
     """
 
     row: Row
     kept: Mapping[tuple[str, str], nn.Parameter | None]
+    untied: Sequence[Any] = ()
 
 
 class Running:
