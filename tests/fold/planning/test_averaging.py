@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lorafold.fold.planning.sharing import Columns, averaged_bits
+from lorafold.fold.planning.averaging import Columns, averaged_bits
 
 N, R, D = 10, 4, 64
 S = np.linspace(2.0, 1.0, R) * np.ones((N, 1))

@@ -37,12 +37,11 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 # On the CPU rows pass in blocks that stay in the cache. Above this many elements torch would also
-# split each addition over threads, whose meeting costs more than the addition on shared cores.
-_CPU_BLOCK = 1 << 15
+# split each addition (of half a block) over threads, whose meeting costs more than the addition on
+# shared cores. So many rows there are in a block at least.
+_CPU_BLOCK = 1 << 16
 _DEVICE_BLOCK = 1 << 24
-
-# H is split into Kronecker factors up to this size: a factor's block keeps long runs of neighbours.
-_LONGEST = 128
+_ROWS = 16
 
 
 def rotate(x: Tensor, seed: int) -> Tensor:
@@ -135,75 +134,29 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def _stage(x: Tensor, y: Tensor, signs: Tensor, inverse: bool) -> None:
     """Write `H (s ⊙ x)` or `s ⊙ (H x)` for all rows of x `(n, p)` to y `(n, p)`, maybe x itself.
 
-    The signs `(p,)` bring the factor 1/√p with them.
+    The signs `(p,)` bring the factor 1/√p with them. In the buffers coordinates come first and rows
+    last, so that an addition runs over neighbours, however near its coordinates are.
     """
     count, size = x.shape
     room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
-    rows = min(count, max(1, room // size))
-    factors = [_Factor(x, length, min(room, rows * size)) for length in _lengths(size) if rows]
-    for start in range(0, count, rows or 1):
-        block = y[start : start + rows]
+    rows = min(count, max(_ROWS, room // size))
+    buffers = x.new_empty(2, size * rows)
+    for start in range(0, count, max(rows, 1)):
+        part = x[start : start + rows]
+        now, other = (b[: part.numel()].view(size, -1) for b in buffers)
         if inverse:
-            block.copy_(x[start : start + rows])
+            now.copy_(part.T)
         else:
-            torch.mul(x[start : start + rows], signs, out=block)
-        inner = size
-        for factor in factors:
-            inner //= factor.length
-            factor.apply(block.view(len(block), -1, factor.length, inner))
-        if inverse:
-            block.mul_(signs)
-
-
-def _lengths(size: int) -> list[int]:
-    """The fewest, nearly equal powers of two up to `_LONGEST` whose product is `size`."""
-    left = size.bit_length() - 1
-    most = _LONGEST.bit_length() - 1
-    lengths = []
-    for remaining in range(-(-left // most), 0, -1):
-        lengths.append(1 << -(-left // remaining))
-        left -= -(-left // remaining)
-    return lengths
-
-
-class _Factor:
-    """H of one length, over the middle axis of whatever it is given, through two cached buffers.
-
-    H of size a·b is H_a over the far coordinates, then H_b over the near ones. Every view that the
-    additions need is made once, here: making one takes as long as a thousand additions.
-    """
-
-    def __init__(self, like: Tensor, length: int, elements: int) -> None:
-        self.length = length
-        self.width = elements // length
-        now, other = like.new_empty(2, elements)
-        self.source = now.view(length, self.width)
-        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        half = length // 2
+            torch.mul(part.T, signs[:, None], out=now)
+        half = size // 2
         while half:
-            shape = (length // (2 * half), 2, half * self.width)
+            shape = (size // (2 * half), 2, half * len(part))
             old, new = now.view(shape), other.view(shape)
-            self.steps.append((old[:, 0], old[:, 1], new[:, 0], new[:, 1]))
+            torch.add(old[:, 0], old[:, 1], out=new[:, 0])
+            torch.sub(old[:, 0], old[:, 1], out=new[:, 1])
             now, other = other, now
             half //= 2
-        self.target = now.view(length, self.width)
-
-    def apply(self, x: Tensor) -> None:
-        """Replace x `(rows, lead, length, inner)` by H times it."""
-        _, lead, _, inner = x.shape
-        across = min(inner, self.width)
-        many = self.width // across
-        x = x.permute(2, 0, 1, 3)
-        # More rows than one come only where all of them fit at once.
-        for first in range(0, lead, many):
-            for column in range(0, inner, across):
-                self._transform(x[:, :, first : first + many, column : column + across])
-
-    def _transform(self, part: Tensor) -> None:
-        # A part may be smaller than the buffers. What else they hold is added up in vain.
-        used = part[0].numel()
-        self.source[:, :used].view(part.shape).copy_(part)
-        for one, two, total, difference in self.steps:
-            torch.add(one, two, out=total)
-            torch.sub(one, two, out=difference)
-        part.copy_(self.target[:, :used].view(part.shape))
+        if inverse:
+            torch.mul(now.T, signs, out=y[start : start + rows])
+        else:
+            y[start : start + rows] = now.T

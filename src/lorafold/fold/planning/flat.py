@@ -4,6 +4,10 @@ With x_i = vec(A_i) (and the same for scale · B_i) the N×N Gram of the centred
 directions and every loading; no (N, D) matrix is ever decomposed. It describes adapters in one
 gauge well (one run's checkpoints, small steps from one start), and nothing else: a change of gauge
 that leaves ΔW alone changes every x_i.
+
+Given up: adapters of several ranks or gauges, and weights that make small updates count as much as
+large ones: the squares that the directions keep are those of factors, not of ΔW. And a Gram of N×N,
+which 10,000 adapters still allow (800 MB).
 """
 
 from __future__ import annotations
