@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from .selection import Selection
@@ -55,6 +55,13 @@ class Choice:
         """These adapters are no longer chosen."""
         if self.selection is not None:
             self.selection = self.selection.left_by(names)
+
+    def keep_only(self, there: Container[str]) -> None:
+        """Adapters that have gone since are no longer chosen."""
+        rows = () if self.selection is None else self.selection.rows
+        gone = [name for row in rows for name, _ in row.mix if name not in there]
+        if gone:
+            self.leave_out(gone)
 
 
 class Choices:

@@ -142,9 +142,7 @@ class Running:
     @contextmanager
     def during(self, choice: Choice) -> Iterator[None]:
         """Run what was chosen for the length of a block, and what ran before after it."""
-        missing = [name for name in _named(choice.selection) if name not in self._sources]
-        if missing:
-            raise UnknownNameError(f"adapter {missing[0]!r} was removed since it was chosen")
+        choice.keep_only(self._sources)
         if self._shown is not choice.selection:  # others have chosen since
             self.show(choice.selection)
         block = self._choices.begin(choice)
@@ -344,12 +342,6 @@ def no_background(name: str, path: str) -> RefusedError:
         f"{name!r} also holds {path!r} (experts, or a module saved whole), which can't run in the "
         "background: merge it instead (live.merge)"
     )
-
-
-def _named(selection: Selection | None) -> Iterator[str]:
-    for row in () if selection is None else selection.rows:
-        for name, _ in row.mix:
-            yield name
 
 
 def _gates_of(gate: Gate, selection: Selection) -> list[float]:
