@@ -236,7 +236,11 @@ def test_without_the_records(updates):
     assert kinds.KINDS.find(layer) is EINSUM  # what was before comes back
     others = kinds.Table(kinds.LINEAR, kinds.CONV)
     assert others.find(layer) is None
-    assert storage.FLOAT.read(rounded) is None  # bytes are no floats
+    assert storage.FLOAT.read(rounded) is None
+    unknown = nn.Linear(IN, OUT)
+    unknown.weight = rounded.weight  # bytes are no floats, and nobody knows what they stand for
+    with pytest.raises(RefusedError, match="weight of '0' .* can't be read here"):
+        lf.attach(nn.Sequential(unknown), lf.LoRA(rank=2, init="pissa", dtype=torch.float32))
     refusing = kinds.LayerKind("none", lambda m: m is layer, EINSUM.dims, lambda m: "is not ours")
     with kinds.KINDS.including(refusing), pytest.raises(RefusedError, match="module '1' is not ou"):
         lf.attach(nn.Sequential(nn.Identity(), layer), adapters(updates))

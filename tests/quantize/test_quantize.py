@@ -270,6 +270,11 @@ def broken(how):
         layer.weight.data[3, 5] = float("nan")
     elif how == "own forward":
         model[1] = Own(64, 64)
+    elif how == "own forward, Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        own = type("Louder", (Conv1D,), {"forward": lambda self, x: 2 * Conv1D.forward(self, x)})
+        model[1] = own(64, 64)
     elif how == "parametrised":
         torch.nn.utils.parametrizations.weight_norm(layer)
     elif how == "instance":
@@ -287,6 +292,7 @@ def broken(how):
         ("float64", "'1' has a weight of torch.float64"),
         ("nan", "'1' has numbers that are not finite"),
         ("own forward", "'1' is a Own"),
+        ("own forward, Conv1D", "'1' is a Louder, which is no plain linear layer"),
         ("parametrised", "'1' is a ParametrizedLinear"),
         ("instance", "'1' has a forward of its own"),
         ("attention", "'1.out_proj' is part of an nn.MultiheadAttention"),
