@@ -15,7 +15,7 @@ import torch
 from _common import arguments, report, seconds
 
 import lorafold as lf
-from lorafold.collection.batch import Block, decompose, squared_differences
+from lorafold.collection.batch import Block, Factors, decompose, squared_differences
 from lorafold.demo.model import data_dir
 from lorafold.fold.coding.bits import predicted_error
 from lorafold.fold.coding.record import Target, code
@@ -52,7 +52,7 @@ def errors(updates: list[lf.LowRank], bits: int) -> tuple[float, float, float]:
         cost = np.full(energy.shape[1], sum(u.shape) / 8)
         budget = np.array([bits * cost.sum() * u.rank / energy.shape[1]])
         target = Target("bytes", budget)
-        coded = code(block, target)
+        coded = code(Factors(block.members, B, A), target, block=block)
         total += float(energy.sum())
         coded_error += float(coded.squared_error[0])
         predicted += float(np.asarray(predicted_error(energy, True, target.bits(energy, cost)))[0])

@@ -58,9 +58,9 @@ def batches(monkeypatch):
     seen = []
     inner = adding.code
 
-    def counted(block, *rest):
-        seen.append(len(block.members))
-        return inner(block, *rest)
+    def counted(factors, *rest, **known):
+        seen.append(len(factors.members))
+        return inner(factors, *rest, **known)
 
     monkeypatch.setattr(adding, "code", counted)
     return seen
@@ -173,7 +173,7 @@ def test_a_batch_with_bases_is_what_its_rows_stand_for(three, share):
     total = (block.S**2).sum(1).numpy()
     ids = [(4, None), (2, None), (9, None)]
     target = Target("error", share * total, summed=True)
-    coded = code(block, target, ids, Bases(bases))
+    coded = code(block.factors(), target, ids, Bases(bases), block=block)
     for k, basis in enumerate(bases):
 
         def lookup(side, number, count, basis=basis, k=k):

@@ -247,12 +247,13 @@ class Adding:
     def _code(self, batch: Batch, target: Target) -> Coded:
         sides = [_sides_of(self.plans[path]) for path in batch.paths]
         U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
-        ids = [(u if U else None, v if V else None) for (u, _), (v, _) in sides]
+        numbers = [(u if U else None, v if V else None) for (u, _), (v, _) in sides]
         core = None
         if batch.paths[0] in self._cores:
             known = [self._cores[path] for path in batch.paths]
             core = torch.cat([left for left, _ in known]), torch.cat([right for _, right in known])
-        return code(self.builder.cut(batch.block), target, ids, U, V, batch.factors, core)
+        block = self.builder.cut(batch.block)
+        return code(batch.factors, target, numbers, U, V, block=block, core=core)
 
 
 def _decomposed(builder: Builder) -> list[Batch]:

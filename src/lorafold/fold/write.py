@@ -19,8 +19,6 @@ import torch
 from ..collection.batch import (
     Block,
     Factors,
-    decompose,
-    even_gauge,
     norms,
     singular_values,
     squared_residuals,
@@ -467,14 +465,9 @@ def code_own_or_shared(
     result = Coded.nothing(n)
     for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
-        ids = (u if U else None, v if V else None)
-        own = f.take(members)
-        x: Block | Factors = own
-        if block is not None:
-            x = block.take(members)
-        elif U is not None or V is not None:
-            x = even_gauge(own, exact=False)[0]
-        part = code(x, target.take(members), ids, U, V, own)
+        numbers = [(u if U else None, v if V else None)] * len(members)
+        known = None if block is None else block.take(members)
+        part = code(f.take(members), target.take(members), numbers, U, V, block=known)
         result = result.replaced(members, part)
     return result
 
@@ -489,8 +482,7 @@ def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) ->
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
-        block = Block(f.members[over], *decompose(B, A))
-        rest = code(block, target.take(over), against=Factors(block.members, B, A))
+        rest = code(Factors(f.members[over], B, A), target.take(over))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
         coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
     return coded

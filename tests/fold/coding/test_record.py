@@ -52,7 +52,7 @@ def lookup(bases):
 def sides_of(bases, which):
     U = bases["U"] if which in ("U", "both") else None
     V = bases["V"] if which in ("V", "both") else None
-    return (3 if U else None, 4 if V else None), U, V
+    return [(3 if U else None, 4 if V else None)] * 3, U, V
 
 
 def dense_error(u, W):
@@ -65,7 +65,7 @@ def test_the_error_is_within_the_target_and_as_stated(updates, bases, dense, whi
     block = block_of(updates)
     norms = np.array([float(dense(u).square().sum()) for u in updates])
     target = Target("error", tolerance**2 * norms)
-    coded = code(block, target, *sides_of(bases, which))
+    coded = code(block.factors(), target, *sides_of(bases, which), block=block)
     for k, u in enumerate(updates):
         back = decode(coded.records[k], (OUT, INN), lookup(bases))
         assert (back.shape, back.scale) == ((OUT, INN), 1.0)
@@ -80,7 +80,7 @@ def test_the_error_is_within_the_target_and_as_stated(updates, bases, dense, whi
 @pytest.mark.parametrize("which", ["own", "U", "both"])
 def test_floats_lose_only_what_the_sides_miss(updates, bases, dense, bits, which):
     ids, U, V = sides_of(bases, which)
-    coded = code(block_of(updates), Target("bits", np.full(3, float(bits))), ids, U, V)
+    coded = code(block_of(updates).factors(), Target("bits", np.full(3, float(bits))), ids, U, V)
     for k, u in enumerate(updates):
         W = dense(u)
         best = W
@@ -97,14 +97,15 @@ def test_floats_lose_only_what_the_sides_miss(updates, bases, dense, bits, which
 def test_more_bytes_never_mean_more_error(updates):
     block = block_of(updates)
     errors = [
-        code(block, Target("bytes", np.full(3, b))).squared_error for b in (40.0, 120.0, 400.0)
+        code(block.factors(), Target("bytes", np.full(3, b))).squared_error
+        for b in (40.0, 120.0, 400.0)
     ]
     assert (np.diff(errors, axis=0) <= 0).all()
 
 
 def test_zero_updates_take_no_bytes_and_come_back_as_zero(make_update):
     zero = LowRank(torch.ones(2, INN), torch.zeros(OUT, 2))
-    coded = code(block_of([zero, make_update(OUT, INN, 2)]), Target("error", np.zeros(2)))
+    coded = code(block_of([zero, make_update(OUT, INN, 2)]).factors(), Target("error", np.zeros(2)))
     assert coded.records[0] == b""
     assert coded.squared_error[0] == 0
     back = decode(coded.records[0], (OUT, INN), None)
@@ -114,7 +115,7 @@ def test_zero_updates_take_no_bytes_and_come_back_as_zero(make_update):
 
 def test_a_hopeless_target_gives_floats(make_update):
     u = make_update(OUT, INN, 3)
-    coded = code(block_of([u]), Target("error", np.zeros(1)))
+    coded = code(block_of([u]).factors(), Target("error", np.zeros(1)))
     assert dense_error(decode(coded.records[0], (OUT, INN), None), u.dense().double()) < 1e-11
 
 
@@ -158,6 +159,6 @@ def test_predictions_are_the_bytes_written(updates):
     energy = block.S.numpy() ** 2
     target = 0.01 * energy.sum(1)
     told = predicted_nbytes(energy, np.full(energy.shape[1], float(OUT + INN)), target)
-    coded = code(block, Target("error", target))
+    coded = code(block.factors(), Target("error", target), block=block)
     written = np.array([len(r) for r in coded.records])
     assert (np.abs(written - told) < 12).all()

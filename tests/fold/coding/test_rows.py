@@ -127,7 +127,7 @@ def test_the_error_is_as_predicted_and_below_absmax_at_the_same_bytes(average, d
     U, S, V = (torch.stack(t) for t in zip(*parts, strict=True))
     block = Block(np.arange(n), U, S, V)
     payload = average * rank * (out + inn) / 8
-    coded = code(block, Target("bytes", np.full(n, payload)))
+    coded = code(block.factors(), Target("bytes", np.full(n, payload)), block=block)
     assert (coded.payload <= payload).all()
 
     W = U.double() * S[:, None] @ V.double().mT
@@ -146,7 +146,8 @@ def test_the_error_is_as_predicted_and_below_absmax_at_the_same_bytes(average, d
     B, A = U[0].double() * S[0].sqrt(), S[0].sqrt()[:, None] * V[0].double().T
     plain, nbytes = absmax_error(B, A, average)
     fitting = nbytes - (len(coded.records[0]) - coded.payload[0])
-    same = code(block.take(np.array([0])), Target("bytes", np.array([fitting])))
+    one = block.take(np.array([0]))
+    same = code(one.factors(), Target("bytes", np.array([fitting])), block=one)
     assert len(same.records[0]) <= nbytes + 4  # each level's codes end at a whole byte
     ours = np.sqrt(same.squared_error[0] / energy[0].sum())
     assert ours < plain
@@ -159,6 +160,6 @@ def test_the_measure_is_of_the_updates_as_they_came(make_update):
     u = make_update(64, 48, 4)
     block = Block(np.zeros(1, int), *decompose(u.B[None], u.A[None]))
     raw = Factors(np.zeros(1, int), 1.01 * u.B[None], u.A[None])
-    near = code(block, Target("bits", np.full(1, 32.0)), against=raw)
+    near = code(raw, Target("bits", np.full(1, 32.0)), block=block)
     norm = float((raw.B[0].double() @ raw.A[0].double()).square().sum())
     assert abs(np.sqrt(near.squared_error[0] / norm) - 0.01 / 1.01) < 1e-5

@@ -74,6 +74,8 @@ class Bases:
 
     def take(self, rows: np.ndarray) -> Bases:
         """Those of some of the rows."""
+        if len(rows) == len(self._bases):
+            return self  # rows ascend: it is all of them
         return Bases([self._bases[k] for k in rows.tolist()])
 
     @property

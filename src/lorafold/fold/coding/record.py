@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Block, Factors, decompose, squared_differences
+from ...collection.batch import Block, Factors, decompose, even_gauge, squared_differences
 from ...errors import FileError
 from ...lowrank import LowRank
 from .bases import Bases, Side, projected, residual, weighted_norms
@@ -42,7 +42,7 @@ _PAIRS = struct.Struct("<BB")
 _SIDE = struct.Struct("<HH")  # basis, how many of its columns
 _EXACT_HEAD = struct.Struct("<BI")
 
-Sides = tuple[int | None, int | None]
+Numbers = tuple[int | None, int | None]  # of the shared bases U and V; None for an own side
 
 
 @dataclass(frozen=True)
@@ -138,133 +138,111 @@ class Coded:
 
 
 def code(
-    block: Block | Factors,
+    f: Factors,
     target: Target,
-    ids: Sides | list[Sides] = (None, None),
+    numbers: Sequence[Numbers] | None = None,
     U: Side = None,
     V: Side = None,
-    against: Factors | None = None,
+    *,
+    block: Block | None = None,
     core: tuple[Tensor, Tensor] | None = None,
 ) -> Coded:
-    """Code a block whose rows all use the same sides, or sides of one width each.
+    """Code updates that all use the same sides, or sides of one width each.
 
     Args:
-        block: n updates; in the gauge they have where sides are shared, which must not be a bad
-            one. target: what each must meet.
-        ids: the numbers of the shared bases U and V (None where the side is the update's own):
-            one pair, or one for each row.
-        against: the updates as they came, which the error is measured against; the block when
-            None. In a bad gauge the decomposition itself is off by more than a small tolerance.
-        core: what `projected` gives, where that is known.
+        f: n updates as they came, which the error is measured against. target: what each must meet.
+        numbers: of the shared bases U and V, a pair for each row.
+        U, V: the bases; None where a side is the update's own.
+        block: their decomposition where it is known, maybe without directions that are to be
+            dropped. In a bad gauge it is itself off by more than a small tolerance.
+        core: what `projected` gives of the updates in an even gauge, where that is known.
     """
-    n = len(block.members)
-    numbers = ids if isinstance(ids, list) else [ids] * n
-    rows = _Rows(block, target, numbers, U, V, against, core, np.zeros(n), np.zeros(n))
-    if (U is None and V is None) or target.kind != "error":
-        return _code(rows, rest=False)
-    core = projected(block.factors(), U, V) if core is None else core
-    total = block.square()
-    lost = (total - weighted_norms(*core, U, V)).clamp_min(0).cpu().numpy()
-    rows = replace(rows, core=core, lost=lost, total=total.cpu().numpy())
+    n = len(f.members)
+    numbers = numbers or [(None, None)] * n
+    if U is None and V is None:
+        own = f.decomposed() if block is None else block
+        return _coded(f, target, numbers, [_Part(own.U, own.S, own.V, None, None)])
+    even = even_gauge(f, exact=False)[0] if block is None else block.factors()
+    core = projected(even, U, V) if core is None else core
+    if target.kind != "error":
+        return _coded(f, target, numbers, [_Part(*decompose(*core), U, V)])
+    square = even.square() if block is None else block.square()
+    lost = (square - weighted_norms(*core, U, V)).clamp_min(0).cpu().numpy()
+    total = square.cpu().numpy()
     over = lost > _RESIDUAL * target.amount
-    if not over.any() or over.all():
-        return _code(rows, rest=bool(over.any()))
     found = Coded.nothing(n)
-    for index, rest in ((np.flatnonzero(~over), False), (np.flatnonzero(over), True)):
-        found = found.replaced(index, _code(rows.take(index), rest))
+    for rest, rows in ((False, np.flatnonzero(~over)), (True, np.flatnonzero(over))):
+        if not len(rows):
+            continue
+        sides = [x.take(rows) if isinstance(x, Bases) else x for x in (U, V)]
+        left, right = (_some(x, rows) for x in core)
+        parts = [_Part(*decompose(left, right), *sides)]
+        if rest:
+            missing = residual(even.take(rows), left, right, *sides)
+            parts.append(_Part(*decompose(*missing), None, None))
+        missed = None if rest else (lost[rows], total[rows])
+        pairs = [numbers[k] for k in rows.tolist()]
+        coded = _coded(f.take(rows), target.take(rows), pairs, parts, missed)
+        found = found.replaced(rows, coded)
     return found
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What `code` is given; lost: (n,) squared norm that shared sides miss of `total`."""
-
-    block: Block | Factors
-    target: Target
-    ids: list[Sides]
-    U: Side
-    V: Side
-    against: Factors | None
-    core: tuple[Tensor, Tensor] | None
-    lost: np.ndarray
-    total: np.ndarray
-
-    def take(self, rows: np.ndarray) -> _Rows:
-        core = self.core
-        if core is not None:
-            index = torch.as_tensor(rows, device=core[0].device)
-            core = core[0][index], core[1][index]
-        return _Rows(
-            self.block.take(rows),
-            self.target.take(rows),
-            [self.ids[k] for k in rows.tolist()],
-            self.U.take(rows) if isinstance(self.U, Bases) else self.U,
-            self.V.take(rows) if isinstance(self.V, Bases) else self.V,
-            None if self.against is None else self.against.take(rows),
-            core,
-            self.lost[rows],
-            self.total[rows],
-        )
+def _some(x: Tensor, rows: np.ndarray) -> Tensor:
+    return x if len(rows) == len(x) else x[torch.as_tensor(rows, device=x.device)]
 
 
-def _code(rows: _Rows, rest: bool) -> Coded:
-    """Code rows that all get a residual of their own beside what is on shared sides, or none do."""
-    block, target, U, V, against = rows.block, rows.target, rows.U, rows.V, rows.against
-    parts = _parts(block, U, V, rows.core, rest)
-    # Where the bases are orthogonal to what they miss, and that is no small difference.
-    known = U is not None and V is not None and target.kind == "error" and not rest
-    known = known and bool((target.amount >= _PLAIN * rows.total).all())
-    lost = np.zeros_like(rows.lost) if rest else rows.lost
+def _coded(
+    f: Factors,
+    target: Target,
+    numbers: Sequence[Numbers],
+    parts: list[_Part],
+    missed: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Coded:
+    """Code parts that add up to the updates, and measure what that loses.
+
+    Args:
+        missed: (n,) squared norms that a single part on shared sides misses, and of the updates.
+    """
+    n = len(numbers)
     energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
+    lost = np.zeros(n) if missed is None else missed[0]
     bits = target.less(lost).bits(energy, cost)
     cores = []
-    records = [b""] * len(block.members)
+    records = [b""] * n
     start = 0
     for p in parts:
         stop = start + p.S.shape[1]
-        left, right, coded = _code_part(p, bits[:, start:stop], rows.ids)
+        left, right, coded = _code_part(p, bits[:, start:stop], numbers)
         cores.append((left, right))
         records = [a + b for a, b in zip(records, coded, strict=True)]
         start = stop
-    if known and (against is None or against is block or not _bad_gauge(rows)):
-        # What the sides miss is orthogonal to what they hold, so the rest is measured in the core.
+    if missed is not None and _measured_in_core(f, target, parts[0], missed[1]):
+        # What the sides miss is orthogonal to what they hold.
         left, right = (
             torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
         )
-        error = lost + weighted_norms(left, right, U, V).cpu().numpy()
+        error = lost + weighted_norms(left, right, parts[0].U, parts[0].V).cpu().numpy()
     else:
-        own = against or block.factors()
         whole = [p.unfolded(*core) for p, core in zip(parts, cores, strict=True)]
         left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
-        error = squared_differences(own.B, own.A, left, right).cpu().numpy()
+        error = squared_differences(f.B, f.A, left, right).cpu().numpy()
     return Coded(records, error, (bits * cost).sum(1))
 
 
-def _bad_gauge(rows: _Rows) -> bool:
-    """Whether ‖A‖ ‖B‖ is so far above ‖ΔW‖ that the decomposition itself has lost digits."""
-    assert rows.against is not None
-    size = rows.against.A.norm(dim=(1, 2)) * rows.against.B.norm(dim=(1, 2))
-    return bool((size.cpu().numpy() > 1e3 * np.sqrt(rows.total)).any())
-
-
-def _parts(
-    block: Block | Factors, U: Side, V: Side, core: tuple[Tensor, Tensor] | None, rest: bool
-) -> list[_Part]:
-    """The parts to be coded: the update on its sides, and what is missing there if `rest`."""
-    if U is None and V is None:
-        own = block if isinstance(block, Block) else block.decomposed()
-        return [_Part(own.U, own.S, own.V, None, None)]
-    f = block.factors()
-    left, right = projected(f, U, V) if core is None else core
-    parts = [_Part(*decompose(left, right), U, V)]
-    if rest:
-        parts.append(_Part(*decompose(*residual(f, left, right, U, V)), None, None))
-    return parts
+def _measured_in_core(f: Factors, target: Target, part: _Part, total: np.ndarray) -> bool:
+    """Whether the error is that of the core and what the sides miss: both are shared, no bound is a
+    small difference of large numbers, and ‖A‖ ‖B‖ is not so far above ‖ΔW‖ that the decomposition
+    itself has lost digits.
+    """
+    if part.U is None or part.V is None or (target.amount < _PLAIN * total).any():
+        return False
+    size = f.A.norm(dim=(1, 2)) * f.B.norm(dim=(1, 2))
+    return not bool((size.cpu().numpy() > 1e3 * np.sqrt(total)).any())
 
 
 def _code_part(
-    p: _Part, bits: np.ndarray, ids: Sequence[Sides]
+    p: _Part, bits: np.ndarray, numbers: Sequence[Numbers]
 ) -> tuple[Tensor, Tensor, list[bytes]]:
     """Code one part of every adapter; its core's factors as decoded, and a record each."""
     n, k = bits.shape
@@ -277,17 +255,17 @@ def _code_part(
     c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
     hats = [side.hat.reshape(n, k, side.hat.shape[1]) for side in coded]
     left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
-    return left, hats[1], [_pairs_record(coded, bits, c, i, p, ids[i]) for i in range(n)]
+    return left, hats[1], [_pairs_record(coded, bits, c, i, p, numbers[i]) for i in range(n)]
 
 
 def _pairs_record(
-    coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, ids: Sides
+    coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, numbers: Numbers
 ) -> bytes:
     kept = np.flatnonzero(bits[i] > 0)
     if not len(kept):
         return b""
     head = _PAIRS.pack(PAIRS, (p.U is not None) | (p.V is not None) << 1)
-    for basis, number in zip((p.U, p.V), ids, strict=True):
+    for basis, number in zip((p.U, p.V), numbers, strict=True):
         if basis is not None:
             head += _SIDE.pack(number, basis.rank)
     return head + write_rows(coded, kept + i * bits.shape[1], c[i, kept])
