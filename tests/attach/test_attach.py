@@ -356,3 +356,55 @@ def test_pickles_are_of_the_model_with_its_adapters(net, base, three, x):
 def test_options_of_another_type(net, three, options):
     with pytest.raises(lf.MismatchError, match="must be"):
         lf.attach(net, three, **options)
+
+
+def test_a_module_is_updated_or_replaced_by_a_copy_not_both(make_net, three, fingerprint):
+    """Refused before anything is done, whichever comes first."""
+    whole = lf.LoRA(rank=2, targets="q", modules_to_save=["down"])
+    updated = lf.LoRA(rank=2, targets="down")
+    for first, second in ((whole, updated), (updated, whole), (three["a"], whole)):
+        net = make_net()
+        live = lf.attach(net, {"first": first})
+        before, parameters = fingerprint(net), len(list(live.parameters()))
+        with pytest.raises(lf.RefusedError, match=r"layers\.0\.down"):
+            live.add(second, "second")
+        assert live.names == ["first"]
+        assert fingerprint(net) == before
+        assert len(list(live.parameters())) == parameters
+        net = make_net()
+        before = fingerprint(net)
+        with pytest.raises(lf.RefusedError, match=r"layers\.0\.down"):
+            lf.attach(net, {"first": first, "second": second})
+        assert fingerprint(net) == before
+
+
+def test_parameters_of_one_adapter(net, three):
+    specs = {
+        "one": lf.LoRA(rank=2, targets="q"),
+        "two": lf.LoRA(rank=3, targets=["q", "down"], modules_to_save=["lm_head"]),
+        "three": three["a"],
+    }
+    live = lf.attach(net, specs)
+    one, two = set(live.parameters("one")), set(live.parameters("two"))
+    assert len(one) == 2 * 4
+    assert len(two) == 2 * 8 + len(list(net.lm_head.lorafold.copies.parameters()))
+    assert one | two == set(live.parameters())
+    assert not one & two
+    with pytest.raises(lf.UnknownNameError):
+        live.parameters("nobody")
+    with pytest.raises(MismatchError, match="'three' is not trained"):
+        live.parameters("three")
+    live.remove("one")
+    assert set(live.parameters()) == two
+
+
+def test_what_a_handle_shows(net, three):
+    live = lf.attach(net, three)
+    shown = {name for name in dir(live) if not name.startswith("_")}
+    assert len(shown) <= 22
+    assert shown >= {"use", "add", "remove", "names", "parameters", "adapter", "merge", "unmerge"}
+    assert shown >= {"verify", "detach", "model", "active", "merged", "kept", "keep", "drop"}
+    assert shown >= {"gate", "save", "resume", "guard", "summary"}
+    assert not [name for name in dir(live) if name.startswith("_") and not name.endswith("__")]
+    for name in shown | {"of"}:
+        getattr(live, name)

@@ -230,3 +230,21 @@ def test_each_of_several_optimizers_is_guarded(net, x):
         assert torch.equal(B[:, 2:], before[path][1][:, 2:])
     for guard in guards:
         guard.remove()
+
+
+@pytest.mark.parametrize("wide", [lf.LoRA(rank=2, seed=5), lf.PiSSA(rank=2, seed=5)], ids=type)
+def test_layers_that_come_while_an_optimiser_is_guarded(net, x, wide):
+    live = lf.attach(net, {"one": lf.LoRA(rank=4, targets="q", seed=0)})
+    optimizer = torch.optim.AdamW(live.parameters("one"), lr=0.1)
+    live.guard(optimizer)
+    with live.use("one", rank=2):
+        net(x).square().sum().backward()
+    live.add(wide, "two")  # at layers that were not attached to before, some of them further up
+    with live.use({"one": 1.0, "two": 1.0}, rank=1):
+        net(x).square().sum().backward()
+    factors = live._state.trained("one").fresh
+    before = {path: m.A.detach().clone() for path, m in factors.items()}
+    optimizer.step()
+    for path, m in factors.items():
+        assert torch.equal(m.A[2:], before[path][2:])
+        assert (m.A[:2] != before[path][:2]).any()

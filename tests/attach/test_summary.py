@@ -79,3 +79,18 @@ def test_convolutions_and_embeddings():
     assert (layers["conv"].original, layers["conv"].adapter) == (216, 2 * (27 + 8))
     assert (layers["embed"].original, layers["embed"].adapter) == (40, 2 * 14)
     assert torch.is_tensor(model["conv"].weight)
+
+
+def test_how_far_from_the_top_the_directions_are():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.diag(torch.arange(8.0, 0, -1))[:6])
+    inputs = torch.eye(8)[[4, 4, 5, 5]] + 1e-3 * torch.eye(8)[[0, 1, 2, 3]]  # excite the last two
+    specs = {
+        "top": lf.PiSSA(rank=2),
+        "last": lf.PiSSA(rank=2, select="act_only", calibration={"0": inputs}),
+        "all": lf.PiSSA(rank=6),
+        "lora": lf.LoRA(rank=2),
+    }
+    (layer,) = lf.attach(net, specs).summary().layers
+    assert layer.tail_depths == {"top": 0.0, "last": 1.0, "all": 0.0}

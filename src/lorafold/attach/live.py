@@ -79,8 +79,8 @@ class Live:
         return f"Live({'detached' if self.detached else layers}, {len(self.names)} adapters)"
 
     def __dir__(self) -> list[str]:
-        hidden = {"of"}  # it is for who has no handle
-        return [n for n in super().__dir__() if n not in hidden and not n.startswith("_")]
+        own = (n for n in super().__dir__() if n.endswith("__") or not n.startswith("_"))
+        return [name for name in own if name != "of"]  # that is for who has no handle
 
     # What there is
 

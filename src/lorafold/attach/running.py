@@ -179,7 +179,8 @@ class Running:
                     self.show(self._shown)
                 raise
             active = self._sized(running)
-            keys = {name: s.key for name, s in self._trained().items()}
+            chosen = ((n, self._sources[n]) for row in running.rows for n, _ in row.mix)
+            keys = {name: s.key for name, s in chosen if isinstance(s, Trained)}
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
             packed = active.packed
@@ -216,9 +217,6 @@ class Running:
             total = part if total is None else total + part
         return total
 
-    def _trained(self) -> dict[str, Trained]:
-        return {name: s for name, s in self._sources.items() if isinstance(s, Trained)}
-
     def _load(self, selection: Selection) -> None:
         """Have every adapter of a selection in a slot."""
         wanted = [n for n in selection.names if self._sources[n].in_slots]
@@ -254,7 +252,8 @@ class Running:
         if len(self._active) >= MOST_SIZES:
             del self._active[next(iter(self._active))]
         patches, tables = self._slots.patches, self._slots.tables
-        trained = {s.key: s.table(patches) for s in self._trained().values()}
+        sources = [s for s in self._sources.values() if isinstance(s, Trained)]
+        trained = {s.key: s.table(patches) for s in sources}
         members = {g: [g in p.banks for p in patches.values()] for g in tables}
         members |= {key: [key in p.fresh for p in patches.values()] for key in trained}
         devices = [p.device for p in patches.values()]

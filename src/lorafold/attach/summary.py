@@ -8,6 +8,8 @@ from typing import Any
 from ..layers.kinds import packed_sizes
 from ..layers.storage import is_quantized
 from ..words import aligned
+from .run.factors import Modulation
+from .run.patch import Patch
 from .state import State
 
 
@@ -18,6 +20,8 @@ class LayerSummary:
     Args:
         path: of the layer. original: numbers in its weight. adapter: in the adapters' factors.
         ranks: {name: r}. alphas: {name: α} (scale · r). quantized: the weight is.
+        tail_depths: {name: how far from the top a `PiSSA` adapter's directions are}: 0 for the
+            leading ones, 1 for the last ones.
     """
 
     path: str
@@ -26,6 +30,7 @@ class LayerSummary:
     ranks: dict[str, int]
     alphas: dict[str, float]
     quantized: bool
+    tail_depths: dict[str, float]
 
     @property
     def ratio(self) -> float:
@@ -109,6 +114,7 @@ def summarized(state: State) -> Summary:
                 {name: r for name, (r, _) in shapes.items()},
                 {name: r * scale for name, (r, scale) in shapes.items()},
                 is_quantized(patch.module),
+                _tail_depths(patch),
             )
         )
     own = {id(p) for source in state.sources.values() for p in source.parameters()}
@@ -117,3 +123,8 @@ def summarized(state: State) -> Summary:
     total = sum(packed.get(id(p), p.numel()) for p in base)
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     return Summary(tuple(layers), total, trainable)
+
+
+def _tail_depths(patch: Patch) -> dict[str, float]:
+    found = ((name, patch.fresh[key]) for name, key in patch.keys.items())
+    return {name: f.tail_depth for name, f in found if isinstance(f, Modulation)}
