@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +176,14 @@ class Held:
         p = self.pieces[0]
         return len(self.pieces) == 1 and (p.expert, p.rows, p.into) == (None, None, None)
 
+    @cached_property
+    def of_experts(self) -> dict[int | None, tuple[Piece, ...]]:
+        """The pieces by the expert that they hold."""
+        found: dict[int | None, tuple[Piece, ...]] = {}
+        for piece in self.pieces:
+            found[piece.expert] = (*found.get(piece.expert, ()), piece)
+        return found
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -214,12 +223,18 @@ class Base:
             self._kinds.setdefault(kind(name), []).append(name)
         self._ends: dict[str, list[str]] | None = None
         self._forms: dict[str, _Form | None] = {}
+        self._held_as: dict[str, Held | None] = {}
         self._claimed: dict[str, str] = {}  # kind of the base: kind that was asked for
         self.renamed: dict[str, str] = {}  # prefix of the adapter: prefix of the base
         self._settle(dict.fromkeys(kind(plain_name(name)) for name in asked))
 
     def find(self, name: str) -> Held | None:
         """How the base holds the tensor that is called `name` in memory; None if it does not."""
+        if name not in self._held_as:
+            self._held_as[name] = self._look_up(name)
+        return self._held_as[name]
+
+    def _look_up(self, name: str) -> Held | None:
         plain = plain_name(name)
         key = self._keys.get(plain)
         if key is not None:
@@ -235,20 +250,33 @@ class Base:
         for old, new in self.renamed.items():
             yield from (old + name[len(new) :] for name in self._keys if name.startswith(new))
 
-    def below(self, module: str) -> Iterator[str]:
-        """Keys of what is stored under a module."""
-        plain = f"{plain_name(module)}."
-        renamed = [(old, new) for old, new in self.renamed.items() if plain.startswith(old)]
-        starts = [new + plain[len(old) :] for old, new in renamed]
-        for name, key in self._keys.items():
-            if name.startswith((plain, *starts)):
-                yield key
+    def below(self, module: str) -> bool:
+        """Whether anything is stored under a module."""
+        return any(name in self._inside for name in self._as_stored(plain_name(module)))
 
     def beside(self, name: str) -> list[str]:
         """Keys of the module whose tensor `name` would be."""
-        owner = name.rpartition(".")[0]
-        depth = min((key.count(".") for key in self.below(owner)), default=0)
-        return [key for key in self.below(owner) if key.count(".") == depth]
+        owners = self._as_stored(plain_name(name).rpartition(".")[0])
+        return [key for owner in owners for key in self._inside.get(owner, ())]
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """{module: keys of its own tensors}, of all modules that hold any, at whatever depth."""
+        found: dict[str, list[str]] = {}
+        for name, key in self._keys.items():
+            owner = name.rpartition(".")[0]
+            found.setdefault(owner, []).append(key)
+            while (owner := owner.rpartition(".")[0]) and owner not in found:
+                found[owner] = []
+        return found
+
+    def _as_stored(self, module: str) -> list[str]:
+        """A module's name, and with each prefix that the base has instead."""
+        renamed = self.renamed.items()
+        return [
+            module,
+            *(new + module[len(old) :] for old, new in renamed if module.startswith(old)),
+        ]
 
     def ties(self, key: str) -> tuple[str, ...]:
         """The keys that have one weight with `key`, itself included."""

@@ -64,8 +64,10 @@ class Spot:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The base's tensors that are changed."""
-        e = None if self.layout.expert is None else self.layout.expert[0]
-        return tuple(p for p in self.held.pieces if e is None or p.expert in (None, e))
+        if self.layout.expert is None:
+            return self.held.pieces
+        there = self.held.of_experts
+        return there.get(None, ()) + there.get(self.layout.expert[0], ())
 
     def replaced(self, W: Tensor, piece: Piece, value: Tensor) -> Tensor:
         """A new tensor: W with what takes a place, or is added to a bias, in its dtype."""
@@ -205,7 +207,7 @@ def placed(parts: Parts, base: Base, renumbered: Callable[[str], str] = str) -> 
         name = renumbered(parts.layout(path).weight_name(path))
         held = base.find(name)
         if held is None:
-            inside = any(base.below(name.rpartition(".")[0]))
+            inside = base.below(name.rpartition(".")[0])
             unplaced[path] = OTHER_FORM if inside else _why(base, name)
         else:
             spots.append(Spot(path, "update", held, parts.layout(path)))
