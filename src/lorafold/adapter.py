@@ -277,20 +277,16 @@ class Adapter(Mapping[str, LowRank]):
         modules, parts = self._algebra(), self.parts
         check_replicated(state_dict, self.config, modules)
         plan = placed(parts, Base.of_state(state_dict, parts.names()))
-        if modules and not any(spot.what == "update" for spot in plan.spots) and not plan.wrong:
-            first = parts.names()[0]
+        if plan.unplaced and not plan.wrong and not plan.touches(modules):
+            what, first = "modules is in the state dict: expected", parts.names()[:1]
+            if not modules:
+                what, first = "tensors has a place in the state dict:", list(plan.unplaced)[:1]
             raise MismatchError(
-                f"none of the adapter's {len(modules)} modules is in the state dict: "
-                f"expected e.g. {first!r}, found e.g. {next(iter(state_dict), None)!r}"
+                f"none of the adapter's {len(modules or self.extras)} {what} e.g. {first[0]!r}, "
+                f"found e.g. {next(iter(state_dict), None)!r}"
             )
         for misfit in plan.wrong.values():
             raise MismatchError(misfit.says)
-        if not modules and len(plan.unplaced) == len(self.extras):
-            raise MismatchError(
-                f"none of the adapter's {len(plan.unplaced)} tensors has a place in the state "
-                f"dict: e.g. {next(iter(plan.unplaced))!r}, found e.g. "
-                f"{next(iter(state_dict), None)!r}"
-            )
         if plan.unplaced:
             names = ", ".join(repr(n) for n in list(plan.unplaced)[:5])
             warnings.warn(

@@ -140,6 +140,11 @@ class Placement:
     unplaced: Mapping[str, str] = field(default_factory=dict)
     wrong: Mapping[str, Misfit] = field(default_factory=dict)
 
+    def touches(self, modules: Iterable[str]) -> bool:
+        """Whether any of the modules has a place; any part at all, where there are none."""
+        only_updates = any(True for _ in modules)
+        return any(spot.what == "update" or not only_updates for spot in self.spots)
+
     def changes(self, value: Values | None = None) -> dict[str, list[Step]]:
         """{key of the base: what happens to it, in this order}.
 

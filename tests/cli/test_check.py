@@ -105,6 +105,13 @@ def test_the_name_of_the_body_may_be_left_out(longer, here, base, make_adapter, 
     assert found["untouched"] == [f"{prefix}h.3.attn"]
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_base_that_was_wrapped_when_it_was_saved(wrapper, here, base, cli):
+    base(lambda s: {wrapper + key: t for key, t in s.items()})
+    found = cli("check", "adapters/sql", "--base", "base", "--json").json
+    assert (found["ok"], found["modules_matched"], found["untouched"]) == (True, 6, [])
+
+
 def test_shards_with_an_index(here, cli):
     state = load_file("base/model.safetensors")
     keys = sorted(state)

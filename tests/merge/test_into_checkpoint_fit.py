@@ -126,6 +126,23 @@ def test_what_both_have_alike_stays_tied(differ, small_state, folder, tmp_path):
         assert says_tied(out) is not parted
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_base_that_was_wrapped_when_it_was_saved(wrapper, small_state, folder, small, tmp_path):
+    """Its keys stay as they are; names are matched without what wrapped the model."""
+    state = small_state()
+    base = folder({wrapper + key: t for key, t in state.items()})
+    merged = lf.merge_into_weights(base, small, tmp_path / "out")
+    assert merged.unplaced == {}
+    wanted = small.apply_to(state)
+    assert_same_bits(load_all(tmp_path / "out"), {wrapper + key: t for key, t in wanted.items()})
+    found = small.apply_to({wrapper + key: t for key, t in state.items()})
+    assert_same_bits({key.removeprefix(wrapper): t for key, t in found.items()}, wanted)
+    inner = {key.replace("layers.1.", "layers.1._orig_mod."): t for key, t in state.items()}
+    assert_same_bits(
+        {key.replace("_orig_mod.", ""): t for key, t in small.apply_to(inner).items()}, wanted
+    )
+
+
 # Refusals: before anything is written
 
 

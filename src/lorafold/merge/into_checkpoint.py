@@ -245,8 +245,7 @@ def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
             _check_float(base, (named.source(p.key) for p in spot.pieces))
     for misfit in plan.wrong.values():
         raise MismatchError(misfit.says)
-    here = [spot for spot in plan.spots if spot.what == "update" or not adapter.modules]
-    if not here:
+    if not plan.touches(adapter.modules):
         kinds = "modules" if adapter.modules else "tensors"
         first, why = next(iter(plan.unplaced.items()), ("none of them", "of training alone"))
         raise MismatchError(

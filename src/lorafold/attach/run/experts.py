@@ -74,9 +74,3 @@ class Experts(Site):
         finally:
             for name in weights:
                 del vars(self.module)[name]
-
-
-def owner_of(path: str, layout: Layout) -> str:
-    """The path of the experts' module that an update at `path` belongs to."""
-    parameter = path.rpartition("[")[0] if path.endswith("]") else path
-    return parameter.rpartition(".")[0]
