@@ -26,7 +26,7 @@ from ..words import did_you_mean
 from . import safetensors
 from .config import checked, parsed, plain, read_text
 from .find import Location, locate
-from .peft_keys import Plan, Slot, make_plan
+from .peft_keys import Plan, Slot, make_plan, plain_keys
 from .safetensors import Entry
 
 
@@ -234,7 +234,7 @@ def open_adapter(
     nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
     if place.weights.suffix != ".safetensors":
         config = None if text is None else parsed(text, str(place.config))
-        tensors = _unpickled(place.weights)
+        tensors, config = plain_keys(_unpickled(place.weights), config, str(place.weights))
         record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
         return AdapterFile.of(_assembled(tensors, record, where), place.path, nbytes)
     return _open_safetensors(place, text, alpha, nbytes)
@@ -279,8 +279,9 @@ def load(
     if isinstance(source, Mapping) and not isinstance(source, Adapter):
         where = "state dict"
         _check_alpha(alpha, config is not None, where)
-        tensors = {k: _copied(k, t) for k, t in source.items()}
+        copies = {k: _copied(k, t) for k, t in source.items()}
         checked_config = None if config is None else checked(plain(config), where)
+        tensors, checked_config = plain_keys(copies, checked_config, where)
         record = _record_of(tensors, checked_config, alpha, where)
         return _assembled(tensors, record, where, device, dtype)
     if config is not None:
@@ -299,8 +300,9 @@ def _open_safetensors(
     digest.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
     record = _records.get(digest.digest())
     if record is None:
-        entries = safetensors.parse_header(header, size, where)[0]
+        found = safetensors.parse_header(header, size, where)[0]
         config = None if text is None else parsed(text, str(place.config))
+        entries, config = plain_keys(found, config, where)
         shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
         record = _Record(config or {}, make_plan(shapes, config, alpha, where), entries, size)
         _check_something(record, where)

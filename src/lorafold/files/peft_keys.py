@@ -6,7 +6,8 @@
 The stem is the module path, except that PEFT's wrappers show: `<path>.base_layer.out_proj` is
 the output projection of a MultiheadAttention, and one trailing `.base_layer` per further wrapper
 marks a targeted parameter (`target_parameters`). An adapter name after `lora_A` and a missing
-prefix are both accepted.
+prefix are both accepted. What compiling and sharding put into names (`_orig_mod.`, `module.`, the
+prefix twice) is taken out first, of the keys and of the config: `plain_keys`.
 
 A targeted 3-D parameter holds E experts, each of them a module here, `<module>.<parameter>[e]`:
 A (E·r, in) counts the expert slowest, B (out, E·r) fastest. Which parameter a wrapper belongs to
@@ -22,12 +23,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import MismatchError
-from ..parts import LINEAR, PREFIX, Layout, refusal_reason, scaling
+from ..parts import LINEAR, PREFIX, Layout, plain_name, refusal_reason, scaling
 from .peft_targets import finds_module, parameters_of
 
 Shape = tuple[int, ...]
@@ -38,6 +39,17 @@ _KEY = re.compile(
     r"(?:(?P<plain>lora_[AB])(?:\.[^.]+)?\.weight|(?P<embedding>lora_embedding_[AB])(?:\.[^.]+)?)"
 )
 _OUT_PROJ = ".base_layer.out_proj"
+_T = TypeVar("_T")
+
+# Fields of a config that name modules, or match their names.
+_NAMING = (
+    *("target_modules", "exclude_modules", "modules_to_save", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
+)
+# What is taken out of names, in what may be an expression: `a.b`, `a\.b`; of `a.*` the dot stays.
+_DOT = r"(?:\\?\.(?![*+?{])|(?=\.[*+?{]))"
+_HIDDEN = re.compile(rf"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module){_DOT}")
+_LEADING = re.compile(rf"^(\^?)(?:(?:module|base_model\\?\.model){_DOT})+")
 
 # PEFT (all releases so far) adds the update of a MultiheadAttention's output projection twice,
 # in the forward pass and in a merge: https://github.com/huggingface/peft/pull/3774. That is the
@@ -85,6 +97,47 @@ class _Pair:
     stem: str
     embedding: bool
     keys: dict[str, str] = field(default_factory=dict)
+
+
+def plain_key(key: str) -> str:
+    """A file's key without what wrapped the model when it was saved.
+
+    Example:
+        >>> plain_key("module.base_model.model._orig_mod.h.0.q.lora_A.weight")
+        'base_model.model.h.0.q.lora_A.weight'
+    """
+    name, prefix = plain_name(key), ""
+    while name.startswith(PREFIX):
+        name, prefix = plain_name(name.removeprefix(PREFIX)), PREFIX
+    return prefix + name
+
+
+def plain_keys(
+    tensors: Mapping[str, _T], config: dict[str, Any] | None, where: str
+) -> tuple[dict[str, _T], dict[str, Any] | None]:
+    """Tensors under their plain keys, and the config in the same names.
+
+    Raises:
+        MismatchError: two keys that are one.
+    """
+    found: dict[str, tuple[str, _T]] = {}
+    for key, value in tensors.items():
+        twin, _ = found.setdefault(plain_key(key), (key, value))
+        if twin != key:
+            raise MismatchError(f"{where}: {twin!r} and {key!r} are the same tensor; keep one")
+    if config is not None and any(key != old for key, (old, _) in found.items()):
+        config = {k: _plain_names(v) if k in _NAMING else v for k, v in config.items()}
+    return {key: value for key, (_, value) in found.items()}, config
+
+
+def _plain_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return _LEADING.sub(r"\1", _HIDDEN.sub("", value))
+    if isinstance(value, list):
+        return [_plain_names(v) for v in value]
+    if isinstance(value, dict):
+        return {_plain_names(k): v for k, v in value.items()}
+    return value
 
 
 def make_plan(

@@ -25,6 +25,7 @@ from ..words import did_you_mean
 from .config import SUBSPACE_NAME, read_text
 from .find import adapters_at, is_adapter, is_subspace, name_of
 from .peft import load
+from .peft_keys import plain_key
 from .safetensors import open_file, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
@@ -138,7 +139,7 @@ class _Subspace(Mapping[str, Adapter]):
                 u = LowRank(A, B, self._alpha / A.shape[0])
             except MismatchError as e:
                 raise MismatchError(f"{file}: module {layer!r}: {e}") from e
-            modules[layer.removeprefix(PREFIX)] = u.to(self._device, self._dtype)
+            modules[plain_key(layer).removeprefix(PREFIX)] = u.to(self._device, self._dtype)
         return Adapter(modules)
 
     def __iter__(self) -> Iterator[str]:
