@@ -1,5 +1,6 @@
 """What wrapped the model when it was saved is no part of an adapter's names, by any door."""
 
+import copy
 import dataclasses
 import json
 
@@ -201,8 +202,52 @@ def test_diff_says_they_are_equal(wrapped, clean, capsys):
     assert not found["extras"]["differ"]
 
 
-@pytest.mark.parametrize("how", [{}, {"base_model.model.module.": ""}])
-def test_a_module_that_is_called_module(tmp_path, model, how):
+class Around(torch.nn.Module):
+    """As a wrapper for data parallelism is: the model is its `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids):
+        return self.module(ids)
+
+
+class Compiled(torch.nn.Module):
+    """What torch.compile puts around a layer, by its names."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self._orig_mod = layer
+
+    def forward(self, x):
+        return self._orig_mod(x)
+
+
+@pytest.mark.parametrize("wrap", ["around", "layers compiled", "both"])
+def test_attached_to_a_model_that_is_wrapped(wrap, clean, model):
+    """The other way round: plain names, and a model whose own are not."""
+    ids = torch.arange(8)[None]
+    adapter = lf.load(clean)
+    heads = {k: t for k, t in adapter.extras.items() if "score" in k}
+    adapter = dataclasses.replace(adapter, extras=heads)
+    copied = copy.deepcopy(model)
+    with lf.attach(model, adapter).use("default"):
+        expected = model(ids)
+    if wrap != "around":
+        copied.layers = torch.nn.ModuleList(map(Compiled, copied.layers))
+    wrapped = copied if wrap == "layers compiled" else Around(copied)
+    live = lf.attach(wrapped, adapter)
+    with live.use("default"):
+        assert torch.allclose(wrapped(ids), expected, atol=1e-6)
+    assert live.adapter("default").digest == adapter.digest
+    live.merge("default")
+    assert torch.allclose(wrapped(ids), expected, atol=1e-5)
+    live.unmerge()
+    live.detach()
+
+
+def test_a_module_that_is_called_module(tmp_path, model):
     """A base may have one: its adapters are read by plain names, and placed all the same."""
     outer = torch.nn.Module()
     outer.module = model

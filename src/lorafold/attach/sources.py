@@ -24,7 +24,7 @@ from ..lowrank import LowRank
 from ..parts import PREFIX, Layout, extra_kind
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
-from .begin.places import copies_of, experts_of, layers_of, whole_modules
+from .begin.places import copies_of, experts_of, in_names_of, layers_of, whole_modules
 from .begin.specs import LoRA, PiSSA, Spec
 from .run.factors import Factors, Fresh
 from .run.patch import Patch
@@ -81,15 +81,16 @@ class Plan:
 class Given(Source):
     """An adapter as it was handed over."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter, self.rank = adapter, adapter.rank
+    def __init__(self, adapter: Adapter, here: Adapter) -> None:
+        self._given, self._adapter, self.rank = adapter, here, adapter.rank
 
     @classmethod
     def plan(cls, name: str, a: Adapter, model: nn.Module, known: Mapping[str, Patch]) -> Plan:
         """What an adapter needs, or the error that says why it does not fit."""
-        places = layers_of(name, a, model, known)
-        experts = experts_of(name, a, model)
-        return Plan(cls(a), places, copies_of(name, a, model), experts)
+        here = in_names_of(model, a)
+        places = layers_of(name, here, model, known)
+        experts = experts_of(name, here, model)
+        return Plan(cls(a, here), places, copies_of(name, here, model), experts)
 
     def update(self, path: str) -> LowRank | None:
         return self._adapter.modules.get(path)
@@ -99,7 +100,7 @@ class Given(Source):
         return None if u is None else (u.rank, u.scale)
 
     def adapter(self) -> Adapter:
-        return self._adapter
+        return self._given
 
     def load(self, slots: Slots, slot: int) -> None:
         for path, u in self._adapter.modules.items():
@@ -142,6 +143,7 @@ class Trained(Source):
         dtype: torch.dtype,
     ) -> Plan:
         """What an adapter needs that is to be trained on."""
+        a = in_names_of(model, a)
         places, copies = layers_of(name, a, model, known), copies_of(name, a, model)
         if experts_of(name, a, model):
             raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")

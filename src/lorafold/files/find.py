@@ -154,8 +154,8 @@ def _none(path: Path) -> str:
     if is_subspace(path):
         return (
             f"{path} is a vLoRA folder of many adapters, which does not hold their α: "
-            "lorafold.files.load_many(path, alpha=…) reads them, and on the command line "
-            "lorafold fold takes it with its α"
+            "lorafold.files.load_many(path, alpha=…) reads them, and so does "
+            f"lorafold fold {path} -o LIB --alpha α"
         )
     if is_library(path):
         return f"{path} is a library: Library.open(path)[name] reads one of its adapters"

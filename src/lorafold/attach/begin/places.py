@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +16,33 @@ from ...layers.kinds import is_linear
 from ...layers.sites import Place, check_dims, place_at
 from ...layers.swap import plain_copy
 from ...layers.targets import Target, matches
-from ...parts import Layout, base_names, extra_kind
+from ...parts import PREFIX, Layout, base_names, extra_kind, plain_name
 from ...words import warn
+
+
+def in_names_of(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter by the model's own names, where compiling or sharding put something into them."""
+    names = {plain_name(name): name for name, _ in model.named_modules()}
+    if all(plain == name for plain, name in names.items()):
+        return adapter
+
+    def renamed(path: str) -> str:
+        """By the innermost module that is there."""
+        if path in names or "." not in path:
+            return str(names.get(path, path))
+        above, _, last = path.rpartition(".")
+        return f"{renamed(above)}.{last}"
+
+    def of_key(key: str) -> str:
+        name = key.removeprefix(PREFIX)
+        return key[: len(key) - len(name)] + renamed(name)
+
+    return dataclasses.replace(
+        adapter,
+        modules={renamed(path): u for path, u in adapter.modules.items()},
+        layouts={renamed(path): layout for path, layout in adapter.layouts.items()},
+        extras={of_key(key): t for key, t in adapter.extras.items()},
+    )
 
 
 def layers_of(
