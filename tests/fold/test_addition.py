@@ -1,22 +1,16 @@
 """One adapter's modules coded together, against dense references; and what a change costs."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 import lorafold as lf
 from lorafold.collection.batch import Block, decompose
-from lorafold.errors import FileError
 from lorafold.fold import addition as adding
 from lorafold.fold.coding.bases import Bases, basis_of, projected, weighted_norms
 from lorafold.fold.coding.bits import predicted_error
 from lorafold.fold.coding.record import Target, code, decode
 from lorafold.fold.planning.budget import Ledger
-from lorafold.fold.store import store
-from lorafold.fold.store.manifest import KnownEntries, manifest_bytes, parse_manifest
-from lorafold.fold.store.shard_writer import ShardInfo
 
 # Two of one shape, one that is their transpose, and one alone.
 SHAPES = {"a": (48, 40), "b": (48, 40), "c": (40, 48), "d": (33, 56)}
@@ -185,68 +179,3 @@ def test_a_batch_with_bases_is_what_its_rows_stand_for(three, share):
         lost = float((W - back.B.double() @ back.A.double()).square().sum())
         assert abs(lost - coded.squared_error[k]) < 1e-3 * lost
     assert coded.squared_error.sum() < 1.1 * share * total.sum()
-
-
-# The manifest
-
-
-SHARDS = {"shard-0123456789abcdef.safetensors": ShardInfo("x", 3, "aa", "bb")}
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        {},
-        {"adapters": {}},
-        {"adapters": {"é": {"x": [1, None, 2.5]}, '"': {}, "\u2028": True}, "n": [1, (2, 3)]},
-        {"adapters": {"\udc80x": {"a": 1}}, "base": None},
-        {"adapters": {"a": {1: 2}}, "other": {3: 4}},
-        {"version": 7, "shards": 1, "format": {}},
-    ],
-)
-def test_what_is_known_of_entries_changes_no_byte(manifest):
-    known = KnownEntries()
-    for _ in range(2):
-        raw, parsed = known.made(manifest, SHARDS)
-        assert raw == manifest_bytes(manifest, SHARDS)
-        assert parsed == parse_manifest(raw, None)[0]
-        assert list(parsed) == list(json.loads(raw))
-        manifest = {k: v for k, v in parsed.items() if k != "n"}
-
-
-def test_entries_that_are_new_are_seen(monkeypatch):
-    known = KnownEntries()
-    _, parsed = known.made({"adapters": {"a": {"x": 1}, "b": {"x": 2}}}, SHARDS)
-    changed = {**parsed, "adapters": {"b": {"x": 3}, "a": parsed["adapters"]["a"]}}
-    calls = []
-    encode = store.KnownEntries.made.__globals__["_encode"]
-    monkeypatch.setitem(
-        KnownEntries.made.__globals__, "_encode", lambda x: calls.append(x) or encode(x)
-    )
-    raw, again = known.made(changed, SHARDS)
-    assert json.loads(raw)["adapters"] == again["adapters"] == {"b": {"x": 3}, "a": {"x": 1}}
-    assert list(again["adapters"]) == ["b", "a"]
-    assert {"x": 3} in calls
-    assert {"x": 1} not in calls
-    _, gone = known.made({"adapters": {"b": again["adapters"]["b"]}}, SHARDS)
-    assert gone["adapters"] == {"b": {"x": 3}}
-
-
-def test_what_has_no_form_in_json_is_refused():
-    known = KnownEntries()
-    for bad in (float("nan"), {1}, {"\ud83d\ude42": 1}):
-        with pytest.raises(FileError, match="manifest can't"):
-            known.made({"adapters": {"a": {"x": bad}}}, SHARDS)
-
-
-def test_a_change_parses_nothing_of_what_it_knows(tmp_path, kin, monkeypatch):
-    lib = lf.fold({f"a{i}": kin(i) for i in range(3)}, tmp_path / "lib", tolerance=0.1)
-    lib.add(kin(8), "first")
-    parsed = []
-    monkeypatch.setattr(store, "parse_manifest", lambda *args: parsed.append(args) or 1 / 0)
-    lib.add(kin(9), "second")
-    assert not parsed
-    monkeypatch.undo()
-    with lf.Library.open(tmp_path / "lib") as again:
-        assert again.store.manifest == lib.store.manifest
-        assert list(again) == ["a0", "a1", "a2", "first", "second"]

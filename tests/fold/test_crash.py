@@ -61,7 +61,9 @@ def state_at(path):
 def leftovers(path):
     """Files in the folder, beside those that the manifest names."""
     with lf.Library.open(path) as lib:
-        named = {"library.json", ".lock", *lib.store.shards}
+        store = lib.contents.store
+        parts = {part.file.name for part in store.manifest.parts}
+        named = {"library.json", ".lock", *store.shards, *parts}
     return set(os.listdir(path)) - named
 
 

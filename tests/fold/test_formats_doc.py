@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,22 +34,49 @@ class Reader:
     """A library as the page describes it."""
 
     def __init__(self, folder):
-        self.manifest = json.loads((folder / "library.json").read_bytes())
+        raw = (folder / "library.json").read_bytes()
+        self.manifest = json.loads(raw)
+        assert raw.startswith(b'{"sha256":"' + self.manifest["sha256"].encode() + b'",')
+        first = raw.index(b'"'), raw.index(b",") + 1
+        rest = raw[: first[0]] + raw[first[1] :]
+        assert hashlib.sha256(rest).hexdigest() == self.manifest["sha256"]
         assert (self.manifest["format"], self.manifest["version"]) == ("lorafold-library", 1)
         self.levels = page_levels()
+        self.adapters = self.listed(folder)
         self.shards = {}
         for name, info in self.manifest["shards"].items():
-            assert re.fullmatch(r"shard-[0-9a-f]{16}\.safetensors", name)
             data = (folder / name).read_bytes()
             start = 8 + int.from_bytes(data[:8], "little")
             assert len(data) == info["bytes"]
             assert hashlib.sha256(data[:start]).hexdigest() == info["header_sha256"]
             assert hashlib.sha256(data[start:]).hexdigest() == info["data_sha256"]
+            both = (info["header_sha256"] + info["data_sha256"]).encode()
+            assert name == f"shard-{hashlib.sha256(both).hexdigest()[:16]}.safetensors"
             self.shards[name] = safetensors.numpy.load(data)
+            header = json.loads(data[8:start])
+            stated = header.pop("__metadata__")
+            found = [
+                zlib.crc32(data[start + begin : start + end])
+                for begin, end in (tensor["data_offsets"] for tensor in header.values())
+            ]
+            assert stated == {"crc32": "".join(f"{c:08x}" for c in found)}
+
+    def listed(self, folder):
+        """{name: entry} of all lists, in order."""
+        found = []
+        for part in self.manifest["adapters"]:
+            data = (folder / part["file"]).read_bytes()
+            assert len(data) == part["bytes"]
+            assert hashlib.sha256(data).hexdigest() == part["sha256"]
+            assert part["file"] == f"adapters-{part['sha256'][:16]}.json"
+            gone = part.get("gone", [])
+            found += [entry for entry in json.loads(data) if entry["name"] not in gone]
+        found.sort(key=lambda entry: entry["order"])
+        return {entry["name"]: entry for entry in found}
 
     def adapter(self, name):
         """{path: ΔW (out, in) float64}, and the extras."""
-        entry = self.manifest["adapters"][name]
+        entry = self.adapters[name]
         shard = self.shards[entry["shard"]]
         updates = {}
         for j, module in enumerate(self.manifest["modules"]):
@@ -56,12 +84,15 @@ class Reader:
                 continue
             low, high = (int(x) for x in shard["at"][j, entry["row"] : entry["row"] + 2])
             if high > low:
-                updates[module["path"]] = self.update(module, shard[f"m{j}"].tobytes()[low:high])
+                stored = shard[f"m{j}"].tobytes()[low:high]
+                record = stored[:-4]
+                assert zlib.crc32(record) == int.from_bytes(stored[-4:], "little")
+                updates[module["path"]] = self.update(module, record)
         extras = {key: shard[tensor] for key, tensor in entry.get("extras", {}).items()}
         return updates, extras
 
     def config(self, name):
-        difference = self.manifest["adapters"][name].get("config", {})
+        difference = self.adapters[name].get("config", {})
         kept = {
             k: v for k, v in self.manifest["config"].items() if k not in difference.get("drop", [])
         }
@@ -226,7 +257,7 @@ def related(make_adapter, count=6, rank=4):
 def compare(folder):
     """What the reader reads against what the library gives."""
     lib, reader = lf.Library.open(folder), Reader(Path(folder))
-    assert list(reader.manifest["adapters"]) == lib.names
+    assert list(reader.adapters) == lib.names
     for name in lib.names:
         adapter = lib[name]
         updates, extras = reader.adapter(name)
@@ -283,7 +314,8 @@ def test_what_was_added_later_is_read(form, make_adapter, tmp_path):
     with lf.Library.open(tmp_path / "lib") as opened:
         for name in late:
             opened.remove(name)
-    compare(tmp_path / "lib")
+    reader = compare(tmp_path / "lib")
+    assert any("gone" in part for part in reader.manifest["adapters"])
 
 
 def test_a_zero_update_and_a_missing_module_differ(make_adapter, tmp_path):
@@ -311,7 +343,9 @@ def test_the_page_names_every_field(make_adapter, tmp_path):
         manifest = json.loads((folder / "library.json").read_text(encoding="utf-8"))
         fields = {*manifest, *manifest["options"]}
         fields |= {k for m in manifest["modules"] for k in m}
-        fields |= {k for e in manifest["adapters"].values() for k in e}
+        fields |= {k for part in manifest["adapters"] for k in part}
+        for part in manifest["adapters"]:
+            fields |= {k for e in json.loads((folder / part["file"]).read_bytes()) for k in e}
         fields |= {k for s in manifest["shards"].values() for k in s}
         missing = [f for f in fields if f"`{f}`" not in text and f'"{f}"' not in text]
         assert not missing

@@ -290,7 +290,7 @@ class Stored(Source):
         if entry.get("refusal"):
             raise RefusedError(f"adapter {name!r}: {entry['refusal']}")
         for key in entry.get("extras", {}):
-            kind = extra_kind(key, library.config(name))
+            kind = extra_kind(key, library.contents.config(name))
             if kind != "training state":
                 raise RefusedError(
                     f"adapter {name!r} carries {key!r} ({kind}), which does not run from a "

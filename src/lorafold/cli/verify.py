@@ -13,8 +13,6 @@ from ._source import named_sources
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..fold import Library
-
 
 @command("verify", example="lorafold verify lib adapters")
 @click.argument("lib", metavar="LIB")
@@ -36,17 +34,27 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     from ..fold import Library
 
     with Library.open(lib) as opened:
+        given = named_sources(sources, named) if sources or named else None
         try:
-            with output.progress("reading checksums"):
-                opened.verify()
+            with output.progress("comparing" if given else "reading checksums") as advance:
+                found = opened.verify(given, strict=False, progress=advance)
         except FileError as e:
             raise CheckFailed(str(e)) from e
-        rows = _measured(opened, sources, named) if sources or named else _stored(opened)
+        rows = [
+            {
+                "name": name,
+                "error": check.error,
+                "bound": check.bound,
+                "ok": check.problem is None,
+                "problem": check.problem,
+            }
+            for name, check in found.items()
+        ]
         data = {
             "path": lib,
-            "shards": len(opened.store.shards),
+            "shards": opened.stats()["shards"],
             "bytes": opened.nbytes,
-            "measured": bool(sources or named),
+            "measured": given is not None,
             "ok": all(row["ok"] for row in rows),
             "adapters": rows,
         }
@@ -55,44 +63,6 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     if wrong:
         adapters = output.count(len(rows), "adapter")
         raise CheckFailed(f"{len(wrong)} of {adapters} failed: {wrong[0]['problem']}")
-
-
-def _bound(lib: Library, entry: dict[str, Any]) -> float | None:
-    bound = entry.get("tolerance", lib.tolerance)
-    return 0.0 if entry.get("exact") else bound
-
-
-def _stored(lib: Library) -> list[dict[str, Any]]:
-    rows = []
-    for name in lib.names:
-        entry = lib.entry(name)
-        row = {"name": name, "error": entry["error"], "bound": _bound(lib, entry)}
-        rows.append({**row, "ok": True, "problem": None})
-    return rows
-
-
-def _measured(
-    lib: Library, sources: tuple[str, ...], named: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Every source against what the library gives back; a broken bound doesn't end it."""
-    from ..collection.sources import named_handles
-    from ..errors import ToleranceError
-    from ..fold.change import checked_error
-
-    handles = named_handles(named_sources(sources, named))
-    entries = {name: lib.entry(name) for name in handles}  # an unknown name is told at once
-    rows = []
-    with output.progress("comparing") as advance:
-        for k, (name, handle) in enumerate(handles.items()):
-            advance(k, len(handles), name)
-            error, problem = None, None
-            try:
-                error = checked_error(lib, name, handle)
-            except ToleranceError as e:
-                problem = str(e)
-            row = {"name": name, "error": error, "bound": _bound(lib, entries[name])}
-            rows.append({**row, "ok": problem is None, "problem": problem})
-    return rows
 
 
 def _show(out: Console, d: dict[str, Any]) -> None:

@@ -277,8 +277,7 @@ def _spread(what: str, values: Mapping[str, float]) -> Row:
 
 def _own_bytes(lib: Library, name: str) -> int:
     """Bytes of an adapter's records, beside what it shares with others."""
-    entry = lib.entry(name)
-    return sum(lib.record_size(j, entry) for j in range(len(lib.modules)))
+    return int(lib.entry(name)["bytes"])
 
 
 def file_bytes(folder: Path, names: list[str]) -> dict[str, int]:

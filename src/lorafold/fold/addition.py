@@ -7,38 +7,46 @@ each module of one shape: one decomposition, one projection, one rotation and ro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Layout
-from ..collection.batch import Block, Factors, decompose, joined_factors
+from ..adapter import Adapter, Layout
+from ..collection.batch import (
+    Block,
+    Factors,
+    decompose,
+    joined_factors,
+    squared_norms,
+    squared_residuals,
+)
 from ..collection.collection import Collection
 from ..collection.limits import block_bytes, threads
-from ..collection.sources import Handle
+from ..collection.sources import Handle, named_handles
 from ..collection.stack import Stack
-from ..errors import FileError
-from .coding.bases import Bases, Basis, Side, basis_of, projected, weighted_norms
-from .coding.flat_part import FlatSide
+from ..errors import FileError, MismatchError, RefusedError
+from ..files import open_adapter
+from ..lowrank import LowRank
+from .coding.bases import Bases, Basis, Side, basis_of, projected, residual, weighted_norms
+from .coding.flat_part import FlatSide, code_parts, flattened
 from .coding.record import Coded, Target, code
+from .contents import Contents
 from .one_pass import adapter_entries
 from .options import Options
 from .planning.budget import Ledger
 from .planning.costs import Costs
 from .planning.plan import FlatBases, ModulePlan, Shared
-from .store.manifest import layout_entry
-from .store.shard import ShardWriter
+from .store.entries import ModuleEntry
+from .store.manifest import Manifest
+from .store.shard_writer import ShardWriter
+from .store.store import Transaction
 from .write import Builder, check_contract
-
-if TYPE_CHECKING:
-    from .library import Library
-    from .store.store import Transaction
-
 
 _CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
 _SPENT, _AIM = 0.98, 0.995  # of the allowed error: enough of it used, and what to try for
@@ -48,64 +56,120 @@ Numbered = tuple[int, Basis | None]
 Core = tuple[Tensor, Tensor]
 
 
+def one_handle(adapter: Any) -> tuple[str | None, Handle]:
+    """The default name (None for an `Adapter` object) and the handle of a single source."""
+    if isinstance(adapter, Adapter):
+        return None, open_adapter(adapter)
+    found = named_handles(adapter)
+    if len(found) != 1:
+        raise MismatchError(f"add takes one adapter at a time; {adapter!r} stands for {len(found)}")
+    return next(iter(found.items()))
+
+
+def projection(
+    c: Contents, adapter: Any
+) -> tuple[dict[str, Tensor | tuple[Tensor, Tensor]], float]:
+    """An adapter's loadings on the present bases by module, and the error; see `Projection`.
+
+    Raises:
+        MismatchError: it has a module of another shape.
+        RefusedError: ΔW algebra would be wrong.
+    """
+    _, handle = one_handle(adapter)
+    if handle.refusal:
+        raise RefusedError(handle.refusal)
+    loadings: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    lost = total = 0.0
+    for path in handle.shapes:
+        u = handle.read(path).to(c.device)
+        c.check_shape(path, u.shape)
+        block = _block_of(u)
+        norm = float((block.S**2).sum())
+        total += norm
+        j = c.manifest.numbers.get(path)
+        if j is not None and (flat := flat_bases(c, j, u.rank)):
+            f = joined_factors(block.members, [(u.B, u.A, u.scale)])
+            parts = code_parts(f, flat.A, flat.B, 0, flat.wide)
+            lost += float(squared_residuals(f.B, f.A, parts.B, parts.A))
+            loadings[path] = (
+                flat.A.loadings(flattened(f, "A"))[0],
+                flat.B.loadings(flattened(f, "B"))[0],
+            )
+            continue
+        sides = None if j is None else nearest_sides(c, j, block)
+        if sides is None:
+            lost += norm
+            continue
+        (_, U), (_, V) = sides
+        f = block.factors()
+        left, right = projected(f, U, V)
+        lost += float(squared_norms(*residual(f, left, right, U, V)))
+        loadings[path] = (left @ right)[0]
+    return loadings, (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def _block_of(u: LowRank) -> Block:
+    """One update as a block."""
+    B, A = (u.scale * u.B.float())[None], u.A.float()[None]
+    return Block(np.zeros(1, np.int64), *decompose(B, A))
+
+
 def write_added(
-    lib: Library,
+    c: Contents,
     t: Transaction,
-    manifest: dict[str, Any],
     name: str,
     handle: Handle,
     tolerance: float | None,
     form: str | None,
-) -> tuple[ShardWriter, dict[str, Any]]:
-    """Write an adapter into a shard of its own; the manifest's modules are completed in place.
+) -> tuple[ShardWriter, Manifest]:
+    """Write an adapter into a shard of its own.
 
     Returns:
-        The shard, and the manifest's entry of the adapter.
+        The shard, and the manifest with it, where it takes the place of one of its name.
     """
-    options = Options(**manifest["options"])
-    bound = options.tolerance if tolerance is None else tolerance
-    exact = form == "exact" or options.form == "exact" or bound == 0
+    before = t.manifest
+    bound = before.options.tolerance if tolerance is None else tolerance
+    exact = form == "exact" or before.options.form == "exact" or bound == 0
+    options = before.options
     if bound is not None:
         options = Options(options.form if form is None else form, bound)
     collection = Collection(
         {name: handle},
         exact={name} if exact else (),
         block_bytes=block_bytes("1GiB"),
-        device=lib._device,
-        before={m["path"]: tuple(m["shape"]) for m in manifest["modules"]},
+        device=c.device,
+        before={m.path: m.shape for m in before.modules},
     )
     bounds = np.full(collection.folded, bound or 0.0)
     builder = Builder(collection, options, bounds)
-    adding = Adding(lib, builder, own_sides=form == "svd")
+    adding = Adding(c, builder, own_sides=form == "svd")
     with threads(1):
         adding.plan()
         writer = t.new_shard(header_capacity=builder.header_capacity(adding.plans))
         written = builder.write_plans(writer, adding.plans, adding.coded)
-    entries = adapter_entries(
-        collection, written, bounds, Options(**manifest["options"]), manifest["config"]
-    )
+    (entry,) = adapter_entries(collection, written, bounds, before.options, before.config)
     if bound is not None and collection.folded:
-        check_contract([name], np.array([entries[name]["error"]]), bounds)
-    for j, module in enumerate(written.modules):
-        if j == len(manifest["modules"]):
-            manifest["modules"].append(module)
-        for basis, segments in module.get("bases", {}).items():
-            manifest["modules"][j].setdefault("bases", {}).setdefault(basis, []).extend(segments)
-    entries[name]["layouts"] = _own_layouts(manifest["modules"], handle)
-    if not entries[name]["layouts"]:
-        del entries[name]["layouts"]
-    return writer, entries[name]
+        check_contract([name], np.array([entry.error]), bounds)
+    old = before.adapters.get(name)
+    known = len(before.modules)
+    longer = [m.extended(w.bases) for m, w in zip(before.modules, written.modules, strict=False)]
+    modules = (*longer, *written.modules[known:])
+    entry = dataclasses.replace(
+        entry,
+        order=before.adapters.next_order() if old is None else old.order,
+        layouts=_own_layouts(modules, handle),
+    )
+    return writer, dataclasses.replace(before.changed([entry]), modules=modules)
 
 
-def _own_layouts(modules: list[dict[str, Any]], handle: Handle) -> dict[str, Any]:
+def _own_layouts(modules: tuple[ModuleEntry, ...], handle: Handle) -> dict[str, Layout]:
     """Layouts that differ from the library's for the module."""
-    own = {}
-    for m in modules:
-        if m["path"] in handle.shapes:
-            mine = layout_entry(handle.layouts.get(m["path"], Layout()))
-            if mine != m.get("layout", {}):
-                own[m["path"]] = mine
-    return own
+    own = {m.path: handle.layouts.get(m.path, Layout()) for m in modules if m.path in handle.shapes}
+    return {
+        m.path: own[m.path]
+        for m in modules
+        if m.path in own and own[m.path] != (m.layout or Layout())
+    }
 
 
 @dataclass(frozen=True)
@@ -140,14 +204,14 @@ class Adding:
     """How each module of one new adapter is stored in the present bases.
 
     Args:
-        lib: the library. builder: of the collection that is the adapter alone.
+        contents: of the library. builder: of the collection that is the adapter alone.
         own_sides: keep it off the shared bases.
 
     Attributes:
         plans: module path → plan, after `plan`.
     """
 
-    lib: Library
+    contents: Contents
     builder: Builder
     own_sides: bool
     plans: dict[str, ModulePlan] = field(default_factory=dict)
@@ -157,7 +221,7 @@ class Adding:
     def plan(self) -> None:
         """Decompose the modules, and choose among the ways to store each."""
         self._batches = _decomposed(self.builder)
-        numbers = {m["path"]: j for j, m in enumerate(self.lib.modules)}
+        numbers = self.contents.manifest.numbers
         for batch in self._batches:
             self._plan_without_sharing(batch)
             if self.own_sides:
@@ -167,11 +231,11 @@ class Adding:
                 j = numbers.get(path)
                 if j is None:
                     continue
-                if "A0" in self.lib.modules[j].get("bases", {}):
+                if "A0" in self.contents.modules[j].bases:
                     stack, S = self._module(path)
-                    if bases := flat_bases(self.lib, j, int(stack.ranks[0])):
+                    if bases := flat_bases(self.contents, j, int(stack.ranks[0])):
                         self.plans[path] = _flat_plan(self.builder.costs, stack, S, bases)
-                elif found := nearest_sides(self.lib, j, batch.block.take(np.array([k]))):
+                elif found := nearest_sides(self.contents, j, batch.block.take(np.array([k]))):
                     sides[k] = found
             for rows in _alike({k: _widths(*pair) for k, pair in sides.items()}):
                 self._plan_shared(batch.take(rows), [sides[k] for k in rows])
@@ -190,7 +254,7 @@ class Adding:
     def _plan_shared(self, batch: Batch, sides: list[tuple[Numbered, Numbered]]) -> None:
         """Plans of modules whose bases are of the same widths, one product for all."""
         costs = self.builder.costs
-        plans, (left, right) = _on_bases(self.lib, costs, batch, sides)
+        plans, (left, right) = _on_bases(self.contents, costs, batch, sides)
         tolerance = costs.options.tolerance
         for k, (path, plan) in enumerate(zip(batch.paths, plans, strict=True)):
             best = plan
@@ -198,7 +262,7 @@ class Adding:
             if tolerance is not None and plan.nbytes > _CLOSE * self.plans[path].nbytes:
                 one = batch.take([k])
                 longer = [
-                    _on_bases(self.lib, costs, one, [pair])[0][0]
+                    _on_bases(self.contents, costs, one, [pair])[0][0]
                     for pair in _extended(one.block, sides[k], tolerance)
                 ]
                 best = min([plan, self.plans[path], *longer], key=lambda p: p.nbytes)
@@ -295,7 +359,7 @@ def _alike(keys: Mapping[int, Any]) -> list[list[int]]:
 
 
 def _on_bases(
-    lib: Library, costs: Costs, batch: Batch, sides: list[tuple[Numbered, Numbered]]
+    c: Contents, costs: Costs, batch: Batch, sides: list[tuple[Numbered, Numbered]]
 ) -> tuple[list[ModulePlan], Core]:
     """A plan for each row on bases that are there, all of the same widths, and the cores."""
     U, V = (_together([pair[side][1] for pair in sides]) for side in range(2))
@@ -306,12 +370,11 @@ def _on_bases(
     width = sum(d if b is None else b.rank for b, d in zip((U, V), batch.shape, strict=True))
     energy, widths = costs.components(S, tails, float(width), float(sum(batch.shape)))
     sizes = costs.record_sizes(energy, widths, costs.budgets[0] * (S**2).sum(1))
-    forms = {m["path"]: m["form"] for m in lib.modules}
     plans = []
     for k, (path, ((u, basis_U), (v, basis_V))) in enumerate(zip(batch.paths, sides, strict=True)):
         fresh = sum(len(b.record) for b in (basis_U, basis_V) if b is not None)
         plan = ModulePlan(
-            forms[path],
+            c.modules[c.manifest.numbers[path]].form,
             energy[k : k + 1],
             widths,
             float(sizes[k]) + fresh,
@@ -342,13 +405,13 @@ def _sides_of(plan: ModulePlan) -> tuple[Numbered, Numbered]:
     return found[0], found[1]
 
 
-def nearest_sides(lib: Library, j: int, block: Block) -> tuple[Numbered, Numbered] | None:
+def nearest_sides(c: Contents, j: int, block: Block) -> tuple[Numbered, Numbered] | None:
     """The module's bases that miss least of an update; None where it shares nothing.
 
     Returns:
         ((number, U), (number, V)); a side that is the adapter's own is (−1, None).
     """
-    found = lib.sides(j)
+    found = c.sides(j)
     if not found["U"] and not found["V"]:
         return None
     chosen: list[Numbered] = []
@@ -403,19 +466,19 @@ def _appended(basis: Basis, X: Tensor, S: Tensor, side: str, share: float) -> Ba
     return Basis(torch.cat([basis.columns, fresh.columns], 1), fresh.record, fresh.rank)
 
 
-def flat_bases(lib: Library, j: int, rank: int) -> FlatBases | None:
+def flat_bases(c: Contents, j: int, rank: int) -> FlatBases | None:
     """The module's flat sides; None where it has none for adapters of this rank."""
-    module = lib.modules[j]
-    if "A0" not in module.get("bases", {}):
+    module = c.modules[j]
+    if "A0" not in module.bases:
         return None
-    out, inner = module["shape"]
+    out, inner = module.shape
     try:
-        A, B = (FlatSide(lib.basis(j, side, 0, rank), b"") for side in "AB")
+        A, B = (FlatSide(c.basis(j, side, 0, rank), b"") for side in "AB")
     except FileError:
         return None
     if A.rows.shape[1] != rank * inner or B.rows.shape[1] != rank * out:
         return None  # decoded before, for another rank
-    return FlatBases(A, B, module.get("wide", False))
+    return FlatBases(A, B, module.wide)
 
 
 def _flat_plan(costs: Costs, stack: Stack, S: np.ndarray, bases: FlatBases) -> ModulePlan:

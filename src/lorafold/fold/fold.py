@@ -9,25 +9,18 @@ from ..collection.sources import named_handles
 from ..files.replacing import check_apart
 from .library import Library
 from .one_pass import folded
-from .options import FoldOptions, Progress, Score
+from .options import Options, with_options
+from .retention import fold_by_retention
 from .store.store import Store
 
 
+@with_options
 def fold(
     sources: Any,
     path: str | os.PathLike[str] | None = None,
     *,
-    tolerance: float | None = None,
-    form: str = "auto",
-    rank: int | None = None,
-    energy: float | None = None,
-    bits: float | None = None,
-    retention: float | None = None,
-    score: Score | None = None,
-    memory: str | int = "1GiB",
-    device: Any = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Library:
     """Fold adapters into one library.
 
@@ -70,17 +63,12 @@ def fold(
         >>> lib.names
         ['task_0']
     """
-    settings = FoldOptions.of(
-        tolerance=tolerance, form=form, rank=rank, energy=energy, bits=bits, retention=retention,
-        score=score, memory=memory, device=device, progress=progress,
-    )  # fmt: skip
+    settings = Options.of(**options)
     handles = named_handles(sources)
     if path is not None:
         check_apart(path, (getattr(handle, "path", None) for handle in handles.values()))
     if settings.retention is not None:
-        from .retention import fold_by_retention
-
-        return fold_by_retention(handles, settings, path, overwrite)
+        return Library(fold_by_retention(handles, settings, path, overwrite))
     with Store.create(path, overwrite=overwrite) as t:
         store = t.commit(folded(handles, settings, t))
     return Library(store)

@@ -6,36 +6,23 @@ What is on the disk is described in docs/formats.md. A `Library` reads adapters 
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..collection.batch import (
-    Block,
-    decompose,
-    joined_factors,
-    squared_norms,
-    squared_residuals,
-)
 from ..collection.sources import named_handles
-from ..errors import MismatchError, RefusedError, UnknownNameError
+from ..errors import MismatchError
 from ..lowrank import LowRank
-from ..words import did_you_mean
-from .coding.bases import Basis, projected, read_basis, residual
-from .coding.flat_part import code_parts, flattened, read_side
-from .coding.record import StoredPart, decode, stored_parts
-from .store.manifest import config_of, read_layout
-from .store.shard import Shard
+from .addition import projection
+from .change import Check, add_to, checked, refold_all, remove_from
+from .contents import Contents
+from .options import Progress
+from .stats import library_stats
 from .store.store import Store
 
 
@@ -70,12 +57,8 @@ class Library(Mapping[str, Adapter]):
     """
 
     def __init__(self, store: Store, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        self._store = store
-        self._device, self._dtype = device, dtype
-        self._indices: dict[str, np.ndarray] = {}
-        self._pieces: dict[tuple[str, str], Tensor] = {}
-        self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
-        self._refresh()
+        self._contents = Contents(store, device)
+        self._dtype = dtype
 
     @classmethod
     def open(
@@ -91,34 +74,29 @@ class Library(Mapping[str, Adapter]):
         """
         return cls(Store.open(path), device, dtype)
 
-    def _refresh(self) -> None:
-        self._manifest: dict[str, Any] = self._store.manifest
-        self._shards: dict[str, Shard] = self._store.shards
-        self._modules: list[dict[str, Any]] = self._manifest["modules"]
-        self._number = {m["path"]: j for j, m in enumerate(self._modules)}
-        # Shards never change, so what was decoded of one stays right while the library names it.
-        self._indices = {n: at for n, at in self._indices.items() if n in self._shards}
-        self._known_sides = {
-            k: b for k, b in self._known_sides.items() if all(s in self._shards for s, _ in k)
-        }
-        self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in self._shards}
-        self.__dict__.pop("_known_nbytes", None)
-
     # What is in it
+
+    @property
+    def contents(self) -> Contents:
+        """What it holds, piece by piece: records, bases, an adapter's parts at a module."""
+        return self._contents
 
     @property
     def names(self) -> list[str]:
         """The adapters' names, in the order in which they came."""
-        return list(self._manifest["adapters"])
+        return list(self._contents.manifest.adapters)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._manifest["adapters"])
+        return iter(self._contents.manifest.adapters)
 
     def __len__(self) -> int:
-        return len(self._manifest["adapters"])
+        return len(self._contents.manifest.adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._manifest["adapters"]
+        return name in self._contents.manifest.adapters
+
+    def __dir__(self) -> list[str]:
+        return [name for name in vars(type(self)) if not name.startswith("_")]
 
     def __repr__(self) -> str:
         where = f" at {self.path}" if self.path else ""
@@ -127,70 +105,56 @@ class Library(Mapping[str, Adapter]):
     @property
     def path(self) -> str | None:
         """The folder; None in memory."""
-        return None if self._store.path is None else str(self._store.path)
+        path = self._contents.store.path
+        return None if path is None else str(path)
 
     @property
     def base_model(self) -> str | None:
         """The base that the adapters belong to."""
-        base = self._manifest.get("base_model")
-        return None if base is None else str(base)
+        return self._contents.manifest.base_model
 
     @property
     def tolerance(self) -> float | None:
         """The bound that every adapter keeps unless it has its own; None when folded by size."""
-        value = self._manifest["options"].get("tolerance")
-        return None if value is None else float(value)
+        return self._contents.manifest.options.tolerance
 
     @property
     def nbytes(self) -> int:
         """Bytes of the library on disk (or as it would be written)."""
-        return self._store.nbytes
+        return self._contents.store.nbytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the adapters' files as they were when folded."""
+        return sum(e.file_bytes for e in self._contents.manifest.adapters.values())
 
     def error(self, name: str) -> float:
         """‖ΔŴ − ΔW‖ / ‖ΔW‖ of an adapter, measured on what was written."""
-        return float(self._entry(name)["error"])
-
-    def config(self, name: str) -> dict[str, Any]:
-        """An adapter's configuration, as its file had it."""
-        return config_of(self._manifest["config"], self._entry(name))
+        return self._contents.entry(name).error
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the manifest says of an adapter (a copy)."""
-        return copy.deepcopy(self._entry(name))
+        """What the manifest says of an adapter, as plain JSON types.
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        try:
-            entry: dict[str, Any] = self._manifest["adapters"][name]
-        except (KeyError, TypeError):
-            raise UnknownNameError(
-                f"no adapter {name!r} in the library; {did_you_mean(str(name), self)}"
-            ) from None
-        return entry
+        Returns:
+            The fields that docs/formats.md names, and bound (what its error keeps below, None when
+            folded by size), ranks (the original's), bytes (its records, without what is shared).
+        """
+        entry = self._contents.entry(name)
+        return {
+            **entry.to_json(),
+            "bound": entry.bound(self.tolerance),
+            "ranks": list(entry.ranks),
+            "bytes": self._contents.own_bytes(name),
+        }
 
     def stats(self) -> dict[str, Any]:
         """Bytes, errors and forms, in total and per module; see docs/fold.md."""
-        from .stats import library_stats
-
-        return library_stats(self)
+        return library_stats(self._contents)
 
     # Reading
 
     def __getitem__(self, name: str) -> Adapter:
-        entry = self._entry(name)
-        modules = {self._modules[j]["path"]: self._update(j, entry) for j in self._present(entry)}
-        layouts = {
-            m["path"]: read_layout(m["layout"])
-            for m in self._modules
-            if "layout" in m and m["path"] in modules
-        }
-        layouts |= {path: read_layout(fields) for path, fields in entry.get("layouts", {}).items()}
-        adapter = Adapter(
-            modules,
-            self.extras(name),
-            self.config(name),
-            self.base_model,
-            layouts,
-        )
+        adapter = self._contents.adapter(name)
         return adapter if self._dtype is None else adapter.to(dtype=self._dtype)
 
     def update(self, name: str, path: str) -> LowRank:
@@ -199,101 +163,8 @@ class Library(Mapping[str, Adapter]):
         Raises:
             UnknownNameError: no such adapter, or it does not have the module.
         """
-        entry = self._entry(name)
-        j = self._number.get(path)
-        if j is None or j not in self._present(entry):
-            hint = did_you_mean(path, [self._modules[k]["path"] for k in self._present(entry)])
-            raise UnknownNameError(f"{name!r} has no module {path!r}; {hint}")
-        u = self._update(j, entry)
+        u = self._contents.update(name, path)
         return u if self._dtype is None else u.to(dtype=self._dtype)
-
-    def parts(self, name: str, path: str) -> list[StoredPart]:
-        """One module of one adapter in the coordinates of the shared sides, nothing multiplied out.
-
-        Returns:
-            Parts that add up to the update; none where the adapter lacks the module.
-
-        Raises:
-            UnknownNameError: no such adapter.
-        """
-        entry, j = self._entry(name), self._number.get(path)
-        if j is None or not self.record_size(j, entry):
-            return []
-        out, inner = self._modules[j]["shape"]
-        return stored_parts(
-            self.record(j, entry), (out, inner), functools.partial(self.basis, j), self._device
-        )
-
-    def extras(self, name: str) -> dict[str, Tensor]:
-        """What the adapter's file held beside its factors, bit for bit."""
-        entry = self._entry(name)
-        shard = self._shards[entry["shard"]]
-        return {
-            key: shard.read_tensor(t).to(self._device) for key, t in entry.get("extras", {}).items()
-        }
-
-    def _present(self, entry: Mapping[str, Any]) -> list[int]:
-        at = self._index(entry["shard"])
-        row = entry["row"]
-        present: list[int] = np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()
-        return present
-
-    def _index(self, shard: str) -> np.ndarray:
-        if shard not in self._indices:
-            self._indices[shard] = self._shards[shard].read("at").astype(np.int64)
-        return self._indices[shard]
-
-    def record(self, j: int, entry: Mapping[str, Any]) -> bytes:
-        """An adapter's bytes at module number j."""
-        at, row = self._index(entry["shard"]), entry["row"]
-        return self._shards[entry["shard"]].read_bytes(
-            f"m{j}", int(at[j, row]), int(at[j, row + 1])
-        )
-
-    def record_size(self, j: int, entry: Mapping[str, Any]) -> int:
-        """Bytes of an adapter at module number j; 0 where it lacks the module."""
-        at, row = self._index(entry["shard"]), entry["row"]
-        return int(at[j, row + 1] - at[j, row]) if j < len(at) else 0
-
-    def basis_size(self, shard: str, tensor: str) -> int:
-        """Bytes of one stored piece of a basis."""
-        return int(self._shards[shard].shape(tensor)[0])
-
-    def _update(self, j: int, entry: Mapping[str, Any]) -> LowRank:
-        out, inner = self._modules[j]["shape"]
-        basis = functools.partial(self.basis, j)
-        return decode(self.record(j, entry), (out, inner), basis, self._device)
-
-    def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
-        """A shared basis of module number j: (d, R) for "U" and "V", (1 + k, D) for "A" and "B".
-
-        Args:
-            count: its first columns only (for "A", "B": the factor's rank).
-        """
-        out, inner = self._modules[j]["shape"]
-        d = {"U": out, "V": inner, "A": inner * (count or 0), "B": out * (count or 0)}[side]
-        pieces = []
-        for shard, tensor, _ in self._modules[j]["bases"][f"{side}{number}"]:
-            if (shard, tensor) not in self._pieces:
-                record = self._shards[shard].read_bytes(tensor)
-                read = read_side(record, d, side, self._device).rows if side in "AB" else None
-                self._pieces[shard, tensor] = (
-                    read_basis(record, d, side, self._device).columns if read is None else read
-                )
-            pieces.append(self._pieces[shard, tensor])
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 0 if side in "AB" else 1)
-        return whole if side in "AB" or count is None else whole[:, :count]
-
-    def sides(self, j: int) -> dict[str, list[Basis]]:
-        """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
-        found: dict[str, list[Basis]] = {"U": [], "V": []}
-        for name, segments in self._modules[j].get("bases", {}).items():
-            if name[0] in found:
-                key = tuple((shard, tensor) for shard, tensor, _ in segments)
-                if key not in self._known_sides:
-                    self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)
-                found[name[0]].append(self._known_sides[key])
-        return found
 
     # Comparing
 
@@ -307,70 +178,43 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape.
             RefusedError: ΔW algebra would be wrong.
         """
-        from .addition import flat_bases, nearest_sides
-        from .change import one_handle
+        return Projection(*projection(self._contents, adapter))
 
-        _, handle = one_handle(adapter)
-        if handle.refusal:
-            raise RefusedError(handle.refusal)
-        loadings: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-        lost = total = 0.0
-        for path in handle.shapes:
-            u = handle.read(path).to(self._device)
-            self.check_shape(path, u.shape)
-            block = block_of(u)
-            norm = float((block.S**2).sum())
-            total += norm
-            j = self._number.get(path)
-            if j is not None and (flat := flat_bases(self, j, u.rank)):
-                f = joined_factors(block.members, [(u.B, u.A, u.scale)])
-                parts = code_parts(f, flat.A, flat.B, 0, flat.wide)
-                lost += float(squared_residuals(f.B, f.A, parts.B, parts.A))
-                a, b = (x.loadings(flattened(f, s))[0] for x, s in ((flat.A, "A"), (flat.B, "B")))
-                loadings[path] = a, b
-                continue
-            sides = None if j is None else nearest_sides(self, j, block)
-            if sides is None:
-                lost += norm
-                continue
-            (_, U), (_, V) = sides
-            f = block.factors()
-            left, right = projected(f, U, V)
-            lost += float(squared_norms(*residual(f, left, right, U, V)))
-            loadings[path] = (left @ right)[0]
-        return Projection(loadings, (lost / total) ** 0.5 if total > 0 else 0.0)
+    @overload
+    def verify(
+        self, sources: Any = ..., *, strict: Literal[True] = ..., progress: Progress | None = ...
+    ) -> dict[str, float]: ...
 
-    def check_shape(self, path: str, shape: tuple[int, int]) -> None:
-        """Raise a `MismatchError` if the library has the module in another shape."""
-        j = self._number.get(path)
-        if j is not None and tuple(self._modules[j]["shape"]) != tuple(shape):
-            raise MismatchError(
-                f"module {path!r} is {tuple(self._modules[j]['shape'])} in the library and "
-                f"{tuple(shape)} in the adapter"
-            )
+    @overload
+    def verify(
+        self, sources: Any = ..., *, strict: Literal[False], progress: Progress | None = ...
+    ) -> dict[str, Check]: ...
 
-    def verify(self, sources: Any = None) -> dict[str, float]:
-        """Check the shards' checksums, and the errors against the sources where these are given.
+    def verify(
+        self, sources: Any = None, *, strict: bool = True, progress: Progress | None = None
+    ) -> dict[str, float] | dict[str, Check]:
+        """Check the checksums, what is stored exactly, and against the sources where given.
 
         Args:
             sources: as for `fold`; each name must be in the library.
+            strict: raise for the first adapter that is not what its source says; otherwise all are
+                compared, and told by `Check`s. Damaged files are raised for either way.
+            progress: called with (done, total, name).
 
         Returns:
-            name → error: measured against the sources, or as stored.
+            name → error: measured against the sources, or as stored. Where not strict, name → a
+            `Check`: its error (None where it can't be compared), its bound, and what is wrong.
 
         Raises:
             FileError: a damaged shard. ToleranceError: an error above its bound, or an exactly
                 stored adapter that is not the source's.
         """
-        self._store.verify()
-        if sources is None:
-            return {name: self.error(name) for name in self.names}
-        from .change import checked_error
-
-        return {
-            name: checked_error(self, name, handle)
-            for name, handle in named_handles(sources).items()
-        }
+        self._contents.store.verify()
+        handles = None if sources is None else named_handles(sources)
+        found = checked(self._contents, handles, strict, progress)
+        if not strict:
+            return found
+        return {n: check.error for n, check in found.items() if check.error is not None}
 
     # Changing
 
@@ -401,9 +245,8 @@ class Library(Mapping[str, Adapter]):
         Raises:
             MismatchError: the name is taken, or shapes or bases disagree.
         """
-        from .change import add_to
-
-        return add_to(self, adapter, name, replace=replace, tolerance=tolerance, form=form)
+        c = self._contents
+        return add_to(c, adapter, name, replace=replace, tolerance=tolerance, form=form)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; its name is free again.
@@ -411,9 +254,7 @@ class Library(Mapping[str, Adapter]):
         Raises:
             UnknownNameError: no such name.
         """
-        from .change import remove_from
-
-        remove_from(self, name)
+        remove_from(self._contents, name)
 
     def refold(self, tolerance: float | None = None, sources: Any = None, **options: Any) -> None:
         """Fold everything anew, from the sources or from what is stored.
@@ -427,9 +268,7 @@ class Library(Mapping[str, Adapter]):
         Raises:
             ToleranceError: a bound that can't be met without the sources; nothing has changed.
         """
-        from .change import refold_all
-
-        refold_all(self, tolerance, sources, options)
+        refold_all(self._contents, tolerance, sources, options)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Library:
         """Write the library to a folder (a copy, where it already has one).
@@ -440,11 +279,13 @@ class Library(Mapping[str, Adapter]):
         Raises:
             FileError: something is at `path` and `overwrite` is False.
         """
-        return Library(self._store.save(path, overwrite=overwrite), self._device, self._dtype)
+        store = self._contents.store.save(path, overwrite=overwrite)
+        return Library(store, self._contents.device, self._dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Library:
         """The same library, giving its adapters on `device` in `dtype`."""
-        return Library(self._store, device or self._device, dtype or self._dtype)
+        c = self._contents
+        return Library(c.store, device or c.device, dtype or self._dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Library:
         return self.to()  # what is stored never changes, so both read the same
@@ -452,11 +293,11 @@ class Library(Mapping[str, Adapter]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             raise MismatchError("a library in memory can't be pickled: save it to a folder first")
-        return _opened, (self.path, self._device, self._dtype)
+        return _opened, (self.path, self._contents.device, self._dtype)
 
     def close(self) -> None:
         """Let go of the files."""
-        self._store.close()
+        self._contents.store.close()
 
     def __enter__(self) -> Library:
         return self
@@ -464,41 +305,6 @@ class Library(Mapping[str, Adapter]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # For the other files of this folder
-
-    @property
-    def store(self) -> Store:
-        """The shards and the manifest."""
-        return self._store
-
-    @property
-    def modules(self) -> list[dict[str, Any]]:
-        """The manifest's module entries, in order (not to be changed)."""
-        return self._modules
-
-    @cached_property
-    def _known_nbytes(self) -> int:
-        return sum(int(e["file_bytes"]) for e in self._manifest["adapters"].values())
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the adapters' files as they were when folded."""
-        return self._known_nbytes
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[Any]:
-        """A transaction on the store; this object follows it when it commits."""
-        with self._store.transaction() as t:
-            self._refresh()
-            yield t
-        self._refresh()
-
 
 def _opened(path: str, device: Any, dtype: torch.dtype | None) -> Library:
     return Library.open(path, device=device, dtype=dtype)
-
-
-def block_of(u: LowRank) -> Block:
-    """One update as a block."""
-    B, A = (u.scale * u.B.float())[None], u.A.float()[None]
-    return Block(np.zeros(1, np.int64), *decompose(B, A))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes
 from ..collection.sources import Handle
 from ..errors import ToleranceError
-from .options import FoldOptions, Options
-from .store.manifest import config_difference, layout_entry
+from .options import Options
+from .store.entries import AdapterEntry, config_difference
+from .store.manifest import Manifest
+from .store.part import Entries, Part
 from .store.store import Transaction
 from .write import Builder, Written, check_contract
 
@@ -25,120 +26,84 @@ def adapter_entries(
     tolerances: np.ndarray,
     options: Options,
     common: Mapping[str, Any],
+    *,
+    order: Mapping[str, int] | None = None,
+    groups: Mapping[str, np.ndarray] | None = None,
     old_errors: Mapping[str, float] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """name → entry, for a collection that has been written.
+) -> tuple[AdapterEntry, ...]:
+    """What the manifest says of the adapters of a collection that has been written, in its order.
 
     Args:
         tolerances: (folded,) each one's stated bound. common: the config that entries differ from.
+        order: name → its place among all names. groups: side → (folded,) init groups.
         old_errors: errors that the sources themselves had; they are added.
     """
-    entries = {}
+    found = []
     for i, (name, handle) in enumerate(zip(collection.names, collection.handles, strict=True)):
         parameters = sum(r * (out + inner) for out, inner, r in handle.shapes.values())
-        entry: dict[str, Any] = {
-            "shard": written.shard,
-            "row": i,
-            "digest": getattr(handle, "original_digest", None)
-            or collection.digest(i, handle.read_extras()),
-            "file_bytes": handle.nbytes,
-            "parameters": parameters,
-            "rank": _ranks(handle.shapes, collection.paths),
-        }
+        # ‖ΔŴ‖ ≤ (1 + old) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
+        error = old = (old_errors or {}).get(name, 0.0)
+        bits = tolerance = None
         if i < collection.folded:
-            norm = float(written.squared_norm[i]) ** 0.5
-            error = float(written.squared_error[i]) ** 0.5 / norm if norm > 0 else 0.0
-            # ‖ΔŴ‖ ≤ (1 + old) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
-            old = (old_errors or {}).get(name, 0.0)
-            entry["error"] = old + (1 + old) * error
-            entry["norm"] = norm
-            entry["bits"] = round(8 * float(written.payload[i]) / max(parameters, 1), 4)
+            squared = float(written.squared_norm[i])
+            ratio = float(written.squared_error[i]) / squared if squared > 0 else 0.0
+            error = old + (1 + old) * ratio**0.5
+            bits = round(8 * float(written.payload[i]) / max(parameters, 1), 4)
             if options.tolerance is not None and tolerances[i] != options.tolerance:
-                entry["tolerance"] = float(tolerances[i])
-        else:
-            entry["error"] = (old_errors or {}).get(name, 0.0)
-            entry["exact"] = True
-            if handle.refusal:
-                entry["refusal"] = handle.refusal
-            elif options.tolerance != 0:
-                entry["tolerance"] = 0.0  # its own bound, which folding anew shall keep
-        if difference := config_difference(common, handle.config):
-            entry["config"] = difference
-        if written.extras.get(i):
-            entry["extras"] = written.extras[i]
-        layouts = {
-            path: layout_entry(layout)
-            for path, layout in handle.layouts.items()
-            if layout != collection.layouts.get(path, Layout())
-        }
-        layouts |= {
-            p: {} for p in handle.shapes if p in collection.layouts and p not in handle.layouts
-        }
-        if layouts:
-            entry["layouts"] = layouts
-        entries[name] = entry
-    return entries
+                tolerance = float(tolerances[i])
+        elif handle.refusal is None and options.tolerance != 0:
+            tolerance = 0.0  # its own bound, which folding anew shall keep
+        entry = AdapterEntry(
+            name=name,
+            order=(order or {}).get(name, i),
+            row=i,
+            digest=getattr(handle, "original_digest", None)
+            or collection.digest(i, handle.read_extras()),
+            file_bytes=handle.nbytes,
+            parameters=parameters,
+            rank=_ranks(handle.shapes, collection.paths),
+            error=error,
+            shard=written.shard,
+            bits=bits,
+            tolerance=tolerance,
+            exact=i >= collection.folded,
+            refusal=handle.refusal or None,
+            config=config_difference(common, handle.config),
+            extras=written.extras[i],
+            layouts=_own_layouts(collection, handle),
+            groups=_groups(groups or {}, i) if i < collection.folded else {},
+        )
+        found.append(entry)
+    return tuple(found)
 
 
-def _ranks(shapes: Mapping[str, tuple[int, int, int]], paths: list[str]) -> int | list[int]:
+def _own_layouts(collection: Collection, handle: Handle) -> dict[str, Layout]:
+    """Layouts of an adapter that are not those of its collection's modules."""
+    own = {path: handle.layouts.get(path, Layout()) for path in handle.shapes}
+    return {p: x for p, x in own.items() if x != collection.layouts.get(p, Layout())}
+
+
+def _groups(groups: Mapping[str, np.ndarray], i: int) -> dict[str, int]:
+    """Side → the adapter's init group: "in" for one start of A, "out" for nearly the same B."""
+    words = {"V": "in", "U": "out"}
+    return {w: int(groups[s][i]) for s, w in words.items() if s in groups and groups[s][i] >= 0}
+
+
+def _ranks(shapes: Mapping[str, tuple[int, int, int]], paths: list[str]) -> int | tuple[int, ...]:
     """One rank for all modules, or the list of them in the manifest's order, 0 where absent."""
-    ranks = [shapes[p][2] if p in shapes else 0 for p in paths]
+    ranks = tuple(shapes[p][2] if p in shapes else 0 for p in paths)
     there = {r for r in ranks if r}
     return there.pop() if len(there) == 1 else ranks
 
 
-def option_entry(options: Options) -> dict[str, Any]:
-    """The options that are set."""
-    return {k: v for k, v in asdict(options).items() if v is not None}
-
-
-def group_entry(builder: Builder, names: list[str]) -> dict[str, list[list[str]]]:
-    """Groups by side ("in": one start of A, "out": nearly the same B): lists of names."""
-    found: dict[str, list[list[str]]] = {}
-    for side, word in (("V", "in"), ("U", "out")):
-        groups = builder.groups.get(side)
-        if groups is not None and (groups >= 0).any():
-            found[word] = [
-                [names[i] for i in np.flatnonzero(groups == g)]
-                for g in range(int(groups.max()) + 1)
-            ]
-    return found
-
-
-def new_manifest(
-    collection: Collection,
-    builder: Builder,
-    written: Written,
-    order: list[str],
-    tolerances: np.ndarray,
-    old_errors: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """The manifest of a library that consists of one freshly written collection.
-
-    Args:
-        order: the names as they shall be listed. tolerances: as for `adapter_entries`.
-    """
-    common = dict(collection.handles[0].config)
-    entries = adapter_entries(collection, written, tolerances, builder.options, common, old_errors)
-    return {
-        "base_model": collection.base_model,
-        "options": option_entry(builder.options),
-        "groups": group_entry(builder, collection.names),
-        "plain_svd_bytes": builder.plain_svd_nbytes(),
-        "config": common,
-        "modules": written.modules,
-        "adapters": {name: entries[name] for name in order},
-    }
-
-
 def folded(
     handles: Mapping[str, Handle],
-    settings: FoldOptions,
+    options: Options,
     transaction: Transaction,
     *,
     tolerances: Mapping[str, float] | None = None,
     old_errors: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Fold opened adapters into a transaction's new shard; the manifest to commit.
 
     Args:
@@ -148,24 +113,23 @@ def folded(
     Raises:
         ToleranceError: a source's own error leaves nothing of its bound.
     """
-    options = settings.options
     own = tolerances or {}
     collection = Collection(
         handles,
         exact={name for name in handles if own.get(name, options.tolerance) == 0},
-        block_bytes=block_bytes(settings.memory),
-        device=settings.device,
+        block_bytes=block_bytes(options.memory),
+        device=options.device,
     )
     names = collection.names[: collection.folded]
-    common = options.tolerance or 0.0
-    stated = np.array([own.get(name, common) for name in names])
+    bound = options.tolerance or 0.0
+    stated = np.array([own.get(name, bound) for name in names])
     bounds = stated
     if old_errors and options.tolerance is not None:
         bounds = np.array(
             [_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)]
         )
-        _refuse_unmet(collection.names[collection.folded :], own, common, old_errors)
-    builder = Builder(collection, options, bounds, settings.progress)
+        _refuse_unmet(collection.names[collection.folded :], own, bound, old_errors)
+    builder = Builder(collection, options, bounds, options.progress)
     written = builder.write(transaction)
     if options.tolerance is not None:
         error = np.sqrt(
@@ -177,7 +141,25 @@ def folded(
             )
         )
         check_contract(names, error, bounds)
-    return new_manifest(collection, builder, written, list(handles), stated, old_errors)
+    common = dict(collection.handles[0].config)
+    entries = adapter_entries(
+        collection,
+        written,
+        stated,
+        options,
+        common,
+        order={name: k for k, name in enumerate(handles)},
+        groups=builder.groups,
+        old_errors=old_errors,
+    )
+    return Manifest(
+        collection.base_model,
+        options,
+        common,
+        tuple(written.modules),
+        (Part(Entries.joined([Entries.of(entries)])),),
+        builder.plain_svd_nbytes(),
+    )
 
 
 def _what_is_left(name: str, tolerance: float, error: float) -> float:

@@ -1,122 +1,132 @@
-"""The options of folding, checked in one place."""
+"""The options of folding: the keywords of `fold`, checked in one place."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..collection.limits import block_bytes, torch_device
+from ..collection.limits import memory_bytes, torch_device
 from ..errors import MismatchError
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
-
 FORMS = ("auto", "svd", "input", "output", "shared", "flat", "exact")
+DEFAULT_TOLERANCE = 0.1
+RECORDED = ("form", "tolerance", "rank", "energy", "bits", "retention")  # in a library
+F = TypeVar("F", bound=Callable[..., Any])
+Score = Callable[[str, "Adapter | None"], float]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a library is folded; see `fold`."""
+    """How a library is folded; see `fold`, whose keywords these are. Made by `Options.of`."""
 
     form: str = "auto"
     tolerance: float | None = None
     rank: int | None = None
     energy: float | None = None
     bits: float | None = None
-    retention: float | None = None  # recorded only: each adapter's own tolerance came from it
+    retention: float | None = None
+    score: Score | None = None
+    memory: str | int = "1GiB"
+    device: Any = None
+    progress: Progress | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """The options, checked against one another and completed.
+
+        Raises:
+            MismatchError: naming the option and what it may be.
+            TypeError: a keyword that `fold` does not have.
+        """
+        unknown = sorted(given.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise TypeError(f"fold has no option {unknown[0]!r}")
+        o = cls(**given)
+        if o.form not in FORMS:
+            raise MismatchError(f"form must be one of {', '.join(FORMS)}; found {o.form!r}")
+        sizes = ("tolerance", "rank", "energy", "retention")
+        named = [name for name in sizes if getattr(o, name) is not None]
+        if len(named) > 1 and set(named) != {"tolerance", "retention"}:
+            raise MismatchError(f"{' and '.join(named)} exclude each other: give one")
+        if o.bits is not None and (o.tolerance is not None or o.retention is not None):
+            raise MismatchError(
+                "bits= fixes the size, tolerance= and retention= the error: give one of them"
+            )
+        if (o.retention is None) != (o.score is None):
+            raise MismatchError(
+                "retention= needs score=, a function of (name, Adapter or None), and the other "
+                "way round"
+            )
+        o.check_ranges()
+        memory_bytes(o.memory)
+        return replace(o._completed(), device=torch_device(o.device))
+
+    def _completed(self) -> Options:
+        """With the tolerance that holds where none is given."""
+        sized = self.rank is not None or self.energy is not None or self.bits is not None
+        if self.form == "exact":
+            if sized or self.retention is not None:
+                raise MismatchError(
+                    "form 'exact' stores the files' tensors: it takes no rank, energy, bits or "
+                    "retention"
+                )
+            return replace(self, tolerance=0.0)
+        if self.tolerance is None and not sized:
+            return replace(self, tolerance=DEFAULT_TOLERANCE)
+        return self
+
+    def check_ranges(self) -> None:
+        """Raise a `MismatchError` for a number that is none, or out of its range."""
+        tolerance = self.tolerance
+        if tolerance is not None and not (_is_number(tolerance) and 0 <= tolerance < 1):
+            raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance!r}")
+        for name in ("energy", "retention"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise MismatchError(f"{name} must lie in (0, 1], found {value!r}")
+        rank, bits = self.rank, self.bits
+        if rank is not None and (
+            isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1
+        ):
+            raise MismatchError(f"rank must be a whole number of at least 1, found {rank!r}")
+        if bits is not None and not (_is_number(bits) and (0 < bits <= 8 or bits in (16, 32))):
+            raise MismatchError(f"bits must be 16, 32 or an average in (0, 8], found {bits!r}")
 
     @property
     def coded(self) -> bool:
         """Whether an average number of bits decides (not a tolerance, not floats)."""
         return self.bits is not None and self.bits <= 8
 
-
-DEFAULT_TOLERANCE = 0.1
-Score = Callable[[str, "Adapter | None"], float]
-
-
-@dataclass(frozen=True)
-class FoldOptions:
-    """Checked options of a fold: the form and size, and how it runs."""
-
-    options: Options
-    memory: str | int = "1GiB"
-    device: Any = None
-    progress: Progress | None = None
-    retention: float | None = None
-    score: Score | None = None
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        tolerance: float | None = None,
-        form: str = "auto",
-        rank: int | None = None,
-        energy: float | None = None,
-        bits: float | None = None,
-        retention: float | None = None,
-        score: Score | None = None,
-        memory: str | int = "1GiB",
-        device: Any = None,
-        progress: Progress | None = None,
-    ) -> FoldOptions:
-        """Check the options against one another.
-
-        Raises:
-            MismatchError: naming the option and what it may be.
-        """
-        if form not in FORMS:
-            raise MismatchError(f"form must be one of {', '.join(FORMS)}; found {form!r}")
-        sizes = {"tolerance": tolerance, "rank": rank, "energy": energy, "retention": retention}
-        named = [name for name, value in sizes.items() if value is not None]
-        if len(named) > 1 and set(named) != {"tolerance", "retention"}:
-            raise MismatchError(f"{' and '.join(named)} exclude each other: give one")
-        if bits is not None and (tolerance is not None or retention is not None):
-            raise MismatchError(
-                "bits= fixes the size, tolerance= and retention= the error: give one of them"
-            )
-        if (retention is None) != (score is None):
-            raise MismatchError(
-                "retention= needs score=, a function of (name, Adapter or None), and the other "
-                "way round"
-            )
-        _check_ranges(tolerance, rank, energy, bits, retention)
-        if form == "exact":
-            if rank is not None or energy is not None or bits is not None:
-                raise MismatchError(
-                    "form 'exact' stores the files' tensors: it takes no rank, energy or bits"
-                )
-            tolerance = 0.0 if retention is None else tolerance
-        elif (tolerance is None and not named and bits is None) or (
-            retention is not None and tolerance is None
-        ):
-            tolerance = DEFAULT_TOLERANCE
-        block_bytes(memory)
-        options = Options(form, tolerance, rank, energy, bits, retention)
-        return cls(options, memory, torch_device(device), progress, retention, score)
+    def recorded(self) -> dict[str, Any]:
+        """What a library says of them: those that are set."""
+        found = {name: getattr(self, name) for name in RECORDED}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def _check_ranges(
-    tolerance: float | None,
-    rank: int | None,
-    energy: float | None,
-    bits: float | None,
-    retention: float | None,
-) -> None:
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
-        raise MismatchError(f"rank must be a whole number of at least 1, found {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise MismatchError(f"energy must lie in (0, 1], found {energy}")
-    if bits is not None and not (0 < bits <= 8 or bits in (16, 32)):
-        raise MismatchError(f"bits must be 16, 32 or an average in (0, 8], found {bits}")
-    if retention is not None and not 0 < retention <= 1:
-        raise MismatchError(f"retention must lie in (0, 1], found {retention}")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-Progress = Callable[[int, int, str], None]
+def with_options(function: F) -> F:
+    """Have `**options` of a function shown as the keywords of `Options`."""
+    given = inspect.signature(function, eval_str=False)
+    own = [p for p in given.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    only = inspect.Parameter.KEYWORD_ONLY
+    keywords = [
+        inspect.Parameter(f.name, only, default=f.default, annotation=f.type)
+        for f in fields(Options)
+    ]
+    head = [p for p in own if p.kind is not only]
+    tail = [p for p in own if p.kind is only]
+    function.__signature__ = given.replace(  # type: ignore[attr-defined]
+        parameters=[*head, *keywords, *tail]
+    )
+    return function

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from ..adapter import Adapter
 from ..collection.sources import Handle
 from ..errors import MismatchError
-from .fold import fold
-from .library import Library
+from .change import add_to
+from .contents import Contents
 from .one_pass import folded
-from .options import FoldOptions, Score
+from .options import Options, Score
 from .store.store import Store
 
 RUNS = 8  # of the score, an adapter: the base, the full adapter, the bisection, the check
@@ -27,31 +27,37 @@ LOOSEST, TIGHTEST = 0.9, 0.005
 
 def fold_by_retention(
     handles: Mapping[str, Handle],
-    settings: FoldOptions,
+    options: Options,
     path: str | os.PathLike[str] | None,
     overwrite: bool,
-) -> Library:
+) -> Store:
     """See `fold(retention=…, score=…)`."""
-    assert settings.retention is not None
-    assert settings.score is not None
+    assert options.score is not None
     if path is not None:
         with Store.create(path, overwrite=overwrite):
             pass  # what is in the way is found before the scores are run
-    score = _Counted(settings.score)
+    score = _Counted(options.score)
     found = {}
     for k, (name, handle) in enumerate(handles.items()):
-        if settings.progress:
-            settings.progress(k, len(handles), "scoring")
-        found[name] = _Search(name, handle, settings, score)
-    bounds = {name: s.tolerance for name, s in found.items()}
-    with Store.create(None) as t:
-        store = t.commit(folded(handles, settings, t, tolerances=bounds))
-    lib = Library(store, settings.device)
+        if options.progress:
+            options.progress(k, len(handles), "scoring")
+        found[name] = _Search(name, handle, options, score)
+    contents = _folded(handles, options, {name: s.tolerance for name, s in found.items()})
     for name, search in found.items():
-        if search.searched and not search.keeps(lib[name]):
+        if search.searched and not search.keeps(contents.adapter(name)):
             form = "svd" if search.passed else "exact"
-            lib.add(handles[name].load(), name, replace=True, tolerance=search.tolerance, form=form)
-    return lib if path is None else lib.save(path, overwrite=overwrite)
+            tolerance = search.tolerance
+            adapter = handles[name].load()
+            add_to(contents, adapter, name, replace=True, tolerance=tolerance, form=form)
+    return contents.store if path is None else contents.store.save(path, overwrite=overwrite)
+
+
+def _folded(
+    handles: Mapping[str, Handle], options: Options, bounds: Mapping[str, float] | None = None
+) -> Contents:
+    """What a fold in memory holds."""
+    with Store.create(None) as t:
+        return Contents(t.commit(folded(handles, options, t, tolerances=bounds)), options.device)
 
 
 class _Counted:
@@ -82,17 +88,16 @@ class _Search:
         passed: whether the score was run at that bound and kept the lift.
     """
 
-    def __init__(self, name: str, handle: Handle, settings: FoldOptions, score: _Counted) -> None:
-        assert settings.retention is not None
-        assert settings.options.tolerance is not None
-        self._name, self._score, self._share = name, score, settings.retention
-        self.tolerance = settings.options.tolerance
+    def __init__(self, name: str, handle: Handle, options: Options, score: _Counted) -> None:
+        assert options.retention is not None
+        assert options.tolerance is not None
+        self._name, self._score, self._share = name, score, options.retention
+        self.tolerance = options.tolerance
         self.searched = self.passed = False
         if handle.refusal is not None:
             return
-        adapter = handle.load()
         self._base = score(name, None)
-        self._lift = score(name, adapter) - self._base
+        self._lift = score(name, handle.load()) - self._base
         if self._lift <= 0:
             return
         self.searched = True
@@ -100,10 +105,8 @@ class _Search:
         self.tolerance = TIGHTEST
         middle = math.log(2 * DEFAULT_START)
         while score.left(name) > 1:
-            candidate = fold(
-                {name: adapter}, tolerance=math.exp(middle), form="svd", device=settings.device
-            )
-            if self.keeps(candidate[name]):
+            alone = Options("svd", math.exp(middle), memory=options.memory, device=options.device)
+            if self.keeps(_folded({name: handle}, alone).adapter(name)):
                 low, self.tolerance, self.passed = middle, math.exp(middle), True
             else:
                 high = middle

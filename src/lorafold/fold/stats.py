@@ -2,91 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .library import Library
+from .contents import Contents
+from .store.entries import AdapterEntry, ModuleEntry
 
 
-def library_stats(lib: Library) -> dict[str, Any]:
+def library_stats(c: Contents) -> dict[str, Any]:
     """Totals and one entry a module; plain JSON types.
 
     Returns:
         adapters, base_model, tolerance, options; bytes (the library), file_bytes (the adapters'
         files), ratio; parameters (of all factors); error {"mean", "max"}; bits (mean packed bits a
         number, scales apart); plain_svd_bytes (truncated float16 SVD per adapter at the same
-        tolerance; 0 when folded by size); forms {form: modules}; init_groups; modules: path,
-        shape, form, ranks of the shared sides, adapters, parameters of their factors, bytes of the
-        records and of the bases, certificate; clamped: how many directions there were where a rank
-        asked for more.
+        tolerance; 0 when folded by size); shards; forms {form: modules}; init_groups; modules:
+        path, shape, form, ranks of the shared sides, adapters, parameters of their factors, bytes
+        of the records and of the bases, certificate; clamped: how many directions there were where
+        a rank asked for more.
     """
-    manifest = lib.store.manifest
-    entries = manifest["adapters"]
-    errors = np.array([e["error"] for e in entries.values()] or [0.0])
+    entries = list(c.manifest.adapters.values())
+    errors = np.array([e.error for e in entries] or [0.0])
+    file_bytes = sum(e.file_bytes for e in entries)
+    nbytes = c.store.nbytes
     forms: dict[str, int] = {}
-    modules = []
-    for j, module in enumerate(lib.modules):
-        forms[module["form"]] = forms.get(module["form"], 0) + 1
-        modules.append(_module(lib, j, module))
+    for module in c.modules:
+        forms[module.form] = forms.get(module.form, 0) + 1
     return {
         "adapters": len(entries),
-        "base_model": lib.base_model,
-        "tolerance": lib.tolerance,
-        "options": dict(manifest["options"]),
-        "bytes": lib.nbytes,
-        "file_bytes": lib.file_bytes,
-        "ratio": lib.file_bytes / max(lib.nbytes, 1),
-        "parameters": sum(int(e["parameters"]) for e in entries.values()),
+        "base_model": c.manifest.base_model,
+        "tolerance": c.manifest.options.tolerance,
+        "options": c.manifest.options.recorded(),
+        "bytes": nbytes,
+        "file_bytes": file_bytes,
+        "ratio": file_bytes / max(nbytes, 1),
+        "parameters": sum(e.parameters for e in entries),
         "error": {"mean": float(errors.mean()), "max": float(errors.max())},
-        "bits": float(np.mean([e["bits"] for e in entries.values() if "bits" in e] or [0.0])),
-        "plain_svd_bytes": int(manifest.get("plain_svd_bytes", 0)),
+        "bits": float(np.mean([e.bits for e in entries if e.bits is not None] or [0.0])),
+        "plain_svd_bytes": c.manifest.plain_svd_bytes,
+        "shards": len(c.store.shards),
         "forms": forms,
-        "init_groups": _groups(manifest),
-        "modules": modules,
+        "init_groups": _groups(entries),
+        "modules": [_module(c, j, module, entries) for j, module in enumerate(c.modules)],
     }
 
 
-def _groups(manifest: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """Init groups, without names that have left since."""
-    there = manifest["adapters"]
-    found = {}
-    for side, groups in manifest.get("groups", {}).items():
-        kept = [[n for n in group if n in there] for group in groups]
-        if kept := [group for group in kept if len(group) > 1]:
-            found[side] = kept
-    return found
+def _groups(entries: list[AdapterEntry]) -> dict[str, list[list[str]]]:
+    """Init groups of those that are there, by side."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for entry in entries:
+        for side, number in entry.groups.items():
+            found.setdefault(side, {}).setdefault(number, []).append(entry.name)
+    kept = {
+        side: [groups[g] for g in sorted(groups) if len(groups[g]) > 1]
+        for side, groups in sorted(found.items())
+    }
+    return {side: groups for side, groups in kept.items() if groups}
 
 
-def _rank(rank: int | list[int], j: int) -> int:
-    """An adapter's rank at module number j, from its entry."""
-    if isinstance(rank, int):
-        return rank
-    return rank[j] if j < len(rank) else 0
-
-
-def _module(lib: Library, j: int, module: dict[str, Any]) -> dict[str, Any]:
-    entries = list(lib.store.manifest["adapters"].values())
-    held = [lib.record_size(j, e) for e in entries]
-    ranks = [_rank(e["rank"], j) for e, size in zip(entries, held, strict=True) if size]
-    bases = module.get("bases", {})
+def _module(
+    c: Contents, j: int, module: ModuleEntry, entries: list[AdapterEntry]
+) -> dict[str, Any]:
+    held = [c.record_size(j, e) for e in entries]
+    ranks = [e.rank_at(j) for e, size in zip(entries, held, strict=True) if size]
     entry: dict[str, Any] = {
-        "path": module["path"],
-        "shape": list(module["shape"]),
-        "form": module["form"],
+        "path": module.path,
+        "shape": list(module.shape),
+        "form": module.form,
         "adapters": len(ranks),
-        "parameters": sum(ranks) * sum(module["shape"]),
+        "parameters": sum(ranks) * sum(module.shape),
         "record_bytes": sum(held),
         "basis_bytes": sum(
-            lib.basis_size(s, t) for segments in bases.values() for s, t, _ in segments
+            c.basis_size(p.shard, p.tensor) for pieces in module.bases.values() for p in pieces
         ),
-        "ranks": {
-            name: sum(columns for _, _, columns in segments) for name, segments in bases.items()
-        },
+        "ranks": {name: sum(p.columns for p in pieces) for name, pieces in module.bases.items()},
     }
-    if "clamped" in module:
-        entry["clamped"] = module["clamped"]
-    if "certificate" in module:
-        entry["certificate"] = dict(module["certificate"])
+    if module.clamped is not None:
+        entry["clamped"] = module.clamped
+    if module.certificate:
+        entry["certificate"] = dict(module.certificate)
     return entry

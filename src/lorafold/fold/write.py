@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +28,14 @@ from ..collection.limits import threads
 from ..collection.stack import Stack
 from ..errors import MismatchError, ToleranceError
 from .coding.flat_part import code_parts
-from .coding.record import NOTHING, Coded, Target, code, exact_record
+from .coding.record import NOTHING, Coded, Target, code, exact_record, sealed
 from .options import Options, Progress
 from .planning.budget import Ledger, module_budgets
 from .planning.costs import Costs
 from .planning.forms import Planner
 from .planning.plan import ModulePlan, basis_at, side_pairs
-from .store.manifest import layout_entry
-from .store.shard import ShardWriter
+from .store.entries import ModuleEntry, Piece
+from .store.shard_writer import ShardWriter
 from .store.store import Transaction
 
 _ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
@@ -50,18 +49,18 @@ class Written:
     """A collection in one shard.
 
     Args:
-        shard: its name. squared_error, squared_norm: (N,) over the folded adapters.
+        squared_error, squared_norm: (N,) over the folded adapters.
         payload: (N,) bytes of packed codes. modules: what the manifest says of each module.
-        nbytes: of the shard.
+        extras: of each adapter, file key → tensor. shard: its name. nbytes: of the shard.
     """
 
-    shard: str
     squared_error: np.ndarray
     squared_norm: np.ndarray
     payload: np.ndarray
-    modules: list[dict[str, Any]]
+    modules: list[ModuleEntry] = field(default_factory=list)
+    extras: list[dict[str, str]] = field(default_factory=list)
+    shard: str = ""
     nbytes: int = 0
-    extras: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 class Builder:
@@ -234,7 +233,8 @@ class Builder:
         ledger = Ledger(budgets, self.tolerances, self._totals())
         known: Mapping[str, Coded] = {} if ahead is None else ahead(ledger)
         at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
-        result = Written(writer.name, np.zeros(n), ledger.total, np.zeros(n), [])
+        result = Written(np.zeros(n), ledger.total, np.zeros(n))
+        bases: list[dict[str, tuple[str, int]]] = []
         for j, path in enumerate(c.paths):
             self._progress(len(c.paths) + j, 2 * len(c.paths), "writing")
             plan, stack = plans.get(path), self.stacks.get(path)
@@ -245,21 +245,22 @@ class Builder:
                         result.squared_error[members] += coded.squared_error
                         result.payload[members] += coded.payload
                         for i, record in zip(members.tolist(), coded.records, strict=True):
-                            stream.write(record or bytes([NOTHING]))
-                            sizes[i] = len(record) or 1
+                            sizes[i] = stream.write(sealed(record or bytes([NOTHING])))
                     stack.forget()
                 for i in range(n, len(c.names)):
                     if path in c.handles[i].shapes:
-                        record = exact_record(c.read(i, path))
-                        stream.write(record)
-                        sizes[i] = len(record)
+                        sizes[i] = stream.write(sealed(exact_record(c.read(i, path))))
             at[j, 1:] = np.cumsum(sizes)
             if plan is not None:
                 plan.release()
-            result.modules.append(self._module_entry(j, path, plan, writer))
+            bases.append({} if plan is None else _write_bases(j, plan, writer))
         writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
-        self._write_extras(writer, result)
-        result.nbytes = writer.close().nbytes
+        result.extras = self._write_extras(writer)
+        info = writer.close()
+        result.shard, result.nbytes = info.name, info.nbytes
+        for path, fresh in zip(c.paths, bases, strict=True):
+            pieces = {name: (Piece(info.name, *piece),) for name, piece in fresh.items()}
+            result.modules.append(self._module_entry(path, plans.get(path), pieces))
         return result
 
     def _totals(self) -> np.ndarray:
@@ -367,38 +368,24 @@ class Builder:
     # Manifest and extras
 
     def _module_entry(
-        self, j: int, path: str, plan: ModulePlan | None, writer: ShardWriter
-    ) -> dict[str, Any]:
+        self, path: str, plan: ModulePlan | None, bases: Mapping[str, tuple[Piece, ...]]
+    ) -> ModuleEntry:
         c = self.collection
-        entry: dict[str, Any] = {
-            "path": path,
-            "shape": list(c.shapes[path]),
-            "form": plan.form if plan else "exact",
-        }
-        if path in c.layouts:
-            entry["layout"] = layout_entry(c.layouts[path])
+        out, inner = c.shapes[path]
+        layout = c.layouts.get(path)
         if plan is None:
-            return entry
-        if (available := self._clamped(path, plan)) is not None:
-            entry["clamped"] = available
-        if plan.certificate:
-            entry["certificate"] = {k: round(v, 9) for k, v in plan.certificate.items()}
-        bases: dict[str, list[list[Any]]] = {}
-        for side, shared in (("U", plan.U), ("V", plan.V)):
-            for g, basis in shared.bases.items() if shared else ():
-                if basis.fresh:
-                    write_basis(
-                        writer, f"b{j}.{side}{g}", basis.record, bases, f"{side}{g}", basis.fresh
-                    )
-        if plan.flat is not None:
-            for side, half in (("A", plan.flat.A), ("B", plan.flat.B)):
-                if not half.record:
-                    continue
-                write_basis(writer, f"b{j}.{side}0", half.record, bases, f"{side}0", half.count + 1)
-            entry["wide"] = plan.flat.wide
-        if bases:
-            entry["bases"] = bases
-        return entry
+            return ModuleEntry(path, (out, inner), "exact", layout=layout)
+        certificate = plan.certificate or {}
+        return ModuleEntry(
+            path,
+            (out, inner),
+            plan.form,
+            bases,
+            plan.flat is not None and plan.flat.wide,
+            layout,
+            {k: round(v, 9) for k, v in certificate.items()},
+            self._clamped(path, plan),
+        )
 
     def _clamped(self, path: str, plan: ModulePlan) -> int | None:
         """How many directions there are, where a rank asks for more."""
@@ -413,14 +400,15 @@ class Builder:
         asked = self.options.rank
         return available if asked is not None and asked > available else None
 
-    def _write_extras(self, writer: ShardWriter, result: Written) -> None:
+    def _write_extras(self, writer: ShardWriter) -> list[dict[str, str]]:
+        found = []
         for i, handle in enumerate(self.collection.handles):
-            extras = handle.read_extras()
             names = {}
-            for k, (key, tensor) in enumerate(extras.items()):
+            for k, (key, tensor) in enumerate(handle.read_extras().items()):
                 names[key] = f"x{i}.{k}"
                 writer.add(names[key], tensor)
-            result.extras[i] = names
+            found.append(names)
+        return found
 
     def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
         """Bytes to reserve for a shard's header."""
@@ -428,21 +416,24 @@ class Builder:
         bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
         bases += 2 * sum(p.flat is not None for p in plans.values())
         extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
-        return 256 + 110 * (len(c.paths) + bases + extras)
+        return 256 + 120 * (len(c.paths) + bases + extras)
 
 
-def write_basis(
-    writer: ShardWriter,
-    key: str,
-    record: bytes,
-    bases: dict[str, list[list[Any]]],
-    name: str,
-    columns: int,
-) -> None:
-    """Write a basis as a tensor and enter it: name → [[shard, tensor, columns], …]."""
-    with writer.stream(key) as stream:
-        stream.write(record)
-    bases.setdefault(name, []).append([writer.name, key, columns])
+def _write_bases(j: int, plan: ModulePlan, writer: ShardWriter) -> dict[str, tuple[str, int]]:
+    """Write what is new of a plan's bases; basis → (tensor, columns)."""
+    fresh: dict[str, tuple[bytes, int]] = {}
+    for side, shared in (("U", plan.U), ("V", plan.V)):
+        for g, basis in shared.bases.items() if shared else ():
+            if basis.fresh:
+                fresh[f"{side}{g}"] = basis.record, basis.fresh
+    if plan.flat is not None:
+        for side, half in (("A", plan.flat.A), ("B", plan.flat.B)):
+            if half.record:
+                fresh[f"{side}0"] = half.record, half.count + 1
+    for name, (record, _) in fresh.items():
+        with writer.stream(f"b{j}.{name}") as stream:
+            stream.write(record)
+    return {name: (f"b{j}.{name}", columns) for name, (_, columns) in fresh.items()}
 
 
 def check_contract(names: list[str], error: np.ndarray, tolerances: np.ndarray) -> None:

@@ -95,10 +95,10 @@ def library_layers(
         RefusedError: a layer that takes no update, or experts.
     """
     there = {path for path, _ in model.named_modules()}
-    modules = {m["path"]: m for m in library.modules}
+    modules = {m.path: m for m in library.contents.modules}
     found: dict[str, Place] = {}
     for path, m in modules.items():
-        if m.get("layout", {}).get("kind") == "expert":
+        if m.layout is not None and m.layout.kind == "expert":
             raise RefusedError(
                 f"module {path!r} of the library is an expert's: attach its adapters one by one, "
                 "lf.attach(model, {name: library[name]})"
@@ -106,10 +106,10 @@ def library_layers(
         if path not in there:
             continue
         place = place_at(model, path, known)
-        if place.dims != tuple(m["shape"]):
+        if place.dims != m.shape:
             raise MismatchError(
                 f"module {path!r} takes updates of shape {place.dims}, the library's are "
-                f"{tuple(m['shape'])}: it belongs to another base"
+                f"{m.shape}: it belongs to another base"
             )
         found[path] = place
     if not found:

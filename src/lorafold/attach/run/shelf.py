@@ -24,23 +24,19 @@ class Shelf:
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
         self.library, self._dtype = library, dtype
-        self._numbers = {m["path"]: j for j, m in enumerate(library.modules)}
         self._known: dict[str, dict[str, tuple[Tensor | None, list[int]]]] = {}
 
     def ranks(self) -> dict[str, int]:
         """{name: the largest rank that it may have}."""
-        found = {}
-        for name, entry in self.library.store.manifest["adapters"].items():
-            ranks = entry["rank"]
-            # What coding added (a residual part) may come on top of the file's own rank.
-            found[name] = 2 * (max(ranks) if isinstance(ranks, list) else ranks)
-        return found
+        entries = self.library.contents.manifest.adapters
+        # What coding added (a residual part) may come on top of the file's own rank.
+        return {name: 2 * max(entry.ranks, default=0) for name, entry in entries.items()}
 
     def load(self, name: str, slots: Slots, slot: int) -> None:
         """Read an adapter's parts into a slot."""
         for path, patch in slots.patches.items():
             first = 0
-            for (has_U, has_V), parts in _by_sides(self.library.parts(name, path)):
+            for (has_U, has_V), parts in _by_sides(self.library.contents.parts(name, path)):
                 sides = self._sides(patch)
                 u = _joined_core(parts, sides)
                 U, V = sides["U"][0] if has_U else None, sides["V"][0] if has_V else None
@@ -50,9 +46,11 @@ class Shelf:
     def _sides(self, patch: Patch) -> dict[str, tuple[Tensor | None, list[int]]]:
         """For "U" and "V": all bases side by side, (d, ΣR), and where each begins."""
         if patch.path not in self._known:
+            contents = self.library.contents
+            sides = contents.sides(contents.manifest.numbers[patch.path])
             self._known[patch.path] = {
                 side: self._joined([b.columns for b in bases], patch)
-                for side, bases in self.library.sides(self._numbers[patch.path]).items()
+                for side, bases in sides.items()
             }
         return self._known[patch.path]
 
@@ -73,8 +71,8 @@ def slots_within(library: Library, nbytes: int, dtype: torch.dtype) -> int:
     """
     name = library.names[0]
     each = 0
-    for m in library.modules:
-        for part in library.parts(name, m["path"]):
+    for m in library.contents.modules:
+        for part in library.contents.parts(name, m.path):
             each += (part.left.numel() + part.right.numel()) * dtype.itemsize
     if nbytes < each:
         raise MismatchError(f"cache= of {nbytes} bytes holds no adapter: one takes {each}")

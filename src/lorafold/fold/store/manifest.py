@@ -1,32 +1,217 @@
-"""The manifest of a store, `library.json`: read with care, written compactly.
+"""What a library says of itself, as records: every field read is checked into one of these.
 
-The store's own entries are `format`, `version`, and `shards`: name -> bytes and checksums. All
-others are the caller's. Names in it are any text, with surrogates too; the name of a shard is not,
-as it becomes a path.
+docs/formats.md describes the files: a small `library.json` (`Manifest`: the options, a
+`ModuleEntry` a module, the shards), and one list of `AdapterEntry` for each shard (`Part`), so that
+adding to many adapters writes a new list of one. Records never change; a change makes new ones.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ...adapter import Layout
-from ...errors import FileError
+from ...errors import FileError, MismatchError, UnknownNameError
 from ...files.atomic import set_aside
 from ...files.config import LIBRARY_NAME
-from .shard import ShardInfo
+from ...words import did_you_mean
+from ..options import FORMS, RECORDED, Options
+from .entries import AdapterEntry, ModuleEntry, sha256, shard_name
+from .fields import (
+    Wrong,
+    an_object,
+    count,
+    encoded,
+    mapped,
+    matching,
+    one_of,
+    parsed,
+    read,
+    text,
+    tuple_of,
+)
+from .part import PART_NAME, Entries, FileInfo, Part
+from .shard_writer import ShardInfo
 
+T = TypeVar("T")
+_LONGER = 8  # a list of adapters is written again with one that is new and this many times shorter
 FORMAT = "lorafold-library"
 VERSION = 1
 MANIFEST = LIBRARY_NAME
-SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
-_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a library says of itself.
+
+    Args:
+        base_model: that the adapters belong to. options: it was folded by.
+        config: what the adapters' configs are written as differences from.
+        modules: a module's position is its number. parts: the adapters, in lists.
+        plain_svd_bytes: what truncating each adapter alone would take; 0 without a tolerance.
+    """
+
+    base_model: str | None = None
+    options: Options = field(default_factory=Options)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[ModuleEntry, ...] = ()
+    parts: tuple[Part, ...] = ()
+    plain_svd_bytes: int = 0
+
+    @cached_property
+    def adapters(self) -> Entries:
+        """By name, in the order in which they came."""
+        return Entries.joined(part.entries for part in self.parts)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Module path → its number."""
+        return {m.path: j for j, m in enumerate(self.modules)}
+
+    def entry(self, name: str) -> AdapterEntry:
+        """An adapter's.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        try:
+            return self.adapters[name]
+        except (KeyError, TypeError):
+            hint = did_you_mean(str(name), self.adapters)
+            raise UnknownNameError(f"no adapter {name!r} in the library; {hint}") from None
+
+    def changed(self, entries: Iterable[AdapterEntry], leaving: Collection[str] = ()) -> Manifest:
+        """With these adapters, in place of those of their names, and without those that leave.
+
+        What is new goes into a list of its own, and lists that are not much longer into that with
+        it: there are few, and a long one is hardly ever written again.
+        """
+        fresh: dict[str, Any] = {e.name: e for e in entries}
+        moved = {name for name in fresh if name in self.adapters} | set(leaving)
+        parts = [part.without(moved) for part in self.parts] if moved else list(self.parts)
+        kept = []
+        for part in sorted(parts, key=lambda part: len(part.entries)):
+            # One that is mostly gone is written anew, too.
+            if len(part.entries) <= _LONGER * len(fresh) or len(part.gone) > len(part.entries):
+                fresh |= dict(part.entries.items_as_they_are())
+            else:
+                kept.append(part)
+        new = [Part(Entries.joined([Entries(lambda: fresh)]))] if fresh else []
+        return replace(self, parts=(*reversed(kept), *new))
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The shards that hold anything of the library."""
+        pieces = (p for m in self.modules for pieces in m.bases.values() for p in pieces)
+        return frozenset(set(self.adapters.shard_of().values()) | {piece.shard for piece in pieces})
+
+    def to_bytes(self, shards: Mapping[str, ShardInfo]) -> bytes:
+        """`library.json`: what it says, and first of all the SHA-256 of that.
+
+        Raises:
+            FileError: it has no form in JSON.
+        """
+        whole = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base_model": self.base_model,
+            "options": self.options.recorded(),
+            "plain_svd_bytes": self.plain_svd_bytes,
+            "config": self.config,
+            "modules": [m.to_json() for m in self.modules],
+            "adapters": [part.to_json() for part in self.parts],
+            "shards": {
+                name: {
+                    "bytes": info.nbytes,
+                    "header_sha256": info.header_sha256,
+                    "data_sha256": info.data_sha256,
+                }
+                for name, info in shards.items()
+            },
+        }
+        raw = encoded(whole)
+        return _HEAD + hashlib.sha256(raw).hexdigest().encode() + _NEXT + raw[1:]
+
+
+_HEAD, _NEXT = b'{"sha256":"', b'",'  # how every library.json begins, the digest between them
+_START = len(_HEAD) + 64 + len(_NEXT)
+
+
+# Reading
+
+
+@dataclass(frozen=True, slots=True)
+class _PartFile:
+    file: str
+    bytes: int
+    sha256: str
+    gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardFile:
+    bytes: int
+    header_sha256: str
+    data_sha256: str
+
+
+def _base_model(value: Any) -> str | None:
+    return None if value is None else text(value)
+
+
+def _options(value: Any) -> Options:
+    given = an_object(value)
+    try:
+        found = Options(**{k: v for k, v in given.items() if k in RECORDED})
+        found.check_ranges()
+    except (MismatchError, TypeError) as e:
+        raise Wrong(f"those of a fold ({e})") from None
+    one_of(*FORMS)(found.form)
+    return found
+
+
+def _right(record: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A check that a record can be made of the value."""
+
+    def check(value: Any) -> T:
+        try:
+            return record(value)
+        except FileError as e:
+            raise Wrong(f"right ({e})") from None
+
+    return check
+
+
+_PART = {
+    "file": matching(PART_NAME, "the name of a list of adapters"),
+    "bytes": count,
+    "sha256": sha256,
+    "gone": tuple_of(text),
+}
+_SHARD = {"bytes": count, "header_sha256": sha256, "data_sha256": sha256}
+_WHOLE: dict[str, Callable[[Any], Any]] = {
+    "base_model": _base_model,
+    "options": _options,
+    "config": an_object,
+    "modules": tuple_of(_right(ModuleEntry.from_json)),
+    "adapters": tuple_of(_right(lambda value: read(_PartFile, value, _PART, "a list"))),
+    "shards": mapped(_right(lambda value: read(_ShardFile, value, _SHARD, "one")), shard_name),
+    "plain_svd_bytes": count,
+}
+
+
+@dataclass(frozen=True)
+class _Whole:
+    base_model: str | None
+    options: Options
+    config: dict[str, Any]
+    modules: tuple[ModuleEntry, ...]
+    adapters: tuple[_PartFile, ...]
+    shards: dict[str, _ShardFile]
+    plain_svd_bytes: int
 
 
 def read_manifest(path: Path) -> bytes:
@@ -52,154 +237,92 @@ def read_manifest(path: Path) -> bytes:
         raise FileError(f"{path / MANIFEST} can't be read: {e.strerror}") from e
 
 
-def parse_manifest(raw: bytes, path: Path | None) -> tuple[dict[str, Any], dict[str, ShardInfo]]:
-    """The manifest and what it says about its shards.
+def parse_manifest(
+    raw: bytes, where: str, part: Callable[[FileInfo], bytes], known: Iterable[Part] = ()
+) -> tuple[Manifest, dict[str, ShardInfo]]:
+    """The manifest and what it says about its shards, checked.
 
     Args:
-        raw: as read.
-        path: the folder, for the messages; None in memory.
+        raw: as read. where: the file, for messages.
+        part: reads a list of adapters that the manifest names.
+        known: parts that need not be read again.
 
     Raises:
-        FileError: not JSON, not a library's, or of a newer version.
+        FileError: damaged, not a library's, of a newer version, or with a field that is wrong.
     """
-    where = f"{path / MANIFEST}" if path else "the manifest"
-    try:
-        manifest = json.loads(raw.decode())
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{where} is not valid JSON ({e})") from e
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+    whole = _checked(raw, where)
+    shards = {
+        name: ShardInfo(s.bytes, s.header_sha256, s.data_sha256) for name, s in whole.shards.items()
+    }
+    for name, info in shards.items():
+        if info.name != name:
+            raise FileError(f"{where}: {name} is {info.name} by its checksums")
+    have = {p.file: p for p in known if p.file is not None}
+    parts = [_part(p, have, part, where) for p in whole.adapters]
+    manifest = Manifest(
+        whole.base_model,
+        whole.options,
+        whole.config,
+        whole.modules,
+        tuple(parts),
+        whole.plain_svd_bytes,
+    )
+    if len(manifest.numbers) < len(manifest.modules):
+        raise FileError(f"{where} has two modules of one path")
+    return manifest, shards
+
+
+def named_files(raw: bytes, where: str) -> set[str]:
+    """The files that a manifest names.
+
+    Raises:
+        FileError: as `parse_manifest`, as far as the lists of adapters are not needed.
+    """
+    whole = _checked(raw, where)
+    return {*whole.shards, *(p.file for p in whole.adapters)}
+
+
+def _checked(raw: bytes, where: str) -> _Whole:
+    if raw[: len(_HEAD)] == _HEAD and raw[_START - len(_NEXT) : _START] == _NEXT:
+        stated = raw[len(_HEAD) : _START - len(_NEXT)].decode("ascii", "replace")
+        found = hashlib.sha256(b"{" + raw[_START:]).hexdigest()
+        if found != stated:
+            raise FileError(f"{where} is damaged: its SHA-256 is {found}, it states {stated:.80}")
+        value = parsed(raw, where)
+        _check_version(value, where)
+        try:
+            return read(_Whole, value, _WHOLE, "its object")
+        except FileError as e:
+            raise FileError(f"{where}: {e}") from None
+    value = parsed(raw, where)
+    _check_version(value, where)
+    raise FileError(f"{where} does not begin with its SHA-256: it is damaged, or was edited")
+
+
+def _check_version(value: Any, where: str) -> None:
+    found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise FileError(f"{where} is not a library's: format is {found!r:.80}, expected {FORMAT!r}")
-    version = manifest.get("version")
+    version = value.get("version")
     if type(version) is not int or version < 1:
         raise FileError(f"{where}: version must be a whole number, found {version!r:.80}")
     if version > VERSION:
         raise FileError(
             f"{where} has format version {version}; this lorafold reads up to {VERSION}: update it"
         )
-    shards = manifest.get("shards")
-    if not isinstance(shards, dict):
-        raise FileError(f"{where}: `shards` must be an object, found {type(shards).__name__}")
-    return manifest, {name: _shard_info(name, entry, where) for name, entry in shards.items()}
 
 
-def _shard_info(name: str, entry: Any, where: str) -> ShardInfo:
-    if not SHARD_NAME.fullmatch(name):  # anything else could be a path out of the folder
-        raise FileError(f"{where}: {name!r:.80} is not the name of a shard")
-    keys = {"bytes": int, "header_sha256": str, "data_sha256": str}
-    for key, kind in keys.items():
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if type(value) is not kind:
-            raise FileError(
-                f"{where}, shard {name}: {key} must be {kind.__name__}, found {value!r:.80}"
-            )
-    return ShardInfo(name, entry["bytes"], entry["header_sha256"], entry["data_sha256"])
-
-
-def manifest_bytes(manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo]) -> bytes:
-    """A manifest as written: the caller's entries, and the store's own (format, version, shards).
-
-    Raises:
-        FileError: it has no form in JSON.
-    """
-    whole = _whole(manifest, shards)
-    try:
-        text = _encode(whole)
-    except (TypeError, ValueError, RecursionError) as e:
-        raise FileError(f"the manifest can't be written as JSON: {e}") from e
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        # Lone surrogates, as in file names that are not UTF-8, survive as escapes. Two that make up
-        # a pair would come back as one character, so two names could become one.
-        pair = _SURROGATE_PAIR.search(text)
-        if pair:
-            around = text[max(0, pair.start() - 20) : pair.end() + 20]
-            raise FileError(f"the manifest can't hold a pair of surrogates: {around!r}") from None
-        return json.dumps(whole, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _whole(manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo]) -> dict[str, Any]:
-    own = {
-        name: {"bytes": i.nbytes, "header_sha256": i.header_sha256, "data_sha256": i.data_sha256}
-        for name, i in shards.items()
-    }
-    rest = {k: v for k, v in manifest.items() if k not in ("format", "version", "shards")}
-    return {"format": FORMAT, "version": VERSION, **rest, "shards": own}
-
-
-class KnownEntries:
-    """Makes manifests that mostly repeat the one before, and encodes only what is new in them.
-
-    An entry is one item of an object of the manifest, such as one adapter. Entries are replaced,
-    never changed in place, so one that is the same object as before has the same text. With a
-    thousand adapters, to encode and to parse all of them takes as long as to code a new one.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, dict[str, tuple[Any, str]]] = {}  # object -> name -> entry, text
-
-    def made(
-        self, manifest: Mapping[str, Any], shards: Mapping[str, ShardInfo]
-    ) -> tuple[bytes, dict[str, Any]]:
-        """What `manifest_bytes` gives, and what parsing that gives.
-
-        Raises:
-            FileError: it has no form in JSON.
-        """
-        parsed: dict[str, Any] = {}
-        parts = []
-        try:
-            for key, value in _whole(manifest, shards).items():
-                text, parsed[key] = self._object(key, value)
-                parts.append(f"{_encode(key)}:{text}")
-            return ("{" + ",".join(parts) + "}").encode(), parsed
-        except (TypeError, ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
-            raw = manifest_bytes(manifest, shards)
-            return raw, parse_manifest(raw, None)[0]
-
-    def _object(self, key: str, value: Any) -> tuple[str, Any]:
-        if type(value) is not dict or not all(type(name) is str for name in value):
-            text = _encode(value)
-            return text, json.loads(text)
-        known = self._known.get(key, {})
-        found: dict[str, tuple[Any, str]] = {}
-        for name, entry in value.items():
-            before = known.get(name)
-            if before is None or before[0] is not entry:
-                text = _encode(entry)
-                before = (json.loads(text), text)
-            found[name] = before
-        self._known[key] = found
-        text = ",".join(f"{_encode(name)}:{text}" for name, (_, text) in found.items())
-        return "{" + text + "}", {name: entry for name, (entry, _) in found.items()}
-
-
-def config_difference(common: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns `common` into `config`."""
-    changed = {
-        k: v
-        for k, v in config.items()
-        if k not in common or common[k] != v or type(common[k]) is not type(v)
-    }
-    dropped = [k for k in common if k not in config]
-    return {**({"set": changed} if changed else {}), **({"drop": dropped} if dropped else {})}
-
-
-def config_of(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's config from the common one and its entry."""
-    difference = entry.get("config", {})
-    kept = {k: copy.deepcopy(v) for k, v in common.items() if k not in difference.get("drop", ())}
-    return {**kept, **copy.deepcopy(difference.get("set", {}))}
-
-
-def layout_entry(layout: Layout) -> dict[str, Any]:
-    """A layout's fields that are not the default's."""
-    default = asdict(Layout())
-    return {k: v for k, v in asdict(layout).items() if v != default[k]}
-
-
-def read_layout(entry: Mapping[str, Any]) -> Layout:
-    """The inverse of `layout_entry`."""
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return Layout(**given)
+def _part(
+    p: _PartFile, known: Mapping[FileInfo, Part], load: Callable[[FileInfo], bytes], where: str
+) -> Part:
+    """A list of adapters, read and checked, or as it is known."""
+    info, gone = FileInfo(p.file, p.bytes, p.sha256), frozenset(p.gone)
+    before = known.get(info)
+    if before is not None and before.gone <= gone:
+        return before.without(gone - before.gone)
+    raw = load(info)
+    file = f"{where.removesuffix(MANIFEST)}{p.file}"
+    if len(raw) != p.bytes or hashlib.sha256(raw).hexdigest() != p.sha256:
+        raise FileError(f"{file} is damaged: it is not what {MANIFEST} says of it")
+    entries = Entries.read(raw, file)
+    return Part(entries.without(gone) if gone else entries, gone, info)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,54 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import FileError
-from ...files.atomic import CREATE_FLAGS, READ_FLAGS, write_all
+from ...files.atomic import CREATE_FLAGS, write_all
 from ...files.safetensors import Entry, header_length, parse_header, room
-from .shard_writer import ShardInfo, ShardStream, ShardWriter
-
-__all__ = ["Shard", "ShardInfo", "ShardStream", "ShardWriter"]
+from .descriptor import Descriptor
+from .shard_writer import CHECKSUMS, ShardInfo, ShardWriter
 
 _BLOCK = 1 << 20  # bytes read at a time when verifying
-
-
-class _Source:
-    """The bytes of a shard: an open file or memory.
-
-    The descriptor is closed when the last reader lets go of this object, never under a running
-    read: its number could by then belong to another file.
-    """
-
-    def __init__(self, origin: int | memoryview, name: str) -> None:
-        self.origin = origin
-        self.name = name
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Source:
-        return self  # a copy would close the descriptor, too
-
-    def __reduce__(self) -> str:
-        raise TypeError(f"shard {self.name} is an open file, which can't be pickled")
-
-    def __del__(self) -> None:
-        if isinstance(self.origin, int):
-            os.close(self.origin)
-
-    def size(self) -> int:
-        return os.fstat(self.origin).st_size if isinstance(self.origin, int) else len(self.origin)
-
-    def read_into(self, target: memoryview, offset: int) -> bool:
-        """Fill `target` from `offset` on; False when the file ends before."""
-        if not isinstance(self.origin, int):
-            part = self.origin[offset : offset + len(target)]
-            target[: len(part)] = part
-            return len(part) == len(target)
-        while len(target):
-            try:
-                count = _read_at(self.origin, target, offset)
-            except OSError as e:
-                raise FileError(f"shard {self.name} can't be read: {e.strerror}") from e
-            if count == 0:
-                return False
-            target, offset = target[count:], offset + count
-        return True
 
 
 class Shard:
@@ -72,13 +32,13 @@ class Shard:
     The file stays open, so its tensors stay readable after its name is gone.
     """
 
-    def __init__(self, origin: int | memoryview, name: str, info: ShardInfo | None) -> None:
-        self.name = name
+    def __init__(self, source: Descriptor, info: ShardInfo | None) -> None:
+        self.name = source.name
         self.info = info
         self.nbytes = 0
-        self.metadata: dict[str, str] = {}
-        self._source: _Source | None = _Source(origin, name)
+        self._source: Descriptor | None = source
         self._tensors: dict[str, Entry] = {}
+        self._checksums: dict[str, int] = {}
         self._read_header()
 
     @classmethod
@@ -92,13 +52,7 @@ class Shard:
         Raises:
             FileError: missing, unreadable, not what `info` says, or not valid safetensors.
         """
-        try:
-            descriptor = os.open(path, READ_FLAGS)
-        except FileNotFoundError as e:
-            raise FileError(f"shard {path} is missing") from e
-        except OSError as e:
-            raise FileError(f"shard {path} can't be read: {e.strerror}") from e
-        return cls(descriptor, str(path), info)
+        return cls(Descriptor.of(path), info)
 
     @classmethod
     def of(cls, writer: ShardWriter) -> Shard:
@@ -111,9 +65,7 @@ class Shard:
             raise FileError(f"shard {writer.name} was dropped")
         if writer.info is None:
             raise FileError(f"shard {writer.name} is still being written")
-        if writer.path is not None:
-            return cls.open(writer.path, writer.info)
-        return cls(memoryview(writer.memory).toreadonly(), writer.name, writer.info)
+        return cls(writer.file, writer.info)
 
     def __enter__(self) -> Shard:
         return self
@@ -130,20 +82,16 @@ class Shard:
         """Whether it was closed."""
         return self._source is None
 
-    def keys(self) -> list[str]:
-        """The tensors' names, in file order."""
-        return list(self._tensors)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._tensors
+    @property
+    def stated(self) -> ShardInfo:
+        """What a manifest says of it."""
+        if self.info is None:
+            raise FileError(f"shard {self.name}: no checksums are known for it")
+        return self.info
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self._find(key).shape
-
-    def dtype(self, key: str) -> str:
-        """Dtype of a tensor, as safetensors calls it (`F32`, `BF16`, …)."""
-        return self._find(key).code
 
     def read(self, key: str) -> NDArray[Any]:
         """A copy of a tensor.
@@ -164,14 +112,17 @@ class Shard:
         """A copy of a tensor, of any dtype, on the CPU.
 
         Raises:
-            FileError: no such key, or the file can't be read.
+            FileError: no such key, the file can't be read, or the tensor is damaged.
         """
         tensor, view = room(self._find(key))
         self._fill(key, view, self._find(key).start)
+        self._check(key, view)
         return tensor
 
     def read_bytes(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a tensor as stored (little-endian); all by default.
+
+        Only a whole tensor is compared with its checksum.
 
         Raises:
             FileError: no such key, a range outside of the tensor, or the file can't be read.
@@ -183,6 +134,8 @@ class Shard:
             raise FileError(f"{self._at(key)}: [{start}, {stop}) is not within {size} bytes")
         data = bytearray(stop - start)
         self._fill(key, memoryview(data), entry.start + start)
+        if stop - start == size:
+            self._check(key, data)
         return bytes(data)
 
     def verify(self) -> None:
@@ -208,14 +161,12 @@ class Shard:
 
     def _check_all(self, use: Callable[[memoryview], None]) -> None:
         """Pass all bytes to `use`, in order, and compare them with the checksums."""
-        if self.info is None:
-            raise FileError(f"shard {self.name}: no checksums are known for it")
-        source = self._open_source()
+        info, source = self.stated, self._open_source()
         self._check_size(source)
         block = memoryview(bytearray(min(_BLOCK, self.nbytes)))
         for what, begin, end, expected in (
-            ("header", 0, self._start, self.info.header_sha256),
-            ("tensors", self._start, self.nbytes, self.info.data_sha256),
+            ("header", 0, self._start, info.header_sha256),
+            ("tensors", self._start, self.nbytes, info.data_sha256),
         ):
             digest = hashlib.sha256()
             for at in range(begin, end, len(block)):
@@ -239,7 +190,11 @@ class Shard:
         except KeyError:
             raise FileError(f"shard {self.name} holds no tensor {key!r}") from None
 
-    def _open_source(self) -> _Source:
+    def _check(self, key: str, data: memoryview | bytearray) -> None:
+        if zlib.crc32(data) != self._checksums.get(key, zlib.crc32(data)):
+            raise FileError(f"{self._at(key)} is damaged: its CRC-32 is not the one recorded")
+
+    def _open_source(self) -> Descriptor:
         source = self._source
         if source is None:
             raise FileError(f"shard {self.name} is closed")
@@ -249,7 +204,7 @@ class Shard:
         if not self._open_source().read_into(target, begin):
             raise FileError(f"{self._at(key)}: the file was truncated after it was opened")
 
-    def _check_size(self, source: _Source) -> None:
+    def _check_size(self, source: Descriptor) -> None:
         self.nbytes = source.size()
         if self.info is not None and self.nbytes != self.info.nbytes:
             raise FileError(
@@ -273,14 +228,12 @@ class Shard:
                     f"{where} is damaged: its header has SHA-256 {found}, "
                     f"recorded was {self.info.header_sha256}"
                 )
-        self._tensors, self.metadata = parse_header(header, self.nbytes, where)
-
-
-def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [target], offset)
-    # Windows has no positioned read: threads that read one shard must take turns there.
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    part = os.read(descriptor, len(target))
-    target[: len(part)] = part
-    return len(part)
+        self._tensors, metadata = parse_header(header, self.nbytes, where)
+        stated = metadata.get(CHECKSUMS)
+        if stated is None and self.info is None:
+            return  # of any other writer
+        try:
+            words = struct.unpack(f">{len(self._tensors)}I", bytes.fromhex(stated or ""))
+            self._checksums = dict(zip(self._tensors, words, strict=True))
+        except (ValueError, struct.error):
+            raise FileError(f"{where} does not state a CRC-32 of each tensor") from None

@@ -2,14 +2,16 @@
 
 The JSON comes first in the file though what is in it is known last. A region of estimated size is
 therefore kept free for it and filled at the end, with trailing spaces. Two SHA-256 taken on the way
-cover every byte: one the length and the JSON, the other the tensors.
+cover every byte: one the length and the JSON, the other the tensors. From them comes the name, so
+what a shard holds can't change without its name. A CRC-32 of each tensor stands in the JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,34 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import FileError
-from ...files.atomic import CREATE_FLAGS, write_all
+from ...files.atomic import write_all
 from ...files.safetensors import MAX_HEADER, header_of, stored
+from .descriptor import Descriptor
 
 BLOCK = 1 << 20  # bytes gathered into one write
+CHECKSUMS = "crc32"  # in the header's metadata: one after the other, 8 hexadecimal digits each
+SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """What a manifest says about a shard.
 
     Args:
-        name: of its file.
         nbytes: size of the file.
         header_sha256: of the length and the JSON, up to the first tensor; hexadecimal.
         data_sha256: of the rest.
     """
 
-    name: str
     nbytes: int
     header_sha256: str
     data_sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's name, which says what is in it."""
+        both = f"{self.header_sha256}{self.data_sha256}"
+        return f"shard-{hashlib.sha256(both.encode()).hexdigest()[:16]}.safetensors"
 
 
 class ShardWriter:
@@ -50,15 +59,13 @@ class ShardWriter:
 
     Args:
         path: the file, which must not exist yet; None to keep the shard in memory.
-        header_capacity: bytes to keep free for the JSON: about 90 and the key's length for each
+        header_capacity: bytes to keep free for the JSON: about 100 and the key's length for each
             tensor. Too few are no error, but the tensors are then moved at the end.
-        metadata: texts to store beside the tensors.
-        name: what the shard is called; the file's name by default.
 
     Attributes:
-        memory: after `close`, the whole file when `path` is None.
         info: what `close` returned; None before.
         aborted: whether the shard was dropped.
+        file: the open file.
 
     Example:
         >>> import numpy as np
@@ -72,34 +79,22 @@ class ShardWriter:
         b'pack'
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        *,
-        header_capacity: int,
-        metadata: Mapping[str, str] | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, *, header_capacity: int) -> None:
         self.path = None if path is None else Path(path)
-        self.name = name or (self.path.name if self.path else "shard in memory")
+        self.name = self.path.name if self.path else "in memory"
         self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self._metadata = dict(metadata) if metadata else None
-        for text in (*(metadata or {}), *(metadata or {}).values()):
-            self._check_text(text, "the metadata")
+        self._checksums: list[int] = []
         # The data starts at a multiple of 8, as all of safetensors' own files do.
         self._start = 8 + -(-min(max(header_capacity, 8), MAX_HEADER) // 8) * 8
         self._end = 0  # of the data so far, from its start
         self._hash = hashlib.sha256()
         self._pending = bytearray()
-        self.memory = bytearray()
-        self._descriptor: int | None = None
         self._open_stream: ShardStream | None = None
         self._broken = False
         self.aborted = False
         self.info: ShardInfo | None = None
-        if self.path is not None:
-            self._descriptor = os.open(self.path, CREATE_FLAGS, 0o666)
-            os.lseek(self._descriptor, self._start, os.SEEK_SET)
+        self.file = Descriptor.new(path)
+        os.lseek(self.file.number, self._start, os.SEEK_SET)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -109,6 +104,11 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors so far."""
+        return self._end
 
     def add(self, key: str, array: NDArray[Any] | torch.Tensor) -> None:
         """Append a tensor.
@@ -125,7 +125,7 @@ class ShardWriter:
         self._check_key(key)
         dtype, shape, data = stored(array, f"shard {self.name}, key {key!r}")
         self._append(data)
-        self._tensors[key] = dtype, shape
+        self._enter(key, dtype, shape, zlib.crc32(data))
 
     def stream(self, key: str) -> ShardStream:
         """A one-dimensional U8 tensor to be written in pieces; nothing else until it is closed.
@@ -140,8 +140,21 @@ class ShardWriter:
         self._open_stream = ShardStream(self, key)
         return self._open_stream
 
+    def take(self, stream: ShardStream, data: memoryview) -> None:
+        """Append bytes of the stream that is open."""
+        if self._open_stream is not stream:
+            raise FileError(f"shard {self.name}: the stream {stream.key!r} is closed")
+        self._append(data)
+
+    def end(self, stream: ShardStream, whole: bool) -> None:
+        """Enter the stream's tensor; half a tensor must not pass for a whole one."""
+        if self._open_stream is stream:
+            self._open_stream = None
+            self._broken |= not whole
+            self._enter(stream.key, torch.uint8, (stream.nbytes,), stream.checksum)
+
     def close(self) -> ShardInfo:
-        """Write the header, flush everything to the disk and close; again: only the result.
+        """Write the header and flush everything to the disk; again: only the result.
 
         Raises:
             FileError: a stream is open, an earlier write failed, or the header exceeds the
@@ -153,19 +166,16 @@ class ShardWriter:
         self._broken = True  # until all below is done
         self._flush()
         tensors = ((key, *kind) for key, kind in self._tensors.items())
-        head = header_of(tensors, self._metadata, f"shard {self.name}", self._start)
-        start = len(head)
-        if self._descriptor is None:
-            self.memory[:0] = head
-        else:
-            if start > self._start:
-                self._move_data(start - self._start)
-            os.lseek(self._descriptor, 0, os.SEEK_SET)
-            write_all(self._descriptor, head)
-            os.fsync(self._descriptor)
-            self._release()
+        metadata = {CHECKSUMS: "".join(f"{c:08x}" for c in self._checksums)}
+        head = header_of(tensors, metadata, f"shard {self.name}", self._start)
+        if len(head) > self._start:
+            self._move_data(len(head) - self._start)
+        os.lseek(self.file.number, 0, os.SEEK_SET)
+        write_all(self.file.number, head)
+        if self.path is not None:
+            os.fsync(self.file.number)
         self.info = ShardInfo(
-            self.name, start + self._end, hashlib.sha256(head).hexdigest(), self._hash.hexdigest()
+            len(head) + self._end, hashlib.sha256(head).hexdigest(), self._hash.hexdigest()
         )
         return self.info
 
@@ -174,12 +184,19 @@ class ShardWriter:
         if self.aborted:
             return
         self._broken = self.aborted = True
-        if self.info is None:
-            self.memory.clear()
-            if self._descriptor is not None:
-                self._release()
         if self.path is not None:
             os.unlink(self.path)
+
+    def rename(self, folder: Path) -> None:
+        """Give a closed shard the name that it has for good."""
+        assert self.info is not None
+        if self.path is not None:
+            self.file.rename(self.path, folder / self.info.name)
+            self.path = folder / self.info.name
+
+    def _enter(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], checksum: int) -> None:
+        self._tensors[key] = dtype, shape
+        self._checksums.append(checksum)
 
     def _check_ready(self) -> None:
         if self.info is not None:
@@ -193,93 +210,78 @@ class ShardWriter:
         self._check_ready()
         if key in self._tensors or key == "__metadata__":
             raise FileError(f"shard {self.name}: the key {key!r} is taken")
-        self._check_text(key, "the key")
-
-    def _check_text(self, text: str, what: str) -> None:
         try:
-            text.encode()
+            key.encode()
         except UnicodeEncodeError as e:
             # JSON could escape a lone surrogate, but no reader written in Rust takes it.
-            raise FileError(f"shard {self.name}: {what} {text!r} is not valid Unicode") from e
+            raise FileError(f"shard {self.name}: the key {key!r} is not valid Unicode") from e
 
     def _append(self, data: memoryview) -> None:
         self._broken = True  # a part may be on the disk when a write raises
         self._hash.update(data)
         self._end += len(data)
-        if self._descriptor is None:
-            self.memory += data
+        if len(self._pending) + len(data) > BLOCK:
+            self._flush()
+        if len(data) < BLOCK:
+            self._pending += data
         else:
-            if len(self._pending) + len(data) > BLOCK:
-                self._flush()
-            if len(data) < BLOCK:
-                self._pending += data
-            else:
-                write_all(self._descriptor, data)
+            write_all(self.file.number, data)
         self._broken = False
 
     def _flush(self) -> None:
-        if self._descriptor is not None and self._pending:
-            write_all(self._descriptor, self._pending)
+        if self._pending:
+            write_all(self.file.number, self._pending)
             self._pending = bytearray()  # not cleared: a debugger may hold a view of it
 
     def _move_data(self, by: int) -> None:
         """Make room for a longer header, from the end backwards so that nothing is overwritten."""
-        assert self._descriptor is not None
         block = max(BLOCK, by)
         for begin in reversed(range(0, self._end, block)):
-            count = min(block, self._end - begin)
-            data = bytearray(count)
-            os.lseek(self._descriptor, self._start + begin, os.SEEK_SET)
-            read = 0
-            while read < count:
-                part = os.read(self._descriptor, count - read)
-                if not part:
-                    raise FileError(f"shard {self.name} was truncated while it was written")
-                data[read : read + len(part)] = part
-                read += len(part)
-            os.lseek(self._descriptor, self._start + begin + by, os.SEEK_SET)
-            write_all(self._descriptor, data)
-
-    def _release(self) -> None:
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+            data = bytearray(min(block, self._end - begin))
+            if not self.file.read_into(memoryview(data), self._start + begin):
+                raise FileError(f"shard {self.name} was truncated while it was written")
+            os.lseek(self.file.number, self._start + begin + by, os.SEEK_SET)
+            write_all(self.file.number, data)
 
 
 class ShardStream:
-    """A tensor of bytes being written, made by `ShardWriter.stream`; close it, or use `with`."""
+    """A tensor of bytes being written, made by `ShardWriter.stream`; close it, or use `with`.
+
+    Attributes:
+        key: of the tensor. checksum: CRC-32 of what was written so far.
+    """
 
     def __init__(self, writer: ShardWriter, key: str) -> None:
         self.key = key
+        self.checksum = 0
         self._writer = writer
-        self._begin = writer._end
+        self._begin = writer.nbytes
 
     @property
     def nbytes(self) -> int:
         """Bytes written so far, which is also the offset of the next one within the tensor."""
-        return self._writer._end - self._begin
+        return self._writer.nbytes - self._begin
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append bytes.
+
+        Returns:
+            How many there are.
 
         Raises:
             FileError: the stream is closed.
         """
-        if self._writer._open_stream is not self:
-            raise FileError(f"shard {self._writer.name}: the stream {self.key!r} is closed")
-        self._writer._append(memoryview(data).cast("B"))
+        view = memoryview(data).cast("B")
+        self._writer.take(self, view)
+        self.checksum = zlib.crc32(view, self.checksum)
+        return len(view)
 
     def close(self) -> None:
         """End the tensor; the writer takes other ones again."""
-        writer = self._writer
-        if writer._open_stream is self:
-            writer._open_stream = None
-            writer._tensors[self.key] = torch.uint8, (self.nbytes,)
+        self._writer.end(self, whole=True)
 
     def __enter__(self) -> ShardStream:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:  # half a tensor must not pass for a whole one
-            self._writer._broken = True
-        self.close()
+        self._writer.end(self, whole=kind is None)

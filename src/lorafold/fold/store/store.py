@@ -1,11 +1,12 @@
 """A library's disk: immutable shards and one manifest, replaced last.
 
-    library.json             the manifest: format, version, what the library says, and its shards
-    shard-<hex>.safetensors  named once, never written again; size and checksums in the manifest
+    library.json             the manifest: what the library says, its shards and lists of adapters
+    shard-<hex>.safetensors  named by what is in it; size and checksums in the manifest
+    adapters-<hex>.json      the adapters whose records are in one shard; likewise
     .lock                    locked by whoever changes the library, empty
 
-A change writes new shards beside the old ones, flushes them, and replaces the manifest: that one
-rename is the change. Shards it no longer names are removed after it. A reader opens all shards at
+A change writes new files beside the old ones, flushes them, and replaces the manifest: that one
+rename is the change. Files it no longer names are removed after it. A reader opens all shards at
 once and keeps them open, so nothing that a writer does reaches it; a killed writer leaves the old
 state or the new one, and files that no manifest names, which the next writer removes.
 """
@@ -17,18 +18,31 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory, writer_lock
 from ...files.replacing import Kind, check_apart
-from .manifest import FORMAT, MANIFEST, SHARD_NAME, KnownEntries, parse_manifest, read_manifest
-from .shard import Shard, ShardInfo, ShardWriter
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    named_files,
+    parse_manifest,
+    read_manifest,
+)
+from .part import PART_NAME, FileInfo
+from .shard import Shard
+from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
 
 _LOCK = ".lock"
-_LEFT_BY_WRITERS = re.compile(rf"{SHARD_NAME.pattern}|\.{re.escape(MANIFEST)}\.[0-9a-f]{{16}}\.tmp")
+_LEFT_BY_WRITERS = re.compile(
+    rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}"
+    rf"|\.({re.escape(MANIFEST)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
+)
 
 
 def _is_known(path: Path) -> bool:
@@ -56,26 +70,28 @@ class Store:
 
     Attributes:
         path: the folder; None in memory.
-        manifest: the parsed manifest. Not to be changed in place.
+        manifest: what the library says.
         shards: name -> `Shard`, in the manifest's order. Replaced, not changed, by a transaction:
             what was taken from it before stays readable.
 
     Example:
         >>> import numpy as np
+        >>> from lorafold.fold.store.entries import ModuleEntry, Piece
         >>> with Store.create(None) as t:
         ...     with t.new_shard(header_capacity=256) as shard:
         ...         shard.add("core", np.ones(3, np.float32))
-        ...     store = t.commit({"adapters": {"sql": shard.name}})
-        >>> store.shards[store.manifest["adapters"]["sql"]].read("core")
+        ...     piece = Piece(shard.info.name, "core", 3)
+        ...     module = ModuleEntry("q_proj", (4, 8), "svd", {"U0": (piece,)})
+        ...     store = t.commit(Manifest(modules=(module,)))
+        >>> store.shards[piece.shard].read("core")
         array([1., 1., 1.], dtype=float32)
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.manifest: dict[str, Any] = {}
+        self.manifest = Manifest()
         self.shards: dict[str, Shard] = {}
         self._raw = b""  # the manifest as written
-        self._entries = KnownEntries()
         self._alone = threading.Lock()  # what the lock file is to a store on disk
 
     @classmethod
@@ -145,7 +161,9 @@ class Store:
         with _replaced(Path(os.path.abspath(path)), self.path, overwrite, timeout) as folder:
             for name, shard in self.shards.items():
                 shard.copy_to(folder / name)
-            replace_file(folder / MANIFEST, self._raw)
+            manifest = _written(self.manifest, folder, anew=True)
+            raw = manifest.to_bytes({name: shard.stated for name, shard in self.shards.items()})
+            replace_file(folder / MANIFEST, raw)
         return Store.open(path)
 
     def verify(self) -> None:
@@ -159,8 +177,9 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the manifest and the shards, on disk or as they would be."""
-        return len(self._raw) + sum(shard.nbytes for shard in self.shards.values())
+        """Bytes of all files, on disk or as they would be."""
+        parts = sum(p.file.nbytes for p in self.manifest.parts if p.file is not None)
+        return len(self._raw) + parts + sum(shard.nbytes for shard in self.shards.values())
 
     def close(self) -> None:
         """Let go of all shards."""
@@ -181,11 +200,13 @@ class Store:
         for _ in range(_RETRIES):
             if self._raw and raw == self._raw:
                 return
-            manifest, infos = parse_manifest(raw, self.path)
             try:
+                manifest, infos = parse_manifest(
+                    raw, str(self.path / MANIFEST), self._read_part, self.manifest.parts
+                )
                 shards = self._open_shards(infos)
             except FileError:
-                # Either the library is damaged, or a writer removed a shard after we read which
+                # Either the library is damaged, or a writer removed a file after we read which
                 # there are; then the manifest has changed, too.
                 again = read_manifest(self.path)
                 if again == raw:
@@ -206,7 +227,16 @@ class Store:
             shards[name] = known
         return shards
 
-    def _become(self, raw: bytes, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+    def _read_part(self, info: FileInfo) -> bytes:
+        assert self.path is not None
+        try:
+            return (self.path / info.name).read_bytes()
+        except FileNotFoundError as e:
+            raise FileError(f"{self.path / info.name} is missing") from e
+        except OSError as e:
+            raise FileError(f"{self.path / info.name} can't be read: {e.strerror}") from e
+
+    def _become(self, raw: bytes, manifest: Manifest, shards: dict[str, Shard]) -> None:
         # Shards that are dropped here close when nobody holds them any more. Closing them now would
         # break a reader in another thread.
         self._raw, self.manifest, self.shards = raw, manifest, shards
@@ -218,12 +248,12 @@ class Transaction:
     Leaving the block without `commit` leaves everything as it was.
 
     Attributes:
-        manifest: as it stands on the disk under the writer's lock; empty for a new store.
+        manifest: as it stands on the disk under the writer's lock; an empty one for a new store.
         shards: the shards it names.
     """
 
     def __init__(self, store: Store, kind: str, timeout: float) -> None:
-        self.manifest: dict[str, Any] = {}
+        self.manifest = Manifest()
         self.shards: dict[str, Shard] = {}
         self._store = store
         self._kind = kind
@@ -232,6 +262,7 @@ class Transaction:
         self._folder: Path | None = None
         self._in_place = False  # whether the folder has its final name
         self._writers: list[ShardWriter] = []
+        self._named: list[ShardWriter] = []  # those with their names for good
         self._state = "new"
 
     def __enter__(self) -> Transaction:
@@ -251,7 +282,7 @@ class Transaction:
             place.enter_context(_held(store._alone, self._timeout))
         elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
             place.enter_context(writer_lock(store.path / _LOCK, self._timeout))
-            place.enter_context(_without_leftovers(store, store.path))
+            place.enter_context(_without_leftovers(store.path))
             self._folder, self._in_place = store.path, True
         else:
             folder = new_directory(store.path, LIBRARY, overwrite=self._kind == "overwrite")
@@ -267,71 +298,86 @@ class Transaction:
             return
         self._state = "left"
         for writer in self._writers:
-            # Not the closed ones: where a commit failed after it had replaced the manifest, that
-            # names them. The place removes them where it doesn't.
-            if writer.info is None:
+            # Not those that `commit` named: where it failed after it had replaced the manifest,
+            # that names them. The place removes them where it doesn't.
+            if writer not in self._named:
                 with contextlib.suppress(OSError):
                     writer.abort()
         # An exception is what tells the place that nothing is to be kept.
         leaving = error or _LeftWithoutCommitError()
         self._place.__exit__(type(leaving), leaving, trace)
 
-    def new_shard(
-        self, *, header_capacity: int, metadata: Mapping[str, str] | None = None
-    ) -> ShardWriter:
-        """A writer of a shard that `commit` will take in; its `name` is what to refer to it by.
+    def new_shard(self, *, header_capacity: int) -> ShardWriter:
+        """A writer of a shard that `commit` will take in, if its manifest uses it.
+
+        It has its name, which is what to refer to it by, once it is closed.
 
         Args:
-            header_capacity, metadata: as in `ShardWriter`.
+            header_capacity: as in `ShardWriter`.
         """
         self._check_open()
-        name = f"shard-{secrets.token_hex(8)}.safetensors"
-        path = None if self._folder is None else self._folder / name
-        writer = ShardWriter(path, header_capacity=header_capacity, metadata=metadata, name=name)
+        path = None
+        if self._folder is not None:
+            path = self._folder / f".shard.{secrets.token_hex(8)}.tmp"
+        writer = ShardWriter(path, header_capacity=header_capacity)
         self._writers.append(writer)
         return writer
 
-    def commit(self, manifest: Mapping[str, Any], keep: Iterable[str] | None = None) -> Store:
+    def commit(self, manifest: Manifest) -> Store:
         """Make the change: all or nothing. Ends the transaction.
 
         Args:
-            manifest: what the library says, as JSON knows it; `format`, `version` and `shards` are
-                written by the store, whatever is in it under these names.
-            keep: names of the present shards to keep beside the new ones; None keeps all.
+            manifest: what the library says. The shards that it uses are kept, of those that are
+                there and of the new ones, which are closed.
 
         Returns:
             The store, which is the one that the transaction was made from, as it is now.
 
         Raises:
-            FileError: the manifest is not JSON, `keep` names an unknown shard, or a shard could not
+            FileError: the manifest is not JSON, it uses an unknown shard, or a shard could not
                 be written; nothing has changed then.
         """
         self._check_open()
-        kept = list(self.shards) if keep is None else list(dict.fromkeys(keep))
-        unknown = [name for name in kept if name not in self.shards]
-        if unknown:
-            raise FileError(f"no shard {unknown[0]} to keep; there are {len(self.shards)}")
-        shards = {name: self.shards[name] for name in kept}
-        for writer in self._writers:
-            if not writer.aborted:
-                writer.close()
-                # Opened before the manifest names them: what can't be opened is not committed.
-                shards[writer.name] = Shard.of(writer)
-        infos = {name: shard.info for name, shard in shards.items() if shard.info is not None}
-        raw, parsed = self._store._entries.made(manifest, infos)
+        shards = self._shards_of(manifest)
+        manifest = _written(manifest, self._folder)
+        raw = manifest.to_bytes({name: shard.stated for name, shard in shards.items()})
         if self._folder is not None:
             self._check_undisturbed()
-            sync_directory(self._folder)  # the shards' names are safe before the manifest has them
+            sync_directory(self._folder)  # the files' names are safe before the manifest has them
             replace_file(self._folder / MANIFEST, raw)
         if self._in_place or self._folder is None:
-            self._end(raw, parsed, shards)
+            self._end(raw, manifest, shards)
             self._place.close()
         else:
             self._place.close()  # gives the folder its name
-            self._end(raw, parsed, shards)
+            self._end(raw, manifest, shards)
         return self._store
 
-    def _end(self, raw: bytes, manifest: dict[str, Any], shards: dict[str, Shard]) -> None:
+    def _shards_of(self, manifest: Manifest) -> dict[str, Shard]:
+        """What a manifest uses, the old ones first; new ones get their names, others go."""
+        used = manifest.used
+        fresh: dict[str, ShardWriter] = {}
+        for writer in self._writers:
+            if not writer.aborted:
+                name = writer.close().name
+                if name in used and name not in fresh:
+                    fresh[name] = writer
+                else:
+                    writer.abort()
+        unknown = sorted(used - self.shards.keys() - fresh.keys())
+        if unknown:
+            raise FileError(f"there is no shard {unknown[0]}; there are {len(self.shards)}")
+        # One that was there already and is written again takes the other's place: it is whole.
+        shards = {n: s for n, s in self.shards.items() if n in used and n not in fresh}
+        for name, writer in fresh.items():
+            if self._folder is not None:
+                self._named.append(writer)
+                writer.rename(self._folder)
+            # Opened before the manifest names them: what can't be opened is not committed.
+            shards[name] = Shard.of(writer)
+        return shards
+
+    def _end(self, raw: bytes, manifest: Manifest, shards: dict[str, Shard]) -> None:
         self._state = "committed"
         self._store._become(raw, manifest, shards)
 
@@ -348,6 +394,21 @@ class Transaction:
             )
 
 
+def _written(manifest: Manifest, folder: Path | None, anew: bool = False) -> Manifest:
+    """The manifest with all of its lists of adapters written (where `anew`, also the old ones)."""
+    parts = []
+    for part in manifest.parts:
+        if part.file is not None and not anew:
+            parts.append(part)
+            continue
+        raw = part.entries.to_bytes()
+        name, written = part.written(raw)
+        if folder is not None:
+            replace_file(folder / name, raw)
+        parts.append(written)
+    return replace(manifest, parts=tuple(parts))
+
+
 class _LeftWithoutCommitError(Exception):
     """Tells the place of a transaction that nothing is to be kept."""
 
@@ -355,7 +416,7 @@ class _LeftWithoutCommitError(Exception):
 def _is_library(path: Path) -> bool:
     """Whether a library of this version is at `path`, whatever the state of its shards."""
     try:
-        parse_manifest(read_manifest(path), path)
+        named_files(read_manifest(path), str(path / MANIFEST))
     except FileError:
         return False
     return True
@@ -372,21 +433,20 @@ def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_leftovers(store: Store, folder: Path) -> Iterator[None]:
+def _without_leftovers(folder: Path) -> Iterator[None]:
     """Remove what no manifest names, of killed writers before the block and of this one after."""
-    _remove_leftovers(store, folder)
+    _remove_leftovers(folder)
     try:
         yield
     finally:
-        _remove_leftovers(store, folder)
+        _remove_leftovers(folder)
 
 
-def _remove_leftovers(store: Store, folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     try:
         # What counts is the disk: a failed commit may have replaced the manifest or not.
         raw = read_manifest(folder)
-        known = bool(store._raw) and raw == store._raw
-        named = set(store.shards if known else parse_manifest(raw, folder)[1])
+        named = named_files(raw, str(folder / MANIFEST))
         names = os.listdir(folder)
     except (FileError, OSError):
         return

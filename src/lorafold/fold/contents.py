@@ -1,0 +1,318 @@
+"""What an opened library holds, read piece by piece.
+
+`Library` is the handle that users hold, and changes; this is what lies behind it, for whatever
+works on single records and bases: the parts of one adapter at one module, a shared basis, an index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import FileError, MismatchError, UnknownNameError
+from ..lowrank import LowRank
+from ..words import did_you_mean
+from .coding.bases import Basis, read_basis
+from .coding.flat_part import read_side
+from .coding.record import StoredPart, decode, stored_parts, unsealed
+from .store.entries import AdapterEntry, ModuleEntry
+from .store.manifest import Manifest
+from .store.shard import Shard
+from .store.store import Store, Transaction
+
+# What comes of sizes and numbers that do not belong together, in numpy, torch and struct.
+_UNFIT = (
+    *(ValueError, RuntimeError, IndexError, KeyError, TypeError, OverflowError, MemoryError),
+    *(struct.error, UnicodeDecodeError),
+)
+
+
+class Contents:
+    """The records and bases of a store, decoded when asked for; bases and indices are kept.
+
+    It follows its store when that changes through `changing`. Only then: what others do to the
+    folder meanwhile is not seen.
+
+    Args:
+        store: the files. device: where what is read shall be.
+
+    Not for: changing a library, which is `Library`'s.
+    """
+
+    def __init__(self, store: Store, device: torch.device | str | None = None) -> None:
+        self.store = store
+        self.device = device
+        self._indices: dict[str, np.ndarray] = {}
+        self._pieces: dict[tuple[str, str], Tensor] = {}
+        self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the library says of itself."""
+        return self.store.manifest
+
+    @property
+    def modules(self) -> tuple[ModuleEntry, ...]:
+        """The modules; a module's position is its number."""
+        return self.store.manifest.modules
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Transaction]:
+        """A transaction on the store, which this follows."""
+        with self.store.transaction() as t:
+            self._forget()
+            yield t
+        self._forget()
+
+    def _forget(self) -> None:
+        # Shards never change, so what was decoded of one stays right while the library names it.
+        there = self.store.shards
+        self._indices = {n: at for n, at in self._indices.items() if n in there}
+        self._known_sides = {
+            k: b for k, b in self._known_sides.items() if all(s in there for s, _ in k)
+        }
+        self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in there}
+
+    # Adapters
+
+    def entry(self, name: str) -> AdapterEntry:
+        """What the manifest says of an adapter.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        return self.manifest.entry(name)
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter, its factors float32 with scale 1 unless it is stored exactly.
+
+        Raises:
+            UnknownNameError: no such adapter. FileError: what is read of it is damaged.
+        """
+        entry = self.entry(name)
+        there = self.present(entry)
+        modules = {self.modules[j].path: self._update(j, entry) for j in there}
+        layouts = {
+            m.path: m.layout for m in (self.modules[j] for j in there) if m.layout is not None
+        }
+        return Adapter(
+            modules,
+            self.extras(name),
+            self.config(name),
+            self.manifest.base_model,
+            {**layouts, **entry.layouts},
+        )
+
+    def update(self, name: str, path: str) -> LowRank:
+        """One module of one adapter, read alone.
+
+        Raises:
+            UnknownNameError: no such adapter, or it does not have the module.
+        """
+        entry = self.entry(name)
+        j = self.manifest.numbers.get(path)
+        if j is None or not self.record_size(j, entry):
+            hint = did_you_mean(path, [self.modules[k].path for k in self.present(entry)])
+            raise UnknownNameError(f"{name!r} has no module {path!r}; {hint}")
+        return self._update(j, entry)
+
+    def parts(self, name: str, path: str) -> list[StoredPart]:
+        """One module of one adapter in the coordinates of the shared sides, nothing multiplied out.
+
+        Returns:
+            Parts that add up to the update; none where the adapter lacks the module.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        entry, j = self.entry(name), self.manifest.numbers.get(path)
+        if j is None or not self.record_size(j, entry):
+            return []
+        basis = functools.partial(self.basis, j)
+        with self._reading(entry, j):
+            return stored_parts(self.record(j, entry), self.modules[j].shape, basis, self.device)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """An adapter's configuration, as its file had it."""
+        difference: Mapping[str, Any] = self.entry(name).config
+        dropped = difference.get("drop", ())
+        kept = {k: copy.deepcopy(v) for k, v in self.manifest.config.items() if k not in dropped}
+        return {**kept, **copy.deepcopy(difference.get("set", {}))}
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """What the adapter's file held beside its factors, bit for bit."""
+        entry = self.entry(name)
+        shard = self._shard(entry.shard)
+        return {key: shard.read_tensor(t).to(self.device) for key, t in entry.extras.items()}
+
+    def own_bytes(self, name: str) -> int:
+        """Bytes of an adapter's records; what it shares with others and its extras are apart."""
+        entry = self.entry(name)
+        at = self._index(entry)
+        return int((at[:, entry.row + 1] - at[:, entry.row]).sum())
+
+    # Records
+
+    def present(self, entry: AdapterEntry) -> list[int]:
+        """The numbers of the modules that an adapter has."""
+        at, row = self._index(entry), entry.row
+        present: list[int] = np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()
+        return present
+
+    def span(self, j: int, entry: AdapterEntry) -> tuple[int, int]:
+        """Where an adapter's record at module number j begins and ends in the shard's `m{j}`."""
+        at, row = self._index(entry), entry.row
+        return (int(at[j, row]), int(at[j, row + 1])) if j < len(at) else (0, 0)
+
+    def record(self, j: int, entry: AdapterEntry) -> bytes:
+        """An adapter's bytes at module number j, compared with their checksum.
+
+        Raises:
+            FileError: they are damaged.
+        """
+        shard = self._shard(entry.shard)
+        record = unsealed(shard.read_bytes(f"m{j}", *self.span(j, entry)))
+        if record is None:
+            raise FileError(
+                f"shard {shard.name} is damaged: the record of {entry.name!r} at "
+                f"{self.modules[j].path!r} is not the one whose CRC-32 it states"
+            )
+        return record
+
+    def record_size(self, j: int, entry: AdapterEntry) -> int:
+        """Bytes of an adapter at module number j; 0 where it lacks the module."""
+        start, stop = self.span(j, entry)
+        return stop - start
+
+    def _update(self, j: int, entry: AdapterEntry) -> LowRank:
+        basis = functools.partial(self.basis, j)
+        with self._reading(entry, j):
+            return decode(self.record(j, entry), self.modules[j].shape, basis, self.device)
+
+    @contextlib.contextmanager
+    def _reading(self, entry: AdapterEntry, j: int) -> Iterator[None]:
+        """What is no damage by the checksums, and still can't be decoded, is named."""
+        try:
+            yield
+        except FileError:
+            raise
+        except _UNFIT as e:
+            raise FileError(
+                f"the library's record of {entry.name!r} at {self.modules[j].path!r} can't be "
+                f"decoded: its manifest and shards do not belong together ({e})"
+            ) from e
+
+    def _shard(self, name: str) -> Shard:
+        try:
+            return self.store.shards[name]
+        except KeyError:
+            raise FileError(f"the library's manifest uses {name}, which it does not name") from None
+
+    def _index(self, entry: AdapterEntry) -> np.ndarray:
+        """Where records begin and end in the adapter's shard: (modules, rows + 1)."""
+        at = self._indices.get(entry.shard)
+        if at is None:
+            shard = self._shard(entry.shard)
+            at = shard.read("at").astype(np.int64)
+            if at.ndim != 2 or len(at) > len(self.modules) or at.shape[1] < 1:
+                raise FileError(
+                    f"shard {shard.name}: its index is {at.shape}, for {len(self.modules)} modules"
+                )
+            self._indices[entry.shard] = at
+        if entry.row >= at.shape[1] - 1:
+            raise FileError(
+                f"{entry.name!r} is row {entry.row} of a shard that has {at.shape[1] - 1} rows"
+            )
+        return at
+
+    # Bases
+
+    def basis_size(self, shard: str, tensor: str) -> int:
+        """Bytes of one stored piece of a basis."""
+        return int(self._shard(shard).shape(tensor)[0])
+
+    def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
+        """A shared basis of module number j: (d, R) for "U" and "V", (1 + k, D) for "A" and "B".
+
+        Args:
+            count: its first columns only (for "A", "B": the factor's rank).
+
+        Raises:
+            FileError: a piece is damaged, or there is no such basis.
+        """
+        out, inner = self.modules[j].shape
+        d = {"U": out, "V": inner, "A": inner * (count or 0), "B": out * (count or 0)}[side]
+        pieces = []
+        for piece in self.modules[j].bases.get(f"{side}{number}", ()):
+            key = piece.shard, piece.tensor
+            if key not in self._pieces:
+                record = self._shard(piece.shard).read_bytes(piece.tensor)
+                read = read_side(record, d, side, self.device).rows if side in "AB" else None
+                self._pieces[key] = (
+                    read_basis(record, d, side, self.device).columns if read is None else read
+                )
+            found = self._pieces[key]
+            if piece.columns != found.shape[0 if side in "AB" else 1]:
+                raise FileError(f"{piece.tensor} of {piece.shard} has not {piece.columns} vectors")
+            pieces.append(found)
+        if not pieces:
+            raise FileError(f"module {self.modules[j].path!r} has no basis {side}{number}")
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 0 if side in "AB" else 1)
+        return whole if side in "AB" or count is None else whole[:, :count]
+
+    def sides(self, j: int) -> dict[str, list[Basis]]:
+        """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
+        found: dict[str, list[Basis]] = {"U": [], "V": []}
+        for name, pieces in self.modules[j].bases.items():
+            if name[0] in found:
+                key = tuple((piece.shard, piece.tensor) for piece in pieces)
+                if key not in self._known_sides:
+                    self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)
+                found[name[0]].append(self._known_sides[key])
+        return found
+
+    def check_shape(self, path: str, shape: tuple[int, int]) -> None:
+        """Raise a `MismatchError` if the library has the module in another shape."""
+        j = self.manifest.numbers.get(path)
+        if j is not None and self.modules[j].shape != tuple(shape):
+            raise MismatchError(
+                f"module {path!r} is {self.modules[j].shape} in the library and "
+                f"{tuple(shape)} in the adapter"
+            )
+
+    def handle(self, name: str) -> Stored:
+        """An adapter as a handle, so that the library can be folded again."""
+        return Stored(self, name)
+
+
+class Stored:
+    """An adapter of a library as a `Handle`: its original's digest and size, its stored tensors."""
+
+    def __init__(self, contents: Contents, name: str) -> None:
+        self._contents, self._name = contents, name
+        entry = contents.entry(name)
+        a = contents.adapter(name)
+        self.shapes = {p: (*u.shape, u.rank) for p, u in a.modules.items()}
+        self.layouts, self.config, self.base_model = dict(a.layouts), dict(a.config), a.base_model
+        self.nbytes = entry.file_bytes
+        self.original_digest = entry.digest
+        self.refusal = entry.refusal
+        self.extra_keys = list(entry.extras)
+
+    def read(self, path: str) -> LowRank:
+        return self._contents.update(self._name, path)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        return self._contents.extras(self._name)
+
+    def load(self) -> Adapter:
+        return self._contents.adapter(self._name)

@@ -1,0 +1,83 @@
+"""An open file that many hold: closed with the last of them, never under a running read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from ...errors import FileError
+from ...files.atomic import CREATE_FLAGS, READ_FLAGS
+
+
+class Descriptor:
+    """A file's descriptor, and what to call it in messages.
+
+    It is closed when the last reader lets go of this object: its number could by then belong to
+    another file.
+    """
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number = number
+        self.name = name
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Descriptor:
+        """A shard that is there.
+
+        Raises:
+            FileError: it is missing, or can't be opened.
+        """
+        try:
+            return cls(os.open(path, READ_FLAGS), str(path))
+        except FileNotFoundError as e:
+            raise FileError(f"shard {path} is missing") from e
+        except OSError as e:
+            raise FileError(f"shard {path} can't be read: {e.strerror}") from e
+
+    @classmethod
+    def new(cls, path: str | os.PathLike[str] | None) -> Descriptor:
+        """A file that is not there yet, or one without a name, in memory."""
+        if path is not None:
+            return cls(os.open(path, CREATE_FLAGS, 0o666), str(path))
+        if hasattr(os, "memfd_create"):
+            return cls(os.memfd_create("shard"), "in memory")
+        with tempfile.TemporaryFile() as file:  # Linux alone has files in memory
+            return cls(os.dup(file.fileno()), "in memory")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Descriptor:
+        return self  # a copy would close the descriptor, too
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"shard {self.name} is an open file, which can't be pickled")
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+    def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+        """Give the file another name, in place of what has that."""
+        os.replace(old, new)
+        self.name = str(new)
+
+    def size(self) -> int:
+        """Bytes of the file as it is now."""
+        return os.fstat(self.number).st_size
+
+    def read_into(self, target: memoryview, offset: int) -> bool:
+        """Fill `target` from `offset` on; False when the file ends before."""
+        while len(target):
+            try:
+                count = _read_at(self.number, target, offset)
+            except OSError as e:
+                raise FileError(f"shard {self.name} can't be read: {e.strerror}") from e
+            if count == 0:
+                return False
+            target, offset = target[count:], offset + count
+        return True
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    part = os.pread(descriptor, len(target), offset)
+    target[: len(part)] = part
+    return len(part)
