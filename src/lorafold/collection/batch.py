@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
+_VANISHED = 1e-30  # singular values below: a float32 product of factors may not hold them
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
 
@@ -125,7 +126,7 @@ def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
     Z = Z.flip(2)[:, :, :k]
-    S = torch.where(_NOISE * S[:, :1] < S, S, 0.0)
+    S = torch.where((_NOISE * S[:, :1] < S) & (S > _VANISHED), S, 0.0)
     S_inverse = torch.where(S > 0, 1 / S.clamp_min(1e-300), 0.0)
     to_U = WR @ Z * S_inverse[:, None, :]
     to_V = (W * inverse[:, None, :]) @ Z * (S > 0)[:, None, :]
@@ -240,8 +241,9 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
         return singular_values(factors)
     lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]
-    squares: Tensor = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
-    return squares.clamp_min(0).sqrt().flip(1)
+    squares = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
+    S = squares.clamp_min(0).sqrt().flip(1)
+    return torch.where(S > _VANISHED, S, 0.0)
 
 
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:

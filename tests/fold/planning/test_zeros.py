@@ -16,6 +16,8 @@ def zero(g, which):
         return lf.LowRank(A, B, 0.0)
     if which == "product":  # neither factor is zero
         return lf.LowRank(torch.cat([A, A]), torch.cat([B, -B], 1))
+    if which == "float32":  # no product of floats holds it
+        return lf.LowRank(1e-22 * A, 1e-22 * B)
     return lf.LowRank(A * (which == "B"), B * (which == "A"))
 
 
@@ -46,6 +48,10 @@ CASES = {
     "frozen both": lambda: frozen("both"),
     "frozen by scale": lambda: frozen("scale"),
     "frozen by cancelling": lambda: frozen("product"),
+    "too small for floats": lambda: frozen("float32"),
+    "too small in a group": lambda: {
+        n: replaced(a, b="float32") if n in ("t1", "t3") else a for n, a in kin().items()
+    },
     "a group of two": lambda: {
         n: replaced(a, b="B") if n in ("t1", "t3") else a for n, a in kin().items()
     },

@@ -20,8 +20,7 @@ pair of sides the squared error then obeys, whatever the sketch has missed,
     max(least_out, least_in) ≤ best possible ≤ achieved ≤ tail_out + tail_in.
 
 Given up: where a side has more than 2,048 coordinates and the stack more columns than that, no more
-than 528 directions are found; what a basis of more could hold is left to cores and residuals. And
-updates whose squares float32 can't hold (entries below 1e-19) are not shared rightly.
+than 528 directions are found; what a basis of more could hold is left to residuals.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from .plan import ModulePlan, Shared
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
 _SETTLED = 0.1  # of the smallest of these shares: what a sketch may miss unasked
 _FINE = 0.01  # tolerances below this need float64 Grams
+_UNHEARD = 1e-30  # squared norms below this have no say: float32 can't hold 1 / norm² times a Gram
 SIDES = {"input": "V", "output": "U", "shared": "UV"}  # form -> the sides that are shared
 
 Choice = int | None  # number of a partition; None for a side that is each adapter's own
@@ -51,7 +52,8 @@ class Sharing:
     ) -> None:
         self._costs, self._init_groups, self._stack, self._S = costs, init_groups, stack, S
         norms = (S**2).sum(1)
-        weights = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0)
+        heard = norms > _UNHEARD
+        weights = np.where(heard, 1 / np.where(heard, norms, 1), 0)
         self._groups: dict[Key, np.ndarray] = {
             (side, k): groups
             for side in sorted({side for form in forms for side in SIDES[form]})
@@ -119,6 +121,9 @@ class Sharing:
             widths[groups < 0] += d
             for g in spectra:
                 levels = levels_of[g]
+                if not len(levels):  # nothing to share
+                    widths[groups == g] += d
+                    continue
                 total += levels.sum() * d / 8 + 3 * (levels > 0).sum()
                 widths[groups == g] += (levels > 0).sum()
                 spent[groups == g] += theta * share
