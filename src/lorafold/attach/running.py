@@ -103,9 +103,9 @@ class Running:
         """Raise where a selection can't run: ranks, experts by rows, what is merged."""
         for row in selection.rows:
             self.check_rank(row)
-        for site in self._sites.values():
-            blind = () if selection.uniform or site.knows_rows else (*selection.names, *self.kept)
-            for name in blind:
+        blind = (s for s in self._sites.values() if not selection.uniform and not s.knows_rows)
+        for site in blind:
+            for name in (*selection.names, *self.kept):
                 if site.has(name) or self._sources[name].update(site.path) is not None:
                     raise RefusedError(
                         f"{name!r} updates the experts of {site.path!r}, where routing hides the "
@@ -184,8 +184,9 @@ class Running:
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
             packed = active.packed
-            for patch in self._slots.patches.values():
-                patch.show(active.layers[patch.index])
+            for patch, now in zip(self._slots.patches.values(), active.layers, strict=True):
+                if patch.now is not now:  # at most layers it is: nothing is called for them
+                    patch.show(now)
         else:
             for patch in self._slots.patches.values():
                 patch.show(None)

@@ -91,7 +91,7 @@ class Patch(Site):
     def show(self, now: LayerControls | None) -> None:
         """This is active from now on."""
         if self.now is not now:  # setting a module's attribute is slow
-            self.now = now
+            vars(self)["now"] = now
 
     def forward(self, layer: Any, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with what is active added."""

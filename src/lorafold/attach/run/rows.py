@@ -92,10 +92,12 @@ class Rows:
     def choose(self, running: Selection | None, packed: Packed | None) -> None:
         """These rows run."""
         self._forget()  # what an interrupted forward may have left
+        before = self._wanted
         rows = 0 if running is None or running.uniform else len(running.rows)
         self.packed = packed
         self.count = rows if rows > 1 and packed is None else 0
-        self._show_hooks()
+        if self._wanted != before:
+            self._show_hooks()
 
     @property
     def _wanted(self) -> bool:
