@@ -34,8 +34,6 @@ OTHER_FORM = "the base stores this module in another form"
 NO_WEIGHT = "no change of a weight"
 
 _NO_PLACE = ("dora magnitude", "grouped convolution")
-# What PEFT loads into the base's own parameter, which a tied one shares.
-_INTO_THE_BASE = ("base weight", "trained tokens")
 _ORDER = {"whole": 0, "bias": 1, "rows": 1, "update": 2}
 
 
@@ -184,7 +182,7 @@ def same_steps(a: list[Step], b: list[Step], value: Values | None) -> bool:
     def same(x: Spot, y: Spot) -> bool:
         if x.part == y.part:
             return True
-        if value is None or x.what != "whole" or y.what != "whole":
+        if value is None or (x.what, x.rows) != (y.what, y.rows) or x.what not in ("whole", "rows"):
             return False
         s, t = value(x), value(y)
         assert isinstance(s, Tensor)
@@ -231,9 +229,7 @@ def placed(parts: Parts, base: Base, renumbered: Callable[[str], str] = str) -> 
             wrong[key] = spot
             continue
         spots.append(spot)
-        if kind in _INTO_THE_BASE and held.whole:
-            spots += _shared(spot, base)
-    return Placement(base, tuple(spots), unplaced, wrong)
+    return Placement(base, (*spots, *_shared(spots, parts, base)), unplaced, wrong)
 
 
 def _why(base: Base, name: str) -> str:
@@ -242,15 +238,23 @@ def _why(base: Base, name: str) -> str:
     return NOT_THERE
 
 
-def _shared(spot: Spot, base: Base) -> list[Spot]:
-    """The same for every other tensor that shares the weight."""
-    held, (piece,) = spot.held, spot.held.pieces
+def _shared(spots: list[Spot], parts: Parts, base: Base) -> list[Spot]:
+    """What also happens to a tensor that shares the weight of another.
+
+    PEFT loads stored base weights into the one parameter. An output layer follows the rows that
+    were trained in its embedding, unless it has its own.
+    """
+    rows = {spot.held.pieces[0].key for spot in spots if spot.what == "rows"}
     found = []
-    for key in base.ties(piece.key):
-        if key != piece.key:
-            like = None if key in base.tensors else piece.key
-            twin = Held(key, held.shape, held.dtype, (Piece(key, like=like),))
-            found.append(replace(spot, held=twin))
+    for spot in spots:
+        held, piece = spot.held, spot.held.pieces[0]
+        follows = spot.what == "rows" and not is_head(held.name)
+        loaded = spot.what == "whole" and extra_kind(spot.part, parts.config) == "base weight"
+        for key in base.ties(piece.key) if held.whole and (follows or loaded) else ():
+            if key != piece.key and not (follows and key in rows):
+                like = None if key in base.tensors else piece.key
+                twin = Held(key, held.shape, held.dtype, (Piece(key, like=like),))
+                found.append(replace(spot, held=twin))
     return found
 
 

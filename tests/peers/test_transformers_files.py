@@ -210,6 +210,10 @@ def test_a_merged_checkpoint_is_the_adapted_model(make, config, changed, tmp_pat
         torch.testing.assert_close(half[key], (W + out[key]) / 2, rtol=1e-5, atol=1e-6)
 
 
+TOKENS = {
+    "target_modules": ["q_proj"],
+    "trainable_token_indices": {"embed_tokens": [1, 3], "lm_head": [1, 4]},
+}
 EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
 
 
@@ -223,6 +227,9 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": 
         (llama, EMBEDDINGS | {"modules_to_save": ["embed_tokens"]}, "lm_head"),
         (llama, EMBEDDINGS | {"modules_to_save": ["lm_head"]}, "lm_head"),
         (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]}, None),
+        (llama, TOKENS | {"trainable_token_indices": {"lm_head": [1, 4]}}, "lm_head"),
+        (llama, TOKENS, "lm_head"),
+        (llama, TOKENS | {"trainable_token_indices": {"lm_head": [1], "embed_tokens": [1]}}, None),
         (qwen_vl, {"target_modules": ["lm_head", "q_proj"]}, "lm_head"),
         (llava, {"target_modules": ["embed_tokens", "q_proj"]}, "language_model.lm_head"),
         (llava, {"target_modules": ["lm_head", "q_proj"]}, "language_model.lm_head"),
