@@ -83,6 +83,12 @@ class Spot:
         there.copy_(value)
         return new
 
+    def is_part(self, W: Tensor, piece: Piece) -> bool:
+        """Whether an update changes only a part of the base's tensor."""
+        return piece.into is not None or (
+            self.layout.expert is not None and piece.expert is None and W.ndim == 3
+        )
+
     def update(self, W: Tensor, piece: Piece, u: LowRank) -> tuple[Tensor, Tensor]:
         """What of W an update changes (a view), and ΔW in that shape, float32 at least.
 
@@ -348,20 +354,23 @@ def changed(
     for spot, piece in steps:
         v = value(spot)
         if isinstance(v, LowRank):
-            updates.append((spot, piece, c * v))
+            updates.append((spot, piece, v if c == 1 else c * v))
         else:
             new = spot.replaced(new, piece, v)
     if c != 1 and new is not W and W.is_floating_point():  # a counter has no share
         wide = torch.promote_types(W.dtype, torch.float32)
         new = (W.to(wide) + c * (new.to(wide) - W.to(wide))).to(W.dtype)
-    if updates and new is W and add is None:
-        new = W.clone()
+    own = new is not W or add is not None
     for spot, piece, u in updates:
+        if not own and spot.is_part(new, piece):
+            new, own = new.clone(), True
         there, delta = spot.update(new, piece, u)
-        if add is None:
-            there.copy_(there.to(delta.dtype) + delta)
-        else:
+        if add is not None:
             add(there, delta)
+        elif there is new:
+            new, own = (new.to(delta.dtype) + delta).to(new.dtype), True
+        else:
+            there.copy_(there.to(delta.dtype) + delta)
     return new
 
 
