@@ -25,7 +25,7 @@ from ..lowrank import LowRank
 from ..words import did_you_mean
 from .choices import Choice, Choices
 from .guard import Pauses
-from .run.active import Controls
+from .run.active import Active
 from .run.board import Board, Site
 from .run.patch import Patch
 from .run.slots import Slots
@@ -80,7 +80,7 @@ class Running:
         self._background: dict[str, dict[str, LowRank]] = {}  # what is kept, as it was then
         self._choices = Choices()
         self._shown: Selection | None = None
-        self._active: dict[tuple[int, int, bool], Controls] = {}
+        self._active: dict[tuple[int, int, bool], Active] = {}
         self._made_for = -1  # version of the slots that `_active` was made for
         board.connect(self.refresh, self.summed)
 
@@ -240,7 +240,7 @@ class Running:
             self._slots.release(name)  # half of it may be there
             raise
 
-    def _sized(self, selection: Selection) -> Controls:
+    def _sized(self, selection: Selection) -> Active:
         """The tensors of selections of one size."""
         if self._made_for != self._slots.version:  # banks came or grew
             self._active.clear()
@@ -262,7 +262,7 @@ class Running:
         for patch in patches.values():
             for p in patch.fresh.parameters():
                 dtype = torch.promote_types(dtype, p.dtype)
-        self._active[size] = Controls(*size, tables, trained, members, devices, dtype)
+        self._active[size] = Active(*size, tables, trained, members, devices, dtype)
         return self._active[size]
 
     # The background, and what is merged

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from ..selection import SCALINGS, Row, Selection, ranks_at
 from .bank import Table
-from .grouping import Grouping
+from .grouping import Entry, Grouping
 from .packed import Blocks, Packed, Segments
 
-# Of a uniform selection at one layer: by group, (slot, coefficient, rank); and (key, coefficient,
-# rank) of the trainable adapters.
-Numbers: TypeAlias = "tuple[dict[str, list[tuple[int, float, int]]], list[tuple[str, float, int]]]"
+Item: TypeAlias = tuple[int, float, int]  # slot, coefficient, rank
+# Of a uniform selection at one layer: by group; and (key, coefficient, rank) of what is trained.
+Items: TypeAlias = tuple[dict[str, list[Item]], list[tuple[str, float, int]]]
 
 
 @dataclass
-class LayerControls:
-    """What one layer sees: views into `Controls`, and in eager mode what of it applies here."""
+class ActiveAt:
+    """What one layer sees: views into `Active`, and in eager mode what of it applies here."""
 
-    controls: Controls
+    active: Active
     index: int
     ids: Tensor
     on: Tensor
@@ -38,10 +38,10 @@ class LayerControls:
     w: dict[str, Tensor] = field(default_factory=dict)
     trained_w: dict[str, Tensor] = field(default_factory=dict)
 
-    def gathered(self, rows: Tensor) -> LayerControls:
+    def gathered(self, rows: Tensor) -> ActiveAt:
         """The same of other rows: some of these, in any order."""
-        return LayerControls(
-            self.controls,
+        return ActiveAt(
+            self.active,
             self.index,
             self.ids[rows],
             self.on[rows],
@@ -56,17 +56,22 @@ class LayerControls:
         return sum(w.shape[1] for w in self.w.values())
 
     @property
-    def items(self) -> dict[str, list[tuple[int, float, int]]]:
+    def runs(self) -> bool:
+        """Whether any adapter changes anything here."""
+        return self.active.runs()[self.index]
+
+    @property
+    def items(self) -> dict[str, list[Item]]:
         """By group, (slot, coefficient, rank) of a uniform selection."""
-        return self.controls.numbers()[self.index][0]
+        return self.active.items()[self.index][0]
 
     @property
     def trained(self) -> list[tuple[str, float, int]]:
         """(key, coefficient, rank) of the trainable adapters of a uniform selection."""
-        return self.controls.numbers()[self.index][1]
+        return self.active.items()[self.index][1]
 
 
-class Controls:
+class Active:
     """The tensors of selections of one size.
 
     Args:
@@ -89,18 +94,15 @@ class Controls:
     ) -> None:
         self.tables, self.trained, self.height = tables, trained, rows
         self.packed = Packed(rows, devices) if packed else None
-        self.uniform: Selection | None = None
-        self.all_on, self.any_on = False, False
+        self.uniform = self.all_on = False
         self.gates: list[float] = [0.0]
-        self._numbers: list[Numbers] | None = None
+        self._values: dict[str, Tensor] = {}  # what the tensors hold, in float64
+        self._items: list[Items] | None = None
+        self._runs: list[bool] | None = None
         self._grouped: dict[tuple[torch.device, bool], Grouping | Segments | None] = {}
         self._blocks: dict[tuple[torch.device, int, bool, int], Blocks] = {}
         self._lengths: tuple[int, ...] = ()
-        self._entries: list[tuple[int, int]] = []
-        self._slots: dict[str, int] = {}
-        self._keys: dict[str, str] = {}
-        self._scaling = SCALINGS["constant"]
-        self._paths: list[str] = []
+        self._entries: list[Entry] = []
         layers = len(devices)
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
         for device in dict.fromkeys(devices):
@@ -120,11 +122,9 @@ class Controls:
             }
         self.layers = [self._view(i, devices[i], members) for i in range(layers)]
 
-    def _view(
-        self, i: int, device: torch.device, members: Mapping[str, list[bool]]
-    ) -> LayerControls:
+    def _view(self, i: int, device: torch.device, members: Mapping[str, list[bool]]) -> ActiveAt:
         t = self._on_device[device]
-        return LayerControls(
+        return ActiveAt(
             self,
             i,
             t["ids"],
@@ -154,7 +154,7 @@ class Controls:
             gates: (rows,) of the background. scaling: factor by rank there is / rank prefix.
             paths: of the layers.
         """
-        self.uniform = selection if selection.uniform else None
+        self.uniform = selection.uniform
         if self.packed is not None:  # the tensors have more rows than there are
             assert selection.lengths is not None
             self._lengths = selection.lengths
@@ -163,25 +163,55 @@ class Controls:
             selection = Selection((*selection.rows, *[Row()] * more), False)
             gates = [*gates, *[0.0] * more]
         on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
-        self.all_on, self.any_on = all(on), any(on)
-        self.gates = gates
-        self._slots, self._keys = dict(slots), dict(keys)
-        self._scaling, self._paths = scaling, paths
+        self.all_on, self.gates = all(on), gates
+        self._items = self._runs = None
         self._grouped.clear()
         self._blocks.clear()
-        self._numbers = None
-        ids, c = self._mixes(selection)
-        values = {
+        ids, c, self._entries = _mixes(selection, slots)
+        ranks = _ranks(selection, paths)
+        self._values = {
             "ids": ids,
             "on": torch.tensor(on),
             "gate": torch.tensor(gates, dtype=torch.float64),
+            **{f"w.{g}": _weights(ids, c, t, ranks, scaling) for g, t in self.tables.items()},
         }
-        ranks = _ranks(selection, paths)
-        values |= {f"w.{g}": self._bank_weights(ids, c, t, ranks) for g, t in self.tables.items()}
-        values |= {f"t.{key}": self._trained_weights(selection, key, ranks) for key in self.trained}
+        for key, (have, scales) in self.trained.items():
+            mine = [name for name, own in keys.items() if own == key]
+            own = [sum(c for name, c in row.mix if name in mine) for row in selection.rows]
+            self._values[f"t.{key}"] = _trained_weights(own, have, scales, ranks, scaling)
         for tensors in self._on_device.values():
-            for name, value in values.items():
+            for name, value in self._values.items():
                 tensors[name].copy_(value)
+
+    def items(self) -> list[Items]:
+        """What applies at each layer for a uniform selection, in eager mode."""
+        if self._items is None:
+            self._items = self._find_items()
+        return self._items
+
+    def _find_items(self) -> list[Items]:
+        found: list[Items] = [({}, []) for _ in self.layers]
+        slots = self._values["ids"][0].tolist()
+        for group, table in self.tables.items():
+            w = self._values[f"w.{group}"][:, 0].view(len(found), len(slots), table.width)
+            ks, cs = (w != 0).sum(-1).tolist(), w[..., :1].sum(-1).tolist()
+            for at, k, c in zip(found, ks, cs, strict=True):
+                if own := [item for item in zip(slots, c, k, strict=True) if item[2]]:
+                    at[0][group] = own
+        for key in self.trained:
+            w = self._values[f"t.{key}"][:, 0]
+            for at, k, c in zip(found, (w != 0).sum(-1).tolist(), w[:, 0].tolist(), strict=True):
+                if k:
+                    at[1].append((key, c, k))
+        return found
+
+    def runs(self) -> list[bool]:
+        """Whether any adapter changes anything, at each layer."""
+        if self._runs is None:
+            own = [v for name, v in self._values.items() if name.startswith(("w.", "t."))]
+            found = torch.stack([(w != 0).flatten(1).any(1) for w in own]) if own else None
+            self._runs = [False] * len(self.layers) if found is None else found.any(0).tolist()
+        return self._runs
 
     def grouped(self, device: torch.device, one: bool = False) -> Grouping | Segments | None:
         """What runs by slot, for layers on a device; None where gathering the factors is better.
@@ -216,69 +246,49 @@ class Controls:
             self._blocks[key] = self.packed.blocks(device, tokens, one, size)
         return self._blocks[key]
 
-    def _mixes(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Slots and coefficients (rows, K); the entries that run are noted."""
-        width = selection.width
-        ids, c = ([[zero] * width for _ in selection.rows] for zero in (0, 0.0))
-        self._entries = []
-        for i, row in enumerate(selection.rows):
-            for j, (name, value) in enumerate(row.mix):
-                slot = self._slots.get(name)
-                if slot is not None:
-                    ids[i][j], c[i][j] = slot, value
-                    if value != 0 and row.rank != 0:
-                        self._entries.append((slot, i * width + j))
-        return torch.tensor(ids), torch.tensor(c, dtype=torch.float64)
 
-    def _bank_weights(self, ids: Tensor, c: Tensor, table: Table, ranks: Tensor) -> Tensor:
-        """(L, rows, K · R)."""
-        have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
-        first = table.first[ids].permute(2, 0, 1)
-        coefficient = c * table.scales[ids].permute(2, 0, 1)
-        k = (ranks[:, :, None] - first).clamp_min(0).minimum(have)
-        if self._scaling is not SCALINGS["constant"]:
-            coefficient = coefficient * _factors(self._scaling, have, k)
-        mask = torch.arange(table.width) < k[..., None]
-        return (coefficient[..., None] * mask).flatten(2)
+def _mixes(selection: Selection, slots: Mapping[str, int]) -> tuple[Tensor, Tensor, list[Entry]]:
+    """Slots (rows, K), coefficients (rows, K), and what of them runs."""
+    width = selection.width
+    ids, c = ([[zero] * width for _ in selection.rows] for zero in (0, 0.0))
+    entries: list[Entry] = []
+    for i, row in enumerate(selection.rows):
+        for j, (name, value) in enumerate(row.mix):
+            slot = slots.get(name)
+            if slot is not None:
+                ids[i][j], c[i][j] = slot, value
+                if value != 0 and row.rank != 0:
+                    entries.append((slot, i * width + j))
+    return torch.tensor(ids), torch.tensor(c, dtype=torch.float64), entries
 
-    def _trained_weights(self, selection: Selection, key: str, ranks: Tensor) -> Tensor:
-        """(L, rows, r)."""
-        have, scales = self.trained[key]
-        found = [sum(c for name, c in r.mix if self._keys.get(name) == key) for r in selection.rows]
-        c = torch.tensor(found, dtype=torch.float64)
-        have = have[:, None].expand(-1, len(c))
-        k = ranks.minimum(have)
-        coefficient = c * scales[:, None] * _factors(self._scaling, have, k)
-        return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
 
-    def numbers(self) -> list[Numbers]:
-        """What applies at each layer for a uniform selection, in eager mode."""
-        if self._numbers is None:
-            self._numbers = self._find_numbers()
-        return self._numbers
+def _weights(
+    ids: Tensor, c: Tensor, table: Table, ranks: Tensor, scaling: Callable[[float], float]
+) -> Tensor:
+    """(L, rows, K · R) of the adapters in slots."""
+    have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
+    first = table.first[ids].permute(2, 0, 1)
+    coefficient = c * table.scales[ids].permute(2, 0, 1)
+    k = (ranks[:, :, None] - first).clamp_min(0).minimum(have)
+    if scaling is not SCALINGS["constant"]:
+        coefficient = coefficient * _factors(scaling, have, k)
+    mask = torch.arange(table.width) < k[..., None]
+    return (coefficient[..., None] * mask).flatten(2)
 
-    def _find_numbers(self) -> list[Numbers]:
-        assert self.uniform is not None
-        (row,) = self.uniform.rows
-        ranks = ranks_at(row.rank, self._paths)
-        found: list[Numbers] = [({}, []) for _ in ranks]
-        for name, c in row.mix if row.on else ():
-            if c == 0:
-                continue
-            if name in self._keys:
-                key = self._keys[name]
-                for at, rank, have in zip(found, ranks, self.trained[key][0].tolist(), strict=True):
-                    if k := min(rank, have):
-                        at[1].append((key, c * self._scaling(have / k), k))
-                continue
-            slot = self._slots[name]
-            for group, t in self.tables.items():
-                columns = (column[slot].tolist() for column in (t.ranks, t.first, t.scales))
-                for at, rank, have, first, scale in zip(found, ranks, *columns, strict=True):
-                    if k := min(max(0, rank - first), have):
-                        item = (slot, c * scale * self._scaling(have / k), k)
-                        at[0].setdefault(group, []).append(item)
-        return found
+
+def _trained_weights(
+    c: list[float],
+    have: Tensor,
+    scales: Tensor,
+    ranks: Tensor,
+    scaling: Callable[[float], float],
+) -> Tensor:
+    """(L, rows, r) of one trainable adapter."""
+    have = have[:, None].expand(-1, len(c))
+    k = ranks.minimum(have)
+    given = torch.tensor(c, dtype=torch.float64)
+    coefficient = given * scales[:, None] * _factors(scaling, have, k)
+    return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
 
 
 def _ranks(selection: Selection, paths: list[str]) -> Tensor:

@@ -45,12 +45,12 @@ class Fresh(nn.Module):
         raise TypeError("Fresh is abstract")  # pragma: no cover
 
     def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: float, k: int) -> Tensor:
-        """y plus coefficient · ΔW x at rank prefix k."""
+        """y plus coefficient · B A x at rank prefix k; the scale is part of the coefficient."""
         x = self._dropped(x)
         # Summed before they are added, so that a start cancels to the rounding of its own size.
         delta: Any = None
         for A, B, g in self.parts(k):
-            h = _times(self.kind.down(layer, x, A), g * (coefficient * self.scale), self.kind)
+            h = _times(self.kind.down(layer, x, A), g * coefficient, self.kind)
             part = self.kind.up(layer, h, B)
             delta = part if delta is None else delta + part
         total: Tensor = y + delta.to(y.dtype)

@@ -13,7 +13,7 @@ from ...layers.storage import is_quantized
 from ...layers.swap import device_of, input_of
 from ...placing import added
 from ..selection import Row
-from .active import Controls, LayerControls
+from .active import ActiveAt
 from .bank import Bank
 from .board import Board, Site
 from .factors import Fresh, Kept
@@ -42,7 +42,7 @@ class Patch(Site):
         self.fresh = nn.ModuleDict()
         self.keys: dict[str, str] = {}
         self.kept: Kept | None = None
-        self.now: LayerControls | None = None
+        self.now: ActiveAt | None = None
         self.train(place.layer.training)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Patch(Site):
         """Run updates, each with its coefficient, in the background; none for no background."""
         self.kept = Kept(self.kind, updates, self.device) if updates else None
 
-    def show(self, now: LayerControls | None) -> None:
+    def show(self, now: ActiveAt | None) -> None:
         """This is active from now on."""
         if self.now is not now:  # setting a module's attribute is slow
             vars(self)["now"] = now
@@ -103,37 +103,36 @@ class Patch(Site):
         x = input_of(args, kwargs)
         if self.fresh and torch.is_grad_enabled():
             self.board.note_run()
-        if now.controls.uniform is not None and not _is_recorded(y):
+        if now.active.uniform and not _is_recorded(y):
             return self._uniform(layer, y, x, now)
-        return self._rows(layer, y, x, now, now.controls)
+        return self._rows(layer, y, x, now)
 
-    def _uniform(self, layer: Any, y: Tensor, x: Tensor, now: LayerControls) -> Tensor:
+    def _uniform(self, layer: Any, y: Tensor, x: Tensor, now: ActiveAt) -> Tensor:
         for group, items in now.items.items():
             bank: Any = self.banks[group]
             y = bank.uniform(layer, y, x, items)
         for key, coefficient, k in now.trained:
             fresh: Any = self.fresh[key]
             y = fresh.uniform(layer, y, x, coefficient, k)
-        if self.kept is not None and now.controls.gates[0] != 0:
-            y = self.kept.uniform(layer, y, x, now.controls.gates[0])
+        if self.kept is not None and now.active.gates[0] != 0:
+            y = self.kept.uniform(layer, y, x, now.active.gates[0])
         return y
 
-    def _rows(
-        self, layer: Any, y: Tensor, x: Tensor, now: LayerControls, controls: Controls
-    ) -> Tensor:
+    def _rows(self, layer: Any, y: Tensor, x: Tensor, now: ActiveAt) -> Tensor:
+        active = now.active
         lead, recorded = self._lead(layer, y), _is_recorded(y)
-        if controls.packed is not None:
+        if not recorded and not now.runs and (self.kept is None or not any(active.gates)):
+            return y
+        if active.packed is not None:
             return self._packed(layer, y, x, now, lead, recorded)
         self.board.rows.check(self.path, lead, self.time_first, recorded)
-        if not recorded and not controls.any_on:
-            return y
         swapped = self.time_first and len(lead) > 1
         if swapped:
             x, y = x.transpose(0, 1), y.transpose(0, 1)
-        by = None if recorded else controls.grouped(y.device)
+        by = None if recorded else active.grouped(y.device)
         out = self._summed(layer, y, x, now, by)
         # In this order: what a graph looks at, it is compiled again for.
-        if recorded or not controls.all_on:
+        if recorded or not active.all_on:
             out = _selected(now.on, out, y)
         return out.transpose(0, 1) if swapped else out
 
@@ -142,26 +141,24 @@ class Patch(Site):
         layer: Any,
         y: Tensor,
         x: Tensor,
-        now: LayerControls,
+        now: ActiveAt,
         lead: tuple[int, ...],
         recorded: bool,
     ) -> Tensor:
         """The tokens of packed rows, as rows of one token or as blocks of several."""
-        controls = now.controls
+        active = now.active
         tokens, one = self.board.rows.packed_as(self.path, lead, self.time_first, y.device)
-        assert controls.packed is not None
-        if not recorded and not controls.any_on:
-            return y
+        assert active.packed is not None
         flat = y.reshape(tokens, y.shape[-1])
         inputs = x.reshape(tokens, *x.shape[len(lead) :])
-        row = controls.packed.row_of(y.device, tokens, one)
-        by = None if recorded or not self.kind.linear else controls.grouped(y.device, one)
+        row = active.packed.row_of(y.device, tokens, one)
+        by = None if recorded or not self.kind.linear else active.grouped(y.device, one)
         if by is not None:
             more = self.kept is not None or now.trained_w
             out = self._summed(layer, flat, inputs, now.gathered(row) if more else now, by)
         else:
             size = block_size(tokens, len(now.ids), now.ranks)
-            blocks = controls.blocks(y.device, tokens, one, size)
+            blocks = active.blocks(y.device, tokens, one, size)
             cut = (-1, size)
             placed = self._summed(
                 layer,
@@ -178,7 +175,7 @@ class Patch(Site):
         layer: Any,
         y: Tensor,
         x: Tensor,
-        now: LayerControls,
+        now: ActiveAt,
         by: Grouping | Segments | None,
     ) -> Tensor:
         """y plus what every row runs, also what is selected away afterwards."""
@@ -197,7 +194,7 @@ class Patch(Site):
         """The axes of the output that are not channels; none where there is no batch."""
         if self.kind.channel == -1:
             return y.shape[:-1]
-        packed = self.now is not None and self.now.controls.packed is not None
+        packed = self.now is not None and self.now.active.packed is not None
         return () if packed or y.ndim != layer.weight.ndim else y.shape[:1]
 
     def bank(self, group: str) -> Bank:
