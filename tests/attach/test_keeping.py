@@ -266,9 +266,9 @@ def test_no_dense_update_appears(make_update, shape_watch):
         live.keep("b", 0.5)
         live.use("c")
         # Not the layer itself, whose own product has the weight's size.
-        kept, y = live._state.slots.patches[""].kept, torch.zeros(4, 200)
-        kept.uniform(layer, y, x, 1.0)
-        kept.rows(layer, y, x, torch.ones(2))
+        kept, y = live._state.slots.patches[""].fresh["kept"], torch.zeros(4, 200)
+        kept.uniform(layer, y, x, 1.0, kept.rank)
+        kept.rows(layer, y, x, torch.ones(2, kept.rank))
     assert watch.largest < 200 * 300 / 4
 
 
@@ -285,7 +285,7 @@ def test_mixed_ranks_and_dtypes_join_in_the_widest(make_update, dense):
                              "now": lf.Adapter({"": now})})  # fmt: skip
     for name, (_, c) in parts.items():
         live.keep(name, c)
-    kept = live._state.slots.patches[""].kept
+    kept = live._state.slots.patches[""].fresh["kept"]
     assert (kept.A.dtype, kept.A.shape, kept.B.shape) == (torch.float64, (6, 6), (4, 6))
     x = torch.randn(3, 6, dtype=torch.float64)
     wanted = base(x) + x @ (dense(now) + sum(c * dense(u) for u, c in parts.values())).T

@@ -24,7 +24,7 @@ from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.places import copies_of
-from .run.factors import Fresh, Modulation
+from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
 
@@ -100,7 +100,7 @@ def _kind_of(source: Trained) -> str:
 def _rescale(
     found: Mapping[str, dict[str, Tensor]],
     scales: Mapping[str, float],
-    modules: Mapping[str, Fresh],
+    modules: Mapping[str, Factors],
 ) -> None:
     """Bring what was saved to the scale that it is trained with here; the update is the same."""
     for p, tensors in found.items():
@@ -128,7 +128,7 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _plain(
-    path: str | os.PathLike[str], modules: Mapping[str, Fresh]
+    path: str | os.PathLike[str], modules: Mapping[str, Factors]
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """A PEFT directory's factors, at the scale that they are trained with here."""
     adapter = load(path)
@@ -168,7 +168,7 @@ def _flat(state: State, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
 
 
 def _check(
-    where: str, modules: Mapping[str, Fresh], found: Mapping[str, Mapping[str, Tensor]]
+    where: str, modules: Mapping[str, Factors], found: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Raise where a checkpoint does not fit, before anything is loaded."""
     if set(found) != set(modules):

@@ -25,7 +25,7 @@ from ..lowrank import LowRank
 from ..words import did_you_mean
 from .choices import Choice, Choices
 from .guard import Pauses
-from .run.active import Active
+from .run.active import KEPT, Active
 from .run.board import Board, Site
 from .run.patch import Patch
 from .run.slots import Slots
@@ -255,6 +255,9 @@ class Running:
         patches, tables = self._slots.patches, self._slots.tables
         sources = [s for s in self._sources.values() if isinstance(s, Trained)]
         trained = {s.key: s.table(patches) for s in sources}
+        if self.kept:
+            ranks = [p.fresh[KEPT].rank if KEPT in p.fresh else 0 for p in patches.values()]
+            trained[KEPT] = (torch.tensor(ranks), torch.ones(len(ranks), dtype=torch.float64))
         members = {g: [g in p.banks for p in patches.values()] for g in tables}
         members |= {key: [key in p.fresh for p in patches.values()] for key in trained}
         devices = [p.device for p in patches.values()]

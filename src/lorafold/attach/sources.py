@@ -26,7 +26,7 @@ from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
 from .begin.places import copies_of, experts_of, in_names_of, layers_of, whole_modules
 from .begin.specs import LoRA, PiSSA, Spec
-from .run.factors import Factors, Fresh
+from .run.factors import Factors, Pair
 from .run.patch import Patch
 from .run.shelf import Shelf
 from .run.slots import Slots
@@ -123,7 +123,7 @@ class Trained(Source):
 
     def __init__(
         self,
-        fresh: Mapping[str, Fresh],
+        fresh: Mapping[str, Factors],
         places: Mapping[str, Place],
         copies: Mapping[str, nn.Module],
         config: Mapping[str, Any],
@@ -150,7 +150,7 @@ class Trained(Source):
         fresh = {}
         for path, place in places.items():
             u = a[path].to(device_of(place.layer), dtype)
-            fresh[path] = Factors(place.kind, u.A.clone(), u.B.clone(), u.scale)
+            fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale)
         copies = {path: module.requires_grad_(True) for path, module in copies.items()}
         return Plan(cls(fresh, places, copies, a.config), places, copies)
 
@@ -176,7 +176,7 @@ class Trained(Source):
         # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
         seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
         generator.manual_seed(seed)
-        fresh: dict[str, Fresh] = {}
+        fresh: dict[str, Factors] = {}
         for path, place in places.items():
             args = path, place.layer, place.kind, generator
             if isinstance(spec, PiSSA):

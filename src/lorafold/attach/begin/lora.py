@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ...errors import MismatchError
 from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
-from ..run.factors import Factors
+from ..run.factors import Pair
 from .specs import LoRA
 
 
 def fresh_factors(
     spec: LoRA, path: str, layer: nn.Module, kind: LayerKind, generator: torch.Generator
-) -> Factors:
+) -> Pair:
     """The factors that a specification means at one layer.
 
     Raises:
@@ -52,7 +52,7 @@ def fresh_factors(
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         A = A.to(device, spec.dtype)
         B = torch.zeros(out, r, device=device, dtype=spec.dtype)
-    return Factors(kind, A.contiguous(), B.contiguous(), scale, spec.dropout, start)
+    return Pair(kind, A.contiguous(), B.contiguous(), scale, spec.dropout, start)
 
 
 def leading_directions(

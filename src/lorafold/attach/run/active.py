@@ -21,6 +21,7 @@ from .bank import Table
 from .grouping import Entry, Grouping
 from .packed import Blocks, Packed, Segments
 
+KEPT = "kept"  # the key of the background among the trained adapters
 Item: TypeAlias = tuple[int, float, int]  # slot, coefficient, rank
 # Of a uniform selection at one layer: by group; and (key, coefficient, rank) of what is trained.
 Items: TypeAlias = tuple[dict[str, list[Item]], list[tuple[str, float, int]]]
@@ -34,7 +35,6 @@ class ActiveAt:
     index: int
     ids: Tensor
     on: Tensor
-    gate: Tensor
     w: dict[str, Tensor] = field(default_factory=dict)
     trained_w: dict[str, Tensor] = field(default_factory=dict)
 
@@ -45,7 +45,6 @@ class ActiveAt:
             self.index,
             self.ids[rows],
             self.on[rows],
-            self.gate[rows],
             {group: w[rows] for group, w in self.w.items()},
             {key: w[rows] for key, w in self.trained_w.items()},
         )
@@ -95,7 +94,6 @@ class Active:
         self.tables, self.trained, self.height = tables, trained, rows
         self.packed = Packed(rows, devices) if packed else None
         self.uniform = self.all_on = False
-        self.gates: list[float] = [0.0]
         self._values: dict[str, Tensor] = {}  # what the tensors hold, in float64
         self._items: list[Items] | None = None
         self._runs: list[bool] | None = None
@@ -110,7 +108,6 @@ class Active:
             self._on_device[device] = {
                 "ids": torch.zeros(rows, width, dtype=torch.int64, device=device),
                 "on": torch.zeros(rows, dtype=torch.bool, device=device),
-                "gate": torch.zeros(rows, **options),
                 **{
                     f"w.{group}": torch.zeros(layers, rows, width * t.width, **options)
                     for group, t in tables.items()
@@ -129,7 +126,6 @@ class Active:
             i,
             t["ids"],
             t["on"],
-            t["gate"],
             {g: t[f"w.{g}"][i] for g in self.tables if members[g][i]},
             {
                 key: t[f"t.{key}"][i][:, : int(ranks[i])]
@@ -163,7 +159,7 @@ class Active:
             selection = Selection((*selection.rows, *[Row()] * more), False)
             gates = [*gates, *[0.0] * more]
         on = [row.on or gate != 0 for row, gate in zip(selection.rows, gates, strict=True)]
-        self.all_on, self.gates = all(on), gates
+        self.all_on = all(on)
         self._items = self._runs = None
         self._grouped.clear()
         self._blocks.clear()
@@ -172,10 +168,13 @@ class Active:
         self._values = {
             "ids": ids,
             "on": torch.tensor(on),
-            "gate": torch.tensor(gates, dtype=torch.float64),
             **{f"w.{g}": _weights(ids, c, t, ranks, scaling) for g, t in self.tables.items()},
         }
         for key, (have, scales) in self.trained.items():
+            if key == KEPT:  # whole, by the gate
+                whole = have[:, None].expand(-1, len(gates))
+                self._values[f"t.{key}"] = _trained_weights(gates, have, scales, whole, scaling)
+                continue
             mine = [name for name, own in keys.items() if own == key]
             own = [sum(c for name, c in row.mix if name in mine) for row in selection.rows]
             self._values[f"t.{key}"] = _trained_weights(own, have, scales, ranks, scaling)
@@ -200,7 +199,8 @@ class Active:
                     at[0][group] = own
         for key in self.trained:
             w = self._values[f"t.{key}"][:, 0]
-            for at, k, c in zip(found, (w != 0).sum(-1).tolist(), w[:, 0].tolist(), strict=True):
+            ks, cs = (w != 0).sum(-1).tolist(), w[:, :1].sum(-1).tolist()
+            for at, k, c in zip(found, ks, cs, strict=True):
                 if k:
                     at[1].append((key, c, k))
         return found

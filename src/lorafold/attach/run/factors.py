@@ -1,6 +1,6 @@
-"""Fresh, trainable factors at one layer: LoRA and modulated singular directions.
+"""Factors of one adapter at one layer, outside of slots: trainable ones, and the background's.
 
-`Factors` runs s · B A x, or, where it began with part of the weight (PiSSA), s (B A − B₀ A₀) x with
+`Pair` runs s · B A x, or, where it began with part of the weight (PiSSA), s (B A − B₀ A₀) x with
 the start frozen beside it, so that W is never altered. `Modulation` runs U (Δs ⊙ Vh x): the same
 map as taking the directions out of W and putting U diag(S + Δs) Vh back.
 """
@@ -17,8 +17,8 @@ from ...layers.kinds import LayerKind
 from ...lowrank import LowRank
 
 
-class Fresh(nn.Module):
-    """Trainable factors of one adapter at one layer; see the two final classes.
+class Factors(nn.Module):
+    """Factors of one adapter at one layer; see the three final classes.
 
     Attributes:
         rank: how many rows. scale: of the product.
@@ -30,7 +30,7 @@ class Fresh(nn.Module):
 
     def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
         """(A (k, in), B (out, k), what h is multiplied by) whose products add up to ΔW / scale."""
-        raise TypeError("Fresh is abstract")  # pragma: no cover
+        raise TypeError("Factors is abstract")  # pragma: no cover
 
     def update(self) -> LowRank:
         """A copy of the present update."""
@@ -42,7 +42,7 @@ class Fresh(nn.Module):
 
     def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
         """Each parameter with the index of its entries that a rank prefix k leaves out."""
-        raise TypeError("Fresh is abstract")  # pragma: no cover
+        raise TypeError("Factors is abstract")  # pragma: no cover
 
     def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: float, k: int) -> Tensor:
         """y plus coefficient · B A x at rank prefix k; the scale is part of the coefficient."""
@@ -85,7 +85,7 @@ def _times(h: Tensor, g: Tensor | float, kind: LayerKind) -> Tensor:
     return (h * g).to(h.dtype)
 
 
-class Factors(Fresh):
+class Pair(Factors):
     """s · B A, less its frozen start where there is one.
 
     Args:
@@ -119,7 +119,7 @@ class Factors(Fresh):
         return [(self.A, slice(k, None)), (self.B, (slice(None), slice(k, None)))]
 
 
-class Modulation(Fresh):
+class Modulation(Factors):
     """U (Δs ⊙ Vh x) on chosen singular directions of the weight.
 
     Args:
@@ -174,8 +174,8 @@ class Modulation(Fresh):
         return [(self.delta_s, slice(k, None))]
 
 
-class Kept(nn.Module):
-    """Frozen updates that run in the background, as one pair of products.
+class Kept(Factors):
+    """Frozen updates that run in the background, as one pair of products; the gate is their weight.
 
     Args:
         updates: what runs, coefficients included; joined in the widest dtype.
@@ -185,8 +185,6 @@ class Kept(nn.Module):
     B: Tensor
 
     def __init__(self, kind: LayerKind, updates: list[LowRank], device: Any) -> None:
-        super().__init__()
-        self.kind = kind
         dtype = updates[0].B.dtype
         for u in updates:
             for t in (u.A, u.B):
@@ -194,17 +192,12 @@ class Kept(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         A = torch.cat([u.A.to(device, dtype) for u in updates])
         B = torch.cat([(u.scale * u.B.to(device, wide)).to(dtype) for u in updates], 1)
+        super().__init__(kind, len(A), 1.0)
         self.register_buffer("A", A.detach().clone(), persistent=False)
         self.register_buffer("B", B.detach().clone(), persistent=False)
 
-    def uniform(self, layer: Any, y: Tensor, x: Tensor, gate: float) -> Tensor:
-        """y plus gate times the background."""
-        h = self.kind.down(layer, x, self.A)
-        return y + (gate * self.kind.up(layer, h, self.B)).to(y.dtype)
+    def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
+        return [(self.A[:k], self.B[:, :k], 1.0)]
 
-    def rows(self, layer: Any, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """y plus the background, each row by its own gate (rows,)."""
-        delta = self.kind.up(layer, self.kind.down(layer, x, self.A), self.B)
-        weights = gate.repeat_interleave(y.shape[0] // len(gate), 0)
-        weights = weights.view(-1, *[1] * (y.ndim - 1))
-        return y + (weights * delta).to(y.dtype)
+    def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
+        return []

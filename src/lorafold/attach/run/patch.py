@@ -13,10 +13,10 @@ from ...layers.storage import is_quantized
 from ...layers.swap import device_of, input_of
 from ...placing import added
 from ..selection import Row
-from .active import ActiveAt
+from .active import KEPT, ActiveAt
 from .bank import Bank
 from .board import Board, Site
-from .factors import Fresh, Kept
+from .factors import Factors, Kept
 from .grouping import Grouping
 from .packed import Segments, block_size
 
@@ -31,7 +31,7 @@ class Patch(Site):
         kind: of the layer. dims: (out, in) of its updates.
         banks: by group, the adapters in slots. fresh: by key, the trainable ones.
         keys: name → key of a trainable one.
-        kept: the background. now: what is active, None for nothing.
+        now: what is active, None for nothing.
     """
 
     def __init__(self, board: Board, path: str, place: Place, index: int) -> None:
@@ -41,7 +41,6 @@ class Patch(Site):
         self.banks = nn.ModuleDict()
         self.fresh = nn.ModuleDict()
         self.keys: dict[str, str] = {}
-        self.kept: Kept | None = None
         self.now: ActiveAt | None = None
         self.train(place.layer.training)
 
@@ -61,7 +60,7 @@ class Patch(Site):
     def has(self, name: str) -> bool:
         return name in self.keys
 
-    def put(self, name: str, key: str, fresh: Fresh) -> None:
+    def put(self, name: str, key: str, fresh: Factors) -> None:
         """Add an adapter's trainable factors."""
         fresh.train(self.training)
         self.keys[name], self.fresh[key] = key, fresh
@@ -86,7 +85,10 @@ class Patch(Site):
 
     def keep(self, updates: list[Any]) -> None:
         """Run updates, each with its coefficient, in the background; none for no background."""
-        self.kept = Kept(self.kind, updates, self.device) if updates else None
+        if updates:
+            self.fresh[KEPT] = Kept(self.kind, updates, self.device)
+        elif KEPT in self.fresh:
+            del self.fresh[KEPT]
 
     def show(self, now: ActiveAt | None) -> None:
         """This is active from now on."""
@@ -101,7 +103,7 @@ class Patch(Site):
         if now is None or y.numel() == 0:  # an expert that no token goes to, for one
             return y
         x = input_of(args, kwargs)
-        if self.fresh and torch.is_grad_enabled():
+        if self.keys and torch.is_grad_enabled():
             self.board.note_run()
         if now.active.uniform and not _is_recorded(y):
             return self._uniform(layer, y, x, now)
@@ -114,14 +116,12 @@ class Patch(Site):
         for key, coefficient, k in now.trained:
             fresh: Any = self.fresh[key]
             y = fresh.uniform(layer, y, x, coefficient, k)
-        if self.kept is not None and now.active.gates[0] != 0:
-            y = self.kept.uniform(layer, y, x, now.active.gates[0])
         return y
 
     def _rows(self, layer: Any, y: Tensor, x: Tensor, now: ActiveAt) -> Tensor:
         active = now.active
         lead, recorded = self._lead(layer, y), _is_recorded(y)
-        if not recorded and not now.runs and (self.kept is None or not any(active.gates)):
+        if not recorded and not now.runs:
             return y
         if active.packed is not None:
             return self._packed(layer, y, x, now, lead, recorded)
@@ -154,8 +154,8 @@ class Patch(Site):
         row = active.packed.row_of(y.device, tokens, one)
         by = None if recorded or not self.kind.linear else active.grouped(y.device, one)
         if by is not None:
-            more = self.kept is not None or now.trained_w
-            out = self._summed(layer, flat, inputs, now.gathered(row) if more else now, by)
+            here = now.gathered(row) if now.trained_w else now
+            out = self._summed(layer, flat, inputs, here, by)
         else:
             size = block_size(tokens, len(now.ids), now.ranks)
             blocks = active.blocks(y.device, tokens, one, size)
@@ -188,7 +188,7 @@ class Patch(Site):
         for key, w in now.trained_w.items():
             fresh: Any = self.fresh[key]
             y = fresh.rows(layer, y, x, w)
-        return y if self.kept is None else self.kept.rows(layer, y, x, now.gate)
+        return y
 
     def _lead(self, layer: Any, y: Tensor) -> tuple[int, ...]:
         """The axes of the output that are not channels; none where there is no batch."""
@@ -202,7 +202,7 @@ class Patch(Site):
         found: Any = self.banks[group]
         return found  # type: ignore[no-any-return]
 
-    def trained(self, key: str) -> Fresh:
+    def trained(self, key: str) -> Factors:
         """One of its trainable adapters."""
         found: Any = self.fresh[key]
         return found  # type: ignore[no-any-return]
