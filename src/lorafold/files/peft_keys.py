@@ -182,26 +182,8 @@ def make_plan(
 
 def stem_scaling(config: Mapping[str, Any], layout: Layout, path: str) -> tuple[int, float]:
     """Rank and scale that the config gives to the module at `path`, as PEFT applies it."""
-    rank, scale = scaling(config, pattern_key(layout, path))
-    return rank, scale * OUT_PROJ_TIMES if is_out_proj(layout) else scale
-
-
-def pattern_key(layout: Layout, path: str) -> str:
-    """What PEFT matches `rank_pattern` and `alpha_pattern` (and its targets) against.
-
-    Modules with one key share rank and scale in PEFT: all experts of a parameter, and the two
-    projections of a MultiheadAttention.
-    """
-    if layout.kind == "expert":
-        return path.rpartition("[")[0] if path.endswith("]") else path
-    if is_out_proj(layout):
-        return path.removesuffix(".out_proj")
-    return path
-
-
-def is_out_proj(layout: Layout) -> bool:
-    """Whether this is the output projection of a MultiheadAttention."""
-    return layout.stem is not None and layout.stem.endswith(_OUT_PROJ)
+    rank, scale = scaling(config, layout.group(path))
+    return rank, scale * OUT_PROJ_TIMES if layout.is_out_proj else scale
 
 
 def parameter_order(names: list[str], shapes: list[tuple[int, int]] | None = None) -> list[str]:
@@ -327,7 +309,7 @@ def _slot(
     rank = A[0]
     if config is None:
         assert alpha is not None
-        scale = alpha / rank * (OUT_PROJ_TIMES if is_out_proj(layout) else 1)
+        scale = alpha / rank * (OUT_PROJ_TIMES if layout.is_out_proj else 1)
     else:
         expected, scale = stem_scaling(config, layout, path)
         if rank != expected:

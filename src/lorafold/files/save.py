@@ -28,7 +28,7 @@ from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
 from .atomic import new_directory
 from .config import CONFIG_NAME, STATE_NAME, WEIGHTS_NAME, plain
 from .find import is_adapter
-from .peft_keys import OUT_PROJ_TIMES, is_out_proj, parameter_order, pattern_key, stem_scaling
+from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
 
@@ -155,7 +155,7 @@ def _as_configured(adapter: Adapter) -> bool:
         if (u.rank, u.scale) != stem_scaling(adapter.config, layout, p):
             return False
         if layout.expert is not None:
-            groups[pattern_key(layout, p)] += 1
+            groups[layout.group(p)] += 1
     # An expert that is missing has to be filled in, which is no longer the file as it was.
     return all(groups[k] == n for k, n in _expert_counts(adapter).items())
 
@@ -166,7 +166,7 @@ def _expert_counts(adapter: Adapter) -> dict[str, int]:
         layout = adapter.layout(p)
         if layout.expert is None:
             continue
-        key = pattern_key(layout, p)
+        key = layout.group(p)
         if counts.setdefault(key, layout.expert[1]) != layout.expert[1]:
             raise MismatchError(f"the modules of {key!r} disagree on the number of experts")
     return counts
@@ -176,15 +176,15 @@ def _baked(adapter: Adapter, pad: bool) -> tuple[dict[str, LowRank], dict[str, i
     """Modules of scale 1, padded to one rank per pattern key; and those ranks."""
     ranks: dict[str, int] = {}
     for p, u in adapter.modules.items():
-        key = pattern_key(adapter.layout(p), p)
+        key = adapter.layout(p).group(p)
         ranks[key] = max(ranks.get(key, 1), u.rank)
     if pad and ranks:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     modules = {}
     for p, u in adapter.modules.items():
         layout = adapter.layout(p)
-        scale = u.scale / OUT_PROJ_TIMES if is_out_proj(layout) else u.scale
-        modules[p] = _padded(u.A, _scaled(u.B, scale), ranks[pattern_key(layout, p)])
+        scale = u.scale / OUT_PROJ_TIMES if layout.is_out_proj else u.scale
+        modules[p] = _padded(u.A, _scaled(u.B, scale), ranks[layout.group(p)])
     return modules, ranks
 
 
@@ -235,7 +235,7 @@ def _retargeted(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     parameters: list[str] = []
     for p in adapter.modules:
         layout = adapter.layout(p)
-        key = pattern_key(layout, p)
+        key = layout.group(p)
         (parameters if layout.kind == "expert" else modules).append(key)
     new = dict(config)
     if not all(finds_module(config, m) for m in modules):
@@ -261,7 +261,7 @@ def _factor_tensors(adapter: Adapter, modules: Mapping[str, LowRank]) -> dict[st
     for p, u in modules.items():
         layout = adapter.layout(p)
         if layout.expert is not None:
-            experts.setdefault(pattern_key(layout, p), []).append((layout.expert[0], u))
+            experts.setdefault(layout.group(p), []).append((layout.expert[0], u))
             continue
         stem, A, B = PREFIX + (layout.stem or p), u.A, u.B
         if layout.kind == "embedding":
@@ -294,7 +294,7 @@ def _wrapper_stems(adapter: Adapter) -> dict[str, str]:
     for p in adapter.modules:
         layout = adapter.layout(p)
         if layout.kind == "expert":
-            owner, _, name = pattern_key(layout, p).rpartition(".")
+            owner, _, name = layout.group(p).rpartition(".")
             depth = (layout.stem or "").removeprefix(owner).count(".base_layer")
             owners.setdefault(owner, {})[name] = depth
     stems = {}
