@@ -166,13 +166,14 @@ def _inside(path: str) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    own = dict(module._parameters) | dict(module._buffers)
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    own |= dict(module.named_buffers(recurse=False))
     storage = storage_of(module)
     if storage.quantized:
         parts = storage.parts(module)
-        own["weight"] = None
+        own.pop("weight", None)
         yield from (parts.codes, *parts.rest)
-    yield from (t for t in own.values() if t is not None)
+    yield from own.values()
 
 
 def _total(tensors: Iterator[Tensor]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..layers.misread import misread
 from ..layers.sites import place_at
 from ..layers.storage import Origin, is_quantized, storage_of, weight_of
 from ..layers.swap import CHILD, is_attached, rebase
-from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
+from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, found_layers
 from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
 from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear, whole_groups
 
@@ -80,15 +80,7 @@ def quantize_base(
     """
     choice = chosen(bits, kind, group_size, double_quant, compute_dtype)
     package_of(choice)
-    if any(is_attached(module) for module in model.modules()):
-        raise RefusedError(
-            "adapters are attached to this model: quantise first and attach then (live.detach(), "
-            "lf.quantize_base, lf.attach)"
-        )
-    layers = found_layers(model, as_targets(targets, "targets"), as_targets(exclude, "exclude"))
-    users = _users(model)
-    for path, layer in layers.items():
-        _check(model, path, layer, users, choice)
+    layers = _checked(model, as_targets(targets, "targets"), as_targets(exclude, "exclude"), choice)
     before, output = model_bytes(model), None if inputs is None else output_of(model, inputs)
     made = {path: _quantized(path, layer, choice) for path, layer in layers.items()}
     for path, (new, _) in made.items():
@@ -141,18 +133,36 @@ def dequantize(x: nn.Module) -> nn.Module:
     return x
 
 
+def _checked(
+    model: nn.Module, targets: Iterable[Target], exclude: Iterable[Target], choice: Choice
+) -> dict[str, Any]:
+    """{path: layer} of what is to be quantised; all of it can be."""
+    if any(is_attached(module) for module in model.modules()):
+        raise RefusedError(
+            "adapters are attached to this model: quantise first and attach then (live.detach(), "
+            "lf.quantize_base, lf.attach)"
+        )
+    layers, users = found_layers(model, targets, exclude), _users(model)
+    for path, layer in layers.items():
+        _check(model, path, layer, users, choice)
+    return layers
+
+
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by path, without what is attached."""
     return ((p, m) for p, m in model.named_modules() if CHILD not in p.split("."))
+
+
+def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(layer.named_parameters(recurse=False))
 
 
 def _users(model: nn.Module) -> Mapping[int, list[str]]:
     """Which modules hold each parameter, by its id."""
     users: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
-        for p in module._parameters.values():
-            if p is not None:
-                users[id(p)].append(path)
+        for p in module.parameters(recurse=False):
+            users[id(p)].append(path)
     return users
 
 
@@ -165,7 +175,7 @@ def _check(
             f"module {path!r} is quantised already: lf.dequantize it first, or leave it out "
             "(exclude=)"
         )
-    if not place.kind.plain(layer) or "weight" not in layer._parameters:
+    if not place.kind.plain(layer) or "weight" not in _own(layer):
         raise RefusedError(
             f"module {path!r} is a {type(layer).__name__}, which is no plain linear layer: leave "
             "it out (exclude=)"
@@ -235,7 +245,8 @@ def _footprint(
 
 def _become(layer: Any, new: Any) -> None:
     """Make a layer what `new` is, and keep what it was."""
-    bias, dtype = layer._parameters.get("bias"), getattr(new, "compute_dtype", None)
+    bias: Any = _own(layer).get("bias")
+    dtype = getattr(new, "compute_dtype", None)
     converted = bias is not None and dtype is not None and bias.dtype != dtype
     added = {name: value for name, value in vars(new).items() if name not in _INTERNAL}
     vars(layer)[_ORIGIN] = Origin(
@@ -248,10 +259,10 @@ def _become(layer: Any, new: Any) -> None:
     )
     vars(layer).update(added)
     layer._load_state_dict_pre_hooks.update(new._load_state_dict_pre_hooks)
-    layer._parameters["weight"] = new._parameters["weight"]
+    layer.weight = new.weight
     if converted:
         # The layer would do so itself at its first forward, in the parameter that was given.
-        layer._parameters["bias"] = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+        layer.bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
     layer.__class__ = type(new)
 
 
@@ -271,16 +282,15 @@ def _restore(layer: Any, origin: Origin) -> tuple[nn.Parameter, nn.Parameter]:
     vars(layer).pop(_ORIGIN, None)
     rebase(layer, origin.cls)
     W = _kind(layer).turned(W).contiguous()
-    old, weight = layer._parameters["weight"], nn.Parameter(W, origin.requires_grad)
-    layer._parameters["weight"] = weight
+    old, layer.weight = layer.weight, nn.Parameter(W, origin.requires_grad)
     if origin.bias is not None:
-        layer._parameters["bias"] = origin.bias
-    return old, weight
+        layer.bias = origin.bias
+    return old, layer.weight
 
 
 def _foreign(model: nn.Module, layer: Any) -> Origin:
     """What a layer was that something else has quantised."""
     origin = storage_of(layer).origin(layer)
-    others = (p for _, m in _base_modules(model) for p in m._parameters.values() if p is not None)
+    others = (p for _, m in _base_modules(model) for p in m.parameters(recurse=False))
     dtype = origin.dtype or next((p.dtype for p in others if p.dtype in FLOATS), torch.float32)
     return replace(origin, dtype=dtype)
