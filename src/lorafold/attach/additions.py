@@ -26,7 +26,7 @@ from .run.shelf import Shelf
 from .run.whole import AttachedWhole, Whole
 from .running import no_background
 from .selection import Selection
-from .sources import Given, Plan, Trained, stored
+from .sources import Given, Plan, Stored, Trained
 from .state import State
 
 DEFAULT = "default"
@@ -123,7 +123,8 @@ def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) 
 def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     """Attach all adapters of a library; they are read when they are asked for."""
     places = library_layers(library, state.model, state.slots.patches)
-    state.put(stored(Shelf(library, dtype)))
+    shelf, entries = Shelf(library, dtype), library.contents.manifest.adapters
+    state.put({name: Stored(entry, shelf) for name, entry in entries.items()})
     _take_layers(state, places)
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import RefusedError, UnknownNameError
+from ..errors import RefusedError
+from ..fold.store.entries import AdapterEntry
 from ..layers.sites import Place, place_at
 from ..layers.swap import device_of, plain_copy
 from ..layers.targets import found_layers
 from ..lowrank import LowRank
-from ..parts import PREFIX, Layout, extra_kind
+from ..parts import PREFIX, Layout
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
 from .begin.places import copies_of, experts_of, in_names_of, layers_of, whole_modules
@@ -255,21 +256,23 @@ def _config(spec: Spec) -> dict[str, Any]:
 class Stored(Source):
     """An adapter in a library; its parts are read when they are asked for."""
 
-    def __init__(self, name: str, shelf: Shelf, rank: int) -> None:
-        self.name, self.rank, self._shelf = name, rank, shelf
+    def __init__(self, entry: AdapterEntry, shelf: Shelf) -> None:
+        self._entry, self._shelf = entry, shelf
+        # What coding added (a residual part) may come on top of the file's own rank.
+        self.rank = 2 * max(entry.ranks, default=0)
+
+    def __deepcopy__(self, memo: Any) -> Stored:
+        return self  # it never changes
 
     def update(self, path: str) -> LowRank | None:
-        try:
-            return self._shelf.library.update(self.name, path)
-        except UnknownNameError:
-            return None
+        return self._shelf.update(self._entry, path)
 
     def shape(self, path: str) -> tuple[int, float] | None:
         u = self.update(path)
         return None if u is None else (u.rank, u.scale)
 
     def adapter(self) -> Adapter:
-        return self._shelf.library[self.name]
+        return self._shelf.adapter(self._entry)
 
     def load(self, slots: Slots, slot: int) -> None:
         """Write its parts into a slot.
@@ -278,27 +281,8 @@ class Stored(Source):
             RefusedError: it is stored exactly because ΔW algebra would be wrong for it, or carries
                 tensors that would not be run.
         """
-        self._refuse()
-        self._shelf.load(self.name, slots, slot)
+        self._shelf.refuse(self._entry)
+        self._shelf.load(self._entry, slots, slot)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
-
-    def _refuse(self) -> None:
-        library, name = self._shelf.library, self.name
-        entry: Mapping[str, Any] = library.entry(name)
-        if entry.get("refusal"):
-            raise RefusedError(f"adapter {name!r}: {entry['refusal']}")
-        for key in entry.get("extras", {}):
-            kind = extra_kind(key, library.contents.config(name))
-            if kind != "training state":
-                raise RefusedError(
-                    f"adapter {name!r} carries {key!r} ({kind}), which does not run from a "
-                    "library: attach library[name] itself, or apply it to the weights "
-                    "(adapter.apply_to)"
-                )
-
-
-def stored(shelf: Shelf) -> dict[str, Source]:
-    """A source for each adapter of a library."""
-    return {name: Stored(name, shelf, rank) for name, rank in shelf.ranks().items()}

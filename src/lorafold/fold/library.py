@@ -287,6 +287,11 @@ class Library(Mapping[str, Adapter]):
         c = self._contents
         return Library(c.store, device or c.device, dtype or self._dtype)
 
+    def __copy__(self) -> Library:
+        """The library as it is: changes of this one don't reach it."""
+        c = self._contents
+        return Library(c.store.as_it_is(), c.device, self._dtype)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Library:
         return self.to()  # what is stored never changes, so both read the same
 

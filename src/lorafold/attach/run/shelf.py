@@ -2,65 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...errors import MismatchError
+from ...adapter import Adapter
+from ...errors import MismatchError, RefusedError
 from ...fold import Library
 from ...fold.coding.record import StoredPart
+from ...fold.contents import Contents
+from ...fold.store.entries import AdapterEntry
 from ...lowrank import LowRank
+from ...parts import extra_kind
 from .patch import Patch
 from .slots import Slots
 
+# For "U" and "V": all bases of a module side by side, (d, ΣR), and where each begins.
+_Sides: TypeAlias = dict[str, tuple[Tensor | None, list[int]]]
+
 
 class Shelf:
-    """An attached library.
+    """A library as it was when it was attached; what is changed in it later does not reach this.
 
     Args:
         library: the library. dtype: of its sides on the device.
     """
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
-        self.library, self._dtype = library, dtype
-        self._known: dict[str, dict[str, tuple[Tensor | None, list[int]]]] = {}
+        self._library, self._dtype = copy.copy(library), dtype
+        self._modules = library.contents.modules
+        self._known: dict[tuple[str, torch.device], _Sides] = {}
 
-    def ranks(self) -> dict[str, int]:
-        """{name: the largest rank that it may have}."""
-        entries = self.library.contents.manifest.adapters
-        # What coding added (a residual part) may come on top of the file's own rank.
-        return {name: 2 * max(entry.ranks, default=0) for name, entry in entries.items()}
+    def __deepcopy__(self, memo: Any) -> Shelf:
+        return self  # it never changes
 
-    def load(self, name: str, slots: Slots, slot: int) -> None:
+    def adapter(self, entry: AdapterEntry) -> Adapter:
+        """An adapter, read back."""
+        self._contents(entry)
+        return self._library[entry.name]
+
+    def update(self, entry: AdapterEntry, path: str) -> LowRank | None:
+        """An adapter's update at one layer; None where it has none there."""
+        contents = self._contents(entry)
+        j = contents.manifest.numbers.get(path)
+        if j is None or not contents.record_size(j, entry):
+            return None
+        return contents.update(entry.name, path)
+
+    def refuse(self, entry: AdapterEntry) -> None:
+        """Raise a `RefusedError` for an adapter that does not run from a library."""
+        contents, name = self._contents(entry), entry.name
+        if entry.refusal:
+            raise RefusedError(f"adapter {name!r}: {entry.refusal}")
+        for key in entry.extras:
+            kind = extra_kind(key, contents.config(name))
+            if kind != "training state":
+                raise RefusedError(
+                    f"adapter {name!r} carries {key!r} ({kind}), which does not run from a "
+                    "library: attach library[name] itself, or apply it to the weights "
+                    "(adapter.apply_to)"
+                )
+
+    def load(self, entry: AdapterEntry, slots: Slots, slot: int) -> None:
         """Read an adapter's parts into a slot."""
+        contents = self._contents(entry)
         for path, patch in slots.patches.items():
             first = 0
-            for (has_U, has_V), parts in _by_sides(self.library.contents.parts(name, path)):
-                sides = self._sides(patch)
+            for (has_U, has_V), parts in _by_sides(contents.parts(entry.name, path)):
+                sides = self._sides(contents, patch)
                 u = _joined_core(parts, sides)
                 U, V = sides["U"][0] if has_U else None, sides["V"][0] if has_V else None
                 slots.write(slot, path, u, U, V, first)
                 first += u.rank
 
-    def _sides(self, patch: Patch) -> dict[str, tuple[Tensor | None, list[int]]]:
-        """For "U" and "V": all bases side by side, (d, ΣR), and where each begins."""
-        if patch.path not in self._known:
-            contents = self.library.contents
+    def _contents(self, entry: AdapterEntry) -> Contents:
+        """What the library holds, which a pickle finds again by its path.
+
+        Raises:
+            MismatchError: it is no longer what was attached.
+        """
+        contents = self._library.contents
+        same = contents.modules == self._modules
+        if not same or contents.manifest.adapters.get(entry.name) != entry:
+            raise MismatchError(
+                f"the library at {self._library.path} was changed after the model that it is "
+                f"attached to was pickled, and {entry.name!r} is not read from it: attach it again"
+            )
+        return contents
+
+    def _sides(self, contents: Contents, patch: Patch) -> _Sides:
+        key = patch.path, patch.device
+        if key not in self._known:
             sides = contents.sides(contents.manifest.numbers[patch.path])
-            self._known[patch.path] = {
-                side: self._joined([b.columns for b in bases], patch)
+            self._known[key] = {
+                side: self._joined([b.columns for b in bases], patch.device)
                 for side, bases in sides.items()
             }
-        return self._known[patch.path]
+        return self._known[key]
 
-    def _joined(self, columns: list[Tensor], patch: Patch) -> tuple[Tensor | None, list[int]]:
+    def _joined(
+        self, columns: list[Tensor], device: torch.device
+    ) -> tuple[Tensor | None, list[int]]:
         starts = [0]
         for c in columns:
             starts.append(starts[-1] + c.shape[1])
         if not columns:
             return None, starts
-        return torch.cat(columns, 1).to(patch.device, self._dtype), starts
+        return torch.cat(columns, 1).to(device, self._dtype), starts
 
 
 def slots_within(library: Library, nbytes: int, dtype: torch.dtype) -> int:
@@ -86,9 +137,7 @@ def _by_sides(parts: list[StoredPart]) -> Iterable[tuple[tuple[bool, bool], list
     return found.items()
 
 
-def _joined_core(
-    parts: list[StoredPart], sides: Mapping[str, tuple[Tensor | None, list[int]]]
-) -> LowRank:
+def _joined_core(parts: list[StoredPart], sides: _Sides) -> LowRank:
     """Parts between the same sides as one update in the joined coordinates."""
     lefts, rights = [], []
     for part in parts:

@@ -166,6 +166,12 @@ class Store:
             replace_file(folder / MANIFEST, raw)
         return Store.open(path)
 
+    def as_it_is(self) -> Store:
+        """The same for reading; changes of this one don't reach it."""
+        twin = Store(self.path)
+        twin._become(self._raw, self.manifest, self.shards)
+        return twin
+
     def verify(self) -> None:
         """Read all shards and compare with the checksums in the manifest.
 
