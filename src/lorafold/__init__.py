@@ -38,6 +38,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from . import errors as errors
     from .adapter import Adapter as Adapter
     from .attach import Live as Live
     from .attach import LoRA as LoRA
@@ -66,9 +67,12 @@ __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (all of them are strings)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and name != "errors":
         raise AttributeError(f"module 'lorafold' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    home = _HOME.get(name, name)
+    module = importlib.import_module(f".{home}", __name__)
+    # A package of that name is its verb (`_verb.py`), whatever has been imported before.
+    value = module if home == name else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -36,6 +36,8 @@ class _Face(ModuleType):
 
 
 class _Verb(_Face):
+    __doc__ = property(lambda self: self._function().__doc__)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function()(*args, **kwargs)
 
