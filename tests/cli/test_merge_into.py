@@ -131,3 +131,15 @@ def test_a_quantised_base_is_refused(here, cli):
     ran = cli("merge-into", "base", "adapters/sql", "-o", "merged")
     assert ran.code == 2
     assert "base is quantised: 'model.layers.1.self_attn.q_proj.weight' is uint8" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "folder"),
+    [("adapters/sql", "adapters/sql/merged"), ("adapters/sql", "adapters"), ("lib:sql", "lib/m")],
+)
+def test_nothing_is_written_into_or_around_the_adapter(adapter, folder, here, cli):
+    before = sorted(here.rglob("*"))
+    ran = cli("merge-into", "base", adapter, "-o", folder, "--overwrite")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "the source" in ran.err
+    assert sorted(here.rglob("*")) == before

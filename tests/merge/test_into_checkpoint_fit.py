@@ -65,6 +65,22 @@ def test_a_head_that_is_the_embedding_gets_a_weight_of_its_own(
     # Without a configuration nothing could say that they are two weights now.
     bare = folder(state, name="bare")
     assert_refused(tmp_path, bare, adapter, lf.RefusedError, r"has no config\.json")
+    assert lf.merge_into_weights(bare, adapter, tmp_path / "same", c=0).untied is None
+    empty = folder(state, config={}, name="empty")  # the adapter says that there is such a layer
+    assert lf.merge_into_weights(empty, adapter, tmp_path / "e").untied == "lm_head.weight"
+    assert says_tied(tmp_path / "e") is False
+
+
+def test_an_output_layer_of_an_unknown_name_is_refused(small_state, folder, tmp_path):
+    config = {"architectures": ["FooForMaskedLM"], "tie_word_embeddings": True}
+    base = folder(small_state(), config=config)
+    u = lf.LowRank(torch.randn(1, 9), torch.randn(4, 1))
+    adapter = lf.Adapter({"embed_tokens": u}, layouts={"embed_tokens": lf.Layout("embedding")})
+    assert_refused(tmp_path, base, adapter, lf.RefusedError, "under a name that is not known")
+    rows = {f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(1, 4)}
+    tokens = lf.Adapter({}, rows, {"trainable_token_indices": [2]})
+    merged = lf.merge_into_weights(base, tokens, tmp_path / "out")  # both follow
+    assert merged.untied is None
 
 
 def load_all(folder):

@@ -10,7 +10,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command, settings
-from ._source import adapter_options, loaded
+from ._source import adapter_options, library_of, opened
 from ._writing import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -42,9 +42,12 @@ def merge_into(
     tensor at a time is in memory. Where a part of the adapter has no place in the base, nothing is
     written (exit status 1) unless --partial. Tells what rounding to the weights' dtype costs.
     """
+    from ..files.replacing import check_apart
     from ..merge.into_checkpoint import Merge
 
-    merge = Merge.of(base, loaded(adapter, **options), folder, c=c, dtype=torch_dtype(dtype))
+    file = opened(adapter, **options)
+    check_apart(folder, [file.path, library_of(adapter)])
+    merge = Merge.of(base, file.load(), folder, c=c, dtype=torch_dtype(dtype))
     facts = {"base": base, "adapter": adapter, "c": c, "dtype": dtype}
     unplaced = dict(merge.plan.unplaced)
     if unplaced and not partial:

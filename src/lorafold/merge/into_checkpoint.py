@@ -167,7 +167,10 @@ class Merge:
         seen = read_base(os.fspath(base))
         if dtype is not None and seen.config.get("quantization_config"):
             raise RefusedError(f"{base} is quantised: its tensors keep their dtypes")
-        return cls(seen, adapter, _planned(seen, adapter), Path(out), float(c), dtype)
+        plan = _planned(seen, adapter)
+        if c != 0:
+            _check_untied(seen, plan.untied(adapter.value_at))
+        return cls(seen, adapter, plan, Path(out), float(c), dtype)
 
     def write(self, *, overwrite: bool, progress: Progress | None) -> Merged:
         """Write it, whatever has no place."""
@@ -232,7 +235,7 @@ def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
 
     Raises:
         MismatchError: none has one, or one does not fit.
-        RefusedError: a weight is quantised, or can't be told from the output layer's.
+        RefusedError: a weight is quantised.
     """
     parts = adapter.parts
     named = base.named(parts.names())
@@ -252,15 +255,18 @@ def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
             f"nothing of the adapter's {len(adapter.modules or adapter.extras)} {kinds} is in "
             f"{base.path}: e.g. {first!r} ({why}); found e.g. {next(iter(base.entries))!r}"
         )
-    untied = plan.untied(adapter.value_at)
-    if untied is not None and not base.config:
+    return plan
+
+
+def _check_untied(base: BaseFiles, untied: str | None) -> None:
+    """Raise a `RefusedError` where what was written could not be loaded as two weights."""
+    if untied is not None and not (base.files[0].parent / CONFIG_NAME).is_file():
         raise RefusedError(f"{base.path} has no {CONFIG_NAME}, so its weights can't be untied")
     if untied == "":
         raise RefusedError(
             f"{base.path} has an output layer that shares the embedding's weight and would part "
             "from it, under a name that is not known here: keep the adapter attached"
         )
-    return plan
 
 
 def _check_float(base: BaseFiles, keys: Iterable[str], others: Iterable[torch.dtype] = ()) -> None:
