@@ -144,7 +144,8 @@ def code_parts(
         number: the basis's number at its module. wide: keep loadings in float32.
         rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
     """
-    zero = f.square() == 0
+    heard = [torch.linalg.vector_norm(X, dim=(1, 2)) for X in (f.A, f.B)]
+    zero = heard[0] * heard[1] == 0
     if bool(zero.all()):  # and maybe of a lower rank
         return FlatParts([b""] * len(zero), torch.zeros_like(f.B), torch.zeros_like(f.A))
     kind = torch.float32 if wide else torch.float16
