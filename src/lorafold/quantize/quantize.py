@@ -262,7 +262,8 @@ def _become(layer: Any, new: Any) -> None:
     layer.weight = new.weight
     if converted:
         # The layer would do so itself at its first forward, in the parameter that was given.
-        layer.bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+        of_dtype = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+        layer.register_parameter("bias", of_dtype)
     layer.__class__ = type(new)
 
 
@@ -284,7 +285,7 @@ def _restore(layer: Any, origin: Origin) -> tuple[nn.Parameter, nn.Parameter]:
     W = _kind(layer).turned(W).contiguous()
     old, layer.weight = layer.weight, nn.Parameter(W, origin.requires_grad)
     if origin.bias is not None:
-        layer.bias = origin.bias
+        layer.register_parameter("bias", origin.bias)
     return old, layer.weight
 
 
