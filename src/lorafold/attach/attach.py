@@ -60,6 +60,9 @@ def attach(
         MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
             layer or adapter that can't be attached, naming it. The model is unchanged then.
 
+    Not for: changing the weights or writing a checkpoint (`Adapter.apply_to`, `lorafold
+    merge-into`); a library's later changes, as what is attached is its present state.
+
     Example:
         >>> import torch, lorafold as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -85,13 +88,8 @@ def attach(
                 f"{given}= is not for a Library, whose adapters run as they are stored: attach "
                 "{name: library[name]}"
             )
-        if cache is not None and slots is not None:
-            raise MismatchError("slots= and cache= say the same in two ways: give one of them")
         kind = dtype or torch.float32
-        if cache is not None:
-            slots = slots_within(x, memory_bytes(cache), kind)
-        room = Slots(slots or min(len(x), BY_ITSELF), None, kind)
-        state = State(model, room, SCALINGS[rank_scaling])
+        state = State(model, _library_slots(x, slots, cache, kind), SCALINGS[rank_scaling])
         add_library(state, x, kind)
         return Live(state)
     if cache is not None:
@@ -127,3 +125,13 @@ def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scali
     for label, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (type(value) is not int or value < 1):
             raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")
+
+
+def _library_slots(
+    library: Library, slots: int | None, cache: str | int | None, dtype: torch.dtype
+) -> Slots:
+    if cache is not None and slots is not None:
+        raise MismatchError("slots= and cache= say the same in two ways: give one of them")
+    if cache is not None:
+        slots = slots_within(library, memory_bytes(cache), dtype)
+    return Slots(slots or min(len(library), BY_ITSELF), None, dtype)

@@ -152,3 +152,34 @@ def test_a_loaded_head_trains_on(base, written, x):
     assert all((after[key] != before[key]).any() for key in after)
     live.detach()
     assert torch.equal(model(x), base(x))
+
+
+@torch.no_grad()
+def test_the_bases_module_runs_only_where_it_is_asked_for(base, written, x):
+    adapter, _ = written
+    runs = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            runs.append(id(self))
+            return super().forward(x)
+
+    model = copy.deepcopy(base)
+    for i in (0, 2):
+        layer = model.head[i]
+        watched = Watched(layer.in_features, layer.out_features)
+        watched.load_state_dict(layer.state_dict())
+        model.head[i] = watched
+    own = {id(m) for m in model.head.modules()}
+    live = lf.attach(model, adapter)
+    for what, of_the_base, in_all in (
+        (None, 2, 2),
+        ("default", 0, 2),
+        (["default"] * 4, 0, 2),
+        (["default", None, "default", None], 2, 4),
+    ):
+        runs.clear()
+        with live.use(what):
+            model(x)
+        assert len([run for run in runs if run in own]) == of_the_base
+        assert len(runs) == in_all

@@ -135,7 +135,8 @@ def experts_of(name: str, adapter: Adapter, model: nn.Module) -> dict[str, dict[
             continue
         owner = layout.owner(path)
         module = there.get(owner)
-        W = None if module is None else module._parameters.get(layout.parameter)
+        own = {} if module is None else dict(module.named_parameters(recurse=False))
+        W = own.get(layout.parameter)
         if module is None or W is None:
             raise MismatchError(
                 f"adapter {name!r} updates {path!r}, and the model has no such parameter"
@@ -241,7 +242,7 @@ def whole_modules(model: nn.Module, targets: tuple[Target, ...]) -> dict[str, nn
 
 def _units(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the outermost modules that have tensors of their own."""
-    if module._parameters or module._buffers:
+    if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
         yield path, module
         return
     for name, child in module.named_children():
