@@ -19,22 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.kinds import LINEAR, LayerKind, of_rows
+from ...layers.kinds import LayerKind, of_rows
 from ...lowrank import LowRank
 from .grouping import Grouping
+from .packed import Segments
 
 Item = tuple[int, float, int]  # slot, coefficient, rank
 
 
 class Bank(nn.Module):
-    """The adapters' factors at one layer.
+    """The adapters' factors at one layer, or a library's cores between the sides that it shares.
 
     Args:
-        kind: of the layer. dims: (out, in) of the factors. slots: how many. rank: rows in each.
+        kind: of the layer. dims: (out, in) of its updates. slots: how many. rank: rows in each.
+        U: (out, R_U) shared sides, or None where the side is each adapter's own. V: (in, R_V).
     """
 
     A: Tensor
     Bt: Tensor
+    U: Tensor | None
+    V: Tensor | None
 
     def __init__(
         self,
@@ -45,18 +49,24 @@ class Bank(nn.Module):
         *,
         device: Any,
         dtype: torch.dtype,
+        U: Tensor | None = None,
+        V: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.kind = kind
-        out, inner = dims
+        self.kind, self.shared = kind, U is not None or V is not None
+        out, inner = (
+            d if side is None else side.shape[1] for d, side in zip(dims, (U, V), strict=True)
+        )
         options: Any = {"device": device, "dtype": dtype}
         self.register_buffer("A", torch.zeros(slots, rank, inner, **options), persistent=False)
         self.register_buffer("Bt", torch.zeros(slots, rank, out, **options), persistent=False)
+        self.register_buffer("U", U, persistent=False)
+        self.register_buffer("V", V, persistent=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self.A.nbytes + self.Bt.nbytes
+        """Bytes of all slots and sides."""
+        return sum(t.nbytes for t in self.buffers())
 
     def write(self, slot: int, u: LowRank) -> None:
         """Put an update into a slot; its scale is kept elsewhere."""
@@ -74,9 +84,15 @@ class Bank(nn.Module):
             new = old.new_zeros(slots, rank or old.shape[1], old.shape[2], dtype=dtype)
             new[: len(old), : old.shape[1]] = old
             setattr(self, name, new)
+        self.U = None if self.U is None else self.U.to(dtype)
+        self.V = None if self.V is None else self.V.to(dtype)
 
     def uniform(self, layer: Any, y: Tensor, x: Tensor, items: Sequence[Item]) -> Tensor:
         """y plus the whole batch's mix."""
+        if self.shared:
+            z = self._coordinates(x)
+            parts = [c * F.linear(z, self.A[slot, :k]) @ self.Bt[slot, :k] for slot, c, k in items]
+            return self._out(y, sum(parts[1:], parts[0])) if parts else y
         for slot, coefficient, k in items:
             h = self.kind.down(layer, x, self.A[slot, :k])
             y = self.kind.added(layer, y, h, self.Bt[slot, :k], coefficient)
@@ -88,87 +104,37 @@ class Bank(nn.Module):
         Args:
             y, x: (rows · m, ...). ids: (rows, K) slots. w: (rows, K · R) weights of the ranks.
         """
-        h = self.kind.rows_down(layer, x, self.A, ids)
+        h = self.kind.rows_down(layer, self._coordinates(x) if self.shared else x, self.A, ids)
         if h.requires_grad:
             w = w.clone()  # the next choice is written there, before the backward pass maybe
         h = (h * w[:, None]).to(h.dtype)
+        if self.shared:
+            return self._out(y, torch.bmm(h, of_rows(self.Bt, ids)))
         return self.kind.rows_up(layer, y, h, of_rows(self.Bt, ids))
 
-    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
+    def grouped(self, y: Tensor, x: Tensor, by: Grouping | Segments, w: Tensor) -> Tensor:
         """The same for a kind whose h is x Aᵀ, with the rows in the order of the slots.
 
         Args:
             w: (places, R), of `by`.
         """
-        x = x.to(self.A.dtype).reshape(by.rows, -1, x.shape[-1])
+        x = self._coordinates(x) if self.shared else x.to(self.A.dtype)
+        x = x.reshape(by.rows, -1, x.shape[-1])
+        if self.shared:
+            core = x.new_zeros(*x.shape[:2], self.Bt.shape[2])
+            return self._out(y, by.added(core, x, self.A, self.Bt, w))
         shaped = y.reshape(by.rows, -1, y.shape[-1])
         return by.added(shaped, x, self.A, self.Bt, w).view(y.shape)
 
-
-class SharedBank(Bank):
-    """A library's cores between shared sides.
-
-    Args:
-        U: (out, R_U) or None where the side is each adapter's own. V: (in, R_V) or None.
-    """
-
-    U: Tensor | None
-    V: Tensor | None
-
-    def __init__(
-        self, dims: tuple[int, int], slots: int, rank: int, U: Tensor | None, V: Tensor | None
-    ) -> None:
-        out, inner = dims
-        core = (out if U is None else U.shape[1], inner if V is None else V.shape[1])
-        like = U if U is not None else V
-        assert like is not None
-        super().__init__(LINEAR, core, slots, rank, device=like.device, dtype=like.dtype)
-        self.register_buffer("U", U, persistent=False)
-        self.register_buffer("V", V, persistent=False)
-
-    @property
-    def nbytes(self) -> int:
-        sides = [t for t in (self.U, self.V) if t is not None]
-        return super().nbytes + sum(t.nbytes for t in sides)
-
-    def grow(self, slots: int, dtype: torch.dtype, rank: int | None = None) -> None:
-        super().grow(slots, dtype, rank)
-        for name in ("U", "V"):
-            side = getattr(self, name)
-            if side is not None:
-                setattr(self, name, side.to(dtype))
-
-    def uniform(self, layer: Any, y: Tensor, x: Tensor, items: Sequence[Item]) -> Tensor:
-        if not items:
-            return y
-        z = self._in(x)
-        core: Tensor | None = None
-        for slot, coefficient, k in items:
-            h = coefficient * F.linear(z, self.A[slot, :k])
-            part = h @ self.Bt[slot, :k]
-            core = part if core is None else core + part
-        assert core is not None
-        return y + self._out(core).to(y.dtype)
-
-    def rows(self, layer: Any, y: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-        h = LINEAR.rows_down(layer, self._in(x), self.A, ids)
-        if h.requires_grad:
-            w = w.clone()
-        h = (h * w[:, None]).to(h.dtype)
-        core = torch.bmm(h, of_rows(self.Bt, ids))
-        return y + self._out(core).to(y.dtype).view(y.shape)
-
-    def grouped(self, y: Tensor, x: Tensor, by: Grouping, w: Tensor) -> Tensor:
-        z = self._in(x).reshape(by.rows, -1, self.A.shape[2])
-        core = by.added(z.new_zeros(*z.shape[:2], self.Bt.shape[2]), z, self.A, self.Bt, w)
-        return y + self._out(core).to(y.dtype).view(y.shape)
-
-    def _in(self, x: Tensor) -> Tensor:
+    def _coordinates(self, x: Tensor) -> Tensor:
+        """x in those of V."""
         x = x.to(self.A.dtype)
         return x if self.V is None else x @ self.V
 
-    def _out(self, core: Tensor) -> Tensor:
-        return core if self.U is None else F.linear(core, self.U)
+    def _out(self, y: Tensor, core: Tensor) -> Tensor:
+        """y plus what has coordinates in U."""
+        delta = core if self.U is None else F.linear(core, self.U)
+        return y + delta.to(y.dtype).view(y.shape)
 
 
 @dataclass

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import MismatchError, RefusedError
 from ...lowrank import LowRank
-from .bank import Bank, SharedBank, Table
+from .bank import Bank, Table
 from .patch import Patch
 
 OWN = "own"  # the group of updates with both sides their own
@@ -179,18 +180,14 @@ class Slots:
     def _bank(self, patch: Patch, group: str, U: Tensor | None, V: Tensor | None) -> Bank:
         if group in patch.banks:
             return patch.bank(group)
-        width = self.tables[group].width
-        if group == OWN:
-            patch.banks[group] = Bank(
-                patch.kind, patch.dims, self.capacity, width, device=patch.device, dtype=self.dtype
-            )
-        elif not patch.kind.linear:
+        if group != OWN and not patch.kind.linear:
             raise RefusedError(
                 f"module {patch.path!r} of the library shares its sides, which only linear "
                 "layers run: fold it with form='svd', or attach library[name]"
             )
-        else:
-            patch.banks[group] = SharedBank(patch.dims, self.capacity, width, U, V)
+        width = self.tables[group].width
+        options: Any = {"device": patch.device, "dtype": self.dtype}
+        patch.banks[group] = Bank(patch.kind, patch.dims, self.capacity, width, U=U, V=V, **options)
         self.version += 1
         return patch.bank(group)
 
