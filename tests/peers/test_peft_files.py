@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -583,3 +584,34 @@ def test_rank_stabilised_scale_is_alpha_over_root_r(tmp_path):
     config = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 10, "use_rslora": True}
     trained(llama(), 1, **config).save_pretrained(tmp_path / "a")
     assert lf.load(tmp_path / "a")["model.layers.0.self_attn.q_proj"].scale == 10 / math.sqrt(4)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "layers compiled", "in parallel"])
+def test_a_base_that_was_wrapped_when_the_adapter_was_saved(tmp_path, wrap):
+    """PEFT writes the wrappers' names; read, they are gone, and so are they when it reads ours."""
+    torch.manual_seed(0)
+    body = nn.Sequential(OrderedDict(q=nn.Linear(6, 6), act=nn.Tanh()))
+    base = nn.Sequential(OrderedDict(body=body, head=nn.Linear(6, 4)))
+    wrapped = copy.deepcopy(base)
+    if wrap == "compiled":
+        wrapped = torch.compile(wrapped, backend="eager")
+    elif wrap == "layers compiled":
+        wrapped.body = torch.compile(wrapped.body, backend="eager")
+    else:
+        wrapped = nn.DataParallel(wrapped)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q", "head"], init_lora_weights=False)
+    model = get_peft_model(wrapped, config)
+    model.save_pretrained(tmp_path / "a")
+    names = load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert any("_orig_mod." in n or ".module." in n for n in names)
+    adapter = lf.load(tmp_path / "a")
+    assert set(adapter.modules) == {"body.q", "head"}
+    lf.save(adapter, tmp_path / "b")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b")
+    x = torch.randn(3, 6)
+    expected = lf.Adapter(adapter.modules).apply_to(base.state_dict())
+    plain = copy.deepcopy(base)
+    plain.load_state_dict(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), plain(x))
+        torch.testing.assert_close(model.eval()(x), plain(x))

@@ -32,9 +32,10 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the one is POSIX, the other not
-READ_FLAGS = os.O_RDONLY | _PLAIN
-CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN  # for a file that mustn't be there yet
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+CREATE_FLAGS = (
+    os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+)  # for one that mustn't be there yet
 
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
@@ -150,8 +151,6 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     Args:
         path: the directory.
     """
-    if os.name == "nt":  # Windows can't open a directory, and flushes names by itself
-        return
     descriptor = os.open(path, READ_FLAGS)
     try:
         os.fsync(descriptor)
@@ -177,7 +176,7 @@ def writer_lock(path: Path, timeout: float) -> Iterator[None]:
     pause = 0.001
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as e:
             raise FileError(f"{path.parent} can't be changed: {e.strerror}") from e
         try:
@@ -343,9 +342,7 @@ def _sync_tree(top: Path) -> None:
         for name in names:
             path = os.path.join(folder, name)
             if stat.S_ISREG(os.lstat(path).st_mode):
-                # Windows flushes only what is open for writing; elsewhere a file may be read-only.
-                flags = os.O_RDWR | _PLAIN if os.name == "nt" else READ_FLAGS
-                descriptor = os.open(path, flags)
+                descriptor = os.open(path, READ_FLAGS)
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -419,29 +416,16 @@ def _try_lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-    elif sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
     return True
 
 
 def _unlock(descriptor: int) -> None:
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-    elif sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file (Windows doesn't let an open one go)."""
-    if os.name == "nt":
-        return True
+    """Whether `path` still names the open file."""
     try:
         there = os.stat(path)
     except FileNotFoundError:
