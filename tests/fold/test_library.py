@@ -706,3 +706,89 @@ def test_a_failed_change_leaves_the_object_as_it_was(tmp_path, members, family, 
     assert_unmoved(before, tensors_of(lib))
     lib.add(family(9), "new")
     assert len(list((tmp_path / "lib").glob("shard-*"))) == 2
+
+
+# The files
+
+
+def test_equal_folds_are_equal_files(tmp_path, members, family):
+    for folder in ("a", "b"):
+        with lf.fold(members, tmp_path / folder, tolerance=0.1) as lib:
+            lib.add(family(60), "n")
+            lib.remove("a1")
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_adding_writes_nothing_that_grows_with_the_names(tmp_path, make_adapter):
+    written = {}
+    for count in (20, 200):
+        adapters = {f"a{i:03}": make_adapter({"m": (8, 8)}, 1, seed=i) for i in range(count)}
+        lib = lf.fold(adapters, tmp_path / str(count), tolerance=0.3, form="svd")
+        lib.add(make_adapter({"m": (8, 8)}, 1, seed=999), "first")  # what is left of the fold goes
+        before = {p.name for p in (tmp_path / str(count)).iterdir()}
+        lib.add(make_adapter({"m": (8, 8)}, 1, seed=1000), "new")
+        lib.close()
+        fresh = [p for p in (tmp_path / str(count)).iterdir() if p.name not in before]
+        fresh.append(tmp_path / str(count) / "library.json")
+        written[count] = sum(p.stat().st_size for p in fresh)
+        with lf.Library.open(tmp_path / str(count)) as again:
+            assert again.names == [*adapters, "first", "new"]
+            assert len(again.contents.manifest.parts) == 2
+    assert abs(written[200] - written[20]) < 40
+
+
+def test_lists_of_adapters_stay_few(tmp_path, make_adapter):
+    lib = lf.fold({"a": make_adapter({"m": (8, 8)}, 1, seed=0)}, tmp_path / "lib", tolerance=0.3)
+    names = ["a"]
+    for i in range(40):
+        name = f"n{i % 30}"
+        lib.add(make_adapter({"m": (8, 8)}, 1, seed=i), name, replace=True)
+        names += [name] if name not in names else []
+        if i % 7 == 3:
+            lib.remove(names.pop(i % len(names)))
+        assert lib.names == names
+        parts = lib.contents.manifest.parts
+        assert len(parts) <= 2
+        assert sum(len(part.gone) for part in parts) <= len(names)
+        assert {p.name for p in (tmp_path / "lib").glob("adapters-*")} == {
+            part.file.name for part in parts
+        }
+    with lf.Library.open(tmp_path / "lib") as again:
+        assert again.names == names
+        again.verify()
+
+
+def test_a_library_shows_what_users_need(members):
+    lib = lf.fold(members, tolerance=0.3)
+    public = [name for name in dir(lib) if not name.startswith("_")]
+    assert len(public) <= 20
+    assert all(hasattr(lib, name) for name in public)
+    own = {name for name in vars(lf.Library) if not name.startswith("_")}
+    assert own == set(public)
+
+
+# Verifying without stopping
+
+
+def test_verify_can_tell_all_that_is_wrong(members, family):
+    lib = lf.fold(members, tolerance=0.3)
+    lib.add(family(70), "exact", form="exact")
+    sources = {**members, "exact": family(71), "a2": family(72)}
+    told = []
+    found = lib.verify(sources, strict=False, progress=lambda *step: told.append(step))
+    assert [name for name, check in found.items() if check.problem] == ["a2", "exact"]
+    assert found["exact"].error is None
+    assert found["exact"].bound == 0
+    assert "above its bound" in found["a2"].problem
+    assert found["a0"].error <= found["a0"].bound == 0.3
+    assert told == [(k, len(sources), name) for k, name in enumerate(sources)]
+    with pytest.raises(ToleranceError, match="'a2'"):
+        lib.verify(sources)
+    stored = lib.verify(strict=False)
+    assert {name: check.error for name, check in stored.items()} == lib.verify()
+    assert not any(check.problem for check in stored.values())
+    with pytest.raises(UnknownNameError):
+        lib.verify({"nobody": family(1)}, strict=False)

@@ -46,6 +46,7 @@ from .store.entries import ModuleEntry
 from .store.manifest import Manifest
 from .store.shard_writer import ShardWriter
 from .store.store import Transaction
+from .survey import Survey
 from .write import Builder, check_contract
 
 _CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
@@ -141,8 +142,9 @@ def write_added(
         before={m.path: m.shape for m in before.modules},
     )
     bounds = np.full(collection.folded, bound or 0.0)
-    builder = Builder(collection, options, bounds)
-    adding = Adding(c, builder, own_sides=form == "svd")
+    survey = Survey(collection, options, bounds)
+    builder = Builder(survey)
+    adding = Adding(c, survey, own_sides=form == "svd")
     with threads(1):
         adding.plan()
         writer = t.new_shard(header_capacity=builder.header_capacity(adding.plans))
@@ -204,7 +206,7 @@ class Adding:
     """How each module of one new adapter is stored in the present bases.
 
     Args:
-        contents: of the library. builder: of the collection that is the adapter alone.
+        contents: of the library. survey: of the collection that is the adapter alone.
         own_sides: keep it off the shared bases.
 
     Attributes:
@@ -212,7 +214,7 @@ class Adding:
     """
 
     contents: Contents
-    builder: Builder
+    survey: Survey
     own_sides: bool
     plans: dict[str, ModulePlan] = field(default_factory=dict)
     _batches: list[Batch] = field(default_factory=list)
@@ -220,7 +222,7 @@ class Adding:
 
     def plan(self) -> None:
         """Decompose the modules, and choose among the ways to store each."""
-        self._batches = _decomposed(self.builder)
+        self._batches = _decomposed(self.survey)
         numbers = self.contents.manifest.numbers
         for batch in self._batches:
             self._plan_without_sharing(batch)
@@ -234,17 +236,17 @@ class Adding:
                 if "A0" in self.contents.modules[j].bases:
                     stack, S = self._module(path)
                     if bases := flat_bases(self.contents, j, int(stack.ranks[0])):
-                        self.plans[path] = _flat_plan(self.builder.costs, stack, S, bases)
+                        self.plans[path] = _flat_plan(self.survey.costs, stack, S, bases)
                 elif found := nearest_sides(self.contents, j, batch.block.take(np.array([k]))):
                     sides[k] = found
             for rows in _alike({k: _widths(*pair) for k, pair in sides.items()}):
                 self._plan_shared(batch.take(rows), [sides[k] for k in rows])
 
     def _module(self, path: str) -> tuple[Stack, np.ndarray]:
-        return self.builder.stacks[path], self.builder.singular_values[path]
+        return self.survey.stacks[path], self.survey.singular_values[path]
 
     def _plan_without_sharing(self, batch: Batch) -> None:
-        costs = self.builder.costs
+        costs = self.survey.costs
         S = batch.block.S.cpu().numpy()
         energy, widths = S**2 * costs.used(S), np.full(S.shape[1], float(sum(batch.shape)))
         sizes = costs.record_sizes(energy, widths, costs.budgets[0] * (S**2).sum(1))
@@ -253,7 +255,7 @@ class Adding:
 
     def _plan_shared(self, batch: Batch, sides: list[tuple[Numbered, Numbered]]) -> None:
         """Plans of modules whose bases are of the same widths, one product for all."""
-        costs = self.builder.costs
+        costs = self.survey.costs
         plans, (left, right) = _on_bases(self.contents, costs, batch, sides)
         tolerance = costs.options.tolerance
         for k, (path, plan) in enumerate(zip(batch.paths, plans, strict=True)):
@@ -316,15 +318,15 @@ class Adding:
         if batch.paths[0] in self._cores:
             known = [self._cores[path] for path in batch.paths]
             core = torch.cat([left for left, _ in known]), torch.cat([right for _, right in known])
-        block = self.builder.cut(batch.block)
+        block = self.survey.cut(batch.block)
         return code(batch.factors, target, numbers, U, V, block=block, core=core)
 
 
-def _decomposed(builder: Builder) -> list[Batch]:
+def _decomposed(survey: Survey) -> list[Batch]:
     """The adapter's modules in batches; the stacks keep what is theirs until they are written."""
-    collection = builder.collection
+    collection = survey.collection
     alike: dict[tuple[Any, ...], list[str]] = {}
-    for path, stack in builder.stacks.items():
+    for path, stack in survey.stacks.items():
         alike.setdefault((stack.shape, int(stack.ranks[0])), []).append(path)
     batches = []
     for ((out, inner), r), paths in alike.items():
@@ -335,17 +337,14 @@ def _decomposed(builder: Builder) -> list[Batch]:
             factors = joined_factors(
                 np.zeros(len(part), np.int64),
                 [(u.B, u.A, u.scale) for u in reads],
-                builder.stacks[part[0]].device,
+                survey.stacks[part[0]].device,
             )
             block = Block(factors.members, *decompose(factors.B, factors.A))
-            S = block.S.cpu().numpy()
             for k, path in enumerate(part):
                 row = slice(k, k + 1)
                 own = Factors(factors.members[row], factors.B[row], factors.A[row])
-                builder.stacks[path].hold(
-                    own, Block(own.members, block.U[row], block.S[row], block.V[row])
-                )
-                builder.singular_values[path] = S[row]
+                parts = block.U[row], block.S[row], block.V[row]
+                survey.know(path, own, Block(own.members, *parts))
             batches.append(Batch(part, factors, block))
     return batches
 

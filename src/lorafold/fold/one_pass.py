@@ -17,6 +17,7 @@ from .store.entries import AdapterEntry, config_difference
 from .store.manifest import Manifest
 from .store.part import Entries, Part
 from .store.store import Transaction
+from .survey import Survey
 from .write import Builder, Written, check_contract
 
 
@@ -129,8 +130,8 @@ def folded(
             [_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)]
         )
         _refuse_unmet(collection.names[collection.folded :], own, bound, old_errors)
-    builder = Builder(collection, options, bounds, options.progress)
-    written = builder.write(transaction)
+    survey = Survey(collection, options, bounds, options.progress)
+    written = Builder(survey).write(transaction)
     if options.tolerance is not None:
         error = np.sqrt(
             np.divide(
@@ -149,7 +150,7 @@ def folded(
         options,
         common,
         order={name: k for k, name in enumerate(handles)},
-        groups=builder.groups,
+        groups=survey.groups,
         old_errors=old_errors,
     )
     return Manifest(
@@ -158,7 +159,7 @@ def folded(
         common,
         tuple(written.modules),
         (Part(Entries.joined([Entries.of(entries)])),),
-        builder.plain_svd_nbytes(),
+        survey.plain_svd_nbytes(),
     )
 
 

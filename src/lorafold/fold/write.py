@@ -1,10 +1,9 @@
 """Writing a collection into shards: budgets, then one pass over the modules.
 
-First pass: every module's singular values (r×r work), the digests, and where sharing may pay the
-fitted sides. From all of them each adapter's bits are water-filled over all of its modules, which
-fixes what each module may lose. Second pass: every module is coded to its budget and measured on
-what was written; what a module leaves of its budget goes to the next, and one that overshoots is
-coded again. So the sum holds, and nothing but one module's block is ever in memory.
+From a survey's singular values each adapter's bits are water-filled over all of its modules, which
+fixes what each module may lose. Then every module is coded to its budget and measured on what was
+written; what a module leaves of its budget goes to the next, and one that overshoots is coded
+again. So the sum holds, and nothing but one module's block is ever in memory.
 """
 
 from __future__ import annotations
@@ -18,29 +17,21 @@ import torch
 from ..collection.batch import (
     Block,
     Factors,
-    norms,
-    singular_values,
     squared_residuals,
 )
-from ..collection.collection import Collection
-from ..collection.groups import init_groups, probes
 from ..collection.limits import threads
 from ..collection.stack import Stack
-from ..errors import MismatchError, ToleranceError
+from ..errors import ToleranceError
 from .coding.flat_part import code_parts
 from .coding.record import NOTHING, Coded, Target, code, exact_record, sealed
-from .options import Options, Progress
 from .planning.budget import Ledger, module_budgets
-from .planning.costs import Costs
-from .planning.forms import Planner
 from .planning.plan import ModulePlan, basis_at, side_pairs
 from .store.entries import ModuleEntry, Piece
 from .store.shard_writer import ShardWriter
 from .store.store import Transaction
+from .survey import Survey
 
 _ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
-_PROBES = 4  # modules on which all forms are tried before the others follow the winners
-_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
@@ -64,37 +55,23 @@ class Written:
 
 
 class Builder:
-    """Folds a collection.
+    """Writes a collection that has been surveyed.
 
     Args:
-        collection: the adapters. options: how. tolerances: (folded,) each adapter's own bound.
-        progress: called with (done, total, stage).
+        survey: of the adapters.
     """
 
-    def __init__(
-        self,
-        collection: Collection,
-        options: Options,
-        tolerances: np.ndarray,
-        progress: Progress | None = None,
-    ) -> None:
-        self.collection = collection
-        self.options = options
-        self.tolerances = tolerances
-        self.groups: dict[str, np.ndarray] = {}
-        self._progress = progress or (lambda done, total, stage: None)
-        stacks = {p: collection.stack(p) for p in collection.paths}
-        self.stacks = {p: s for p, s in stacks.items() if s is not None}
-        self.singular_values: dict[str, np.ndarray] = {}
-        self.costs = Costs(options, tolerances**2)
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._collection, self._options = survey.collection, survey.options
 
     def write(self, transaction: Transaction) -> Written:
         """Plan, write, and keep the smallest of the plans that were predicted to be near."""
         # Only flat sides are large products; all else is thin.
-        many = 1 if self.collection.small else torch.get_num_threads()
+        many = 1 if self._collection.small else torch.get_num_threads()
         with threads(1):
-            self.measure()
-            plans = list(self._plans(Planner(self.costs, self.groups, many)))
+            self._survey.measure()
+            plans = list(self._survey.plans(many))
         written: list[tuple[ShardWriter, Written]] = []
         for chosen in plans:
             writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
@@ -107,117 +84,6 @@ class Builder:
                 writer.abort()
         return written[best][1]
 
-    # First pass
-
-    def measure(self) -> None:
-        """Init groups and every module's singular values."""
-        count = self.collection.folded
-        if count > 1:
-            stacks = list(self.stacks.values())
-            self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
-        for k, (path, stack) in enumerate(self.stacks.items()):
-            self._progress(k, 2 * len(self.stacks), "measuring")
-            S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
-            stack.forget()
-            width = max(s.shape[1] for s in S)
-            self.singular_values[path] = np.concatenate(
-                [np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S]
-            )
-
-    def _spectra(self, f: Factors) -> torch.Tensor:
-        """Singular values (n, r); where no bits depend on them, what has their norm, (n, 1)."""
-        if self.options.tolerance is None and self.options.form == "flat":
-            return norms(f)
-        exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
-        return singular_values(f, exact)
-
-    def _plans(self, planner: Planner) -> Iterator[dict[str, ModulePlan]]:
-        """The plans worth writing, the cheapest by prediction first."""
-        forms = self._forms()
-        if len(forms) == 1 or not self.stacks:
-            yield self._each(planner, forms)
-            return
-        paths = list(self.stacks)
-        won: dict[str, float] = {}
-        totals: dict[str, float] = {}
-        for j in probes(len(paths), _PROBES):
-            plans = self._candidates(planner, paths[j], forms)
-            for plan in plans:
-                totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
-            won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
-        smallest = min(totals.values())
-        worth = [f for f in forms if f in won or totals.get(f, np.inf) < _NEAR * smallest]
-        mix: dict[str, ModulePlan] = {}
-        sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
-        for path in paths:
-            plans = self._candidates(planner, path, worth)
-            mix[path] = plans[0]
-            by_form = {plan.form: plan.nbytes for plan in plans}
-            for form in worth:
-                sizes[form] += by_form.get(form, by_form.get("svd", plans[0].nbytes))
-        yield mix
-        cost = sum(plan.nbytes for plan in mix.values())
-        for form in worth:
-            differs = any(plan.form != form for plan in mix.values())
-            if differs and sizes[form] < _NEAR * cost:
-                yield self._each(planner, [form, "svd"] if form == "flat" else [form])
-
-    def _forms(self) -> list[str]:
-        form = self.options.form
-        if form != "auto":
-            return [form]
-        if self.options.tolerance is None or self.collection.folded < 2:
-            return ["svd"]
-        # Flat before those that keep the decomposed stack in memory.
-        return ["svd", "flat", "input", "output", "shared"]
-
-    def _each(self, planner: Planner, forms: list[str]) -> dict[str, ModulePlan]:
-        plans = {}
-        for path, stack in self.stacks.items():
-            found = self._candidates(planner, path, forms)
-            if not found:
-                raise MismatchError(
-                    f"form 'flat' needs one rank at each module; {path!r} has ranks "
-                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take "
-                    "another form"
-                )
-            plans[path] = found[0]
-        return plans
-
-    def _candidates(self, planner: Planner, path: str, forms: list[str]) -> list[ModulePlan]:
-        stack = self.stacks[path]
-        plans = planner.candidates(stack, self.singular_values[path], forms)
-        for plan in plans:
-            plan.release()
-        stack.forget()
-        return plans
-
-    def plain_svd_nbytes(self) -> int:
-        """Bytes that truncated SVD of each adapter in float16 takes at the same tolerance.
-
-        Directions are kept over all modules by energy per byte, the best a truncation can do.
-        """
-        if self.options.tolerance is None:
-            return 0
-        total = 0
-        for i, tolerance in enumerate(self.tolerances):
-            energy, width = [], []
-            for path, stack in self.stacks.items():
-                row = np.searchsorted(stack.members, i)
-                if row < len(stack) and stack.members[row] == i:
-                    energy.append(self.singular_values[path][row] ** 2)
-                    width.append(np.full(len(energy[-1]), sum(stack.shape)))
-            if not energy:
-                continue
-            e, w = np.concatenate(energy), np.concatenate(width)
-            order = np.argsort(-e / w, kind="stable")
-            left = e.sum() - np.cumsum(e[order])
-            kept = 1 + int((left > tolerance**2 * e.sum()).sum())
-            total += 2 * int(w[order][:kept].sum())
-        return total
-
-    # Second pass
-
     def write_plans(
         self, writer: ShardWriter, plans: Mapping[str, ModulePlan], ahead: Ahead | None = None
     ) -> Written:
@@ -226,18 +92,19 @@ class Builder:
         Args:
             ahead: from the ledger, modules of a single block that are coded and booked already.
         """
-        c, n = self.collection, self.collection.folded
+        c, n = self._collection, self._collection.folded
+        survey, bounds = self._survey, self._survey.tolerances
         budgets = module_budgets(
-            self.options, self.tolerances, self.stacks, self.singular_values, plans
+            self._options, bounds, survey.stacks, survey.singular_values, plans
         )
-        ledger = Ledger(budgets, self.tolerances, self._totals())
+        ledger = Ledger(budgets, bounds, survey.totals())
         known: Mapping[str, Coded] = {} if ahead is None else ahead(ledger)
         at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
         for j, path in enumerate(c.paths):
-            self._progress(len(c.paths) + j, 2 * len(c.paths), "writing")
-            plan, stack = plans.get(path), self.stacks.get(path)
+            self._survey.progress(len(c.paths) + j, 2 * len(c.paths), "writing")
+            plan, stack = plans.get(path), self._survey.stacks.get(path)
             sizes = np.zeros(len(c.names), np.int64)
             with writer.stream(f"m{j}") as stream:
                 if plan is not None and stack is not None:
@@ -263,12 +130,6 @@ class Builder:
             result.modules.append(self._module_entry(path, plans.get(path), pieces))
         return result
 
-    def _totals(self) -> np.ndarray:
-        total = np.zeros(self.collection.folded)
-        for path, stack in self.stacks.items():
-            total[stack.members] += (self.singular_values[path] ** 2).sum(1)
-        return total
-
     def _coded(
         self, stack: Stack, plan: ModulePlan, ledger: Ledger, known: Coded | None
     ) -> Iterator[tuple[np.ndarray, Coded]]:
@@ -282,7 +143,8 @@ class Builder:
             elif plan.flat is not None:
                 coded = code_flat(f, rows, plan, target)
             else:
-                block = self.cut(decomposed or f.decomposed()) if self.cuts else decomposed
+                survey = self._survey
+                block = survey.cut(decomposed or f.decomposed()) if survey.cuts else decomposed
                 coded = code_own_or_shared(f, rows, plan, target, block)
             if target.kind == "error":
                 if known is None:
@@ -291,25 +153,6 @@ class Builder:
                 if known is None:
                     ledger.book(stack.path, rows, f.members, coded.squared_error)
             yield f.members, coded
-
-    @property
-    def cuts(self) -> bool:
-        """Whether a rank or an energy drops directions of an adapter's own."""
-        o = self.options
-        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
-
-    def cut(self, block: Block) -> Block:
-        """The block without the directions that a rank or an energy drops."""
-        if not self.cuts:
-            return block
-        S = block.S.cpu().numpy()
-        keep = self.costs.used(S)
-        return Block(
-            block.members,
-            block.U,
-            torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0),
-            block.V,
-        )
 
     def _enforced(
         self,
@@ -360,7 +203,7 @@ class Builder:
             coded.payload.copy(),
         )
         for k in rows.tolist():
-            record = exact_record(self.collection.read(int(f.members[k]), path))
+            record = exact_record(self._collection.read(int(f.members[k]), path))
             if not only_smaller or len(record) < len(records[k]):
                 records[k], error[k], payload[k] = record, 0.0, len(record)
         return Coded(records, error, payload)
@@ -370,7 +213,7 @@ class Builder:
     def _module_entry(
         self, path: str, plan: ModulePlan | None, bases: Mapping[str, tuple[Piece, ...]]
     ) -> ModuleEntry:
-        c = self.collection
+        c = self._collection
         out, inner = c.shapes[path]
         layout = c.layouts.get(path)
         if plan is None:
@@ -396,13 +239,14 @@ class Builder:
                 b.rank for s in (plan.U, plan.V) if s is not None for b in s.bases.values()
             )
         else:
-            available = min(int(self.stacks[path].ranks.max()), *self.stacks[path].shape)
-        asked = self.options.rank
+            stack = self._survey.stacks[path]
+            available = min(int(stack.ranks.max()), *stack.shape)
+        asked = self._options.rank
         return available if asked is not None and asked > available else None
 
     def _write_extras(self, writer: ShardWriter) -> list[dict[str, str]]:
         found = []
-        for i, handle in enumerate(self.collection.handles):
+        for i, handle in enumerate(self._collection.handles):
             names = {}
             for k, (key, tensor) in enumerate(handle.read_extras().items()):
                 names[key] = f"x{i}.{k}"
@@ -412,7 +256,7 @@ class Builder:
 
     def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
         """Bytes to reserve for a shard's header."""
-        c = self.collection
+        c = self._collection
         bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
         bases += 2 * sum(p.flat is not None for p in plans.values())
         extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
