@@ -176,7 +176,7 @@ def test_refused_adapters_are_not_scored(tmp_path, adapters, make_adapter):
 
 
 def test_what_is_in_the_way_is_found_before_the_scores_are_run(tmp_path, adapters):
-    (tmp_path / "lib").mkdir()
+    lf.fold(adapters, tmp_path / "lib").close()
     with pytest.raises(FileError, match="overwrite"):
         lf.fold(adapters, tmp_path / "lib", retention=0.9, score=lambda *_: pytest.fail("scored"))
     task = Task(adapters)
