@@ -165,6 +165,13 @@ def test_a_tied_head_is_the_embedding(here, make_adapter, cli):
     assert ran.code == 0
     assert "lm_head.weight gets a weight of its own in a merge: the model will be untied" in ran.out
     assert cli("check", "adapters/sql", "--base", "base", "--json").json["untied"] is None
+    extras = {f"{PREFIX}{n}.weight": torch.zeros(32, 16) for n in ("lm_head", "model.embed_tokens")}
+    saved = {"modules_to_save": ["lm_head", "embed_tokens"], "peft_type": "LORA"}
+    saved |= {"r": 2, "lora_alpha": 4}
+    save(make_adapter({Q.format(0): (24, 16)}, 2, extras=extras, config=saved), "c")
+    ran = cli("check", "c", "--base", "base", columns=200)
+    assert "the model will be untied, unless the two saved copies are equal" in ran.out
+    assert "2 of 2 match" in ran.out
     save(make_adapter({"lm_head": (33, 16)}, 2), "b")
     assert cli("check", "b", "--base", "base").code == 1
 

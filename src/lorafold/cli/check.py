@@ -90,6 +90,7 @@ def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
         "unchecked": unchecked,
         "new": new,
         "untied": plan.untied(),
+        "untied_unless_equal": _are_copies(plan),
         "untouched": _untouched(parts, base, plain),
         "layers_to_transform": file.config.get("layers_to_transform"),
         "ignored": _ignored(file),
@@ -129,6 +130,13 @@ def _without_place(
         elif why != NO_WEIGHT:  # what is beside factors is checked with them
             unmatched.append(part)
     return unmatched, unchecked, new
+
+
+def _are_copies(plan: Placement) -> bool:
+    """Whether output layer and embedding are both saved whole: headers don't say if alike."""
+    ends = plan.base.tied or ()
+    found = [(s.what, p.key) for s in plan.spots for p in s.pieces if p.key in ends]
+    return bool(ends) and sorted(found) == sorted(("whole", key) for key in ends)
 
 
 def _untouched(parts: Parts, base: Base, plain: Callable[[str], str]) -> list[str]:
@@ -179,7 +187,8 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
     modules = f"{d['modules_matched']:,} of {d['modules']:,} match by name and shape"
     others = f"{d['other_tensors_matched']:,} of {d['other_tensors']:,} match"
     head = d["untied"] or "the output layer"
-    untied = f"{head} gets a weight of its own in a merge: the model will be untied"
+    unless = ", unless the two saved copies are equal" if d["untied_unless_equal"] else ""
+    untied = f"{head} gets a weight of its own in a merge: the model will be untied{unless}"
     verdict = "fits" if d["ok"] else "does not fit"
     output.say(out, f"{d['adapter']} {verdict} {d['base']}\n")
     output.facts(
