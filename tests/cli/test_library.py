@@ -237,6 +237,22 @@ def test_unfold_writes_nothing_where_something_is_in_the_way(here, cli):
     assert len(list((here / "out").iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["not JSON", "[]", '{"Alice": "Bob"}', '{"a": 1}', '{"sql": "sql"}', "\x00"]
+)
+def test_a_names_json_of_somebody_else_is_not_written_over(here, cli, text):
+    assert cli("add", "lib", "adapters/sql", "--name", "a/b").code == 0
+    (here / "out").mkdir()
+    (here / "out" / "names.json").write_text(text)
+    state = tree("out")
+    ran = cli("unfold", "lib", "-o", "out", "--overwrite")
+    assert ran.code == 2
+    assert "out/names.json is no list of unfolded adapters: move it" in ran.err
+    assert tree("out") == state
+    assert cli("unfold", "lib", "sql", "-o", "out").code == 0  # needs none
+    assert (here / "out" / "names.json").read_text() == text
+
+
 def test_unfold_options(here, cli):
     args = ["--dtype", "bfloat16", "--pad", "--base-model", "other/base"]
     ran = cli("unfold", "lib", "sql", "-o", "out", *args, "--json")

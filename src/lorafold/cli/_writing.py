@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..errors import FileError
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +60,32 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
     return {name: folders[name] for name in names}
 
 
-def _hashed(name: str, taken: set[str]) -> str:
+def known_names(folder: Path) -> dict[str, str]:
+    """{folder: name} that an earlier `unfold` has listed in names.json; {} where it is not there.
+
+    Raises:
+        FileError: a file of that name which is not one of these.
+    """
+    path = folder / NAMES_FILE
+    if not path.is_file():
+        return {}
+    known: Any = None
+    with contextlib.suppress(ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(known, dict) or not all(
+        isinstance(name, str) and key.startswith("{}-{:.8}".format(*_letters_and_digest(name)))
+        for key, name in known.items()
+    ):
+        raise FileError(f"{path} is no list of unfolded adapters: move it, or write elsewhere")
+    return known
+
+
+def _letters_and_digest(name: str) -> tuple[str, str]:
     letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST] or "adapter"
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return letters, hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hashed(name: str, taken: set[str]) -> str:
+    letters, digest = _letters_and_digest(name)
     lengths = range(8, len(digest) + 1)
     return next(f for n in lengths if (f := f"{letters}-{digest[:n]}").lower() not in taken)

@@ -12,7 +12,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._writing import NAMES_FILE, dtype_option, folder_names, torch_dtype
+from ._writing import NAMES_FILE, dtype_option, folder_names, known_names, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,8 @@ def unfold(
             path = Path(folder, folders[name])
             check_apart(path, [lib])
             check_replaceable(path, ADAPTER, overwrite, path)
+        renamed = {folders[name]: name for name in wanted if folders[name] != name}
+        known = known_names(Path(folder)) if renamed else {}
         written = []
         with output.progress("unfolding") as advance:
             for k, (name, entry) in enumerate(wanted.items()):
@@ -71,9 +73,8 @@ def unfold(
                 rounding = _rounding(adapter, path) if dtype not in (None, "float32") else 0.0
                 row = {"name": name, "path": str(path), "error": entry["error"]}
                 written.append({**row, "rounding": rounding})
-    renamed = {folders[name]: name for name in wanted if folders[name] != name}
     if renamed:
-        _write_names(Path(folder), renamed)
+        _write_names(Path(folder), known, renamed)
     found = {"path": folder, "dtype": dtype, "adapters": written}
     output.report(found, lambda out: _show(out, found, renamed))
 
@@ -89,15 +90,13 @@ def _rounding(adapter: Adapter, path: Path) -> float | None:
     return distance / norm if norm > 0 else 0.0
 
 
-def _write_names(folder: Path, renamed: Mapping[str, str]) -> None:
+def _write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
     """Add {folder: name} to what names.json says of other folders that are still there."""
     from ..files.atomic import replace_file
 
-    path = folder / NAMES_FILE
-    known: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = {k: v for k, v in known.items() if (folder / k).is_dir()}
     text = json.dumps({**kept, **renamed}, indent=2) + "\n"
-    replace_file(path, text.encode())
+    replace_file(folder / NAMES_FILE, text.encode())
 
 
 def _show(out: Console, d: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
