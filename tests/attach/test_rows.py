@@ -269,6 +269,27 @@ def test_experts_in_a_list_are_refused_when_rows_are_chosen(container):
         torch.testing.assert_close(model(x), alone(base, adapters["a"], 1, x), **TIGHT)
 
 
+def test_experts_in_a_list_can_not_come_while_rows_are_in_use():
+    model = nn.Sequential(nn.Linear(8, 8), Routed())
+    base = copy.deepcopy(model.double().eval())
+    outside = adapters_of(model, lambda path: path == "0")
+    inside = adapters_of(model, names=("a", "d"))
+    live = lf.attach(model, {"a": outside["a"], "b": outside["b"], "d": inside["d"]})
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    live.use(["a", "b"])
+    with pytest.raises(
+        RefusedError, match=r"'a' is in use by rows, and experts \('1\.experts\.0'\)"
+    ):
+        live.add(inside["a"], "a", replace=True)
+    with pytest.raises(RefusedError, match=r"'d' updates the experts of '1\.experts\.0'"):
+        live.keep("d")
+    found = model(x)
+    for i, name in enumerate("ab"):
+        wanted = alone(base, outside[name], 1, x[i : i + 1])
+        torch.testing.assert_close(found[i : i + 1], wanted, **TIGHT)
+    assert live.kept == {}
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_routing_under_another_name_is_never_wrong(seed):
     model, base, adapters = attached(Routed("branches"))
@@ -320,6 +341,26 @@ def test_clip_with_more_texts_than_images(images, texts):
         model(**batch)
     assert no_trace(model)
     assert torch.equal(model(**batch).logits_per_image, before)
+
+
+def test_layers_that_nobody_in_the_batch_changes_are_not_asked():
+    model = clip().double().eval()
+    base = copy.deepcopy(model)
+    text = adapters_of(model, lambda path: path.startswith("text_model.encoder"))
+    vision = adapters_of(model, lambda path: path.startswith("vision_model.encoder"), ("d",))
+    live = lf.attach(model, {**text, **vision})
+    batch = {
+        "input_ids": tokens(4, 6),
+        "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64),
+    }
+    with live.use(["a", None]), torch.no_grad():
+        found = model(**batch).text_embeds
+    for part, name in ((slice(0, 2), "a"), (slice(2, 4), None)):
+        own = {"input_ids": batch["input_ids"][part], "pixel_values": batch["pixel_values"]}
+        wanted = alone(base, text.get(name), 1, **own).text_embeds
+        torch.testing.assert_close(found[part], wanted, **TIGHT)
+    with live.use(["a", "d"]), pytest.raises(MismatchError, match=rf"'vision_model.*{APART}"):
+        model(**batch)
 
 
 def test_clip_with_as_many():

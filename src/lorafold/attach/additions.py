@@ -171,10 +171,17 @@ def _check_replaced(state: State, name: str, plan: Plan) -> None:
     if name in state.running.kept and more:
         raise no_background(name, more[0])
     selection = state.running.selection
-    if plan.experts and selection is not None and not selection.uniform and name in selection.names:
+    if (
+        selection is None
+        or selection.uniform
+        or name not in (*selection.names, *state.running.kept)
+    ):
+        return
+    experts = [*plan.experts, *(p for p in plan.places if state.board.rows.routed(p))]
+    if experts:
         raise RefusedError(
-            f"{name!r} is in use by rows, and experts ({next(iter(plan.experts))!r}) take one "
-            "mix per batch: choose others before replacing it"
+            f"{name!r} is in use by rows, and experts ({experts[0]!r}) take one mix per batch: "
+            "choose others before replacing it"
         )
 
 

@@ -10,7 +10,7 @@ pristine base; "always"; or a function of the rows' coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -103,14 +103,7 @@ class Running:
         """Raise where a selection can't run: ranks, experts by rows, what is merged."""
         for row in selection.rows:
             self.check_rank(row)
-        blind = (s for s in self._sites.values() if not selection.uniform and not s.knows_rows)
-        for site in blind:
-            for name in (*selection.names, *self.kept):
-                if site.has(name) or self._sources[name].update(site.path) is not None:
-                    raise RefusedError(
-                        f"{name!r} updates the experts of {site.path!r}, where routing hides the "
-                        "rows of a batch: use one mix for the whole batch"
-                    )
+        self._refuse_experts(selection, (*selection.names, *self.kept))
         if self.merged is not None:
             dialled = (name in self.merged_mix for row in selection.rows for name, _ in row.mix)
             if any(dialled) or not all(row.mix for row in selection.rows):
@@ -118,6 +111,17 @@ class Running:
                     "no dial reaches what is merged into the weights "
                     f"({', '.join(map(repr, self.merged_mix))}): unmerge() first"
                 )
+
+    def _refuse_experts(self, selection: Selection | None, names: Iterable[str]) -> None:
+        if selection is None or selection.uniform:
+            return
+        for site in (s for s in self._sites.values() if not s.knows_rows):
+            for name in names:
+                if site.has(name) or self._sources[name].update(site.path) is not None:
+                    raise RefusedError(
+                        f"{name!r} updates the experts of {site.path!r}, where routing hides the "
+                        "rows of a batch: use one mix for the whole batch"
+                    )
 
     def check_rank(self, row: Row) -> None:
         """Raise a `MismatchError` for a rank prefix that nothing has."""
@@ -285,8 +289,9 @@ class Running:
         """Have an adapter run in the background, as it is now.
 
         Raises:
-            RefusedError: it holds more than updates of layers.
+            RefusedError: it holds more than updates of layers, or experts where rows are in use.
         """
+        self._refuse_experts(self.selection, [name])
         self._background[name], self.kept[name] = self._updates(name), c
         self._choices.leave_out([name])
         self._rebuild()
