@@ -408,3 +408,17 @@ def test_what_a_handle_shows(net, three):
     assert not [name for name in dir(live) if name.startswith("_") and not name.endswith("__")]
     for name in shown | {"of"}:
         getattr(live, name)
+
+
+def test_modules_that_are_missing_are_listed_where_the_caller_stands(net, three):
+    more = {**three["b"].modules, "nowhere.q": lf.LowRank(torch.ones(1, 8), torch.ones(8, 1))}
+    for attached in (lambda: lf.attach(net, lf.Adapter(more)), lambda: add(net, more)):
+        with pytest.warns(
+            UserWarning, match=r"1 modules .* not in the model: 'nowhere\.q'"
+        ) as seen:
+            attached()
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+def add(net, modules):
+    lf.Live.of(net).add(lf.Adapter(modules), "more")

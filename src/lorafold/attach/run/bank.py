@@ -159,6 +159,10 @@ class Table:
         whole = torch.zeros(size, dtype=torch.int64)
         return cls(width, whole, whole.clone(), torch.zeros(size, dtype=torch.float64))
 
+    def widen(self, rank: int) -> None:
+        """Room for a rank, to the next power of two."""
+        self.width = 1 << (rank - 1).bit_length()
+
     def grow(self, slots: int, layers: int) -> None:
         """Room for more; what is there stays."""
         for name in ("ranks", "first", "scales"):

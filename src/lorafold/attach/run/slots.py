@@ -161,7 +161,7 @@ class Slots:
         group, patch = GROUPS[U is not None, V is not None], self.patches[path]
         table = self._table(group, max(u.rank, 1))
         if u.rank > table.width:
-            table.width = 1 << (u.rank - 1).bit_length()
+            table.widen(u.rank)
             self.version += 1
             for other in self.patches.values():
                 if group in other.banks:
