@@ -32,6 +32,8 @@ from .words import did_you_mean
 class Adapter(Mapping[str, LowRank]):
     """A mapping of module path to `LowRank`, with vector-space arithmetic.
 
+    Not for: thousands at once (`fold` reads them module by module), nor training (`attach`).
+
     Args:
         modules: {path in the base model's own names: update}; at least one.
         extras: {file key: tensor}: everything the file held that is not a plain update (heads,

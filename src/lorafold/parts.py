@@ -243,6 +243,8 @@ def _number(value: Any, field: str) -> Any:
 class Layout:
     """How a module's weight, and its factors in a file, relate to the 2-D update (out, in).
 
+    Not for: how a base keeps that weight on the disk, which is `naming.Base`'s.
+
     Args:
         kind: "linear": the weight is (out, in), or (in, out) where the layer stores it transposed.
             "embedding": the update is (dim, vocab), the weight (vocab, dim).
