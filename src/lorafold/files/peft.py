@@ -58,6 +58,8 @@ class AdapterFile:
 
     Not made directly: see `open_adapter`. It holds no open file; every read opens the file anew.
 
+    Not for: algebra; `load()` gives the `Adapter`, which has it.
+
     Attributes:
         path: the folder or file it was opened from; None for an adapter in memory.
         config: the configuration ({} where there is none).
@@ -251,6 +253,9 @@ def load(
     dtype: torch.dtype | None = None,
 ) -> Adapter:
     """Read an adapter.
+
+    Not for: an adapter in a library (`Library.open(path)[name]`), nor folders of many adapters
+    (`lorafold.files.load_many`, which vLoRA's need too, or `fold`).
 
     Args:
         source: what `open_adapter` takes, or the state dict of an adapter in memory (copied).

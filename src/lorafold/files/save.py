@@ -86,6 +86,9 @@ def save(
     ranks or scales changed is written with the scale baked into B, α = r, and modules of other
     ranks named in `rank_pattern`.
 
+    Not for: a training run that is to go on (`Live.save`), many adapters in few bytes (`fold`), or
+    a whole model (`merge_into_weights`).
+
     Args:
         adapter: what to write.
         path: the directory to make.
