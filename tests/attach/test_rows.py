@@ -90,7 +90,8 @@ def tokens(n, length, vocabulary=30, seed=0):
 
 def no_trace(model):
     """No hooks are left, and no batch is remembered."""
-    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    ours = ("lorafold" in (*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    hooks = any(ours)
     return not hooks and live_of(model)._state.board.rows.n is None
 
 
@@ -139,6 +140,20 @@ def test_torchs_transformer_by_itself(batch_first):
         wanted = alone(base, adapters.get(name), 1, part if batch_first else part.transpose(0, 1))
         wanted = wanted if batch_first else wanted.transpose(0, 1)
         torch.testing.assert_close(found[i : i + 1], wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("what", ["a", ["a", "a", "a"]])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torchs_fast_path_does_not_pass_adapters_by(batch_first, what):
+    model = TimeFirst(batch_first)
+    model, base, adapters = attached(model, lambda path: "linear" in path)
+    ids = tokens(3, 6)
+    with torch.no_grad(), live_of(model).use(what):
+        found = model(ids)
+    wanted = merged(base, adapters["a"]).train()(ids)  # gradients and training: no fast path
+    torch.testing.assert_close(found, wanted, **TIGHT)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), base(ids), **TIGHT)
 
 
 def test_torchs_decoder_and_whole_transformer():
@@ -235,6 +250,18 @@ def test_as_long_as_wide_is_refused_until_it_is_clear():
     for i, name in enumerate("ab"):
         wanted = alone(base, adapters[name], 1, x[i : i + 1, :2])
         torch.testing.assert_close(found[i : i + 1], wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("rows", [["a", "b", "c"], ["a", "a", "a"], ["c", None, "a"], ["b"] * 6])
+def test_inputs_that_are_no_block_of_memory(rows):
+    model, base, adapters = attached(nn.Sequential(nn.Linear(8, 8)))
+    x = torch.randn(8, 5, 6, dtype=torch.float64).permute(2, 1, 0)
+    for given in (x, x[:, ::2], x[:, :1].expand(6, 4, 8)):
+        with live_of(model).use(rows), torch.no_grad():
+            found = model(given)
+        for i, part in enumerate(given.chunk(len(rows))):
+            wanted = alone(base, adapters.get(rows[i]), 1, part)
+            torch.testing.assert_close(found.chunk(len(rows))[i], wanted, **TIGHT)
 
 
 # Entries that are not the batch's

@@ -104,6 +104,8 @@ class Site(nn.Module, ABC):
         super().__init__()
         self.board, self.path = board, path
         self.time_first = board.rows.join(path)
+        if board.rows.passed_by(path):
+            self.register_forward_pre_hook(_nothing)
         self._held = (module,)  # in a tuple, or it would become a child of its own child
 
     @property
@@ -130,3 +132,7 @@ class Site(nn.Module, ABC):
     def weight_exchanged(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """The module has another weight."""
         self.board.frozen.exchanged(old, new)
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that is only there to be seen: torch's layer then runs its parts."""

@@ -89,10 +89,10 @@ class Grouping:
         if not self.dense:
             return self._onto(y, self._one_by_one(xs, A, Bt, w))
         slots = slice(self.first, self.first + self.span)
-        h = torch.bmm(xs.view(self.span, -1, x.shape[2]), A[slots].mT)
+        h = torch.bmm(xs.reshape(self.span, -1, x.shape[2]), A[slots].mT)
         h = (h.view(self.places, x.shape[1], -1) * w[:, None]).to(h.dtype).view(h.shape)
         if self.in_order and y.dtype == h.dtype:
-            return torch.baddbmm(y.view(self.span, -1, y.shape[2]), h, Bt[slots]).view(y.shape)
+            return torch.baddbmm(y.reshape(self.span, -1, y.shape[2]), h, Bt[slots]).view(y.shape)
         return self._onto(y, torch.bmm(h, Bt[slots]).view(self.places, x.shape[1], -1))
 
     def _onto(self, y: Tensor, delta: Tensor) -> Tensor:

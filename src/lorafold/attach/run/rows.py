@@ -89,6 +89,11 @@ class Rows:
         lists = [p for p, m in _above(self._model, path) if isinstance(m, _LISTS)]
         return any("expert" in p.rpartition(".")[2].lower() for p in lists)
 
+    def passed_by(self, path: str) -> bool:
+        """Whether a layer is in torch's encoder layer, which may read its weight past it."""
+        above = _above(self._model, path)
+        return any(isinstance(module, nn.TransformerEncoderLayer) for _, module in above)
+
     def choose(self, running: Selection | None, packed: Packed | None) -> None:
         """These rows run."""
         self._forget()  # what an interrupted forward may have left
