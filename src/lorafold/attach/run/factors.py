@@ -7,6 +7,7 @@ map as taking the directions out of W and putting U diag(S + Δs) Vh back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...layers.kinds import LayerKind
 from ...lowrank import LowRank
 
 
-class Factors(nn.Module):
+class Factors(nn.Module, ABC):
     """Factors of one adapter at one layer; see the three final classes.
 
     Attributes:
@@ -28,9 +29,9 @@ class Factors(nn.Module):
         super().__init__()
         self.kind, self.rank, self.scale, self.dropout = kind, rank, scale, dropout
 
+    @abstractmethod
     def parts(self, k: int) -> list[tuple[Tensor, Tensor, Tensor | float]]:
         """(A (k, in), B (out, k), what h is multiplied by) whose products add up to ΔW / scale."""
-        raise TypeError("Factors is abstract")  # pragma: no cover
 
     def update(self) -> LowRank:
         """A copy of the present update."""
@@ -40,9 +41,9 @@ class Factors(nn.Module):
             B = torch.cat([B * g for _, B, g in parts], 1)
             return LowRank(A.detach().clone(), B.detach().clone(), self.scale)
 
+    @abstractmethod
     def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
         """Each parameter with the index of its entries that a rank prefix k leaves out."""
-        raise TypeError("Factors is abstract")  # pragma: no cover
 
     def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: float, k: int) -> Tensor:
         """y plus coefficient · B A x at rank prefix k; the scale is part of the coefficient."""
