@@ -233,6 +233,17 @@ class Store:
             shards[name] = known
         return shards
 
+    def named_by(self, raw: bytes) -> set[str]:
+        """The files that a manifest of this folder names.
+
+        Raises:
+            FileError: it is none.
+        """
+        if raw == self._raw:
+            parts = {part.file.name for part in self.manifest.parts if part.file is not None}
+            return {*self.shards, *parts}
+        return named_files(raw, f"{self.path}/{MANIFEST}")
+
     def _read_part(self, info: FileInfo) -> bytes:
         assert self.path is not None
         try:
@@ -288,7 +299,7 @@ class Transaction:
             place.enter_context(_held(store._alone, self._timeout))
         elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
             place.enter_context(writer_lock(store.path / _LOCK, self._timeout))
-            place.enter_context(_without_leftovers(store.path))
+            place.enter_context(_without_leftovers(store))
             self._folder, self._in_place = store.path, True
         else:
             folder = new_directory(store.path, LIBRARY, overwrite=self._kind == "overwrite")
@@ -439,20 +450,21 @@ def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_leftovers(folder: Path) -> Iterator[None]:
+def _without_leftovers(store: Store) -> Iterator[None]:
     """Remove what no manifest names, of killed writers before the block and of this one after."""
-    _remove_leftovers(folder)
+    _remove_leftovers(store)
     try:
         yield
     finally:
-        _remove_leftovers(folder)
+        _remove_leftovers(store)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(store: Store) -> None:
+    folder = store.path
+    assert folder is not None
     try:
         # What counts is the disk: a failed commit may have replaced the manifest or not.
-        raw = read_manifest(folder)
-        named = named_files(raw, str(folder / MANIFEST))
+        named = store.named_by(read_manifest(folder))
         names = os.listdir(folder)
     except (FileError, OSError):
         return
