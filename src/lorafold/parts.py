@@ -143,6 +143,11 @@ def plain_name(name: str) -> str:
     return ".".join(parts)
 
 
+def wraps(children: Iterable[str]) -> bool:
+    """Whether a module with children of these names only wraps another one."""
+    return not _HIDDEN.isdisjoint(children)
+
+
 def base_names(key: str) -> list[str]:
     """The names that a stored tensor may have in the base, best first."""
     name = key.removeprefix(PREFIX)

@@ -16,7 +16,7 @@ from ..files import load
 from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
-from .begin.places import library_layers
+from .begin.places import library_layers, plain_names
 from .begin.specs import Spec
 from .run.board import Site
 from .run.experts import AttachedExperts, Experts
@@ -123,7 +123,9 @@ def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) 
 def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     """Attach all adapters of a library; they are read when they are asked for."""
     places = library_layers(library, state.model, state.slots.patches)
-    shelf, entries = Shelf(library, dtype), library.contents.manifest.adapters
+    names = plain_names(state.model)
+    shelf = Shelf(library, dtype, {path: names.get(path, path) for path in places})
+    entries = library.contents.manifest.adapters
     state.put({name: Stored(entry, shelf) for name, entry in entries.items()})
     _take_layers(state, places)
 

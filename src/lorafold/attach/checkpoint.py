@@ -23,7 +23,7 @@ from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
-from .begin.places import copies_of
+from .begin.places import copies_of, in_names_of
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
@@ -41,7 +41,7 @@ def save_trained(
     """See `Live.save`."""
     first = next(iter(source.fresh.values()))
     header: dict[str, Any] = {"version": 1, "kind": _kind_of(source), "metadata": metadata}
-    header["scales"] = {p: f.scale for p, f in source.fresh.items()}
+    header["scales"] = {source.names[p]: f.scale for p, f in source.fresh.items()}
     if isinstance(first, Modulation):
         header["select"] = first.select
     try:
@@ -49,7 +49,7 @@ def save_trained(
     except TypeError as e:
         raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
     tensors = {
-        f"{p}.{key}": value.detach().contiguous().cpu().clone()
+        f"{source.names[p]}.{key}": value.detach().contiguous().cpu().clone()
         for p, fresh in source.fresh.items()
         for key, value in fresh.state_dict().items()
     }
@@ -62,13 +62,13 @@ def save_trained(
 def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """See `Live.resume`."""
     source = state.trained(name)
-    modules, kind = source.fresh, _kind_of(source)
+    modules, kind = {source.names[p]: f for p, f in source.fresh.items()}, _kind_of(source)
     place = Path(path)
     beside = place / STATE_NAME
     metadata: dict[str, Any] = {}
     select: str | None = None
     if place.is_file():
-        found_kind, found = _flat(state, place)
+        found_kind, found = _flat(state, source, place)
     elif beside.is_file():
         header, tensors = _read(beside)
         found_kind, metadata = header["kind"], header["metadata"]
@@ -138,10 +138,12 @@ def _plain(
     }
 
 
-def _flat(state: State, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+def _flat(state: State, source: Trained, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """A file with keys such as `A.layers__0__q_proj`."""
     _, tensors = _read(path)
-    patches = state.slots.patches
+    patches = {
+        plain: state.slots.patches[p] for p, plain in source.names.items() if p in source.fresh
+    }
     names = {p.replace(".", "__"): p for p in patches}
     found: dict[str, dict[str, Tensor]] = {}
     kinds = set()
@@ -201,6 +203,6 @@ def _load_copies(source: Trained, name: str, model: nn.Module, place: Path) -> N
     """Modules that were saved whole."""
     if not source.copies or not place.is_dir():
         return
-    for p, module in copies_of(name, load(place), model).items():
+    for p, module in copies_of(name, in_names_of(model, load(place)), model).items():
         if p in source.copies:
             source.copies[p].load_state_dict(module.state_dict())

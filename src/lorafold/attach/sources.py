@@ -22,10 +22,17 @@ from ..layers.sites import Place, place_at
 from ..layers.swap import device_of, plain_copy
 from ..layers.targets import found_layers
 from ..lowrank import LowRank
-from ..parts import PREFIX, Layout
+from ..parts import PREFIX, Layout, plain_name
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
-from .begin.places import copies_of, experts_of, in_names_of, layers_of, whole_modules
+from .begin.places import (
+    copies_of,
+    experts_of,
+    in_names_of,
+    layers_of,
+    plain_names,
+    whole_modules,
+)
 from .begin.specs import LoRA, PiSSA, Spec
 from .run.factors import Factors, Pair
 from .run.patch import Patch
@@ -117,7 +124,7 @@ class Trained(Source):
 
     Args:
         fresh: by path, the factors. places: their layers. copies: by path, modules that train
-            whole. config: what a file says of it.
+            whole. config: what a file says of it. names: {path: plain name}, for who reads it.
     """
 
     in_slots = False
@@ -128,7 +135,9 @@ class Trained(Source):
         places: Mapping[str, Place],
         copies: Mapping[str, nn.Module],
         config: Mapping[str, Any],
+        names: Mapping[str, str],
     ) -> None:
+        self.names = {path: names.get(path, path) for path in (*fresh, *copies)}
         self.fresh, self.copies, self.config = dict(fresh), dict(copies), dict(config)
         self.rank = max((f.rank for f in fresh.values()), default=0)
         self._places = dict(places)
@@ -153,7 +162,7 @@ class Trained(Source):
             u = a[path].to(device_of(place.layer), dtype)
             fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale)
         copies = {path: module.requires_grad_(True) for path, module in copies.items()}
-        return Plan(cls(fresh, places, copies, a.config), places, copies)
+        return Plan(cls(fresh, places, copies, a.config, plain_names(model)), places, copies)
 
     @classmethod
     def plan_fresh(
@@ -186,7 +195,8 @@ class Trained(Source):
                 assert isinstance(spec, LoRA)
                 fresh[path] = fresh_factors(spec, *args)
         copies = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
-        return Plan(cls(fresh, places, copies, _config(spec)), places, copies)
+        source = cls(fresh, places, copies, _config(spec), plain_names(model))
+        return Plan(source, places, copies)
 
     def join(self, name: str, patches: Mapping[str, Patch]) -> None:
         """Put the factors where they run."""
@@ -211,19 +221,20 @@ class Trained(Source):
         return None if found is None else (found.rank, found.scale)
 
     def adapter(self) -> Adapter:
-        config = dict(self.config)
+        config, names = dict(self.config), self.names
         if self.copies:
-            config["modules_to_save"] = list(self.copies)
+            config["modules_to_save"] = [names[path] for path in self.copies]
         kinds = [place.kind for place in self._places.values()]
         if any(kind.linear and kind.transposed for kind in kinds):
             config["fan_in_fan_out"] = True
         extras = {
-            f"{PREFIX}{path}.{key}": value.detach().clone()
+            f"{PREFIX}{names[path]}{plain_name(f'.{key}')}": value.detach().clone()
             for path, module in self.copies.items()
             for key, value in module.state_dict().items()
         }
-        layouts = {path: place.kind.layout(place.layer) for path, place in self._places.items()}
-        modules = {path: factors.update() for path, factors in self.fresh.items()}
+        places = self._places.items()
+        layouts = {names[path]: place.kind.layout(place.layer) for path, place in places}
+        modules = {names[path]: factors.update() for path, factors in self.fresh.items()}
         return Adapter(modules, extras, config, layouts=layouts)
 
     def load(self, slots: Slots, slot: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..errors import MismatchError
+from ..parts import plain_name, wraps
 from .kinds import KINDS, is_linear
 from .swap import CHILD
 
@@ -23,7 +24,14 @@ ALL_LINEAR = "all-linear"
 
 
 def matches(target: Target, path: str) -> bool:
-    """Whether a target means the module at `path`."""
+    """Whether a target means the module at `path`, by its own name or the plain one."""
+    if _matches(target, path):
+        return True
+    plain = plain_name(path)
+    return plain != path and _matches(target, plain)
+
+
+def _matches(target: Target, path: str) -> bool:
     if isinstance(target, re.Pattern):
         return target.search(path) is not None
     return path == target or path.endswith(f".{target}")
@@ -65,8 +73,8 @@ def found_layers(
     found: dict[str, nn.Module] = {}
     unmatched = list(targets)
     for path, module in model.named_modules():
-        if CHILD in path.split("."):
-            continue  # what is attached already
+        if CHILD in path.split(".") or wraps(name for name, _ in module.named_children()):
+            continue  # what is attached already; what is in it comes after it
         hits = [t for t in targets if _hits(t, path, module)]
         unmatched = [t for t in unmatched if t not in hits]
         if hits and wanted(path) and not _excluded(exclude, path):

@@ -20,27 +20,43 @@ from ...parts import PREFIX, Layout, base_names, extra_kind, plain_name
 from ...words import warn
 
 
+def own_names(model: nn.Module) -> dict[str, str]:
+    """{plain name: the model's own} of its modules, of what is wrapped the innermost's."""
+    names: dict[str, str] = {}
+    for name, _ in model.named_modules():
+        plain = plain_name(name)
+        if names.get(plain) != plain or name.startswith(f"{plain}."):  # `fc` is not `module.fc`
+            names[plain] = name
+    return names
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """{a module's name in the model: the plain one}; its own where that is another module's."""
+    return {name: plain for plain, name in own_names(model).items()}
+
+
+def renamed(path: str, names: Mapping[str, str]) -> str:
+    """A plain path in the model's own names, by the innermost module that is there."""
+    if path in names or "." not in path:
+        return names.get(path, path)
+    above, _, last = path.rpartition(".")
+    return f"{renamed(above, names)}.{last}"
+
+
 def in_names_of(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter by the model's own names, where compiling or sharding put something into them."""
-    names = {plain_name(name): name for name, _ in model.named_modules()}
+    names = own_names(model)
     if all(plain == name for plain, name in names.items()):
         return adapter
 
-    def renamed(path: str) -> str:
-        """By the innermost module that is there."""
-        if path in names or "." not in path:
-            return str(names.get(path, path))
-        above, _, last = path.rpartition(".")
-        return f"{renamed(above)}.{last}"
-
     def of_key(key: str) -> str:
         name = key.removeprefix(PREFIX)
-        return key[: len(key) - len(name)] + renamed(name)
+        return key[: len(key) - len(name)] + renamed(name, names)
 
     return dataclasses.replace(
         adapter,
-        modules={renamed(path): u for path, u in adapter.modules.items()},
-        layouts={renamed(path): layout for path, layout in adapter.layouts.items()},
+        modules={renamed(path, names): u for path, u in adapter.modules.items()},
+        layouts={renamed(path, names): layout for path, layout in adapter.layouts.items()},
         extras={of_key(key): t for key, t in adapter.extras.items()},
     )
 
@@ -94,8 +110,8 @@ def library_layers(
         MismatchError: none of them is in the model, or a shape differs.
         RefusedError: a layer that takes no update, or experts.
     """
-    there = {path for path, _ in model.named_modules()}
-    modules = {m.path: m for m in library.contents.modules}
+    there, names = {path for path, _ in model.named_modules()}, own_names(model)
+    modules = {renamed(m.path, names): m for m in library.contents.modules}
     found: dict[str, Place] = {}
     for path, m in modules.items():
         if m.layout is not None and m.layout.kind == "expert":
@@ -116,6 +132,12 @@ def library_layers(
         raise MismatchError(
             f"none of the library's {len(modules)} modules is in the model: it has "
             f"{next(iter(modules), None)!r}, the model e.g. {max(there, key=len)!r}"
+        )
+    missing = [m.path for path, m in modules.items() if path not in found]
+    if missing:
+        warn(
+            f"{len(missing)} modules of the library are not in the model: "
+            f"{', '.join(map(repr, missing[:5]))}",
         )
     return found
 

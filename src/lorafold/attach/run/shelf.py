@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -28,11 +28,12 @@ class Shelf:
     """A library as it was when it was attached; what is changed in it later does not reach this.
 
     Args:
-        library: the library. dtype: of its sides on the device.
+        library: the library. dtype: of its sides on the device. names: {a layer's path in the
+            model: the library's name of it}.
     """
 
-    def __init__(self, library: Library, dtype: torch.dtype) -> None:
-        self._library, self._dtype = copy.copy(library), dtype
+    def __init__(self, library: Library, dtype: torch.dtype, names: Mapping[str, str]) -> None:
+        self._library, self._dtype, self._names = copy.copy(library), dtype, dict(names)
         self._modules = library.contents.modules
         self._known: dict[tuple[str, torch.device], _Sides] = {}
 
@@ -47,10 +48,11 @@ class Shelf:
     def update(self, entry: AdapterEntry, path: str) -> LowRank | None:
         """An adapter's update at one layer; None where it has none there."""
         contents = self._contents(entry)
-        j = contents.manifest.numbers.get(path)
+        name = self._names.get(path, path)
+        j = contents.manifest.numbers.get(name)
         if j is None or not contents.record_size(j, entry):
             return None
-        return contents.update(entry.name, path)
+        return contents.update(entry.name, name)
 
     def refuse(self, entry: AdapterEntry) -> None:
         """Raise a `RefusedError` for an adapter that does not run from a library."""
@@ -71,7 +73,8 @@ class Shelf:
         contents = self._contents(entry)
         for path, patch in slots.patches.items():
             first = 0
-            for (has_U, has_V), parts in _by_sides(contents.parts(entry.name, path)):
+            name = self._names.get(path, path)
+            for (has_U, has_V), parts in _by_sides(contents.parts(entry.name, name)):
                 sides = self._sides(contents, patch)
                 u = _joined_core(parts, sides)
                 U, V = sides["U"][0] if has_U else None, sides["V"][0] if has_V else None
@@ -96,7 +99,8 @@ class Shelf:
     def _sides(self, contents: Contents, patch: Patch) -> _Sides:
         key = patch.path, patch.device
         if key not in self._known:
-            sides = contents.sides(contents.manifest.numbers[patch.path])
+            name = self._names.get(patch.path, patch.path)
+            sides = contents.sides(contents.manifest.numbers[name])
             self._known[key] = {
                 side: self._joined([b.columns for b in bases], patch.device)
                 for side, bases in sides.items()
