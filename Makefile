@@ -24,7 +24,7 @@ lint: $(VENV)/test.stamp ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp ## every benchmark; results go to benchmarks/results/
+bench: $(VENV)/bench.stamp ## every benchmark; results go to benchmarks/results/, by machine
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --save || exit 1; done
 
 clean: ## remove the environment, caches and build output

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -101,6 +102,12 @@ def machine() -> dict[str, Any]:
     return described
 
 
+def _kind_of(machine: Mapping[str, Any]) -> str:
+    """A folder's name for machines of one kind: what computes, and on how many cores."""
+    words = re.sub(r"\(\w+\)|@.*|Processor|CPU", " ", machine.get("gpu", machine["processor"]))
+    return "-".join([*re.findall(r"[a-z0-9]+", words.lower()), f"{machine['cores']}-cores"])
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -144,7 +151,7 @@ def report(
 
     Args:
         result: the answer, in numbers; it is kept with machine, versions and date.
-        save: write the JSON to benchmarks/results/<script>.json as well.
+        save: write the JSON to benchmarks/results/<machine>/<script>.json as well.
     """
     name = Path(sys.argv[0]).stem
     Console().print(table_of(rows, question))
@@ -157,9 +164,10 @@ def report(
         "result": dict(result),
     }
     if save:
-        RESULTS.mkdir(exist_ok=True)
+        folder = RESULTS / _kind_of(record["machine"])
+        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=2, ensure_ascii=False)
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
