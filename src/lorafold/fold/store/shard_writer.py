@@ -74,6 +74,7 @@ class ShardWriter:
         >>> writer.add("core", np.eye(2, dtype=np.float32))
         >>> with writer.stream("codes") as stream:
         ...     stream.write(b"packed")
+        6
         >>> info = writer.close()
         >>> Shard.of(writer).read_bytes("codes", 0, 4)
         b'pack'
