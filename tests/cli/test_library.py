@@ -352,6 +352,32 @@ def test_verify_finds_damage(here, cli):
     assert shard.name in ran.err
 
 
+@pytest.mark.parametrize("pattern", ["library.json", "adapters-*", "shard-*"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "gone", "edited"])
+def test_verify_finds_every_file_that_is_not_right(here, cli, pattern, how):
+    """Also what can't be opened at all: damage is what the command looks for."""
+    path = next((here / "lib").glob(pattern))
+    raw = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": raw[:-9], "emptied": b"", "edited": b"x" + raw[1:]}[how])
+    ran = cli("verify", "lib", "--json")
+    assert ran.code == (2 if (pattern, how) == ("library.json", "gone") else 1)
+    assert ran.out == ""
+    assert ran.err.count("\n") == 1
+    assert path.name in ran.err
+
+
+def test_verify_of_what_is_no_library_or_source_is_bad_input(here, cli):
+    for args in (["nowhere"], ["adapters"], ["lib", "nowhere"], ["lib", "--name", "sql=nowhere"]):
+        ran = cli("verify", *args)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    ran = cli("verify", "lib", "--name", "nobody=adapters/sql")
+    assert ran.code == 2
+    assert "nobody" in ran.err
+
+
 # bench
 
 
@@ -369,3 +395,14 @@ def test_bench_of_nothing(here, cli):
     assert "has no adapters" in cli("bench", "lib").err
     assert cli("ls", "lib").code == cli("info", "lib").code == cli("verify", "lib").code == 0
     assert cli("unfold", "lib", "-o", "out").code == 0
+
+
+def test_a_pickle_names_no_flag_that_a_command_has_not(here, cli):
+    source = Path("adapters/sql")
+    torch.save({}, source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    for args in (("fold", source, "-o", "out"), ("add", "lib", source), ("verify", "lib", source)):
+        ran = cli(*args)
+        assert ran.code == 2
+        assert "is a pickle" in ran.err
+        assert "--allow-pickle" not in ran.err

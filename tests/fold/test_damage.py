@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import random
 import shutil
 
@@ -314,3 +315,64 @@ def test_two_names_or_modules_alike_are_refused(library):
     write_files(library, manifest, lists)
     with pytest.raises(FileError, match="two modules of one path"):
         lf.Library.open(library)
+
+
+# What is absent, and what is damaged; and where it lies
+
+
+SIDES = [("flat", "A"), ("flat", "B"), ("shared", "U"), ("shared", "V"), ("input", "V")]
+
+
+@pytest.mark.parametrize(("form", "side"), [*SIDES, ("output", "U")])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_damaged_side_is_not_taken_for_none(tmp_path, adapters, form, side, opened):
+    """By reading, `project` and `add`; and the message has the path that the shard has."""
+    some = {name: adapters[name] for name in ("a0", "a1", "a2")}
+    lib = lf.fold(some, tmp_path / "lib", tolerance=0.01, form=form)
+    (shard,) = (tmp_path / "lib").glob("shard-*")
+    key = f"b0.{side}0"
+    piece = lib.contents.store.shards[shard.name].read_bytes(key)
+    raw = shard.read_bytes()
+    at = raw.index(piece) + len(piece) // 2
+    shard.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    if opened:
+        lib = lf.Library.open(tmp_path / "lib")
+    manifest = (tmp_path / "lib" / "library.json").read_bytes()
+    for use in (
+        lambda: lib["a0"],
+        lambda: lib.project(adapters["a3"]),
+        lambda: lib.add(adapters["a3"], "a3"),
+    ):
+        with pytest.raises(FileError, match="is damaged") as caught:
+            use()
+        assert f"{shard}, key {key!r}" in str(caught.value)
+    with pytest.raises(FileError, match=f"shard {shard} is damaged"):
+        lib.verify()
+    assert (tmp_path / "lib" / "library.json").read_bytes() == manifest
+    assert lib.add(adapters["a3"], "own", form="svd") <= 0.01  # that needs no side of others
+
+
+def test_adapters_of_another_rank_have_no_flat_sides(adapters, make_adapter):
+    lib = lf.fold({n: adapters[n] for n in ("a0", "a1", "a2")}, tolerance=0.01, form="flat")
+    for rank in (1, 3):
+        other = make_adapter(SHAPES, rank, seed=9)
+        assert lib.project(other).loadings == {}
+        assert lib.add(other, str(rank)) <= 0.01
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_messages_say_where_a_shard_is(tmp_path, adapters, overwrite):
+    """Not where it lay while the library was written."""
+    path = tmp_path / "lib"
+    if overwrite:
+        lf.fold({"b": adapters["a1"]}, path)
+    lib = lf.fold({"a": adapters["a0"]}, path, overwrite=overwrite)
+    lib.add(adapters["a2"], "c")
+    for shard in lib.contents.store.shards.values():
+        assert shard.name == str(path / shard.stated.name)
+        with pytest.raises(FileError, match=f"shard {path}/shard-[0-9a-f]+.safetensors holds no"):
+            shard.read("x")
+    for shard in path.glob("shard-*"):
+        os.truncate(shard, 5)
+    with pytest.raises(FileError, match=f"shard {path}/shard-"):
+        lib["a"]

@@ -13,6 +13,8 @@ from ._source import named_sources
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..fold import Library
+
 
 @command("verify", example="lorafold verify lib adapters")
 @click.argument("lib", metavar="LIB")
@@ -30,15 +32,17 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     Without a SOURCE only the checksums are read. With sources, named as for fold, every one of
     them is compared with what comes out of the library. Exit status 1 if anything is wrong.
     """
+    from ..collection.sources import named_handles
     from ..errors import FileError
-    from ..fold import Library
 
-    with Library.open(lib) as opened:
+    with _library(lib) as opened:
         given = named_sources(sources, named) if sources or named else None
         try:
             with output.progress("comparing" if given else "reading checksums") as advance:
                 found = opened.verify(given, strict=False, progress=advance)
         except FileError as e:
+            if given is not None:
+                named_handles(given)  # where it is a source that can't be read, it says so
             raise CheckFailed(str(e)) from e
         rows = [
             {
@@ -63,6 +67,20 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     if wrong:
         adapters = output.count(len(rows), "adapter")
         raise CheckFailed(f"{len(wrong)} of {adapters} failed: {wrong[0]['problem']}")
+
+
+def _library(path: str) -> Library:
+    """What is there but can't be opened is what this command looks for."""
+    from ..errors import FileError
+    from ..files.find import is_library
+    from ..fold import Library
+
+    try:
+        return Library.open(path)
+    except FileError as e:
+        if is_library(path):
+            raise CheckFailed(str(e)) from e
+        raise
 
 
 def _show(out: Console, d: dict[str, Any]) -> None:

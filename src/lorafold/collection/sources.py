@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..adapter import Adapter, Layout
-from ..errors import MismatchError
+from ..errors import FileError, MismatchError
 from ..files import open_adapter
-from ..files.find import adapters_at, matches, name_of
+from ..files.find import PickleError, adapters_at, matches, name_of
 from ..lowrank import LowRank
 
 
@@ -92,7 +93,17 @@ def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
     if not isinstance(source, str | os.PathLike):
         raise MismatchError(f"a source must be a path or an Adapter, not {type(source).__name__}")
     places = [place for path in matches(source) for place in adapters_at(path)]
-    return [(name_of(place), open_adapter(place)) for place in places]
+    return [(name_of(place), _handle(place)) for place in places]
+
+
+def _handle(place: Path) -> Handle:
+    try:
+        return open_adapter(place)
+    except PickleError as e:  # what reads many adapters has no option for it
+        raise FileError(
+            f"{e.found}: if you trust it, load it with that option of `lorafold.load` in Python, "
+            "and give the adapter, or the path where `lorafold.save` puts it"
+        ) from None
 
 
 def _checked_name(name: Any) -> str:

@@ -28,6 +28,17 @@ class Location:
     config: Path | None
 
 
+class PickleError(FileError):
+    """An adapter that is a pickle, and was not asked for as one."""
+
+    def __init__(self, path: Path) -> None:
+        self.found = f"{path} is a pickle, which can run code when it is read"
+        super().__init__(
+            f"{self.found}: give allow_pickle=True if you trust it (it is read with "
+            "weights_only=True)"
+        )
+
+
 def is_adapter(path: Path) -> bool:
     """Whether the directory itself holds an adapter's weights or config."""
     return any((path / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME, CONFIG_NAME))
@@ -113,7 +124,7 @@ def locate(
     if path.suffix not in (".safetensors", ".bin"):
         raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
     if path.suffix == ".bin" and not allow_pickle:
-        raise _pickle_error(path)
+        raise PickleError(path)
     config = path.with_name(CONFIG_NAME)
     return Location(path, path, config if config.is_file() else None)
 
@@ -140,7 +151,7 @@ def _in_directory(path: Path, allow_pickle: bool) -> Location:
     if not (folder / PICKLE_NAME).is_file():
         raise FileError(_none(folder))
     if not allow_pickle:
-        raise _pickle_error(folder / PICKLE_NAME)
+        raise PickleError(folder / PICKLE_NAME)
     return Location(path, folder / PICKLE_NAME, config)
 
 
@@ -161,10 +172,3 @@ def _none(path: Path) -> str:
         return f"{path} is a library: Library.open(path)[name] reads one of its adapters"
     has = "there is only adapter_config.json" if (path / CONFIG_NAME).is_file() else "neither is"
     return f"{path} is no adapter: it needs {WEIGHTS_NAME} and {CONFIG_NAME}, {has}"
-
-
-def _pickle_error(path: Path) -> FileError:
-    return FileError(
-        f"{path} is a pickle, which can run code when it is read: give allow_pickle=True "
-        "if you trust it (it is read with weights_only=True)"
-    )

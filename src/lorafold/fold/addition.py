@@ -30,11 +30,11 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes, threads
 from ..collection.sources import Handle, named_handles
 from ..collection.stack import Stack
-from ..errors import FileError, MismatchError, RefusedError
+from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from .coding.bases import Bases, Basis, Side, basis_of, projected, residual, weighted_norms
-from .coding.flat_part import FlatSide, code_parts, flattened
+from .coding.flat_part import FlatSide, OtherLengthError, code_parts, flattened
 from .coding.record import Coded, Target, code
 from .contents import Contents
 from .one_pass import adapter_entries
@@ -473,7 +473,7 @@ def flat_bases(c: Contents, j: int, rank: int) -> FlatBases | None:
     out, inner = module.shape
     try:
         A, B = (FlatSide(c.basis(j, side, 0, rank), b"") for side in "AB")
-    except FileError:
+    except OtherLengthError:
         return None
     if A.rows.shape[1] != rank * inner or B.rows.shape[1] != rank * out:
         return None  # decoded before, for another rank

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..collection.batch import (
     Block,
@@ -23,7 +24,7 @@ from ..collection.limits import threads
 from ..collection.stack import Stack
 from ..errors import ToleranceError
 from .coding.flat_part import code_parts
-from .coding.record import NOTHING, Coded, Target, code, exact_record, sealed
+from .coding.record import NOTHING, Coded, Target, code, decode, exact_record, sealed
 from .planning.budget import Ledger, module_budgets
 from .planning.plan import ModulePlan, basis_at, side_pairs
 from .store.entries import ModuleEntry, Piece
@@ -32,6 +33,8 @@ from .store.store import Transaction
 from .survey import Survey
 
 _ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
+_FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
+_ROUNDING = 5e-8  # of ‖B‖ ‖A‖: what another order of the decoder's sums may change
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
@@ -98,7 +101,7 @@ class Builder:
             self._options, bounds, survey.stacks, survey.singular_values, plans
         )
         ledger = Ledger(budgets, bounds, survey.totals())
-        known: Mapping[str, Coded] = {} if ahead is None else ahead(ledger)
+        known: Mapping[str, Coded] = {} if ahead is None or self._fine else ahead(ledger)
         at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
@@ -146,9 +149,11 @@ class Builder:
                 survey = self._survey
                 block = survey.cut(decomposed or f.decomposed()) if survey.cuts else decomposed
                 coded = code_own_or_shared(f, rows, plan, target, block)
+            if self._fine and target.kind == "error":
+                coded = self._as_read(f, plan, stack, coded)
             if target.kind == "error":
                 if known is None:
-                    coded = self._enforced(f, rows, plan, target, coded, ledger, stack.path)
+                    coded = self._enforced(f, rows, plan, target, coded, ledger, stack)
                 coded = self._not_bulky(f, stack.ranks[rows], stack.path, coded)
                 if known is None:
                     ledger.book(stack.path, rows, f.members, coded.squared_error)
@@ -162,10 +167,10 @@ class Builder:
         target: Target,
         coded: Coded,
         ledger: Ledger,
-        path: str,
+        stack: Stack,
     ) -> Coded:
         """Code again what overshot; at last store it exactly."""
-        factor = np.ones(len(rows))
+        factor, path = np.ones(len(rows)), stack.path
         for attempt in range(_ATTEMPTS):
             limit = ledger.limit(path, rows, f.members)
             over = np.flatnonzero(coded.squared_error > limit)
@@ -182,8 +187,40 @@ class Builder:
                 redone = code_flat(again, rows[over], plan, smaller)
             else:
                 redone = code_own_or_shared(again, rows[over], plan, smaller)
+            if self._fine:
+                redone = self._as_read(again, plan, stack, redone)
             coded = coded.replaced(over, redone)
         return coded
+
+    @property
+    def _fine(self) -> bool:
+        bounded = self._options.tolerance is not None
+        return bounded and self._survey.tolerances.min(initial=1.0) < _FINE
+
+    def _as_read(self, f: Factors, plan: ModulePlan, stack: Stack, coded: Coded) -> Coded:
+        """The same, its errors measured in float64 on what the records decode to.
+
+        What codes many at once multiplies in another order than what reads one, and small errors
+        are no larger than what that changes.
+        """
+
+        def basis(side: str, number: int, count: int) -> Tensor:
+            if side in "AB":
+                assert plan.flat is not None
+                return (plan.flat.A if side == "A" else plan.flat.B).rows
+            found = basis_at(plan.U if side == "U" else plan.V, number)
+            assert found is not None
+            return found.columns[:, :count]
+
+        error = np.zeros(len(coded.records))
+        for k, record in enumerate(coded.records):
+            source = self._collection.read(int(f.members[k]), stack.path)
+            stored = decode(record, stack.shape, basis, stack.device)
+            wide = [u.to(stack.device, torch.float64) for u in (source, stored)]
+            lost = (wide[0] - wide[1]).norm()
+            rounded = _ROUNDING * float(stored.B.norm() * stored.A.norm()) if lost > 0 else 0.0
+            error[k] = lost**2 + rounded**2
+        return Coded(coded.records, error, coded.payload)
 
     def _not_bulky(self, f: Factors, ranks: np.ndarray, path: str, coded: Coded) -> Coded:
         """Records that outgrew the tensors that they stand for give way to these."""

@@ -32,6 +32,10 @@ _HEAD = struct.Struct("<BHHHHBff")
 _KIND = 3
 
 
+class OtherLengthError(FileError):
+    """A flat side's rows are of another length, as those of adapters of another rank are."""
+
+
 class FlatSide:
     """One side as stored: row 0 the mean, then unit directions.
 
@@ -101,9 +105,9 @@ def read_side(
     """Decode a flat side of rows of length d.
 
     Raises:
-        FileError: its rows are of another length, as those of adapters of another rank are.
+        OtherLengthError: its rows are of another length.
     """
-    other = FileError(f"a flat side of the library has no rows of length {d}")
+    other = OtherLengthError(f"a flat side of the library has no rows of length {d}")
     try:
         (rows,), c, end = read_rows(record, 0, [d], [_SEEDS[side]], device)
     except ValueError as e:

@@ -58,6 +58,10 @@ class Descriptor:
         os.replace(old, new)
         self.name = str(new)
 
+    def called(self, name: str) -> None:
+        """Say what to call the file after its folder has another name."""
+        self.name = name
+
     def size(self) -> int:
         """Bytes of the file as it is now."""
         return os.fstat(self.number).st_size

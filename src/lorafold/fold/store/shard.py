@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,12 @@ class Shard:
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._source is None
+
+    def moved_to(self, folder: Path) -> None:
+        """Say in which folder the file is by now."""
+        if self._source is not None:
+            self._source.called(str(folder / self.stated.name))
+            self.name = self._source.name
 
     @property
     def stated(self) -> ShardInfo:

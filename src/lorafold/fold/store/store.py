@@ -367,6 +367,9 @@ class Transaction:
             self._place.close()
         else:
             self._place.close()  # gives the folder its name
+            for shard in shards.values():
+                assert self._store.path is not None
+                shard.moved_to(self._store.path)
             self._end(raw, manifest, shards)
         return self._store
 
