@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError, RefusedError, UnknownNameError
-from .lowrank import LowRank, from_svd
+from .lowrank import LowRank, cosine, from_svd
 from .naming import Base
 from .parts import LINEAR, Parts, check_bias_scales, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
-from .words import did_you_mean
+from .words import did_you_mean, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +151,7 @@ class Adapter(Mapping[str, LowRank]):
 
     def cosine(self, other: Adapter) -> float:
         """Cosine between the two updates; 0 when either is zero."""
-        scale = self.norm() * other.norm()
-        return max(-1.0, min(1.0, self.inner(other) / scale)) if scale > 0 else 0.0
+        return cosine(self.inner(other), self.norm(), other.norm())
 
     def distance(self, other: Adapter) -> float:
         """‖ΔW − ΔW'‖_F, from the QR of the concatenated factors (not from inner products)."""
@@ -291,10 +289,9 @@ class Adapter(Mapping[str, LowRank]):
             raise MismatchError(misfit.says)
         if plan.unplaced:
             names = ", ".join(repr(n) for n in list(plan.unplaced)[:5])
-            warnings.warn(
+            warn(
                 f"{len(plan.unplaced)} parts of the adapter have no place in "
-                f"the state dict: {names}",
-                stacklevel=2,
+                f"the state dict: {names}"
             )
         return applied(plan, state_dict, self.value_at)
 

@@ -299,6 +299,12 @@ def kept_directions(
     return max(1, int((tail > allowed).sum()))
 
 
+def cosine(inner: float, norm: float, other: float) -> float:
+    """Cosine from an inner product and the two norms; 0 when either is zero."""
+    scale = norm * other
+    return max(-1.0, min(1.0, inner / scale)) if scale > 0 else 0.0
+
+
 def _same_shape(u: LowRank, v: LowRank) -> None:
     if u.shape != v.shape:
         raise MismatchError(f"shapes differ: {u.shape} and {v.shape}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -36,6 +36,12 @@ def did_you_mean(name: str, known: object) -> str:
         return "there are no names at all"
     shown = ", ".join(repr(n) for n in sorted(names)[:5])
     return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"
+
+
+def one_of(values: Iterable[object]) -> str:
+    """'a', 'b' or 'c'."""
+    *first, last = map(repr, values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def warn(text: str) -> None:

@@ -19,7 +19,7 @@ from .selection import Selection, ranks_at
 from .sources import Source, Trained
 
 # Of each trained adapter the largest prefix of each layer that has run, by key and path.
-Ledger: TypeAlias = "dict[str, dict[str, int]]"
+Runs: TypeAlias = "dict[str, dict[str, int]]"
 
 
 class Pauses:
@@ -32,16 +32,16 @@ class Pauses:
     def __init__(self, board: Board, sources: Mapping[str, Source]) -> None:
         self._board, self._sources = board, sources
         self._shown: Selection | None = None
-        self._ledgers: list[Ledger] = [{}]  # one an optimiser; first, since any of them stepped
+        self._runs: list[Runs] = [{}]  # one an optimiser; first, since any of them stepped
 
-    def open(self) -> Ledger:
+    def open(self) -> Runs:
         """What has run since an optimiser's last step, from now on."""
-        self._ledgers.append({key: dict(ran) for key, ran in self._ledgers[0].items()})
-        return self._ledgers[-1]
+        self._runs.append({key: dict(ran) for key, ran in self._runs[0].items()})
+        return self._runs[-1]
 
-    def close(self, ledger: Ledger) -> None:
+    def close(self, runs: Runs) -> None:
         """An optimiser is no longer guarded."""
-        self._ledgers = [known for known in self._ledgers if known is not ledger]
+        self._runs = [known for known in self._runs if known is not runs]
 
     def note(self) -> None:
         """Take down what the selection that is shown has run."""
@@ -54,8 +54,8 @@ class Pauses:
                     continue
                 paths = list(source.fresh)
                 for path, k in zip(paths, ranks_at(row.rank, paths), strict=True):
-                    for ledger in self._ledgers:
-                        ran = ledger.setdefault(source.key, {})
+                    for runs in self._runs:
+                        ran = runs.setdefault(source.key, {})
                         ran[path] = max(ran.get(path, 0), k)
 
     def show(self, selection: Selection | None) -> None:
@@ -65,25 +65,25 @@ class Pauses:
     def forget(self, source: Source) -> None:
         """An adapter has gone."""
         if isinstance(source, Trained):
-            for ledger in self._ledgers:
-                ledger.pop(source.key, None)
+            for runs in self._runs:
+                runs.pop(source.key, None)
 
-    def paused(self, ledger: Ledger) -> Iterator[tuple[nn.Parameter, Any]]:
+    def paused(self, runs: Runs) -> Iterator[tuple[nn.Parameter, Any]]:
         """Parameters, each with the index of its entries that have not run."""
         self.note()
         for source in self._sources.values():
             if not isinstance(source, Trained):
                 continue
             for path, fresh in source.fresh.items():
-                ran = ledger.get(source.key, {}).get(path, 0)
+                ran = runs.get(source.key, {}).get(path, 0)
                 if ran < fresh.rank:
                     yield from fresh.paused(ran)
 
-    def stepped(self, ledger: Ledger) -> None:
+    def stepped(self, runs: Runs) -> None:
         """An optimiser has stepped: what runs from here on counts for its next step."""
         self.note()
-        ledger.clear()
-        self._ledgers[0].clear()
+        runs.clear()
+        self._runs[0].clear()
 
 
 @dataclass
@@ -103,12 +103,12 @@ class Guard:
 
 def guarded(pauses: Pauses, optimizer: torch.optim.Optimizer) -> Guard:
     """See `Live.guard`."""
-    ledger = pauses.open()
+    runs = pauses.open()
     held: list[tuple[nn.Parameter, Any, Tensor, dict[str, Tensor]]] = []
 
     def before(*_: Any) -> None:
         held.clear()
-        for parameter, index in pauses.paused(ledger):
+        for parameter, index in pauses.paused(runs):
             state = optimizer.state.get(parameter, {})
             kept = {
                 key: value[index].clone()
@@ -125,9 +125,9 @@ def guarded(pauses: Pauses, optimizer: torch.optim.Optimizer) -> Guard:
                     if isinstance(now, Tensor) and now.shape == parameter.shape:
                         now[index] = kept.get(key, 0)  # what came with this step begins at 0
         held.clear()
-        pauses.stepped(ledger)
+        pauses.stepped(runs)
 
     return Guard(
         [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)],
-        lambda: pauses.close(ledger),
+        lambda: pauses.close(runs),
     )

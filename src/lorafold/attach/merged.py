@@ -30,7 +30,7 @@ def merge_into(state: State, what: Any, *, c: Any, rank: Any, keep: bool) -> int
     """See `Live.merge`."""
     running = state.running
     if running.merged is not None:
-        raise MismatchError(f"{_listed(running.merged_mix)} merged already: unmerge() first")
+        raise MismatchError(f"{_names(running.merged_mix)} merged already: unmerge() first")
     row = _mix_to_merge(state, what, c, rank)
     if running.selection is not None and not running.selection.uniform:
         bare = next((i for i, r in enumerate(running.selection.rows) if not r.mix), None)
@@ -66,9 +66,7 @@ def unmerge_from(state: State) -> None:
 def verified(state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """See `Live.verify`."""
     if state.running.merged is not None:
-        raise MismatchError(
-            f"{_listed(state.running.merged_mix)} merged: unmerge() before verify()"
-        )
+        raise MismatchError(f"{_names(state.running.merged_mix)} merged: unmerge() before verify()")
     row = _mix_to_merge(state, None, None, None)
     with evaluating(state.model), state.running.during(Choice(Selection((row,)))):
         attached = state.model(*args, **kwargs)
@@ -125,7 +123,7 @@ def _put(state: State, weights: Mapping[Key, nn.Parameter | None]) -> None:
         parameters[name] = weight
 
 
-def _listed(names: Mapping[str, float]) -> str:
+def _names(names: Mapping[str, float]) -> str:
     verb = "is" if len(names) == 1 else "are"
     return f"{', '.join(map(repr, names))} {verb}"
 

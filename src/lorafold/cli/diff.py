@@ -56,6 +56,8 @@ def comparison(name_a: str, a: Adapter, name_b: str, b: Adapter) -> dict[str, An
     Raises:
         MismatchError: a module has two shapes.
     """
+    from ..lowrank import cosine
+
     distance = _baseless(a).distance(_baseless(b))
     norms = a.norm(), b.norm()
     modules = [
@@ -68,7 +70,7 @@ def comparison(name_a: str, a: Adapter, name_b: str, b: Adapter) -> dict[str, An
         "b": name_b,
         "norm_a": norms[0],
         "norm_b": norms[1],
-        "cosine": _cosine(inner, *norms),
+        "cosine": cosine(inner, *norms),
         "distance": distance,
         "relative_distance": _relative(distance, norms[0]),
         "only_in_a": [p for p in a.modules if p not in b.modules],
@@ -86,20 +88,17 @@ def _baseless(a: Adapter) -> Adapter:
 
 
 def _compared(u: LowRank, v: LowRank) -> dict[str, Any]:
+    from ..lowrank import cosine
+
     norms, distance, inner = (u.norm(), v.norm()), (u - v).norm(), u.inner(v)
     return {
         "norm_a": norms[0],
         "norm_b": norms[1],
-        "cosine": _cosine(inner, *norms),
+        "cosine": cosine(inner, *norms),
         "distance": distance,
         "relative_distance": _relative(distance, norms[0]),
         "inner": inner,
     }
-
-
-def _cosine(inner: float, norm_a: float, norm_b: float) -> float:
-    scale = norm_a * norm_b
-    return max(-1.0, min(1.0, inner / scale)) if scale > 0 else 0.0
 
 
 def _relative(distance: float, norm: float) -> float | None:
@@ -145,10 +144,7 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
             ("A", f"{d['a']}: norm {output.digits(d['norm_a'], 4)}"),
             ("B", f"{d['b']}: norm {output.digits(d['norm_b'], 4)}"),
             ("cosine", f"{d['cosine']:.4f}"),
-            (
-                "distance",
-                f"{output.digits(d['distance'], 4)}, {relative} of ‖A‖",
-            ),
+            ("distance", f"{output.digits(d['distance'], 4)}, {relative} of ‖A‖"),
             ("only in A", _names(d["only_in_a"])),
             ("only in B", _names(d["only_in_b"])),
             ("extras only in A", _names(extras["only_in_a"])),

@@ -24,7 +24,7 @@ from .swap import base_class
 from .table import Table
 
 
-def of_rows(A: Tensor, ids: Tensor) -> Tensor:
+def gathered(A: Tensor, ids: Tensor) -> Tensor:
     """The slots ids (rows, K) of A (slots, R, d), one below the other: (rows, K · R, d)."""
     return A.index_select(0, ids.flatten()).view(len(ids), -1, A.shape[2])
 
@@ -52,7 +52,7 @@ def _linear_added(layer: Any, y: Tensor, h: Tensor, Bt: Tensor, coefficient: flo
 
 
 def _linear_rows_down(layer: Any, x: Tensor, A: Tensor, ids: Tensor) -> Tensor:
-    return torch.bmm(x.to(A.dtype).reshape(len(ids), -1, x.shape[-1]), of_rows(A, ids).mT)
+    return torch.bmm(x.to(A.dtype).reshape(len(ids), -1, x.shape[-1]), gathered(A, ids).mT)
 
 
 def _linear_rows_up(layer: Any, y: Tensor, h: Tensor, Bt: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _conv_added(layer: Any, y: Tensor, h: Tensor, Bt: Tensor, coefficient: float
 
 def _conv_rows_down(layer: Any, x: Tensor, A: Tensor, ids: Tensor) -> Tensor:
     # One grouped convolution, a group for each row.
-    A = of_rows(A, ids)
+    A = gathered(A, ids)
     rows, k, m = len(A), A.shape[1], x.shape[0] // len(A)
     spatial = x.shape[2:]
     x = x.reshape(rows, m, -1, *spatial).transpose(0, 1).reshape(m, -1, *spatial)

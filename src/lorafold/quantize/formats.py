@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError, MissingExtraError
+from ..words import one_of
 
 ROW = "row"  # a group size: all of a row
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,17 +84,17 @@ def chosen(
     kinds = [k for k, f in FORMATS.items() if f.bits == bits]
     if not kinds:
         known = sorted({f.bits for f in FORMATS.values()})
-        raise MismatchError(f"bits must be {_listed(known)}, found {bits!r}")
+        raise MismatchError(f"bits must be {one_of(known)}, found {bits!r}")
     kind = kinds[0] if kind is None else kind
     if kind not in kinds:
-        raise MismatchError(f"kind must be {_listed(kinds)} at {bits} bits, found {kind!r}")
+        raise MismatchError(f"kind must be {one_of(kinds)} at {bits} bits, found {kind!r}")
     sizes = FORMATS[kind].sizes
     group_size = sizes[0] if group_size is None else group_size
     if group_size not in sizes or isinstance(group_size, bool | float):
         others = {k: FORMATS[k].sizes for k in kinds if group_size in FORMATS[k].sizes}
         also = f" (or kind={next(iter(others))!r})" if others else ""
         raise MismatchError(
-            f"group_size must be {_listed(_sorted(sizes))} for kind {kind!r}{also}, found "
+            f"group_size must be {one_of(_sorted(sizes))} for kind {kind!r}{also}, found "
             f"{group_size!r}"
         )
     if bits == 8 and (double_quant or compute_dtype is not None):
@@ -101,7 +102,7 @@ def chosen(
         raise MismatchError(f"{option}= is for 4 bits only: leave it out, or take bits=4")
     if compute_dtype not in (None, *FLOATS):
         names = [str(d).removeprefix("torch.") for d in FLOATS]
-        raise MismatchError(f"compute_dtype must be {_listed(names)}, found {compute_dtype!r}")
+        raise MismatchError(f"compute_dtype must be {one_of(names)}, found {compute_dtype!r}")
     return Choice(kind, group_size, bool(double_quant), compute_dtype)
 
 
@@ -206,13 +207,8 @@ def whole_groups(width: int, choice: Choice) -> str:
     whole = [s for s in others if s == ROW or width % int(s) == 0]
     if not whole:
         return "leave it out (exclude=), or take bits=8"
-    return f"group_size {_listed(_sorted(whole))}"
+    return f"group_size {one_of(_sorted(whole))}"
 
 
 def _sorted(sizes: Iterable[int | str]) -> list[int | str]:
     return sorted(sizes, key=lambda size: (isinstance(size, str), size))
-
-
-def _listed(values: Any) -> str:
-    *first, last = map(repr, values)
-    return f"{', '.join(first)} or {last}" if first else last

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.kinds import LayerKind, of_rows
+from ...layers.kinds import LayerKind, gathered
 from ...lowrank import LowRank
 from .grouping import Grouping
 from .packed import Segments
@@ -109,8 +109,8 @@ class Bank(nn.Module):
             w = w.clone()  # the next choice is written there, before the backward pass maybe
         h = (h * w[:, None]).to(h.dtype)
         if self.shared:
-            return self._out(y, torch.bmm(h, of_rows(self.Bt, ids)))
-        return self.kind.rows_up(layer, y, h, of_rows(self.Bt, ids))
+            return self._out(y, torch.bmm(h, gathered(self.Bt, ids)))
+        return self.kind.rows_up(layer, y, h, gathered(self.Bt, ids))
 
     def grouped(self, y: Tensor, x: Tensor, by: Grouping | Segments, w: Tensor) -> Tensor:
         """The same for a kind whose h is x Aᵀ, with the rows in the order of the slots.

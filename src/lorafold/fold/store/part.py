@@ -40,7 +40,7 @@ class Entries(Mapping[str, AdapterEntry]):
     @classmethod
     def read(cls, raw: bytes, where: str) -> Entries:
         """Those of a file; a `FileError` comes when the first is asked for."""
-        return cls(lambda: _listed(raw, where))
+        return cls(lambda: _by_name(raw, where))
 
     @classmethod
     def joined(cls, parts: Iterable[Entries]) -> Entries:
@@ -108,7 +108,7 @@ def _field(value: Any, key: str) -> Any:
     return getattr(value, key) if isinstance(value, AdapterEntry) else value[key]
 
 
-def _listed(raw: bytes, where: str) -> dict[str, Any]:
+def _by_name(raw: bytes, where: str) -> dict[str, Any]:
     """A file's objects by name; what sorts them and says where they are is checked."""
     value = parsed(raw, where)
     if type(value) is not list:
