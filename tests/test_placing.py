@@ -401,3 +401,28 @@ def test_half_precision_rounds_once_from_float32(make_adapter, dense):
     assert (found.float() - exact).abs().max() <= 2**-8 * exact.abs().max()
     other = dataclasses.replace(adapter, base_model="x").apply_to({"a.q.weight": W})
     assert torch.equal(other["a.q.weight"], found)
+
+
+def test_a_state_dict_is_looked_at_once_however_many_tensors_change(monkeypatch):
+    n, seen = 40, 0
+    u = lf.LowRank(torch.ones(1, 3), torch.ones(2, 1))
+    adapter = lf.Adapter({f"layers.{i}.q": u for i in range(n)})
+    state = {f"layers.{i}.q.weight": torch.zeros(2, 3) for i in range(n)}
+    state["layers.0.k.weight"] = state["layers.0.q.weight"]
+    real = torch.Tensor.data_ptr
+
+    def counted(self):
+        nonlocal seen
+        seen += 1
+        return real(self)
+
+    monkeypatch.setattr(torch.Tensor, "data_ptr", counted)
+    adapter.apply_to(state)
+    assert n <= seen <= 2 * n
+    square = torch.arange(4.0).reshape(2, 2)
+    views = Base.of_state({"a": square, "b": square.T, "c": square.view(2, 2), "d": square[:1]})
+    assert views.ties("a") == ("a", "c")
+    assert views.ties("b") == ("b",)  # the same memory, but other numbers
+    meta = torch.zeros(2, device="meta")
+    assert Base.of_state({"a": meta, "b": torch.zeros(2, device="meta")}).ties("a") == ("a",)
+    assert Base.of_state({"a": meta, "b": meta}).ties("a") == ("a", "b")

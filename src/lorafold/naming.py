@@ -98,10 +98,15 @@ _FUSED: dict[str, tuple[tuple[str, int, int], ...]] = {
 }
 
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|proj_out|output_projection|generator_lm_head|vocab_projector"
-    r"|lm_head\.decoder|predictions\.decoder)\.weight$"
+    r"(^|\.)(lm_head|embed_out|proj_out|output_projection|generator_lm_head|vocab_projector|lm_loss"
+    r"|(lm_head|head|predictions)\.decoder|lm_head\.out_proj|pred_layer\.proj)\.weight$"
+    r"|^decoder\.weight$"
 )
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|tokens_embed|embeddings"
+    r"|shared|transformer\.w)\.weight$"
+)
+_SHARED = re.compile(r"(^|\.)shared\.weight$")
 
 
 def kind(name: str) -> str:
@@ -119,20 +124,25 @@ def is_head(name: str) -> bool:
     return _HEAD.search(name) is not None
 
 
+def is_shared(name: str) -> bool:
+    """Whether this is one weight of the embeddings of both an encoder and a decoder."""
+    return _SHARED.search(name) is not None
+
+
 def _embedding(keys: Iterable[str]) -> str | None:
-    return next((key for key in keys if _EMBEDDING.search(key)), None)
+    found = [key for key in keys if _EMBEDDING.search(key)]
+    return next(filter(is_shared, found), found[0] if found else None)
 
 
-def _same_memory(state: Mapping[str, Tensor], key: str) -> tuple[str, ...]:
-    if key not in state:
-        return (key,)
-    t = state[key]
-    return tuple(
-        name
-        for name, other in state.items()
-        if other is t
-        or (other.shape == t.shape and t.numel() and 0 != other.data_ptr() == t.data_ptr())
-    )
+def _same_memory(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """{key: all keys of its memory}; one pass, as a model of many experts has 10⁵ tensors."""
+    found: dict[Any, list[str]] = {}
+    for key, t in state.items():
+        # Without memory of its own (on the meta device, or empty) only the very same tensor is one.
+        where = t.data_ptr() if t.numel() else 0
+        mine = (where, t.shape, t.stride(), t.dtype) if where else id(t)
+        found.setdefault(mine, []).append(key)
+    return {key: tuple(keys) for keys in found.values() for key in keys}
 
 
 @dataclass(frozen=True)
@@ -322,7 +332,8 @@ class Base:
         embedding = _embedding(tensors)
         missing = head is not None and embedding is not None and not any(map(is_head, tensors))
         tied = (head, embedding) if missing else None
-        return cls(tensors, asked, tied, lambda key: _same_memory(state, key))  # type: ignore[arg-type]
+        shared = _same_memory(state)
+        return cls(tensors, asked, tied, lambda key: shared.get(key, (key,)))  # type: ignore[arg-type]
 
     def _tied_head(self, name: str) -> Held | None:
         if self.tied is None or self.tied[0] in self.tensors or not is_head(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -161,6 +162,9 @@ def test_transposed_and_quantised_weights(here, base, cli):
 
 def test_a_tied_head_is_the_embedding(here, make_adapter, cli):
     save(make_adapter({"lm_head": (32, 16)}, 2))
+    bare = cli("check", "a", "--base", "base", "--json").json
+    assert bare["not_merged"] == "base has no config.json, so its weights can't be untied"
+    (here / "base" / "config.json").write_text("{}")
     ran = cli("check", "a", "--base", "base")
     assert ran.code == 0
     assert "lm_head.weight gets a weight of its own in a merge: the model will be untied" in ran.out
@@ -174,6 +178,40 @@ def test_a_tied_head_is_the_embedding(here, make_adapter, cli):
     assert "2 of 2 match" in ran.out
     save(make_adapter({"lm_head": (33, 16)}, 2), "b")
     assert cli("check", "b", "--base", "base").code == 1
+
+
+def test_it_says_where_merge_into_would_write_nothing(base, here, make_adapter, cli):
+    """Each adapter by `check`, and by `merge-into` itself."""
+    score = {f"{PREFIX}score.weight": torch.zeros(2, 16)}
+    saved = {"modules_to_save": ["score"], "peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    save(make_adapter({Q.format(0): (24, 16)}, 2, extras=score, config=saved), "new")
+    layers = {"layer_replication": [[0, 2], [1, 3]], "r": 2, "lora_alpha": 4}
+    save(make_adapter({Q.format(n): (24, 16) for n in range(4)}, 2, config=layers), "replicas")
+    for name, ok, says in [
+        ("adapters/sql", True, None),
+        ("new", True, "parts of the adapter without a place that fits: 1"),
+        ("replicas", True, "layer_replication"),
+    ]:
+        assert_as_merged(cli, name, ok, says)
+    base(lambda s: {k.replace("model.embed_tokens", "model.shared"): t for k, t in s.items()})
+    (here / "base" / "config.json").write_text("{}")
+    u = lf.LowRank(torch.ones(2, 32), torch.ones(16, 2))
+    layout = {"model.shared": lf.Layout("embedding")}
+    lf.save(lf.Adapter({"model.shared": u}, layouts=layout), "embedding")
+    assert_as_merged(cli, "embedding", True, "one weight, 'model.shared.weight', for encoder")
+
+
+def assert_as_merged(cli, name, ok, says):
+    found = cli("check", name, "--base", "base", "--json").json
+    ran = cli("merge-into", "base", name, "-o", f"out-{name.replace('/', '-')}")
+    assert (found["ok"], found["not_merged"] is None) == (ok, ran.code == 0)
+    if says is not None:
+        assert says in found["not_merged"]
+        shown = cli("check", name, "--base", "base", columns=400).out
+        assert "merge-into" in shown
+        assert "writes nothing" in shown
+        assert "will be untied" not in shown
+        assert not Path(f"out-{name}").exists()
 
 
 def test_replicated_layers_are_those_of_the_file(here, make_adapter, cli):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold.files import safetensors as ranges
@@ -81,6 +81,34 @@ def test_an_output_layer_of_an_unknown_name_is_refused(small_state, folder, tmp_
     tokens = lf.Adapter({}, rows, {"trainable_token_indices": [2]})
     merged = lf.merge_into_weights(base, tokens, tmp_path / "out")  # both follow
     assert merged.untied is None
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_one_weight_of_encoder_decoder_and_output_layer(says, small_state, folder, tmp_path):
+    """T5's, BART's: what holds it can't say that one of them is another."""
+    state = {k.replace("embed_tokens", "shared"): t for k, t in small_state().items()}
+    config = {"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": says}
+    base = folder(state, config=config)
+    u = lf.LowRank(torch.randn(1, 9), torch.randn(4, 1))
+    embedding = lf.Adapter({"shared": u}, layouts={"shared": lf.Layout("embedding")})
+    saved = lf.Adapter({}, {f"{PREFIX}shared.weight": torch.randn(9, 4)})
+    head = lf.Adapter({"lm_head": lf.LowRank(torch.randn(1, 4), torch.randn(9, 1))})
+    for adapter in (embedding, saved, head):
+        match = r"one weight, 'shared\.weight', for encoder, decoder"
+        assert_refused(tmp_path, base, adapter, lf.RefusedError, match)
+    rows = {f"{PREFIX}shared.token_adapter.trainable_tokens_delta": torch.randn(1, 4)}
+    tokens = lf.Adapter({}, rows, {"trainable_token_indices": [2]})
+    assert lf.merge_into_weights(base, tokens, tmp_path / "rows").untied is None  # all follow
+    # A head of its own is merged; so is all where each of them is stored.
+    own = folder(state | {"lm_head.weight": torch.randn(9, 4)}, config=config, name="own")
+    if says:  # what is stored is not what is loaded
+        assert_refused(tmp_path, own, head, lf.RefusedError, "one weight")
+    else:
+        assert lf.merge_into_weights(own, head, tmp_path / "head").changed == ("lm_head.weight",)
+    if says is False:
+        more = {f"{n}.embed_tokens.weight": torch.randn(9, 4) for n in ("encoder", "decoder")}
+        each = folder(state | more, config=config, name="each")
+        lf.merge_into_weights(each, embedding, tmp_path / "each-out")
 
 
 def load_all(folder):
@@ -286,3 +314,32 @@ def test_folders_that_are_not_there_or_in_the_way(small_state, folder, small, tm
         load_file(tmp_path / "out" / "model.safetensors"), (2 * small).apply_to(small_state())
     )
     assert sorted(os.listdir(tmp_path)) == ["base", "link", "out"]
+
+
+def test_overwriting_spares_what_no_model_has(small_state, folder, small, tmp_path):
+    base, out = folder(small_state()), tmp_path / "out"
+    out.mkdir()
+    data = {"train.safetensors": 1.0, "embeddings.safetensors": 2.0}
+    for name, value in data.items():
+        save_file({"x": torch.full((3,), value)}, out / name)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(lf.FileError, match="is not a model in safetensors"):
+        lf.merge_into_weights(base, small, out, overwrite=True)
+    (out / "config.json").write_text("{}")  # of an experiment, say
+    with pytest.raises(lf.FileError, match="is not a model in safetensors"):
+        lf.merge_into_weights(base, small, out, overwrite=True)
+    assert before.items() <= {p.name: p.read_bytes() for p in out.iterdir()}.items()
+    # A model's own files go, with the rest that a shard of the old one would be.
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model.fp16.safetensors"):
+        save_file({"x": torch.zeros(3)}, model / name)
+    (model / "tokenizer_training.py").write_text("mine")
+    (model / "tokenizer.json").write_text("{}")
+    lf.merge_into_weights(base, small, model, overwrite=True)
+    left = {p.name for p in model.iterdir()} - {p.name for p in base.iterdir()}
+    assert left == {"tokenizer_training.py"}
+    # A base by another name may be merged anew.
+    (base / "model.safetensors").rename(base / "net.safetensors")
+    for c in (1.0, 0.5):
+        lf.merge_into_weights(base, small, tmp_path / "net", c=c, overwrite=True)

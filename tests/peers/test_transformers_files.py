@@ -7,6 +7,7 @@ one tensor, tied weights). What is loaded from the merged folder has to be the a
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import lorafold as lf
-from lorafold.files.base import read_base
+from lorafold.files.base import BaseFiles, read_base
+from lorafold.files.safetensors import Entry
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -250,6 +252,88 @@ def test_tied_weights_part_where_they_differ(make, config, head, tmp_path):
     assert said["tie_word_embeddings"] is (head is None)
     ties = twin.get_input_embeddings().weight is twin.get_output_embeddings().weight
     assert ties is (head is None)
+
+
+def mamba(tie=True):
+    config = transformers.MambaConfig(
+        hidden_size=24, num_hidden_layers=2, vocab_size=50, state_size=4, tie_word_embeddings=tie
+    )
+    return transformers.MambaForCausalLM(config), IDS
+
+
+def modernbert(tie=True):
+    config = transformers.ModernBertConfig(
+        **TEXT, pad_token_id=0, global_attn_every_n_layers=2, tie_word_embeddings=tie
+    )
+    return transformers.ModernBertForMaskedLM(config), IDS
+
+
+def xlm(tie=True):
+    config = transformers.XLMConfig(
+        vocab_size=50, emb_dim=24, n_layers=2, n_heads=2, tie_word_embeddings=tie
+    )
+    return transformers.XLMWithLMHeadModel(config), IDS
+
+
+def xlnet(tie=True):
+    config = transformers.XLNetConfig(
+        d_model=24, n_layer=2, n_head=2, d_inner=40, vocab_size=50, tie_word_embeddings=tie
+    )
+    return transformers.XLNetLMHeadModel(config), IDS
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("make", "embedding", "other", "head"),
+    [
+        (mamba, "backbone.embeddings", "in_proj", "lm_head"),
+        (modernbert, "tok_embeddings", "Wqkv", "decoder"),
+        (xlm, "transformer.embeddings", "q_lin", "pred_layer.proj"),
+        (xlnet, "word_embedding", "layer_1", "lm_loss"),
+    ],
+)
+def test_embeddings_and_heads_of_other_names(make, embedding, other, head, whole, tmp_path):
+    config = {"target_modules": [embedding, head]}
+    if whole:
+        config = {"target_modules": [other], "modules_to_save": [embedding]}
+    adapter, inputs, wanted = adapted(make, tmp_path, True, **config)
+    merged = lf.merge_into_weights(tmp_path / "base", adapter, tmp_path / "out")
+    assert merged.untied == f"{head}.weight"
+    twin = loaded(make, tmp_path / "out")
+    torch.testing.assert_close(run(twin, inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+def tied_classes():
+    """(class, embedding, what transformers ties to it) of every model that has such a thing."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")]
+    names = {n for t in tables for v in t.values() for n in ([v] if isinstance(v, str) else v)}
+    for name in sorted(names):
+        ties = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
+        for embedding in sorted(set(ties.values())) if isinstance(ties, dict) else ():
+            if re.search(r"(embed[a-z_]*|shared|wte)\.weight$", embedding):
+                yield name, embedding, [key for key, like in ties.items() if like == embedding]
+
+
+def test_what_is_tied_to_an_embedding_is_what_transformers_ties():
+    """Or it is said that it isn't known; never another name, which would be read as nothing."""
+    known = 0
+    for name, embedding, heads in tied_classes():
+        config = {"architectures": [name], "tie_word_embeddings": True}
+        entry = Entry(torch.float32, (3, 2), 0, 24)
+        tied = BaseFiles("base", {embedding: entry}, config=config).named().tied
+        if tied is None:
+            # Of encoders and of bodies, which other names hold in the files.
+            assert name.endswith("Model") or name in NOT_VOCABULARY, name
+        else:
+            assert tied[1] == embedding, name
+            assert tied[0] in ("", *heads[: len(heads) == 1]), name
+            known += tied[0] != ""
+    assert known > 200
+
+
+NOT_VOCABULARY = {"LukeForMaskedLM", "NeoMMEForMaskedLM", "UdopForConditionalGeneration"}
 
 
 def test_equal_copies_of_tied_weights_stay_tied(tmp_path):

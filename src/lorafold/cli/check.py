@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..files import AdapterFile
+    from ..files.base import BaseFiles
     from ..naming import Base
     from ..parts import Parts
     from ..placing import Placement
@@ -62,7 +63,8 @@ def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
     from ..placing import placed
 
     parts, plain = file.parts, _unreplicated(file.config)
-    base = read_base(base_path).named(map(plain, parts.names()))
+    files = read_base(base_path)
+    base = files.named(map(plain, parts.names()))
     plan = placed(parts, base, plain)
     unmatched, unchecked, new = _without_place(plan, parts)
     unchecked += [
@@ -91,6 +93,7 @@ def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
         "new": new,
         "untied": plan.untied(),
         "untied_unless_equal": _are_copies(plan),
+        "not_merged": _not_merged(file, files, plan, unchecked),
         "untouched": _untouched(parts, base, plain),
         "layers_to_transform": file.config.get("layers_to_transform"),
         "ignored": _ignored(file),
@@ -130,6 +133,25 @@ def _without_place(
         elif why != NO_WEIGHT:  # what is beside factors is checked with them
             unmatched.append(part)
     return unmatched, unchecked, new
+
+
+def _not_merged(
+    file: AdapterFile, files: BaseFiles, plan: Placement, unchecked: list[dict[str, Any]]
+) -> str | None:
+    """Why merge-into would write nothing; None where it would."""
+    from ..errors import MismatchError
+    from ..placing import check_replicated
+
+    reason = file.refusal or (None if _are_copies(plan) else files.untying_refusal(plan.untied()))
+    try:
+        check_replicated(list(plan.base.names()), file.config, file.parts.modules)
+    except MismatchError as e:
+        reason = reason or str(e)
+    if reason is None and (plan.unplaced or plan.wrong or unchecked):
+        n = output.count(len({*plan.unplaced, *plan.wrong, *(row["name"] for row in unchecked)}))
+        reason = f"parts of the adapter without a place that fits: {n} (--partial leaves out"
+        reason += " those that the base doesn't have)"
+    return reason
 
 
 def _are_copies(plan: Placement) -> bool:
@@ -189,6 +211,7 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
     head = d["untied"] or "the output layer"
     unless = ", unless the two saved copies are equal" if d["untied_unless_equal"] else ""
     untied = f"{head} gets a weight of its own in a merge: the model will be untied{unless}"
+    merges = d["not_merged"] is None
     verdict = "fits" if d["ok"] else "does not fit"
     output.say(out, f"{d['adapter']} {verdict} {d['base']}\n")
     output.facts(
@@ -199,7 +222,8 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
             ("matched by", _renamed(d["renamed"])),
             ("not checked", _grouped(d["unchecked"], "reason")),
             ("new", output.listed(d["new"]) or None),
-            ("tied", untied if d["untied"] is not None else None),
+            ("tied", untied if d["untied"] is not None and merges else None),
+            ("merge-into", f"writes nothing: {d['not_merged']}" if not merges else None),
         ],
     )
     if d["unmatched"]:

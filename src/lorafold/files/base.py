@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from ..naming import Base, is_head, kind
+from ..naming import Base, is_head, is_shared, kind
 from .safetensors import Entry, read_entries
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -19,21 +19,40 @@ WHOLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 # Architectures that end in an output layer over the vocabulary.
-_WITH_HEAD = re.compile("LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
-# What it is called where it is not `lm_head`: by how the architecture's name starts. Of masked
-# language models no others are known.
-_HEADS = (
-    ("Whisper", "proj_out"),
-    ("BioGpt", "output_projection"),
-    ("TrOCR", "output_projection"),
-    ("Bert", "cls.predictions.decoder"),
-    ("Albert", "predictions.decoder"),
-    ("Roberta", "lm_head.decoder"),
-    ("XLMRoberta", "lm_head.decoder"),
-    ("Camembert", "lm_head.decoder"),
-    ("DistilBert", "vocab_projector"),
-    ("Electra", "generator_lm_head"),
+_WITH_HEAD = re.compile(
+    "LMHead|ForCausal|ForConditionalGeneration|ForMaskedLM|ForPreTraining|MTModel|GenerationDecoder"
+    "|Text2Text|SpeechToText|BlockDiffusion|BlipForQuestionAnswering"
 )
+# What it is called where it is not `lm_head`: by how the architecture's name starts; "" where
+# that can't be said. Of masked language models no others are known.
+_HEADS = {
+    "lm_head": ("Funnel", "ModernVBert", "NeoMME"),
+    "lm_head.decoder": (
+        *("Roberta", "XLMRoberta", "XLMRobertaXL", "Camembert", "JinaEmbeddings", "Data2VecText"),
+        *("BertGeneration", "Esm", "Gte", "IBert", "Longformer", "MPNet", "Xmod"),
+    ),
+    "cls.predictions.decoder": (
+        *("Bert", "BigBird", "ErnieFor", "RoCBert", "Deberta", "FNet", "MobileBert", "RoFormer"),
+        *("LayoutLM", "Lxmert", "MegatronBert", "Mra", "NomicBert", "Nystromformer"),
+        *("SqueezeBert", "Tapas", "VisualBert", "Yoso"),
+    ),
+    "predictions.decoder": ("Albert",),
+    "head.decoder": ("Ultrabert",),
+    "decoder": ("ModernBert",),
+    "vocab_projector": ("DistilBert",),
+    "generator_lm_head": ("Electra", "ConvBert"),
+    "proj_out": ("Whisper", "Canary", "CohereAsr", "Moonshine"),
+    "output_projection": ("BioGpt", "TrOCR"),
+    "embed_out": ("GPTNeoXJapanese",),
+    "pred_layer.proj": ("XLM", "Flaubert"),
+    "lm_loss": ("XLNet",),
+    "lm_head.out_proj": ("T5Gemma",),
+    "": (
+        *("Blip", "Blt", "Csm", "DiffusionGemma", "FSMT", "Git", "Kosmos2", "Luke", "ProphetNet"),
+        *("Rwkv", "SpeechT5", "T5Gemma2"),
+    ),
+}
+_BY_ARCHITECTURE = {start: head for head, starts in _HEADS.items() for start in starts}
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,14 @@ class BaseFiles:
         if says is None:
             inner = self.config.get("text_config")
             says = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
-        if embedding is None or says is False:
+        if embedding is None:
+            return None
+        if is_shared(embedding) and not any(
+            key.endswith("embed_tokens.weight") for key in self.entries
+        ):
+            # Whatever is said of the output layer, it is the embedding of encoder and decoder.
+            return (head if head is not None and says else "", embedding)
+        if says is False:
             return None
         if head is not None:
             return (head, embedding) if says else None
@@ -85,10 +111,34 @@ class BaseFiles:
         names = [str(name) for name in self.config.get("architectures") or []]
         if embedding.startswith("language_model.model."):
             return "language_model.lm_head.weight"
-        special = (head for start, head in _HEADS if any(n.startswith(start) for n in names))
+        starts = sorted(_BY_ARCHITECTURE, key=len, reverse=True)  # the most exact one counts
+        special = (_BY_ARCHITECTURE[s] for s in starts if any(n.startswith(s) for n in names))
         masked = any("MaskedLM" in n or "PreTraining" in n for n in names)
         head = next(special, "" if masked else "lm_head")
         return head and f"{head}.weight"
+
+    def untying_refusal(self, untied: str | None) -> str | None:
+        """Why an output layer can't get a weight of its own in a merge; None where it can.
+
+        Args:
+            untied: as `Placement.untied` says.
+        """
+        if untied is None:
+            return None
+        if not (self.files[0].parent / CONFIG_NAME).is_file():
+            return f"{self.path} has no {CONFIG_NAME}, so its weights can't be untied"
+        embedding = Base(dict.fromkeys(self.entries, ((), None))).embedding()
+        if embedding is not None and is_shared(embedding):
+            return (
+                f"{self.path} has one weight, {embedding!r}, for encoder, decoder and output "
+                "layer, of which one would part from the others: keep the adapter attached"
+            )
+        if untied == "":
+            return (
+                f"{self.path} has an output layer that shares the embedding's weight and would "
+                "part from it, under a name that is not known here: keep the adapter attached"
+            )
+        return None
 
 
 def read_base(path: str) -> BaseFiles:

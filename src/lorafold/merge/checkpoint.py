@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -33,18 +33,32 @@ from ..files.safetensors import Entry
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_WEIGHTS_FILE = re.compile(r"(?!adapter_model\.|training_state\.|shard-).*\.safetensors")
+# How the weights of a model are called. Tensors under other names are somebody's data.
+_WEIGHTS_FILE = re.compile(r"(.*[._-])?(model|weights|consolidated)([._-].*)?\.safetensors")
+_OTHERS_OF_OURS = ("adapter_model.", "training_state.", "shard-")
 # What transformers writes beside the weights: none of it may stay with another model's.
 _SIDE_FILES = re.compile(
-    r"config\.json|generation_config\.json|.*\.safetensors\.index\.json|tokenizer.*|vocab\..*"
-    r"|special_tokens_map\.json|added_tokens\.json|merges\.txt|chat_template\..*"
-    r"|(pre)?processor_config\.json"
+    r"config\.json|generation_config\.json|.*\.safetensors\.index\.json|tokenizer\.(json|model)"
+    r"|tokenizer_config\.json|vocab\.(json|txt)|special_tokens_map\.json|added_tokens\.json"
+    r"|merges\.txt|chat_template\..*|(pre)?processor_config\.json"
 )
-MODEL = Kind(
-    "a model in safetensors",
-    lambda path: any(map(_WEIGHTS_FILE.fullmatch, os.listdir(path))),
-    re.compile(f"{_WEIGHTS_FILE.pattern}|{_SIDE_FILES.pattern}"),
-)
+
+
+def model_kind(files: Iterable[Path]) -> Kind:
+    """What a merge may take the place of: a folder of these files' names, or of the usual ones."""
+    names = "".join(f"|{re.escape(file.name)}" for file in files)
+    weights = re.compile(
+        f"(?!{'|'.join(map(re.escape, _OTHERS_OF_OURS))})({_WEIGHTS_FILE.pattern}{names})"
+    )
+
+    def known(path: Path) -> bool:
+        found = [name for name in os.listdir(path) if name.endswith(".safetensors")]
+        return bool(found) and all(map(weights.fullmatch, found))
+
+    return Kind(
+        "a model in safetensors", known, re.compile(f"{weights.pattern}|{_SIDE_FILES.pattern}")
+    )
+
 
 Change = Callable[[Tensor], Tensor]
 Advance = Callable[[int, str], None]  # bytes, and the file that they are from

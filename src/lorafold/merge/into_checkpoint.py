@@ -24,13 +24,13 @@ from ..adapter import Adapter
 from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
-from ..files.base import CONFIG_NAME, BaseFiles, read_base
+from ..files.base import BaseFiles, read_base
 from ..files.replacing import check_apart
 from ..placing import Placement, Step, changed, check_replicated, placed
 from .checkpoint import (
     FLOATS,
-    MODEL,
     Edits,
+    model_kind,
     narrowed,
     out_of_range,
     stored_dtype,
@@ -168,8 +168,9 @@ class Merge:
         if dtype is not None and seen.config.get("quantization_config"):
             raise RefusedError(f"{base} is quantised: its tensors keep their dtypes")
         plan = _planned(seen, adapter)
-        if c != 0:
-            _check_untied(seen, plan.untied(adapter.value_at))
+        refusal = seen.untying_refusal(plan.untied(adapter.value_at)) if c != 0 else None
+        if refusal is not None:
+            raise RefusedError(refusal)
         return cls(seen, adapter, plan, Path(out), float(c), dtype)
 
     def write(self, *, overwrite: bool, progress: Progress | None) -> Merged:
@@ -187,7 +188,7 @@ class Merge:
         read = [base.entries[self._source(key)] for key in [*base.entries, *edits.added]]
         total = sum(entry.stop - entry.start for entry in read)
         advance = _advance(total, progress)
-        with new_directory(self.out, MODEL, overwrite=overwrite) as staging:
+        with new_directory(self.out, model_kind(base.files), overwrite=overwrite) as staging:
             left_out = write_checkpoint(base, staging, edits, advance)
             nbytes = sum((staging / file.name).stat().st_size for file in base.files)
         return Merged(
@@ -256,17 +257,6 @@ def _planned(base: BaseFiles, adapter: Adapter) -> Placement:
             f"{base.path}: e.g. {first!r} ({why}); found e.g. {next(iter(base.entries))!r}"
         )
     return plan
-
-
-def _check_untied(base: BaseFiles, untied: str | None) -> None:
-    """Raise a `RefusedError` where what was written could not be loaded as two weights."""
-    if untied is not None and not (base.files[0].parent / CONFIG_NAME).is_file():
-        raise RefusedError(f"{base.path} has no {CONFIG_NAME}, so its weights can't be untied")
-    if untied == "":
-        raise RefusedError(
-            f"{base.path} has an output layer that shares the embedding's weight and would part "
-            "from it, under a name that is not known here: keep the adapter attached"
-        )
 
 
 def _check_float(base: BaseFiles, keys: Iterable[str], others: Iterable[torch.dtype] = ()) -> None:
