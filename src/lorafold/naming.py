@@ -295,9 +295,23 @@ class Base:
             keys = tuple(dict.fromkeys([*keys, *self.tied]))
         return keys
 
+    @cached_property
+    def tied_bias(self) -> tuple[str, str] | None:
+        """(key of the tied output layer's bias, key that holds it) where it has none of its own.
+
+        BERT and its kin tie both: a layer that gets a weight of its own needs its bias too.
+        """
+        head = "" if self.tied is None else self.tied[0]
+        owner = head.removesuffix(".decoder.weight")
+        own, like = f"{owner}.decoder.bias", f"{owner}.bias"
+        there = owner != head and like in self.tensors and own not in self.tensors
+        return (own, like) if there else None
+
     def source(self, key: str) -> str:
-        """The key that has its numbers: its own, or the embedding's for an output layer."""
-        return key if self.tied is None or key in self.tensors else self.tied[1]
+        """The key that has its numbers: its own, or what an output layer shares."""
+        if self.tied is None or key in self.tensors:
+            return key
+        return self.tied_bias[1] if self.tied_bias and key == self.tied_bias[0] else self.tied[1]
 
     def embedding(self) -> str | None:
         """The key of the input embedding."""

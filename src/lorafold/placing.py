@@ -170,6 +170,9 @@ class Placement:
                     found.pop(head, None)
                 else:
                     found.setdefault(head, [])
+            bias = self.base.tied_bias
+            if bias is not None and not alike:
+                found.setdefault(bias[0], list(found.get(bias[1], [])))
         return found
 
     def untied(self, value: Values | None = None) -> str | None:

@@ -137,6 +137,13 @@ def bert(tie=True):
     return transformers.BertForMaskedLM(config), IDS
 
 
+def roberta(tie=True):
+    config = transformers.RobertaConfig(
+        **TEXT, pad_token_id=0, max_position_embeddings=40, tie_word_embeddings=tie
+    )
+    return transformers.RobertaForMaskedLM(config), IDS
+
+
 def distilbert(tie=True):
     config = transformers.DistilBertConfig(
         dim=24, hidden_dim=40, n_layers=2, n_heads=2, vocab_size=50, tie_word_embeddings=tie
@@ -157,6 +164,9 @@ def adapted(make, folder, tie, **config):
     """A base on the disk, an adapter trained on it, and the logits with and without it."""
     torch.manual_seed(0)
     model, inputs = make() if tie is None else make(tie)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(0, 0.3)  # zeros would hide one that is lost
     model.save_pretrained(folder / "base")
     plain = run(model, inputs)
     with warnings.catch_warnings():
@@ -239,6 +249,7 @@ EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": 
         (gpt2, {"target_modules": ["lm_head"]}, "lm_head"),
         (bert, {"target_modules": ["word_embeddings"]}, "cls.predictions.decoder"),
         (bert, {"target_modules": ["decoder"]}, "cls.predictions.decoder"),
+        (roberta, {"target_modules": ["word_embeddings"]}, "lm_head.decoder"),
         (distilbert, {"target_modules": ["word_embeddings"]}, "vocab_projector"),
     ],
 )
