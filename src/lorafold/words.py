@@ -44,6 +44,12 @@ def one_of(values: Iterable[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def one_line(value: object, most: int = 80) -> str:
+    """What was found, in one line that is not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def warn(text: str) -> None:
     """Warn at the line outside of lorafold that led here, however many calls lie between."""
     level, frame = 2, sys._getframe(1)

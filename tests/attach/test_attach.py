@@ -422,3 +422,22 @@ def test_modules_that_are_missing_are_listed_where_the_caller_stands(net, three)
 
 def add(net, modules):
     lf.Live.of(net).add(lf.Adapter(modules), "more")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda net, a: lf.attach(net, a, dtype="float32"), "dtype must be a float of 16 bits"),
+        (
+            lambda net, a: lf.attach(net, lf.LoRA(rank=1, targets="0", modules_to_save="0")),
+            "modules_to_save= leaves none of the layers",
+        ),
+        (lambda net, a: lf.attach(net, a).guard(3), "guard takes a torch optimiser, not a int"),
+        (lambda net, a: lf.attach(net, a).resume("x"), "no adapter is trained here: add one"),
+    ],
+)
+def test_mistakes_are_named(mistake, message, make_adapter):
+    net = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(MismatchError, match=message) as found:
+        mistake(net, make_adapter({"0": (3, 4)}, rank=1))
+    assert "\n" not in str(found.value)

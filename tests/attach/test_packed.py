@@ -334,6 +334,10 @@ def test_what_can_not_be_packed_is_refused():
         (["a", "b"], [3, -1], "a length must be a whole number of at least 0, found -1"),
         (["a", "b"], [3, 1.5], "a length must be a whole number"),
         (["a", "b"], [3, True], "a length must be a whole number"),
+        (["a", "b"], torch.tensor(3), "lengths must be a list"),
+        (["a", "b"], torch.ones(2, 1), "lengths must be a list"),
+        (["a", "b"], [10**30, 1], "more than any batch has"),
+        (["a", "b"], [2**63 - 1, 2**63 - 1], "more than any batch has"),
     ]:
         with pytest.raises(MismatchError, match=message):
             live.use(what, lengths=lengths)
@@ -344,6 +348,8 @@ def test_what_can_not_be_packed_is_refused():
         with pytest.raises(MismatchError, match=r"inputs \(1, T\), found a batch of 2"):
             model(x.expand(2, 9, 6))
     with live.use(["a", "b"], lengths=torch.tensor([4, 5])):  # an array will do
+        model(x)
+    with live.use(["a", "b"], lengths=list(torch.tensor([4, 5])), rank=torch.tensor(1)):
         model(x)
     assert not model._forward_pre_hooks
     conv = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1)).double()

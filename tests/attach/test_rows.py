@@ -414,10 +414,50 @@ class Flat(nn.Module):
         return self.pool(h[:, -1])
 
 
-@pytest.mark.parametrize(("n", "length"), [(3, 4), (6, 2), (3, 3)])
+@pytest.mark.parametrize(("n", "length"), [(3, 4), (6, 2)])
 def test_what_was_flattened_in_order(n, length):
     model, base, adapters = attached(Flat())
     check(model, base, adapters, {"ids": tokens(n, length)}, lambda y: y, each=n // 3)
+    check(model, base, adapters, {"ids": tokens(3, 3)}, lambda y: y)  # known by now
+
+
+class Positions(nn.Module):
+    """Has positions without a batch; a linear layer makes more of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.at = nn.Embedding(30, 8), nn.Embedding(10, 8)
+        self.relative, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        at = torch.arange(ids.shape[1])
+        return self.out(self.embed(ids) + self.at(at) + self.relative(self.at.weight[at]))
+
+
+@pytest.mark.parametrize("leaf", ["at", "relative"])
+@pytest.mark.parametrize(("n", "length"), [(3, 3), (6, 6), (3, 4)])
+def test_positions_that_are_as_many_as_the_batch_are_no_rows(leaf, n, length):
+    model, base, _ = attached(Positions(), lambda path: path == leaf)
+    ids = tokens(n, length)
+    with live_of(model).use(["a", None, "b"]), pytest.raises(MismatchError, match=f"'{leaf}' get"):
+        model(ids)
+    assert no_trace(model)
+    assert torch.equal(model(ids), base(ids))
+
+
+def test_a_convolution_has_its_batch_first():
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).double()
+    base = copy.deepcopy(net)
+    u = lf.LowRank(torch.randn(2, 9).double(), torch.randn(4, 2).double())
+    live = lf.attach(net, lf.Adapter({"0": u}, layouts={"0": lf.Layout("conv", kernel=(3, 3))}))
+    x = torch.randn(3, 3, 6, dtype=torch.float64)  # as many as channels
+    with live.use(["default", None, "default"]), torch.no_grad():
+        found = net(x)
+    W = base[0].weight.detach()
+    state = {"0.weight": W + (u.B @ u.A).view_as(W)}
+    wanted = functional_call(base, state, x).detach()
+    wanted[1] = base(x)[1].detach()
+    torch.testing.assert_close(found, wanted, **TIGHT)
 
 
 class Half(nn.Module):

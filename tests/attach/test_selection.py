@@ -27,6 +27,12 @@ def test_rows_have_their_own_c_and_rank():
     assert Selection.of(("a", "b"), 2, 1, NAMES).rows[1] == Row((("b", 2.0),), 1)
 
 
+def test_a_rank_may_be_of_an_array():
+    for k in (torch.tensor(2), np.array(2), np.int64(2)):
+        assert Selection.of("a", None, k, NAMES) == Selection.of("a", None, 2, NAMES)
+    assert Selection.of(["a"], None, [torch.tensor(2)], NAMES).rows[0].rank == 2
+
+
 @pytest.mark.parametrize(
     "c", [torch.tensor([0.5, 2.0]), np.array([0.5, 2.0]), (0.5, np.float32(2))], ids=str
 )
@@ -48,6 +54,11 @@ BAD = [
     ("a", {"c": float("nan")}, "c must be a finite number, found nan"),
     ("a", {"c": float("inf")}, "c must be a finite number, found inf"),
     ("a", {"c": True}, "c must be a finite number, found True"),
+    (
+        "a",
+        {"c": torch.ones(2, 1)},
+        r"c must be a finite number, found tensor\(\[\[1\.\], \[1\.\]\]\)",
+    ),
     ({"a": None}, {}, "the weight of 'a' must be a finite number, found None"),
     ("a", {"c": [1, 2]}, "c= has one entry per row, so the adapters must be a list"),
     ("a", {"rank": [1, 2]}, "rank= has one entry per row, so the adapters must be a list"),

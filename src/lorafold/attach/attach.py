@@ -79,8 +79,9 @@ def attach(
         model = wrapped._orig_mod  # by whose names adapters go; torch.compile wrapped it
     _check(model, slots, max_rank, rank_scaling)
     warn_of_misread(model)
-    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
-        raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype}")
+    known = dtype is None or isinstance(dtype, torch.dtype)
+    if not known or (dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1)):
+        raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype!r}")
     if isinstance(x, Library):
         if trainable or max_rank is not None:
             given = "trainable" if trainable else "max_rank"

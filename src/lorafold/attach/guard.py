@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..errors import MismatchError
 from .run.board import Board
 from .selection import Selection, ranks_at
 from .sources import Source, Trained
@@ -103,6 +104,8 @@ class Guard:
 
 def guarded(pauses: Pauses, optimizer: torch.optim.Optimizer) -> Guard:
     """See `Live.guard`."""
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise MismatchError(f"guard takes a torch optimiser, not a {type(optimizer).__name__}")
     runs = pauses.open()
     held: list[tuple[nn.Parameter, Any, Tensor, dict[str, Tensor]]] = []
 

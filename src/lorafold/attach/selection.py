@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from ..errors import MismatchError, UnknownNameError
 from ..layers.targets import matches
-from ..words import did_you_mean
+from ..words import did_you_mean, one_line
 
 Rank: TypeAlias = "int | Mapping[Any, int] | None"
 
@@ -128,10 +128,14 @@ def _per_row(value: Any, count: int, label: str) -> list[Any]:
 def _lengths(value: Any, count: int) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, Sequence) and not hasattr(value, "tolist"):
-        raise MismatchError(f"lengths must be a list with one entry per row, found {value!r}")
-    found = _per_row(value, count, "lengths")
-    return tuple(_whole(length, "a length") for length in found)
+    if not isinstance(value, Sequence) and getattr(value, "ndim", 0) != 1:
+        raise MismatchError(
+            f"lengths must be a list with one entry per row, found {one_line(value)}"
+        )
+    found = [_whole(length, "a length") for length in _per_row(value, count, "lengths")]
+    if max(found) >= EVERYTHING:
+        raise MismatchError(f"a length of {max(found)} is more than any batch has")
+    return tuple(found)
 
 
 def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
@@ -144,12 +148,12 @@ def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
         mix = what
     else:
         raise MismatchError(
-            f"a row's adapter must be a name, None or {{name: weight}}, found {what!r}"
+            f"a row's adapter must be a name, None or {{name: weight}}, found {one_line(what)}"
         )
     for name in mix:
         if name not in known:
             raise UnknownNameError(
-                f"no adapter {name!r} is attached; {did_you_mean(str(name), known)}"
+                f"no adapter {one_line(name)} is attached; {did_you_mean(str(name), known)}"
             )
     return Row(
         tuple((name, c * _number(w, f"the weight of {name!r}")) for name, w in mix.items()),
@@ -163,7 +167,7 @@ def _number(value: Any, label: str) -> float:
     if getattr(value, "ndim", None) == 0:
         value = value.item()  # of a tensor or an array
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise MismatchError(f"{label} must be a finite number, found {value!r}")
+        raise MismatchError(f"{label} must be a finite number, found {one_line(value)}")
     return float(value)
 
 
@@ -176,8 +180,12 @@ def _rank(value: Any) -> Rank:
 
 
 def _whole(value: Any, label: str = "rank") -> int:
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # of a tensor or an array
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise MismatchError(f"{label} must be a whole number of at least 0, found {value!r}")
+        raise MismatchError(
+            f"{label} must be a whole number of at least 0, found {one_line(value)}"
+        )
     return int(value)
 
 

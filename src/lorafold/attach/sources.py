@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import RefusedError
+from ..errors import MismatchError, RefusedError
 from ..fold.store.entries import AdapterEntry
 from ..layers.sites import Place, place_at
 from ..layers.swap import device_of, plain_copy
@@ -182,6 +182,8 @@ class Trained(Source):
             spec.check_patterns(layers)
         whole = whole_modules(model, spec.modules_to_save)
         places = {p: place_at(model, p, known) for p in layers if not _inside(p, whole)}
+        if not places:
+            raise MismatchError("modules_to_save= leaves none of the layers that targets= means")
         generator = torch.Generator()
         # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
         seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed

@@ -77,7 +77,9 @@ class State:
             MismatchError: there is none, or more than one.
         """
         found = [name for name, s in self.sources.items() if isinstance(s, Trained)]
-        if len(found) != 1:
+        if not found:
+            raise MismatchError("no adapter is trained here: add one with trainable=True")
+        if len(found) > 1:
             raise MismatchError(f"say which: {len(found)} adapters are trained here")
         return found[0]
 

@@ -125,7 +125,8 @@ class Patch(Site):
             return y
         if active.packed is not None:
             return self._packed(layer, y, x, now, lead, recorded)
-        self.board.rows.check(self.path, lead, self.time_first, recorded)
+        convolved = self.kind.channel != -1
+        self.board.rows.check(self.path, lead, self.time_first, recorded, convolved)
         swapped = self.time_first and len(lead) > 1
         if swapped:
             x, y = x.transpose(0, 1), y.transpose(0, 1)

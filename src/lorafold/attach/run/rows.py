@@ -173,12 +173,20 @@ class Rows:
                 f"a batch of {n}{where} is no multiple of the {self.count} rows given to use([...])"
             )
 
-    def check(self, path: str, lead: Sequence[int], time_first: bool, recorded: bool) -> None:
+    def check(
+        self,
+        path: str,
+        lead: Sequence[int],
+        time_first: bool,
+        recorded: bool,
+        convolved: bool = False,
+    ) -> None:
         """Raise a `MismatchError` where a layer's entries are not those of the rows.
 
         Args:
             path: of the layer. lead: the axes of what it gives, the channels left out.
             time_first: whether time is first there. recorded: whether it runs in a graph.
+            convolved: whether it has its lengths behind the channels.
         """
         if not self.count:
             return
@@ -189,9 +197,12 @@ class Rows:
                 return
         elif len(lead) == 1 and not time_first:
             if lead[0] == n or any(lead[0] == n * length for length in self.lengths):
+                if not convolved:
+                    self._check_known(path, lead, self.lengths, recorded)
                 return
         elif len(lead) > axis and lead[axis] == n:
-            self._check_known(path, lead, time_first, recorded)
+            if not time_first:
+                self._check_known(path, lead, lead[1:], recorded)
             return
         raise MismatchError(
             f"module {path!r} gets {_shown(lead)} entries where the model's input has {n}, so the "
@@ -230,15 +241,13 @@ class Rows:
         )
 
     def _check_known(
-        self, path: str, lead: Sequence[int], time_first: bool, recorded: bool
+        self, path: str, lead: Sequence[int], others: Sequence[int], recorded: bool
     ) -> None:
-        if time_first:
-            return
-        if lead[0] not in lead[1:]:
+        """Refuse a layer whose first axis may as well be another one, as long as that."""
+        if lead[0] not in others:
             if not recorded:  # in a graph this would be looked at, and done at every call
                 self._known.add(path)
-            return
-        if path not in self._known:
+        elif path not in self._known:
             raise MismatchError(
                 f"module {path!r} gets {_shown(lead)} entries, and the rows may lie along either "
                 "axis: pad the batch to another length, or run one of another length first"
