@@ -68,16 +68,16 @@ class Held:
                 inside()
 
 
-class Watched:
-    """A lock that tells when somebody comes to it."""
+class Watched(threading.Condition):
+    """A condition that tells when somebody waits for it."""
 
-    def __init__(self, lock):
-        self.lock, self.come = lock, threading.Event()
-        self.release = lock.release
+    def __init__(self):
+        super().__init__()
+        self.come = threading.Event()
 
-    def acquire(self):
+    def wait(self, timeout=None):
         self.come.set()
-        return self.lock.acquire()
+        return super().wait(timeout)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_verbs_wait_for_the_block_of_another_thread(live, net, three, x, verb, t
     live.use("c")
     held = Held(together, live, "a")
     y = net(x)
-    watched = live._state.turns._lock = Watched(live._state.turns._lock)
+    watched = live._state.turns._changed = Watched()
     done = threading.Event()
 
     def run():
@@ -221,6 +221,28 @@ def test_a_block_that_fails_lets_others_in(live, net, base, x, together):
     together.start(live.use, None)
     together.end()
     assert torch.equal(net(x), base(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_block_may_be_left_in_another_thread(live, net, base, three, x, expected, depth):
+    """As servers do, which step a generator in any thread of a pool."""
+
+    def stream():
+        with contextlib.ExitStack() as blocks:
+            for name in "ba"[-depth:]:
+                blocks.enter_context(live.use(name))
+            while True:
+                yield net(x)
+
+    steps, found = stream(), []
+    for step in (steps.__next__, steps.__next__, steps.close, lambda: live.use("c")):
+        inside = Together()
+        inside.start(lambda step=step: found.append(step()))
+        inside.end()
+    for y in found[:2]:
+        torch.testing.assert_close(y, expected(base, [(three["a"], 1)], x), **TIGHT)
+    assert live.active == {"c": 1.0}
 
 
 def test_a_choice_that_is_refused_lets_others_in(live, together):

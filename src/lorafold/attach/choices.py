@@ -19,20 +19,31 @@ from .selection import Selection
 class Turns:
     """Whose turn it is to change what runs: a lock that its holder may take again.
 
-    A copy has one of its own, which nobody holds.
+    Who leaves a block need not be who began it: a server steps a generator in any of its threads.
+    A copy has a lock of its own, which nobody holds.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._changed = threading.Condition(threading.Lock())
+        self._holder: int | None = None
+        self._depth = 0
 
     def __reduce__(self) -> Any:
         return Turns, ()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        me = threading.get_ident()
+        with self._changed:
+            while self._holder not in (None, me):
+                self._changed.wait()
+            self._holder, self._depth = me, self._depth + 1
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        with self._changed:
+            self._depth -= 1
+            if self._depth == 0:
+                self._holder = None
+                self._changed.notify()
 
 
 class Choice:
