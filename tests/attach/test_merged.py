@@ -446,3 +446,37 @@ def test_what_is_merged_into_tied_weights_is_saved_and_loaded(what, keep, tmp_pa
         assert model.config.tie_word_embeddings is True
         assert model.lm_head.weight is W
         assert model.model.embed_tokens.weight is W
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("c", [1.0, -0.5])
+def test_a_module_saved_whole_beside_one_that_is_merged(keep, c):
+    def saved(seed):
+        g = torch.Generator().manual_seed(seed)
+        tensors = {"weight": torch.randn(3, 4, generator=g), "bias": torch.randn(3, generator=g)}
+        extras = {f"base_model.model.head.{key}": t.double() for key, t in tensors.items()}
+        return lf.Adapter({}, extras, {"modules_to_save": ["head"]})
+
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.head = nn.Linear(4, 3).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found, base = {name: saved(i) for i, name in enumerate("ab")}, net(x)
+    a, b = (
+        torch.func.functional_call(net, {k[17:]: t for k, t in found[n].extras.items()}, x)
+        for n in "ab"
+    )
+    wanted = base + 0.3 * (a - base) + c * (b - base)
+    live = lf.attach(net, found)
+    live.use({"a": 0.3, "b": c})
+    torch.testing.assert_close(net(x), wanted, atol=1e-12, rtol=1e-12)
+    live.merge({"a": 0.3}, keep=keep)
+    live.use("b", c=c)
+    torch.testing.assert_close(net(x), wanted, atol=1e-12, rtol=1e-12)
+    live.use(["b"] * 5, c=c)
+    torch.testing.assert_close(net(x), wanted, atol=1e-12, rtol=1e-12)
+    if keep:
+        live.unmerge()
+        live.use("b", c=c)
+        torch.testing.assert_close(net(x), base + c * (b - base), atol=1e-12, rtol=1e-12)

@@ -45,6 +45,8 @@ def merge_into(state: State, what: Any, *, c: Any, rank: Any, keep: bool) -> int
     running.set_merged(Merged(row, kept, say_untied(state.model)))
     if keep:
         return sum(p.nbytes for p in kept.values() if p is not None)
+    for site in state.sites.values():
+        site.settle()
     running.set_merged(None)
     for key, old in kept.items():
         state.board.frozen.exchanged(old, weights[key])

@@ -316,6 +316,9 @@ class Running:
     def set_merged(self, merged: Merged | None) -> None:
         """This is merged into the weights now, and no longer runs beside them."""
         self.merged = merged
+        kept = {} if merged is None else merged.kept
+        for path, site in self._sites.items():
+            site.stands_for({n: W for (p, n), W in kept.items() if p == path and W is not None})
         self.show(self.selection)
 
     @outside_inference_mode

@@ -7,7 +7,7 @@ stands on the board that all sites of a model share, and what they notice is not
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,6 +124,12 @@ class Site(nn.Module, ABC):
     @abstractmethod
     def merged(self, row: Row) -> dict[str, Tensor]:
         """{parameter of the module: W + Σ c ΔW} of the parameters that a mix changes."""
+
+    def stands_for(self, kept: Mapping[str, Tensor]) -> None:
+        """Others are merged into the module; these parameters stood there before, by name."""
+
+    def settle(self) -> None:
+        """They stay so for good."""
 
     def leave(self) -> None:
         """Give the module back as it was."""

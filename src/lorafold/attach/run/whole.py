@@ -2,7 +2,8 @@
 
 Every module in it that has parameters keeps its own, W, and gets a copy with the adapter's, W', as
 its child. With coefficient c it runs with W + c (W' − W): the copy for c = 1, itself for c = 0, to
-the bit. Itself it runs only where that is asked for. (Containers get no child: they would run it.)
+the bit; where others are merged into W, W' differs from what that was before. Itself it runs only
+where that is asked for. (Containers get no child: they would run it.)
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Whole(Site):
         super().__init__(board, path, module)
         self.copies = nn.ModuleDict()
         self.keys: dict[str, str] = {}
+        self._before: dict[str, Tensor] = {}  # what the copies differ from, where others are merged
 
     def has(self, name: str) -> bool:
         return name in self.keys
@@ -60,6 +62,16 @@ class Whole(Site):
     def merged(self, row: Row) -> dict[str, Tensor]:
         mix = self._mix(row)
         return self._weights(mix) if mix else {}
+
+    def stands_for(self, kept: Mapping[str, Tensor]) -> None:
+        self._before = {name: W.detach() for name, W in kept.items()}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for name, before in self._before.items():
+            W = self.module.get_parameter(name)
+            for copy in self.copies.values():
+                copy.get_parameter(name).add_((W - before).to(W))
 
     def forward(
         self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -106,9 +118,10 @@ class Whole(Site):
         own = {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{CHILD}.")}
         found = {}
         for name, W in own.items():
-            total = W.detach().float()
+            total = W.detach().to(torch.promote_types(torch.float32, W.dtype))
+            before = self._before.get(name, W).to(total)
             for adapter, c in mix:
-                total = total + c * (self.copy_of(adapter).get_parameter(name).float() - W.float())
+                total = total + c * (self.copy_of(adapter).get_parameter(name).to(total) - before)
             found[name] = total.to(W.dtype)
         return found
 
@@ -120,6 +133,6 @@ class Whole(Site):
 
     def _run(self, mix: Mix, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         first = self.copy_of(mix[0][0])
-        if len(mix) == 1 and mix[0][1] == 1:
+        if len(mix) == 1 and mix[0][1] == 1 and not self._before:
             return first(*args, **kwargs)
         return functional_call(first, self._weights(mix), args, dict(kwargs))
