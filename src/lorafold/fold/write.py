@@ -26,13 +26,13 @@ from ..errors import ToleranceError
 from .coding.flat_part import code_parts
 from .coding.record import NOTHING, Coded, Target, code, decode, exact_record, sealed
 from .planning.budget import Ledger, module_budgets
-from .planning.plan import ModulePlan, basis_at, side_pairs
+from .planning.plan import FlatBases, ModulePlan, basis_at, side_pairs
 from .store.entries import ModuleEntry, Piece
 from .store.shard_writer import ShardWriter
 from .store.store import Transaction
 from .survey import Survey
 
-_ATTEMPTS = 6  # to get a module within its bound, before it is stored exactly
+_ATTEMPTS = 5  # more, to get a module within its bound, before it is stored exactly
 _FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
 _ROUNDING = 5e-8  # of ‖B‖ ‖A‖: what another order of the decoder's sums may change
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
@@ -143,12 +143,11 @@ class Builder:
             target = ledger.target(stack.path, rows, f.members)
             if known is not None:
                 coded = known
-            elif plan.flat is not None:
-                coded = code_flat(f, rows, plan, target)
             else:
-                survey = self._survey
-                block = survey.cut(decomposed or f.decomposed()) if survey.cuts else decomposed
-                coded = code_own_or_shared(f, rows, plan, target, block)
+                block = decomposed
+                if self._survey.cuts and plan.flat is None:
+                    block = self._survey.cut(decomposed or f.decomposed())
+                coded = code_as_planned(f, rows, plan, target, block)
             if self._fine and target.kind == "error":
                 coded = self._as_read(f, plan, stack, coded)
             if target.kind == "error":
@@ -170,27 +169,20 @@ class Builder:
         stack: Stack,
     ) -> Coded:
         """Code again what overshot; at last store it exactly."""
-        factor, path = np.ones(len(rows)), stack.path
-        for attempt in range(_ATTEMPTS):
-            limit = ledger.limit(path, rows, f.members)
+        factor, limit = np.ones(len(rows)), ledger.limit(stack.path, rows, f.members)
+        for _ in range(_ATTEMPTS):
             over = np.flatnonzero(coded.squared_error > limit)
             if not len(over):
-                break
-            if attempt == _ATTEMPTS - 1:
-                coded = self._exact_rows(f, over, path, coded)
-                break
+                return coded
             # On top of what earlier attempts asked for, which was not enough.
             factor[over] *= 0.97 * limit[over] / coded.squared_error[over]
             again = f.take(over)
-            smaller = target.take(over, factor[over])
-            if plan.flat is not None:
-                redone = code_flat(again, rows[over], plan, smaller)
-            else:
-                redone = code_own_or_shared(again, rows[over], plan, smaller)
+            redone = code_as_planned(again, rows[over], plan, target.take(over, factor[over]))
             if self._fine:
                 redone = self._as_read(again, plan, stack, redone)
             coded = coded.replaced(over, redone)
-        return coded
+        over = np.flatnonzero(coded.squared_error > limit)
+        return self._exact_rows(f, over, stack.path, coded)
 
     @property
     def _fine(self) -> bool:
@@ -227,23 +219,19 @@ class Builder:
         itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
         raw = f.B.shape[1] + f.A.shape[2]
         bulky = np.array([len(r) for r in coded.records]) > itemsize * raw * ranks
-        if bulky.any():
-            coded = self._exact_rows(f, np.flatnonzero(bulky), path, coded, only_smaller=True)
-        return coded
+        return self._exact_rows(f, np.flatnonzero(bulky), path, coded, only_smaller=True)
 
     def _exact_rows(
         self, f: Factors, rows: np.ndarray, path: str, coded: Coded, only_smaller: bool = False
     ) -> Coded:
-        records, error, payload = (
-            list(coded.records),
-            coded.squared_error.copy(),
-            coded.payload.copy(),
-        )
+        found = {}
         for k in rows.tolist():
             record = exact_record(self._collection.read(int(f.members[k]), path))
-            if not only_smaller or len(record) < len(records[k]):
-                records[k], error[k], payload[k] = record, 0.0, len(record)
-        return Coded(records, error, payload)
+            if not only_smaller or len(record) < len(coded.records[k]):
+                found[k] = record
+        sizes = np.array([len(record) for record in found.values()], float)
+        by = Coded(list(found.values()), np.zeros(len(found)), sizes)
+        return coded.replaced(np.array(list(found), int), by)
 
     # Manifest and extras
 
@@ -324,7 +312,7 @@ def check_contract(names: list[str], error: np.ndarray, tolerances: np.ndarray) 
             raise ToleranceError(f"{name!r} came out at error {e:.4g}, above its tolerance {t:.4g}")
 
 
-def code_own_or_shared(
+def code_as_planned(
     f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, block: Block | None = None
 ) -> Coded:
     """Code some updates, each with the sides it has.
@@ -333,8 +321,9 @@ def code_own_or_shared(
         f: as they came. rows: of the stack. block: their decomposition where it is known; without
             it only those that share nothing are decomposed, and those in a bad gauge.
     """
-    n = len(rows)
-    result = Coded.nothing(n)
+    if plan.flat is not None:
+        return _code_flat(f, rows, plan.flat, plan.fixed, target)
+    result = Coded.nothing(len(rows))
     for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
         numbers = [(u if U else None, v if V else None)] * len(members)
@@ -344,17 +333,18 @@ def code_own_or_shared(
     return result
 
 
-def code_flat(f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target) -> Coded:
+def _code_flat(
+    f: Factors, rows: np.ndarray, flat: FlatBases, fixed: float, target: Target
+) -> Coded:
     """Flat parts, and where these miss the target a residual of the adapter's own."""
-    assert plan.flat is not None
-    parts = code_parts(f, plan.flat.A, plan.flat.B, 0, plan.flat.wide, rows)
+    parts = code_parts(f, flat.A, flat.B, 0, flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
+    payload = np.array([fixed if record else 0.0 for record in parts.records])
     coded = Coded(parts.records, error, payload)
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
         rest = code(Factors(f.members[over], B, A), target.take(over))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + plan.fixed))
+        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + fixed))
     return coded
