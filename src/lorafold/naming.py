@@ -226,8 +226,9 @@ class Base:
         self.tensors, self.tied = tensors, tied
         self._shared = shared
         self._keys: dict[str, str] = {}
-        for key in tensors:
-            self._keys.setdefault(plain_name(key), key)
+        for key in tensors:  # where `fc` is there as well, `module.fc` is another
+            plain = plain_name(key)
+            self._keys.setdefault(key if plain in tensors else plain, key)
         self._kinds: dict[str, list[str]] = {}
         for name in self._keys:
             self._kinds.setdefault(kind(name), []).append(name)
@@ -246,7 +247,7 @@ class Base:
 
     def _look_up(self, name: str) -> Held | None:
         plain = plain_name(name)
-        key = self._keys.get(plain)
+        key = self._keys.get(name, self._keys.get(plain))
         if key is not None:
             shape, dtype = self.tensors[key]
             return Held(name, shape, dtype, (Piece(key),))

@@ -442,8 +442,8 @@ def check_replicated(state: Iterable[str], config: Mapping[str, Any], paths: Ite
     found = len({m[1] for key in state if (m := pattern.match(key))})
     if found != expected:
         raise MismatchError(
-            f"the adapter belongs to {expected} layers (layer_replication {ranges}), the state "
-            f"dict has {found} under {stack!r}: give that of the base with its layers replicated"
+            f"the adapter belongs to {expected} layers (layer_replication {ranges}), the base "
+            f"has {found} under {stack!r}: give the one with its layers replicated"
         )
 
 

@@ -213,7 +213,7 @@ def test_a_bad_adapter_leaves_the_model_unchanged(net, three, make_adapter, fing
 
 def test_missing_modules_are_listed(net, three, make_adapter):
     some = make_adapter({"layers.0.q": (8, 8), "layers.9.q": (8, 8)}, 2)
-    with pytest.warns(UserWarning, match=r"1 modules of adapter 'default'.*'layers.9.q'"):
+    with pytest.warns(UserWarning, match=r"1 parts of adapter 'default'.*'layers.9.q'"):
         live = lf.attach(net, some)
     assert list(live._state.slots.patches) == ["layers.0.q"]
 
@@ -413,9 +413,7 @@ def test_what_a_handle_shows(net, three):
 def test_modules_that_are_missing_are_listed_where_the_caller_stands(net, three):
     more = {**three["b"].modules, "nowhere.q": lf.LowRank(torch.ones(1, 8), torch.ones(8, 1))}
     for attached in (lambda: lf.attach(net, lf.Adapter(more)), lambda: add(net, more)):
-        with pytest.warns(
-            UserWarning, match=r"1 modules .* not in the model: 'nowhere\.q'"
-        ) as seen:
+        with pytest.warns(UserWarning, match=r"1 parts .* not in the model: 'nowhere\.q'") as seen:
             attached()
         assert [warning.filename for warning in seen] == [__file__]
 

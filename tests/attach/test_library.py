@@ -157,7 +157,7 @@ def test_what_can_not_run_is_refused_and_leaves_all_as_it_was(wide, family):
     assert live.active == {"plain": 1.0}
     assert torch.equal(model(x), y)
     live.detach()
-    with pytest.raises(lf.MismatchError, match="none of the library's 3 modules"):
+    with pytest.raises(lf.MismatchError, match="none of the 3 modules of the library"):
         lf.attach(torch.nn.ModuleDict({"other": torch.nn.Linear(48, 48)}), library)
     small = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)))
     with pytest.raises(lf.MismatchError, match="belongs to another base"):

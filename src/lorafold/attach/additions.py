@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from ..files import load
 from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
-from .begin.places import library_layers, plain_names
+from .begin.places import library_places
 from .begin.specs import Spec
 from .run.board import Site
 from .run.experts import AttachedExperts, Experts
@@ -102,13 +103,14 @@ def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) 
         if name in state.sources:
             state.let_go(name)
     state.put({name: plan.source for name, plan in plans.items()})
-    _take_layers(state, {p: place for plan in plans.values() for p, place in plan.places.items()})
+    layers = [plan.places.layers.items() for plan in plans.values()]
+    _take_layers(state, dict(itertools.chain(*layers)))
     for name, plan in plans.items():
         _take_modules(state, name, plan)
         if isinstance(plan.source, Trained):
             plan.source.join(name, state.slots.patches)
     if given:
-        state.slots.own_banks([path for name in given for path in plans[name].places])
+        state.slots.own_banks([path for name in given for path in plans[name].places.layers])
         state.slots.make_room(sum(source.in_slots for source in state.sources.values()))
     for name in plans:
         if name in given:
@@ -122,12 +124,11 @@ def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) 
 
 def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     """Attach all adapters of a library; they are read when they are asked for."""
-    places = library_layers(library, state.model, state.slots.patches)
-    names = plain_names(state.model)
-    shelf = Shelf(library, dtype, {path: names.get(path, path) for path in places})
+    places = library_places(library, state.model, state.slots.patches)
+    shelf = Shelf(library, dtype, places.names)
     entries = library.contents.manifest.adapters
     state.put({name: Stored(entry, shelf) for name, entry in entries.items()})
-    _take_layers(state, places)
+    _take_layers(state, places.layers)
 
 
 def _plan(state: State, name: str, x: Adapter | Spec, trainable: bool) -> Plan:
@@ -154,7 +155,8 @@ def _check_sites(state: State, plans: Mapping[str, Plan]) -> None:
     """Refuse what can't be attached to one module in two ways."""
     ways: dict[str, type[Site]] = {path: type(site) for path, site in state.sites.items()}
     for name, plan in plans.items():
-        for way, paths in ((Patch, plan.places), (Experts, plan.experts), (Whole, plan.copies)):
+        at = plan.places
+        for way, paths in ((Patch, at.layers), (Experts, at.experts), (Whole, at.copies)):
             for path in paths:
                 if ways.setdefault(path, way) is not way:
                     raise RefusedError(
@@ -169,7 +171,7 @@ def _check_replaced(state: State, name: str, plan: Plan) -> None:
     """Refuse what can't go on where the adapter that it replaces is in use."""
     if name in state.running.merged_mix:
         raise MismatchError(f"{name!r} is merged into the weights: unmerge() first")
-    more = [*plan.experts, *plan.copies]
+    more = [*plan.places.experts, *plan.places.copies]
     if name in state.running.kept and more:
         raise no_background(name, more[0])
     selection = state.running.selection
@@ -179,7 +181,8 @@ def _check_replaced(state: State, name: str, plan: Plan) -> None:
         or name not in (*selection.names, *state.running.kept)
     ):
         return
-    experts = [*plan.experts, *(p for p in plan.places if state.board.rows.routed(p))]
+    at = plan.places
+    experts = [*at.experts, *(p for p in at.layers if state.board.rows.routed(p))]
     if experts:
         raise RefusedError(
             f"{name!r} is in use by rows, and experts ({experts[0]!r}) take one mix per batch: "
@@ -197,13 +200,13 @@ def _take_layers(state: State, places: Mapping[str, Place]) -> None:
 
 
 def _take_modules(state: State, name: str, plan: Plan) -> None:
-    for path, layouts in plan.experts.items():
+    for path, layouts in plan.places.experts.items():
         experts = state.sites.get(path) or Experts(state.board, path, state.module(path))
         assert isinstance(experts, Experts)
         if path not in state.sites:
             state.attach(experts, AttachedExperts)
         experts.put(name, layouts)
-    for path, module in plan.copies.items():
+    for path, module in plan.places.copies.items():
         whole = state.sites.get(path) or Whole(state.board, path, state.module(path))
         assert isinstance(whole, Whole)
         if path not in state.sites:

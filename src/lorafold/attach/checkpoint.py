@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import FileError, MismatchError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
-from .begin.places import copies_of, in_names_of
+from .begin.places import places_of
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
@@ -82,7 +82,7 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
             f"{path} holds a checkpoint of kind {found_kind!r}, and {name!r} is of kind {kind!r}"
         )
     _check(str(path), modules, found)
-    _load_copies(source, name, state.model, place)
+    _load_copies(source, name, state, place)
     with torch.no_grad():
         for p, tensors in found.items():
             modules[p].load_state_dict(tensors, strict=False)
@@ -199,10 +199,11 @@ def _check(
             )
 
 
-def _load_copies(source: Trained, name: str, model: nn.Module, place: Path) -> None:
+def _load_copies(source: Trained, name: str, state: State, place: Path) -> None:
     """Modules that were saved whole."""
     if not source.copies or not place.is_dir():
         return
-    for p, module in copies_of(name, in_names_of(model, load(place)), model).items():
+    found = places_of(name, load(place), state.model, state.slots.patches)
+    for p, module in found.copies.items():
         if p in source.copies:
             source.copies[p].load_state_dict(module.state_dict())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,21 +18,14 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
 from ..fold.store.entries import AdapterEntry
-from ..layers.sites import Place, place_at
+from ..layers.sites import place_at
 from ..layers.swap import device_of, plain_copy
 from ..layers.targets import found_layers
 from ..lowrank import LowRank
-from ..parts import PREFIX, Layout, plain_name
+from ..parts import PREFIX, plain_name
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
-from .begin.places import (
-    copies_of,
-    experts_of,
-    in_names_of,
-    layers_of,
-    plain_names,
-    whole_modules,
-)
+from .begin.places import Places, places_of, plain_names, whole_modules
 from .begin.specs import LoRA, PiSSA, Spec
 from .run.factors import Factors, Pair
 from .run.patch import Patch
@@ -76,32 +69,28 @@ class Plan:
     """What an adapter needs of a model; nothing is attached yet.
 
     Args:
-        places: {path: layer} that it updates. copies: {path: module} that it has whole.
-        experts: {path of an experts' module: {path of an update: its layout}}.
+        source: it. places: where it goes.
     """
 
     source: Source
-    places: Mapping[str, Place]
-    copies: Mapping[str, nn.Module] = field(default_factory=dict)
-    experts: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
+    places: Places
 
 
 class Given(Source):
     """An adapter as it was handed over."""
 
-    def __init__(self, adapter: Adapter, here: Adapter) -> None:
-        self._given, self._adapter, self.rank = adapter, here, adapter.rank
+    def __init__(self, adapter: Adapter, updates: Mapping[str, LowRank]) -> None:
+        self._given, self._updates, self.rank = adapter, updates, adapter.rank
 
     @classmethod
     def plan(cls, name: str, a: Adapter, model: nn.Module, known: Mapping[str, Patch]) -> Plan:
         """What an adapter needs, or the error that says why it does not fit."""
-        here = in_names_of(model, a)
-        places = layers_of(name, here, model, known)
-        experts = experts_of(name, here, model)
-        return Plan(cls(a, here), places, copies_of(name, here, model), experts)
+        places = places_of(name, a, model, known)
+        updates = {path: a[part] for path, part in places.names.items() if part in a}
+        return Plan(cls(a, updates), places)
 
     def update(self, path: str) -> LowRank | None:
-        return self._adapter.modules.get(path)
+        return self._updates.get(path)
 
     def shape(self, path: str) -> tuple[int, float] | None:
         u = self.update(path)
@@ -111,7 +100,7 @@ class Given(Source):
         return self._given
 
     def load(self, slots: Slots, slot: int) -> None:
-        for path, u in self._adapter.modules.items():
+        for path, u in self._updates.items():
             if path in slots.patches:
                 slots.write(slot, path, u)
 
@@ -123,8 +112,11 @@ class Trained(Source):
     """Factors and whole modules that are trained here.
 
     Args:
-        fresh: by path, the factors. places: their layers. copies: by path, modules that train
-            whole. config: what a file says of it. names: {path: plain name}, for who reads it.
+        fresh: by path, the factors. places: of their layers and of modules that train whole.
+            config: what a file says of it.
+
+    Attributes:
+        names: {path: plain name}, for who reads it.
     """
 
     in_slots = False
@@ -132,15 +124,12 @@ class Trained(Source):
     def __init__(
         self,
         fresh: Mapping[str, Factors],
-        places: Mapping[str, Place],
-        copies: Mapping[str, nn.Module],
+        places: Places,
         config: Mapping[str, Any],
-        names: Mapping[str, str],
     ) -> None:
-        self.names = {path: names.get(path, path) for path in (*fresh, *copies)}
-        self.fresh, self.copies, self.config = dict(fresh), dict(copies), dict(config)
+        self.fresh, self.copies, self.config = dict(fresh), dict(places.copies), dict(config)
         self.rank = max((f.rank for f in fresh.values()), default=0)
-        self._places = dict(places)
+        self.names, self._layers = places.names, places.layers
         self.key = ""
 
     @classmethod
@@ -153,16 +142,18 @@ class Trained(Source):
         dtype: torch.dtype,
     ) -> Plan:
         """What an adapter needs that is to be trained on."""
-        a = in_names_of(model, a)
-        places, copies = layers_of(name, a, model, known), copies_of(name, a, model)
-        if experts_of(name, a, model):
+        places = places_of(name, a, model, known)
+        if places.experts:
             raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
         fresh = {}
-        for path, place in places.items():
-            u = a[path].to(device_of(place.layer), dtype)
+        for path, place in places.layers.items():
+            u = a[places.names[path]].to(device_of(place.layer), dtype)
             fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale)
-        copies = {path: module.requires_grad_(True) for path, module in copies.items()}
-        return Plan(cls(fresh, places, copies, a.config, plain_names(model)), places, copies)
+        for module in places.copies.values():
+            module.requires_grad_(True)
+        own = plain_names(model)
+        plain = {p: own[p] if p == q else plain_name(q) for p, q in places.names.items()}
+        return Plan(cls(fresh, replace(places, names=plain), a.config), places)
 
     @classmethod
     def plan_fresh(
@@ -181,15 +172,15 @@ class Trained(Source):
         if isinstance(spec, LoRA):
             spec.check_patterns(layers)
         whole = whole_modules(model, spec.modules_to_save)
-        places = {p: place_at(model, p, known) for p in layers if not _inside(p, whole)}
-        if not places:
+        at = {p: place_at(model, p, known) for p in layers if not _inside(p, whole)}
+        if not at:
             raise MismatchError("modules_to_save= leaves none of the layers that targets= means")
         generator = torch.Generator()
         # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
         seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
         generator.manual_seed(seed)
         fresh: dict[str, Factors] = {}
-        for path, place in places.items():
+        for path, place in at.items():
             args = path, place.layer, place.kind, generator
             if isinstance(spec, PiSSA):
                 fresh[path] = fresh_modulation(spec, *args, in_use(path))
@@ -197,8 +188,9 @@ class Trained(Source):
                 assert isinstance(spec, LoRA)
                 fresh[path] = fresh_factors(spec, *args)
         copies = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
-        source = cls(fresh, places, copies, _config(spec), plain_names(model))
-        return Plan(source, places, copies)
+        names = plain_names(model)
+        places = Places(at, copies, {}, {p: names.get(p, p) for p in (*at, *copies)})
+        return Plan(cls(fresh, places, _config(spec)), places)
 
     def join(self, name: str, patches: Mapping[str, Patch]) -> None:
         """Put the factors where they run."""
@@ -226,7 +218,7 @@ class Trained(Source):
         config, names = dict(self.config), self.names
         if self.copies:
             config["modules_to_save"] = [names[path] for path in self.copies]
-        kinds = [place.kind for place in self._places.values()]
+        kinds = [place.kind for place in self._layers.values()]
         if any(kind.linear and kind.transposed for kind in kinds):
             config["fan_in_fan_out"] = True
         extras = {
@@ -234,8 +226,8 @@ class Trained(Source):
             for path, module in self.copies.items()
             for key, value in module.state_dict().items()
         }
-        places = self._places.items()
-        layouts = {names[path]: place.kind.layout(place.layer) for path, place in places}
+        layers = self._layers.items()
+        layouts = {names[path]: place.kind.layout(place.layer) for path, place in layers}
         modules = {names[path]: factors.update() for path, factors in self.fresh.items()}
         return Adapter(modules, extras, config, layouts=layouts)
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import MismatchError, RefusedError
-from ..lowrank import LowRank
 from .kinds import LayerKind, kind_of
 from .swap import refuse_attached
 
@@ -46,10 +45,10 @@ def place_at(model: nn.Module, path: str, known: Mapping[str, Any] | None = None
     return Place(layer, kind, kind.dims(layer))
 
 
-def check_dims(path: str, dims: tuple[int, int], u: LowRank) -> None:
-    """Raise a `MismatchError` where an update does not fit a layer."""
-    if u.shape != dims:
+def check_dims(path: str, dims: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Raise a `MismatchError` where an update of a shape does not fit a layer."""
+    if shape != dims:
         raise MismatchError(
-            f"module {path!r} takes updates of shape {dims}, the adapter's is {u.shape}: it "
-            "belongs to another base"
+            f"module {path!r} takes updates of shape {dims}, not {shape}: it belongs to "
+            "another base"
         )

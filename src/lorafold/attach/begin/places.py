@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,230 +12,253 @@ from torch import Tensor, nn
 from ...adapter import Adapter
 from ...errors import MismatchError, RefusedError
 from ...fold import Library
-from ...layers.kinds import is_linear
+from ...layers.kinds import KINDS, is_linear
 from ...layers.sites import Place, check_dims, place_at
-from ...layers.swap import plain_copy
+from ...layers.storage import storage_of
+from ...layers.swap import CHILD, plain_copy
 from ...layers.targets import Target, matches
-from ...parts import PREFIX, Layout, base_names, extra_kind, plain_name
+from ...naming import Base, Shape
+from ...parts import LINEAR, Layout, Parts, extra_kind, plain_name, wraps
+from ...placing import Placement, Spot, check_replicated, placed
 from ...words import warn
 
+_RUN = ("saved module", "base weight")  # extra tensors that may stand beside updates
 
-def own_names(model: nn.Module) -> dict[str, str]:
-    """{plain name: the model's own} of its modules, of what is wrapped the innermost's."""
-    names: dict[str, str] = {}
-    for name, _ in model.named_modules():
-        plain = plain_name(name)
-        if names.get(plain) != plain or name.startswith(f"{plain}."):  # `fc` is not `module.fc`
-            names[plain] = name
-    return names
+
+@dataclass(frozen=True)
+class Places:
+    """What of a model an adapter updates or brings, by the model's own paths.
+
+    Args:
+        layers: {path: layer} that it updates. copies: {path: module} that it has whole.
+        experts: {path of an experts' module: {path of an update: its layout}}.
+        names: {a path of any of these: the adapter's own}.
+    """
+
+    layers: Mapping[str, Place]
+    copies: Mapping[str, nn.Module]
+    experts: Mapping[str, Mapping[str, Layout]]
+    names: Mapping[str, str]
+
+
+def base_of(model: nn.Module, parts: Parts) -> Base:
+    """A running model as the base of an adapter: its tensors by its own names.
+
+    A quantised weight, which is stored in another shape, has the one that its layer's kind says.
+    What fits an update is the module's word (`check_dims`), so the dtypes say nothing;
+    and what takes none has a weight here all the same, to be refused by name.
+    """
+    shapes: dict[str, Shape] = {}
+    for path, module in model.named_modules():
+        if CHILD in path.split("."):
+            continue
+        for name, t in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            shapes[_joined(path, name)] = tuple(t.shape)
+        weight, kind = _joined(path, "weight"), KINDS.find(module)
+        if kind is not None and storage_of(module).quantized:
+            fitting = kind.layout(module).shapes(*kind.dims(module))
+            shapes[weight] = fitting[-1 if kind.transposed else 0]
+        elif not wraps(name for name, _ in module.named_children()):
+            shapes.setdefault(weight, ())
+    tensors = {key: (shape, torch.uint8) for key, shape in shapes.items()}
+    return Base(tensors, parts.names())
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
     """{a module's name in the model: the plain one}; its own where that is another module's."""
-    return {name: plain for plain, name in own_names(model).items()}
+    there = [path for path, _ in model.named_modules()]
+    taken = set(there)
+    plain = {path: plain_name(path) for path in there}
+    return {p: p if q in taken and not p.startswith(f"{q}.") else q for p, q in plain.items()}
 
 
-def renamed(path: str, names: Mapping[str, str]) -> str:
-    """A plain path in the model's own names, by the innermost module that is there."""
-    if path in names or "." not in path:
-        return names.get(path, path)
-    above, _, last = path.rpartition(".")
-    return f"{renamed(above, names)}.{last}"
-
-
-def in_names_of(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter by the model's own names, where compiling or sharding put something into them."""
-    names = own_names(model)
-    if all(plain == name for plain, name in names.items()):
-        return adapter
-
-    def of_key(key: str) -> str:
-        name = key.removeprefix(PREFIX)
-        return key[: len(key) - len(name)] + renamed(name, names)
-
-    return dataclasses.replace(
-        adapter,
-        modules={renamed(path, names): u for path, u in adapter.modules.items()},
-        layouts={renamed(path, names): layout for path, layout in adapter.layouts.items()},
-        extras={of_key(key): t for key, t in adapter.extras.items()},
-    )
-
-
-def layers_of(
-    name: str, adapter: Adapter, model: nn.Module, known: Mapping[str, Any]
-) -> dict[str, Place]:
-    """{path: layer} of an adapter's modules, experts left out.
+def places_of(name: str, adapter: Adapter, model: nn.Module, known: Mapping[str, Any]) -> Places:
+    """Where an adapter goes.
 
     Args:
         known: by path, what is attached to layers already.
 
     Raises:
-        MismatchError: none of the modules is in the model, or a shape differs.
-        RefusedError: ΔW algebra would be wrong, or a layer takes no update.
+        MismatchError: nothing of it is in the model, or a part does not fit.
+        RefusedError: ΔW algebra would be wrong, a module takes no update, or a tensor would not
+            be run.
     """
     if adapter.refusal is not None:
         raise RefusedError(f"adapter {name!r}: {adapter.refusal}")
-    there = dict(model.named_modules())
-    paths = [p for p in adapter if adapter.layout(p).kind != "expert"]
-    missing = [p for p in paths if p not in there]
-    if paths and len(missing) == len(paths):
-        raise MismatchError(
-            f"none of the {len(paths)} modules of adapter {name!r} is in the model: it has "
-            f"{paths[0]!r}, the model e.g. {_like(there, paths[0])!r}"
-        )
-    if missing:
-        warn(
-            f"{len(missing)} modules of adapter {name!r} are not in the model: "
-            f"{', '.join(map(repr, missing[:5]))}",
-        )
-    found = {p: place_at(model, p, known) for p in paths if p in there}
-    for path, place in found.items():
-        check_dims(path, place.dims, adapter[path])
-    return found
+    for key in adapter.extras:
+        kind = extra_kind(key, adapter.config)
+        if kind not in (*_RUN, "training state") and "original_module" not in key.split("."):
+            raise _not_run(name, key, kind)
+    plan = _placed(f"adapter {name!r}", adapter.parts, model)
+    layers, experts, names = {}, {}, {}  # type: Any, Any, dict[str, str]
+    for path, spot in _updates(plan).items():
+        names[path] = spot.part
+        if spot.layout.kind == "expert":
+            owner = _owner(spot)
+            _check_experts(model, owner, spot, adapter[spot.part].shape)
+            experts.setdefault(owner, {})[path] = spot.layout
+        else:
+            layers[path] = place_at(model, path, known)
+            check_dims(path, layers[path].dims, adapter[spot.part].shape)
+    copies = _copies(name, adapter, model, plan)
+    owners = {_owner(s): s.held.name.rpartition(".")[0] for s in plan.spots if s.what == "whole"}
+    names |= {path: owners.get(path, path) for path in copies}
+    _list_unplaced(f"adapter {name!r}", plan)
+    return Places(layers, copies, experts, names)
 
 
-def _like(there: Mapping[str, Any], path: str) -> str:
-    """A linear layer of the model, the one named most like the path if there is any."""
-    leaf = path.rpartition(".")[2]
-    linear = [p for p, m in there.items() if is_linear(m)] or list(there)
-    return next((p for p in linear if p.rpartition(".")[2] == leaf), linear[0])
-
-
-def library_layers(
-    library: Library, model: nn.Module, known: Mapping[str, Any]
-) -> dict[str, Place]:
-    """{path: layer} of a library's modules.
+def library_places(library: Library, model: nn.Module, known: Mapping[str, Any]) -> Places:
+    """Where a library's modules go.
 
     Raises:
         MismatchError: none of them is in the model, or a shape differs.
         RefusedError: a layer that takes no update, or experts.
     """
-    there, names = {path for path, _ in model.named_modules()}, own_names(model)
-    modules = {renamed(m.path, names): m for m in library.contents.modules}
-    found: dict[str, Place] = {}
-    for path, m in modules.items():
-        if m.layout is not None and m.layout.kind == "expert":
+    modules = {m.path: m for m in library.contents.modules}
+    layouts = {path: m.layout or LINEAR for path, m in modules.items()}
+    for path, layout in layouts.items():
+        if layout.kind == "expert":
             raise RefusedError(
                 f"module {path!r} of the library is an expert's: attach its adapters one by one, "
                 "lf.attach(model, {name: library[name]})"
             )
-        if path not in there:
-            continue
-        place = place_at(model, path, known)
-        if place.dims != m.shape:
-            raise MismatchError(
-                f"module {path!r} takes updates of shape {place.dims}, the library's are "
-                f"{m.shape}: it belongs to another base"
-            )
-        found[path] = place
-    if not found:
-        raise MismatchError(
-            f"none of the library's {len(modules)} modules is in the model: it has "
-            f"{next(iter(modules), None)!r}, the model e.g. {max(there, key=len)!r}"
-        )
-    missing = [m.path for path, m in modules.items() if path not in found]
-    if missing:
-        warn(
-            f"{len(missing)} modules of the library are not in the model: "
-            f"{', '.join(map(repr, missing[:5]))}",
-        )
-    return found
+    parts = Parts({path: m.shape for path, m in modules.items()}, {}, {}, layouts)
+    plan = _placed("the library", parts, model)
+    spots = _updates(plan)
+    layers = {path: place_at(model, path, known) for path in spots}
+    for path, place in layers.items():
+        check_dims(path, place.dims, modules[spots[path].part].shape)
+    _list_unplaced("the library", plan)
+    return Places(layers, {}, {}, {path: spot.part for path, spot in spots.items()})
 
 
-def experts_of(name: str, adapter: Adapter, model: nn.Module) -> dict[str, dict[str, Layout]]:
-    """{path of an experts' module: {path of an update: its layout}}.
+def _placed(whose: str, parts: Parts, model: nn.Module) -> Placement:
+    """Every part's place.
 
     Raises:
-        MismatchError: a parameter is not in the model, or has another shape; naming it.
-        RefusedError: the module has a forward of its own on the instance.
+        MismatchError: none has one, or one does not fit.
+        RefusedError: the model keeps one in another form.
     """
-    there = dict(model.named_modules())
-    found: dict[str, dict[str, Layout]] = {}
-    for path, u in adapter.items():
-        layout = adapter.layout(path)
-        if layout.kind != "expert":
+    base = base_of(model, parts)
+    check_replicated(base.names(), parts.config, parts.modules)
+    plan = placed(parts, base)
+    for misfit in plan.wrong.values():
+        raise MismatchError(f"{whose} belongs to another base: {misfit.says}")
+    for spot in plan.spots:
+        if not spot.held.whole:
+            raise RefusedError(
+                f"{whose} has {spot.part!r}, which the model keeps in another form "
+                f"({spot.pieces[0].key!r}): apply it to the weights instead (adapter.apply_to)"
+            )
+    if plan.unplaced and not plan.touches(parts.modules):
+        of, what = (parts.modules, "modules") if parts.modules else (parts.extras, "tensors")
+        first = next(iter(plan.unplaced))
+        raise MismatchError(
+            f"none of the {len(of)} {what} of {whose} is in the model: it has {first!r}, the "
+            f"model e.g. {_like(model, first)!r}"
+        )
+    return plan
+
+
+def _list_unplaced(whose: str, plan: Placement) -> None:
+    if plan.unplaced:
+        names = ", ".join(map(repr, list(plan.unplaced)[:5]))
+        warn(f"{len(plan.unplaced)} parts of {whose} are not in the model: {names}")
+
+
+def _like(model: nn.Module, path: str) -> str:
+    """A linear layer of the model, the one named most like the path if there is any."""
+    leaf, there = path.rpartition(".")[2], dict(model.named_modules())
+    linear: list[str] = [p for p, m in there.items() if is_linear(m)] or list(there)
+    return next((p for p in linear if p.rpartition(".")[2] == leaf), linear[0])
+
+
+def _owner(spot: Spot) -> str:
+    """The path of the model's module that is changed."""
+    return spot.pieces[0].key.rpartition(".")[0]
+
+
+def _updates(plan: Placement) -> dict[str, Spot]:
+    """{the model's path of an update: its spot}.
+
+    Raises:
+        MismatchError: two are one module's.
+    """
+    found: dict[str, Spot] = {}
+    for spot in plan.spots:
+        if spot.what != "update":
             continue
-        owner = layout.owner(path)
-        module = there.get(owner)
-        own = {} if module is None else dict(module.named_parameters(recurse=False))
-        W = own.get(layout.parameter)
-        if module is None or W is None:
+        path = _owner(spot)
+        if spot.layout.kind == "expert":
+            number = spot.part.removeprefix(spot.layout.weight_name(spot.part))
+            path = f"{spot.pieces[0].key}{number}"
+        other = found.setdefault(path, spot)
+        if other is not spot:
             raise MismatchError(
-                f"adapter {name!r} updates {path!r}, and the model has no such parameter"
+                f"{other.part!r} and {spot.part!r} are one module of the model, {path!r}: keep one"
             )
-        if "forward" in vars(module):
-            raise RefusedError(f"module {owner!r} has a forward of its own on the instance")
-        assert layout.expert is not None
-        if sorted(W.shape[-2:]) != sorted(u.shape) or (
-            W.ndim == 3 and W.shape[0] != layout.expert[1]
-        ):
-            raise MismatchError(
-                f"{path!r} takes updates of {tuple(W.shape)}, the adapter has {layout.expert[1]} "
-                f"experts of {u.shape}"
-            )
-        found.setdefault(owner, {})[path] = layout
     return found
 
 
-def copies_of(name: str, adapter: Adapter, model: nn.Module) -> dict[str, nn.Module]:
+def _check_experts(model: nn.Module, owner: str, spot: Spot, shape: tuple[int, int]) -> None:
+    module = model.get_submodule(owner)
+    if "forward" in vars(module):
+        raise RefusedError(f"module {owner!r} has a forward of its own on the instance")
+    W = dict(module.named_parameters(recurse=False)).get(spot.pieces[0].key.rpartition(".")[2])
+    if W is None or storage_of(module).quantized:
+        raise RefusedError(
+            f"{spot.part!r} is no parameter of floating numbers in the model, and takes no update"
+        )
+    if tuple(W.shape) not in spot.layout.shapes(*shape):
+        count = spot.layout.expert[1] if spot.layout.expert else 1
+        raise MismatchError(
+            f"{spot.part!r} takes updates of {tuple(W.shape)}, the adapter has {count} experts of "
+            f"{shape}: it belongs to another base"
+        )
+
+
+def _not_run(name: str, key: str, kind: str) -> RefusedError:
+    return RefusedError(
+        f"adapter {name!r} carries {key!r} ({kind}), which attaching does not run: apply it to "
+        "the weights (adapter.apply_to), or drop it with dataclasses.replace(adapter, extras={...})"
+    )
+
+
+def _copies(name: str, adapter: Adapter, model: nn.Module, plan: Placement) -> dict[str, nn.Module]:
     """{path: copy} of the modules that an adapter's file holds whole.
 
     Raises:
-        MismatchError: one is not in the model, or has other tensors.
-        RefusedError: extra tensors that are nothing of the kind and would not be run.
+        MismatchError: one has other tensors than the model's.
+        RefusedError: a weight of the base that is not the model's.
     """
-    there = dict(model.named_modules())
+    targets = [str(t) for t in adapter.config.get("modules_to_save") or []]
     tensors: dict[str, dict[str, Tensor]] = {}
-    for key, value in adapter.extras.items():
-        kind = extra_kind(key, adapter.config)
-        if kind == "training state" or "original_module" in key.split("."):
+    for spot in plan.spots:
+        if spot.what != "whole":
             continue
-        path = None
-        if kind == "saved module":
-            path, parameter = _module_of(key, adapter, there)
-            if path is not None:
-                tensors.setdefault(path, {})[parameter] = value
-        elif kind == "base weight" and _is_the_models(model, key, value):
+        key, value = spot.pieces[0].key, adapter.extras[spot.part]
+        if extra_kind(spot.part, adapter.config) == "base weight":
+            own = getattr(model.get_submodule(_owner(spot)), key.rpartition(".")[2]).detach()
+            if own.shape != value.shape or not torch.equal(own.cpu(), value.cpu().to(own.dtype)):
+                raise _not_run(name, spot.part, "base weight")
             continue
-        if path is None:
-            raise RefusedError(
-                f"adapter {name!r} carries {key!r} ({kind}), which attaching does not run: apply "
-                "it to the weights (adapter.apply_to), or drop it with dataclasses.replace("
-                "adapter, extras={...})"
-            )
+        words = key.split(".")
+        above = [".".join(words[:at]) for at in range(1, len(words))]
+        path = next((p for p in above if any(p.endswith(t) for t in targets)), _owner(spot))
+        tensors.setdefault(path, {})[key.removeprefix(f"{path}.")] = value
     copies: dict[str, nn.Module] = {}
     for path, found in tensors.items():
-        twin = _loaded(name, path, there[path], found)
+        twin = _loaded(name, path, model.get_submodule(path), found)
         copies |= {_joined(path, p): m for p, m in _units(twin)}
     return copies
 
 
-def _module_of(key: str, adapter: Adapter, there: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The module that a stored tensor belongs to, and the tensor's name in it."""
-    targets = [str(t) for t in adapter.config.get("modules_to_save") or []]
-    for full in base_names(key):
-        parts = full.split(".")
-        for at in range(1, len(parts)):
-            path = ".".join(parts[:at])
-            if path in there and any(path.endswith(t) for t in targets):
-                return path, ".".join(parts[at:])
-    return None, ""
-
-
-def _is_the_models(model: nn.Module, key: str, value: Tensor) -> bool:
-    for full in base_names(key):
-        path, _, parameter = full.rpartition(".")
-        try:
-            own = model.get_submodule(path).get_parameter(parameter)
-        except AttributeError:
-            continue
-        return own.shape == value.shape and torch.equal(own.detach().cpu(), value.cpu().to(own))
-    return False
-
-
 def _loaded(name: str, path: str, layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     twin = plain_copy(layer)
-    own = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    own = twin.state_dict()
     odd = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if odd:
         raise MismatchError(
