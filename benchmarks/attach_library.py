@@ -90,7 +90,7 @@ def main() -> None:
         for name, t in times.items()
     ]
     kept = times["base"] / times["library on shared sides"]
-    on_device = sum(b.nbytes for p in by_library.patches.values() for b in p.banks.values())
+    on_device = traffic(by_library)
     result = {
         **{f"seconds: {name}": t for name, t in times.items()},
         "throughput": kept,
