@@ -24,6 +24,7 @@ _HOME = {
     "calibrate": "attach",
     "quantize_base": "quantize",
     "dequantize": "quantize",
+    "merge": "merge",
     "merge_into_weights": "merge",
     "fold": "fold",
     "Library": "fold",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .fold import Projection as Projection
     from .fold import fold as fold
     from .lowrank import LowRank as LowRank
+    from .merge import merge as merge
     from .merge import merge_into_weights as merge_into_weights
     from .parts import Layout as Layout
     from .quantize import dequantize as dequantize

@@ -181,7 +181,7 @@ class Adapter(Mapping[str, LowRank]):
         mine, theirs = self._pair(other)
         modules = {p: u + theirs[p] if p in theirs else u for p, u in mine.items()}
         modules |= {p: u for p, u in theirs.items() if p not in mine}
-        config = _merged_config(self.config, other.config)
+        config = merged_config(self.config, other.config)
         for one in (self, other):
             check_bias_scales(one.extras, one.config, config)
         return Adapter(
@@ -388,7 +388,7 @@ _TARGETS = (
 )
 
 
-def _merged_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+def merged_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Both configs as one: lists and mappings are joined, `a` decides where they contradict.
 
     A side that says nothing (None, False, "none", empty) yields to the other, so that a head or

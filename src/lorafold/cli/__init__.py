@@ -15,6 +15,7 @@ VERBS = {
     "diff": "Compare two adapters by what they do to the weights.",
     "resize": "Write an adapter at another size, with the error it costs.",
     "check": "Check an adapter's names and shapes against its base.",
+    "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
     "fold": "Fold many adapters into one library with a bounded error.",
     "ls": "List the adapters of a library.",

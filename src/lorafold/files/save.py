@@ -38,6 +38,11 @@ ADAPTER = Kind(
     re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
 )
 
+# A config's field that tells where the adapter comes from: "metadata", texts for the header of the
+# file, and "card", the text of a README.md. Readers of configs never see it.
+ORIGIN = "lorafold_origin"
+_CARD = "README.md"
+
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
 _DEFAULTS: dict[str, Any] = {
     "peft_type": "LORA",
@@ -110,11 +115,16 @@ def save(
 
 def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write what `peft_form` gave into a folder that is there."""
+    config = dict(config)
+    origin = config.pop(ORIGIN, {})
     try:
         text = json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
     except TypeError as e:
         raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
-    save_file(_separate(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    metadata = {"format": "pt", **origin.get("metadata", {})}
+    save_file(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
+    if "card" in origin:
+        (folder / _CARD).write_text(origin["card"], encoding="utf-8")
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 

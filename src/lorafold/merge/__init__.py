@@ -9,7 +9,17 @@ from .._verb import make_face
 if TYPE_CHECKING:
     from .into_checkpoint import Merged as Merged
     from .into_checkpoint import merge_into_weights as merge_into_weights
+    from .merge import merge as merge
+    from .recipe import Recipe as Recipe
 
-__all__ = ["Merged", "merge_into_weights"]
+__all__ = ["Merged", "Recipe", "merge", "merge_into_weights"]
 
-make_face(__name__, {"Merged": "into_checkpoint", "merge_into_weights": "into_checkpoint"})
+make_face(
+    __name__,
+    {
+        "merge": "merge",
+        "Merged": "into_checkpoint",
+        "Recipe": "recipe",
+        "merge_into_weights": "into_checkpoint",
+    },
+)

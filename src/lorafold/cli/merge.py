@@ -1,0 +1,247 @@
+"""`lorafold merge`: adapters, or a recipe, into one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import MismatchError
+from . import _output as output
+from ._command import command
+from ._source import adapter_options, in_library, opened, paths_by_name
+from ._writing import dtype_option, torch_dtype
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..adapter import Adapter
+    from ..files import AdapterFile
+
+# Options that methods take, as flags: {flag: keyword}.
+_METHODS_OWN = ("density", "drop_rate", "gamma", "epsilon", "rule", "common", "beta", "lambda_")
+
+
+@command(
+    "merge",
+    example="lorafold merge adapters/sql adapters/poems -o both --method ties --density 0.5",
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "-o", "--output", "target", required=True, metavar="OUT", help="The adapter to write."
+)
+@click.option("--method", default="linear", help="How (linear by default); see docs/merge.md.")
+@click.option("--weight", "pairs", multiple=True, metavar="NAME=W", help="A source's weight.")
+@click.option("--weights", metavar="W,W,…", help="Weights in the order of the sources.")
+@click.option("--name", "names", multiple=True, metavar="NAME=SOURCE", help="A source by a name.")
+@click.option("--space", default="core", help="core (default), delta or factors.")
+@click.option("--density", type=float, help="Share of entries to keep (0.5 by default).")
+@click.option("--drop-rate", type=float, help="1 - density.")
+@click.option("--gamma", type=float, help="Share of outliers that breadcrumbs drops.")
+@click.option("--epsilon", type=float, help="How far della's probabilities lie apart.")
+@click.option("--rule", help="What knots and ctm do inside: ties, dare, linear, …")
+@click.option("--common", type=float, help="Share of the space that iso_cts has in common.")
+@click.option("--beta", type=float, help="How much ctm lets large updates count for more.")
+@click.option("--lambda", "lambda_", type=float, help="A factor for the result.")
+@click.option("--pico", is_flag=True, help="Damp output directions that all share first.")
+@click.option("--heads", metavar="NAME", help="Whose heads, biases and tokens to keep.")
+@click.option("--seed", type=int, default=0, help="Of random masks.")
+@click.option("--rank", type=int, help="Rank of the result; else it is exact.")
+@click.option("--tolerance", type=float, help="Bound on each module's error; else it is exact.")
+@click.option("--pad", is_flag=True, help="Zero-pad to one rank: the form all readers agree on.")
+@dtype_option
+@click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+@adapter_options
+def merge(
+    sources: tuple[str, ...],
+    target: str,
+    rank: int | None,
+    tolerance: float | None,
+    pad: bool,
+    dtype: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Merge adapters into one, of any ranks and targets.
+
+    A source is an adapter, a glob or folder of adapters, LIB:NAME, or one recipe of mergekit's
+    (a .yaml file). The result is exact and of rank Σr at most, unless --rank or --tolerance cut it;
+    the error of that is told.
+    """
+    from ..files import open_adapter, save
+    from ..files.replacing import check_apart, check_replaceable
+    from ..files.save import ADAPTER
+
+    if rank is not None and tolerance is not None:
+        raise click.UsageError("give --rank or --tolerance, not both")
+    place = Path(target)
+    check_replaceable(place, ADAPTER, overwrite, target)
+    with output.progress("merging") as advance:
+        options["progress"] = advance
+        if len(sources) == 1 and Path(sources[0]).suffix in (".yaml", ".yml"):
+            merged, own_dtype = _by_recipe(sources[0], rank, target, options)
+            dtype = dtype or own_dtype
+        else:
+            handles = _handles(sources, options)
+            check_apart(target, [h.path for h in handles.values()])
+            merged = _by_method(handles, rank, options)
+        exact, merged = merged, _cut(merged, rank, tolerance)
+        save(merged, target, pad=pad, overwrite=overwrite, dtype=torch_dtype(dtype))
+        written = open_adapter(target)
+        found = _found(exact, written, target)
+    output.report(found, lambda out: _show(out, found))
+
+
+def _handles(sources: Sequence[str], options: dict[str, Any]) -> dict[str, AdapterFile]:
+    """Every source, opened, by name."""
+    reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
+    texts: list[tuple[str, str]] = []
+    for source in sources:
+        found = in_library(source)
+        if found is not None:
+            texts.append((found[1], source))
+        elif reading["alpha"] is not None or reading["revision"] or not _is_many(source):
+            texts.append((_name(source), source))
+        else:
+            texts += paths_by_name([source]).items()
+    for pair in options.pop("names"):
+        name, equals, source = pair.partition("=")
+        if not (name and equals and source):
+            raise click.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--name")
+        texts.append((name, source))
+    handles: dict[str, AdapterFile] = {}
+    for name, source in texts:
+        if name in handles:
+            raise MismatchError(f"two sources are both named {name!r}: name one, --name NAME=PATH")
+        handles[name] = opened(source, **reading)
+    return handles
+
+
+def _is_many(source: str) -> bool:
+    """Whether it is a glob, or a folder of adapters."""
+    from ..files.find import adapter_folders
+
+    path = Path(source)
+    return (not path.exists() and "*" in source) or bool(adapter_folders(path))
+
+
+def _name(source: str) -> str:
+    path = Path(source)
+    return path.parent.name if path.suffix in (".safetensors", ".bin") else path.resolve().name
+
+
+def _by_method(
+    handles: dict[str, AdapterFile], rank: int | None, options: dict[str, Any]
+) -> Adapter:
+    from ..merge.merge import run
+    from ..merge.methods import job_of, takes_rank
+
+    names = tuple(handles)
+    weights = _weights(names, options.pop("pairs"), options.pop("weights"))
+    method, space, seed = (options.pop(key) for key in ("method", "space", "seed"))
+    if method in ("lorahub", "regmean"):
+        raise MismatchError(f"{method} needs a function or matrices: call lorafold.merge in Python")
+    given = {k: v for k, v in options.items() if v is not None and v is not False}
+    if rank is not None and takes_rank(method, space):
+        given["rank"] = rank
+    return run(handles, job_of(method, names, weights, space, seed, given))
+
+
+def _by_recipe(
+    path: str, rank: int | None, target: str, options: dict[str, Any]
+) -> tuple[Adapter, str | None]:
+    """The merged adapter of a recipe, and the dtype that it asks for."""
+    from ..files.replacing import check_apart
+    from ..merge.recipe import Recipe
+
+    said = [k for k in (*_METHODS_OWN, "pairs", "weights", "names", "pico") if options[k]]
+    if options["method"] != "linear" or options["space"] != "core" or said:
+        what = "--" + (said[0] if said else "method").rstrip("_").replace("_", "-")
+        raise click.UsageError(f"a recipe says how to merge; leave out {what}")
+    recipe = Recipe.read(path)
+    check_apart(target, [path, *(source for source, _ in recipe.models.values())])
+    own = {"heads": options["heads"], "progress": options["progress"]}
+    return recipe.merge(rank=rank, seed=options["seed"], **own), recipe.dtype
+
+
+def _weights(names: Sequence[str], pairs: Iterable[str], listed: str | None) -> Any:
+    pairs = list(pairs)
+    if pairs and listed is not None:
+        raise click.UsageError("give --weight or --weights, not both")
+    if listed is not None:
+        return [_number(text, "--weights") for text in listed.split(",")]
+    found: dict[str, float] = {}
+    for pair in pairs:
+        name, equals, value = pair.rpartition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{pair!r} is not NAME=W", param_hint="--weight")
+        if name in found:
+            raise click.BadParameter(f"{name!r} is given twice", param_hint="--weight")
+        found[name] = _number(value, "--weight")
+    return found or None
+
+
+def _number(text: str, hint: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no number", param_hint=hint) from None
+
+
+def _cut(merged: Adapter, rank: int | None, tolerance: float | None) -> Adapter:
+    if tolerance is not None:
+        return merged.resize(tolerance=tolerance)
+    if rank is not None and merged.rank > rank:
+        return merged.resize(rank=rank)
+    return merged
+
+
+def _found(exact: Adapter, written: AdapterFile, target: str) -> dict[str, Any]:
+    from ..merge.provenance import facts_of
+
+    facts = facts_of(exact.config) or {}
+    norm, result = exact.norm(), written.load()
+    return {
+        **{key: facts.get(key) for key in ("method", "space", "seed", "options", "sources")},
+        "missing": facts.get("missing", {}),
+        "path": target,
+        "modules": len(exact),
+        "ranks": [_ranks(exact), _ranks(result)],
+        "bytes": written.nbytes,
+        "cut": facts.get("error"),
+        "error": exact.distance(result) / norm if norm > 0 else 0.0,
+    }
+
+
+def _ranks(adapter: Adapter) -> list[int]:
+    """Smallest and largest."""
+    ranks = [u.rank for u in adapter.modules.values()]
+    return [min(ranks, default=0), max(ranks, default=0)]
+
+
+def _show(out: Console, d: dict[str, Any]) -> None:
+    said = {**d["options"], "space": d["space"], "seed": d["seed"]}
+    output.say(out, f"{output.count(len(d['sources']), 'adapter')} merged by {d['method']}\n")
+    rows = [(s["name"], _weight(s["weight"]), s["digest"][:8]) for s in d["sources"]]
+    output.table(out, ["adapter", ">weight", "digest"], rows)
+    output.say(out, "")
+    ranks = [output.span(r) for r in d["ranks"]]
+    cut = d["cut"]
+    output.facts(
+        out,
+        [
+            ("written", d["path"]),
+            ("how", ", ".join(f"{k} {v}" for k, v in said.items())),
+            ("modules", f"{d['modules']:,}"),
+            ("rank", " → ".join(dict.fromkeys(ranks))),
+            ("bytes", output.size(d["bytes"])),
+            ("cut to rank", None if cut is None else f"{output.percent(cut)} of ‖ΔW‖ lost"),
+            ("error", f"{output.percent(d['error'])} of ‖ΔW‖, as written"),
+        ],
+    )
+
+
+def _weight(weight: Any) -> str:
+    return f"{weight:g}" if isinstance(weight, float | int) else "by module"

@@ -1,0 +1,185 @@
+"""One module of all adapters, and the space that they span together.
+
+With B = [s₁B₁ … s_N B_N] and A = [A₁; … ; A_N], the eigenvectors U (out, p) of Σ ΔW ΔWᵀ and
+V (in, q) of Σ ΔWᵀ ΔW hold every update: ΔW_i = U C_i Vᵀ with a core C_i (p, q), p and q at most Σr.
+They depend on the updates alone, neither on how they are factored nor on their order, as a basis
+from a QR of the factors would. Everything comes from the (Σr)² Grams of B and A in float64:
+
+    Y = [s_i B_i (A_i A_iᵀ)^½],   Yᵀ Y = W Λ Wᵀ,   U = Y W Λ^-½,
+
+and V likewise, so that nothing of the size (out, in) is made, and no QR of a tall matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank
+
+# Directions of the stack below this share of the largest hold what float32 factors are rounded by.
+NOISE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """One module of all adapters.
+
+    Args:
+        path: the module's.
+        names: the adapters'.
+        updates: each adapter's, None where it has no such module: it counts as zero.
+        weights: each adapter's. densities: the share of entries that each keeps.
+        seed: of the random masks.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    updates: tuple[LowRank | None, ...]
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    seed: int = 0
+
+    @property
+    def present(self) -> list[int]:
+        """Positions of the adapters that have the module."""
+        return [i for i, u in enumerate(self.updates) if u is not None]
+
+    @property
+    def there(self) -> list[LowRank]:
+        """The updates that are there."""
+        return [u for u in self.updates if u is not None]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.there[0].shape
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the updates that are there."""
+        return [u.rank for u in self.there]
+
+    def uniforms(self, i: int, shape: Sequence[int], side: str = "") -> Tensor:
+        """Numbers in [0, 1) that depend on seed, name, module and side only, (*shape) float32."""
+        words = f"{self.seed}\0{self.names[i]}\0{self.path}\0{side}"
+        digest = hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.rand(*shape, generator=generator)
+
+    @cached_property
+    def joint(self) -> Joint:
+        """The joint row and column space."""
+        return _joint(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """ΔW_i = U C_i Vᵀ for every member; all in float64.
+
+    Args:
+        U: (out, p) and V: (in, q), orthonormal; the largest direction first, a column's third
+            moment positive.
+        energies: (p,) eigenvalues of Σ ΔW ΔWᵀ, descending.
+        lefts: Uᵀ s_i B_i (p, r_i), None for who is not there. rights: A_i V (r_i, q).
+    """
+
+    U: Tensor
+    V: Tensor
+    energies: Tensor
+    lefts: tuple[Tensor | None, ...]
+    rights: tuple[Tensor | None, ...]
+
+    @cached_property
+    def cores(self) -> list[Tensor | None]:
+        """C_i (p, q) of every member."""
+        pairs = zip(self.lefts, self.rights, strict=True)
+        return [None if L is None or R is None else L @ R for L, R in pairs]
+
+    @property
+    def zero(self) -> Tensor:
+        """A core (p, q) of zeros."""
+        return self.U.new_zeros(self.U.shape[1], self.V.shape[1])
+
+    def lifted(self, M: Tensor) -> LowRank:
+        """U M Vᵀ of a core M (p, q), float32, of rank min(p, q)."""
+        p, q = M.shape
+        size = float(torch.linalg.matrix_norm(M))
+        even = math.sqrt(size / math.sqrt(min(p, q))) if size > 0 else 1.0  # B and A of one size
+        B, A = (self.U, M @ self.V.T) if p <= q else (self.U @ M, self.V.T)
+        B, A = (B * even, A / even) if p <= q else (B / even, A * even)
+        return LowRank(A.float().contiguous(), B.float().contiguous())
+
+
+def _joint(members: Members) -> Joint:
+    B, A, spans = stacked(members.updates, members.shape)
+    G_B, G_A = B.T @ B, A @ A.T
+    (energies, T_U), (_, T_V) = _directions(G_B, G_A, spans), _directions(G_A, G_B, spans)
+    U, V = B @ T_U, A.T @ T_V
+    signs_U, signs_V = _signs(U), _signs(V)
+    U, V = U * signs_U, V * signs_V
+    left, right = (G_B @ T_U * signs_U).T, G_A @ T_V * signs_V
+    lefts = [None if s is None else left[:, s] for s in spans]
+    rights = [None if s is None else right[s] for s in spans]
+    return Joint(U, V, energies, tuple(lefts), tuple(rights))
+
+
+def stacked(
+    updates: Sequence[LowRank | None], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, list[slice | None]]:
+    """[s_i B_i] (out, Σr) and [A_i] (Σr, in) in float64, and where each update lies in them."""
+    there = [u for u in updates if u is not None]
+    device = there[0].A.device if there else None
+    spans: list[slice | None] = []
+    at = 0
+    for u in updates:
+        spans.append(None if u is None else slice(at, at + u.rank))
+        at += 0 if u is None else u.rank
+    B = torch.empty(shape[0], at, dtype=torch.float64, device=device)
+    A = torch.empty(at, shape[1], dtype=torch.float64, device=device)
+    for u, span in zip(updates, spans, strict=True):
+        if u is not None and span is not None:
+            torch.mul(u.B.to(B), u.scale, out=B[:, span])
+            A[span] = u.A
+    return B, A, spans
+
+
+def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) descending of Σ ΔW ΔWᵀ = B H Bᵀ, and T (Σr, k) with eigenvectors B T.
+
+    Args:
+        G: BᵀB. G_other: A Aᵀ, of which H is the part within each update.
+    """
+    root = torch.zeros_like(G)
+    for span in spans:
+        if span is not None:
+            values, W = torch.linalg.eigh(G_other[span, span])
+            root[span, span] = W * values.clamp_min(0).sqrt() @ W.T
+    values, W = torch.linalg.eigh(root @ G @ root)
+    values, W = values.flip(0).clamp_min(0), W.flip(1)
+    kept = max(1, int((values > NOISE**2 * values[0]).sum()))
+    values = values[:kept]
+    inverse = torch.where(values > 0, 1 / values.sqrt().clamp_min(1e-300), 0.0)
+    return values, root @ W[:, :kept] * inverse
+
+
+def _signs(X: Tensor) -> Tensor:
+    """±1 for each column, so that X · signs is the same for X and for −X."""
+    return torch.where((X**3).sum(0) < 0, -1.0, 1.0).to(X)
+
+
+def thin_svd(M: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,), Vᵀ (k, n) of a small matrix, over what is not zero.
+
+    Args:
+        scale: what M was summed from is of this size: less than its rounding is zero.
+    """
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    k = int((max(float(S[0]), scale) * NOISE < S).sum()) if len(S) else 0
+    return U[:, :k], S[:k], Vh[:k]

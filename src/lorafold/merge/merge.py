@@ -1,0 +1,305 @@
+"""`merge`: many adapters into one, module by module, from files.
+
+Sources are opened by their headers and read one module at a time; a module that some lack counts
+as zero there, and is listed. What a rule gives is what is returned: nothing is cut unless asked for
+(in `space="delta"`, where results have full rank, it must be, and the error is told).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, merged_config
+from ..collection.collection import Collection
+from ..collection.limits import threads
+from ..collection.sources import Handle, named_handles
+from ..errors import MismatchError, RefusedError
+from ..files import open_adapter
+from ..files.save import ORIGIN
+from ..lowrank import LowRank
+from ..parts import check_bias_scales
+from ..words import warn
+from . import searched, spectral
+from .core import Members
+from .methods import Job, job_of
+from .provenance import origin
+from .spaces import Cut, in_core, in_delta, in_factors, in_halves
+from .weights import PerAdapter
+
+
+def merge(
+    sources: Any,
+    method: str = "linear",
+    *,
+    weights: Any = None,
+    space: str = "core",
+    seed: int = 0,
+    **options: Any,
+) -> Adapter:
+    """Merge adapters of any ranks and targets over one base into one.
+
+    Args:
+        sources: paths, globs, `Adapter`s, or {name: either}; read module by module.
+        method: "linear" (task arithmetic), "magnitude", "ties", "dare", "dare_ties", "della",
+            "breadcrumbs", "slerp", "knots", "tsv", "iso_c", "iso_cts", "lego", "ctm", "lorahub" or
+            "regmean".
+        weights: one number each, {name: number} or {name: {pattern: number}} with patterns as in
+            PEFT's `rank_pattern`; negative ones subtract. By default 1/N each, and 1 each for
+            "tsv", "iso_c" and "iso_cts", which sum.
+        space: where the rules that act entry by entry act: "core" (the joint row and column space,
+            lossless), "delta" (the entries of ΔW, dense, cut at `rank=`, by default Σr) or
+            "factors" (A and B apart, PEFT's approximation).
+        seed: of random masks, each of which depends on it, the adapter's name and the module.
+        options: the method's own: `density=` (or `drop_rate=`), `gamma=`, `epsilon=`, `rank=`,
+            `rule=`, `common=`, `beta=`, `score=`, `budget=`, `grams=`, …; and for any method
+            `lambda_=` (a factor), `pico=True` (calibrates first), `heads=` (whose extras to keep)
+            and `progress=` (called with done, total, module).
+
+    Returns:
+        An `Adapter` of the exact result, of rank Σr at most; `.resize` cuts it. Saved, its file and
+        model card tell where it comes from.
+
+    Raises:
+        MismatchError: shapes, bases or extras that disagree, no sources, values out of range.
+        UnknownNameError: no such method, option or source.
+        RefusedError: ΔW algebra would be wrong for a source.
+
+    Not for: an adapter into a checkpoint (`merge_into_weights`), several adapters on a running
+    model (`attach` and `live.use({…})`).
+
+    Example:
+        >>> import torch
+        >>> import lorafold as lf
+        >>> u = lambda: lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))
+        >>> a, b = lf.Adapter({"q_proj": u()}), lf.Adapter({"q_proj": u()})
+        >>> merged = lf.merge({"sql": a, "law": b}, weights=[0.7, 0.3])
+        >>> merged.distance(0.7 * a + 0.3 * b) < 1e-6
+        True
+    """
+    handles = named_handles(sources)
+    return run(handles, job_of(method, tuple(handles), weights, space, seed, options))
+
+
+def run(handles: Mapping[str, Handle], job: Job) -> Adapter:
+    """The merged adapter of a job on opened sources.
+
+    Raises:
+        RefusedError: ΔW algebra would be wrong for one; naming it, the reason and the remedy.
+    """
+    for name, handle in handles.items():
+        if handle.refusal is not None:
+            raise RefusedError(f"{name!r} can't be merged: {handle.refusal}")
+    if job.method == "lorahub" and len(handles) > 1:
+        # Every candidate needs all of them: they are read once.
+        handles = {name: open_adapter(h.load()) for name, h in handles.items()}
+        job = _searched(handles, job)
+    return _Run(handles, job).adapter()
+
+
+def _searched(handles: Mapping[str, Handle], job: Job) -> Job:
+    """A linear job with the weights that score best."""
+    o = job.options
+    plain = replace(job, method="linear", options={**o, "pico": False, "progress": None})
+
+    def with_weights(w: list[float]) -> Job:
+        return replace(plain, weights=PerAdapter(tuple(w), 0.0))
+
+    found = searched.searched_weights(
+        lambda w: o["score"](_Run(handles, with_weights(w), quiet=True).adapter()),
+        len(handles),
+        budget=o["budget"],
+        bound=o["bound"],
+        penalty=o["penalty"],
+        seed=job.seed,
+    )
+    return replace(with_weights(found), options=o)
+
+
+@dataclass(frozen=True, eq=False)
+class _Extras:
+    """What is carried along: tensors and config."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+class _Run:
+    """One merge: opened sources and a job."""
+
+    def __init__(self, handles: Mapping[str, Handle], job: Job, quiet: bool = False) -> None:
+        self._job, self._quiet = job, quiet
+        self._collection = Collection(handles, exact=(), block_bytes=1 << 20)
+        self._names = tuple(self._collection.names)
+        self._handles = self._collection.handles
+        self._paths = self._collection.paths
+        job.weights.check_paths(self._paths, "weights")
+        job.densities.check_paths(self._paths, "density")
+        _check_layouts(self._names, self._handles)
+        if job.method == "regmean":
+            searched.check_grams(job.options["grams"], self._names)
+
+    def adapter(self) -> Adapter:
+        """The result."""
+        extras = self._extras()
+        modules, error = self._modules()
+        missing = self._missing()
+        if missing and not self._quiet:
+            shown = "; ".join(f"{p!r} in {', '.join(who)}" for p, who in list(missing.items())[:5])
+            more = "; …" if len(missing) > 5 else ""
+            warn(
+                f"{len(missing)} of {len(self._paths)} modules are missing in some sources and "
+                f"count as zero there: {shown}{more}"
+            )
+        config = dict(extras.config)
+        if not self._quiet:
+            facts = self._facts(extras, error, missing)
+            config[ORIGIN] = origin(facts, self._collection.base_model)
+        layouts = {p: lay for p, lay in self._collection.layouts.items() if p in modules}
+        return Adapter(modules, extras.tensors, config, self._collection.base_model, layouts)
+
+    def _modules(self) -> tuple[dict[str, LowRank], float | None]:
+        """The merged modules; and how far those that were cut are off, relative to all of them."""
+        job, modules = self._job, {}
+        lost = size = 0.0
+        progress: Callable[[int, int, str], object] | None = job.options["progress"]
+        # Thin algebra on several threads waits more than it works; dense algebra does not.
+        with threads(None if job.space == "delta" else 1):
+            for k, path in enumerate(self._paths):
+                if progress is not None:
+                    progress(k, len(self._paths), path)
+                found = _merged(job, self._members(path), len(self._names))
+                if isinstance(found, Cut):
+                    lost, size = lost + found.lost, size + found.size
+                    found = found.update
+                modules[path] = found * job.options["lambda_"]
+        return modules, math.sqrt(lost / size) if size > 0 else None
+
+    def _members(self, path: str) -> Members:
+        there = [path in h.shapes for h in self._handles]
+        updates = [self._collection.read(i, path) if t else None for i, t in enumerate(there)]
+        job = self._job
+        weights, kept = job.weights.at(path), job.densities.at(path)
+        return Members(path, self._names, tuple(updates), weights, kept, job.seed)
+
+    def _missing(self) -> dict[str, list[str]]:
+        """Module → the sources that lack it."""
+        pairs = list(zip(self._names, self._handles, strict=True))
+        found = {p: [n for n, h in pairs if p not in h.shapes] for p in self._paths}
+        return {path: who for path, who in found.items() if who}
+
+    def _extras(self) -> _Extras:
+        """Extras that are equal or one-sided, or those of the source that was chosen.
+
+        Raises:
+            MismatchError: two differ and none was chosen.
+        """
+        chosen = self._job.options["heads"]
+        if chosen is not None:
+            handle = self._handles[self._names.index(chosen)]
+            return _Extras(handle.read_extras(), handle.config)
+        tensors: dict[str, Tensor] = {}
+        owner: dict[str, str] = {}
+        config: Mapping[str, Any] = {}
+        keys: list[tuple[list[str], Mapping[str, Any]]] = []
+        for name, handle in zip(self._names, self._handles, strict=True):
+            extras = handle.read_extras()
+            for key, t in extras.items():
+                old = tensors.setdefault(key, t)
+                if old is not t and (old.dtype != t.dtype or not torch.equal(old, t)):
+                    raise MismatchError(
+                        f"{owner[key]!r} and {name!r} carry {key!r} with different values: "
+                        f"say whose heads and tokens to keep with heads=, e.g. {owner[key]!r}"
+                    )
+                owner.setdefault(key, name)
+            keys.append((list(extras), handle.config))
+            config = merged_config(config, handle.config) if len(keys) > 1 else handle.config
+        for mine, own in keys:
+            check_bias_scales(mine, own, config)
+        return _Extras(tensors, config)
+
+    def _facts(
+        self, extras: _Extras, error: float | None, missing: Mapping[str, list[str]]
+    ) -> dict[str, Any]:
+        given = self._job.weights.given
+        sources = []
+        for i, name in enumerate(self._names):
+            own = self._handles[i].read_extras()
+            weight = dict(w) if isinstance(w := given[i], Mapping) else w
+            digest = self._collection.digest(i, own)
+            sources.append({"name": name, "weight": weight, "digest": digest})
+        facts: dict[str, Any] = {**self._job.said, "sources": sources}
+        if missing:
+            facts["missing"] = dict(missing)
+        if error is not None:
+            facts["error"] = error
+        return facts
+
+
+def _check_layouts(names: tuple[str, ...], handles: list[Handle]) -> None:
+    """Refuse one module that is of two kinds.
+
+    Raises:
+        MismatchError: naming both sources.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for name, handle in zip(names, handles, strict=True):
+        for path in handle.shapes:
+            layout = handle.layouts.get(path)
+            kind = ("linear", ()) if layout is None else (layout.kind, layout.kernel)
+            owner, other = first.setdefault(path, (name, kind))
+            if kind != other:
+                raise MismatchError(
+                    f"module {path!r} is of kind {other[0]} in {owner!r} and {kind[0]} in {name!r}"
+                )
+
+
+def _merged(job: Job, members: Members, count: int) -> LowRank | Cut:
+    """One module."""
+    if count == 1 and (job.space == "core" or set(members.densities) == {1.0}):
+        return _alone(job, members)
+    calm = spectral.calibrated(members) if job.options["pico"] else members
+    found = _by_method(job, calm)
+    if not job.options["pico"]:
+        return found
+    if isinstance(found, Cut):
+        return replace(found, update=spectral.recalibrated(found.update, members))
+    return spectral.recalibrated(found, members)
+
+
+def _alone(job: Job, members: Members) -> LowRank:
+    """A single adapter: itself, times its weight; rules that divide by weights leave the sign."""
+    (u,), (w,) = members.there, members.weights
+    if job.method == "slerp" or job.rule.divide != "no":
+        w = 0.0 if w == 0 else 1.0 if job.rule.divide == "signed" else math.copysign(1.0, w)
+    return u if w == 1 else w * u
+
+
+def _by_method(job: Job, members: Members) -> LowRank | Cut:
+    o = job.options
+    if job.entrywise:
+        if job.space == "delta" and (not job.rule.sums or o["rank"] is not None):
+            return in_delta(job.rule, members, o["rank"])
+        if job.space == "factors":
+            return in_factors(job.rule, members)
+        return spectral.linear(members) if job.rule.sums else in_core(job.rule, members)
+    return _METHODS[job.method](job, members)
+
+
+_METHODS: dict[str, Callable[[Job, Members], LowRank]] = {
+    "slerp": lambda job, m: spectral.slerp(m),
+    "knots": lambda job, m: in_halves(job.rule, m),
+    "tsv": lambda job, m: spectral.tsv(m),
+    "iso_c": lambda job, m: spectral.iso_c(m),
+    "iso_cts": lambda job, m: spectral.iso_cts(m, job.options["common"]),
+    "lego": lambda job, m: spectral.lego(m, job.options["rank"]),
+    "ctm": lambda job, m: spectral.ctm(m, job.rule, job.options["rank"], job.options["beta"]),
+    "regmean": lambda job, m: searched.regmean(
+        m, job.options["grams"], job.options["off_diagonal"]
+    ),
+}

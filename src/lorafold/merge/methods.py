@@ -1,0 +1,239 @@
+"""Every method of merging: where it works, what it takes, and what of it was asked for.
+
+`job_of` turns the keywords of a call into a `Job`, checked: what a job says can be done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import MismatchError, UnknownNameError
+from ..words import did_you_mean
+from .rules import RULES, Rule
+from .weights import PerAdapter, densities, per_adapter
+
+SPACES = ("core", "delta", "factors")
+_ALIASES = {
+    "average": "linear",
+    "mean": "linear",
+    "task_arithmetic": "linear",
+    "dare_linear": "dare",
+    "magnitude_prune": "magnitude",
+    "tsv_m": "tsv",
+}
+_ANY = {"lambda_": 1.0, "pico": False, "heads": None, "progress": None}
+_SPARSE = {"density": 0.5}
+_INNER = {"density": None, "gamma": 0.01, "epsilon": 0.15}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Args:
+        takes: its own options and their defaults.
+        spaces: in which it works; the rules that act entry by entry work in all three.
+        weight: of each adapter where none is given: 1/N ("mean") or 1 ("sum", as published).
+    """
+
+    takes: Mapping[str, Any] = field(default_factory=dict)
+    spaces: tuple[str, ...] = ("core",)
+    weight: str = "mean"
+
+
+METHODS: dict[str, Method] = {
+    "linear": Method(spaces=SPACES),
+    "magnitude": Method(_SPARSE, SPACES),
+    "ties": Method(_SPARSE, SPACES),
+    "dare": Method(_SPARSE, SPACES),
+    "dare_ties": Method(_SPARSE, SPACES),
+    "della": Method({**_SPARSE, "epsilon": 0.15}, SPACES),
+    "breadcrumbs": Method({**_SPARSE, "gamma": 0.01}, SPACES),
+    "slerp": Method(),
+    "knots": Method({"rule": "ties", **_INNER}),
+    "tsv": Method(weight="sum"),
+    "iso_c": Method(weight="sum"),
+    "iso_cts": Method({"common": 0.8}, weight="sum"),
+    "lego": Method({"rank": None}),
+    "ctm": Method({"rank": None, "rule": "linear", "beta": 0.0, **_INNER}),
+    "lorahub": Method({"score": None, "budget": 40, "bound": 1.5, "penalty": 0.05}),
+    "regmean": Method({"grams": None, "off_diagonal": 0.9}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, checked.
+
+    Args:
+        method: one of `METHODS`.
+        rule: what the rules that act entry by entry do, alone or inside `knots` and `ctm`.
+        space: one of `SPACES`.
+        weights, densities: of each adapter, module by module.
+        options: the method's own, each with a value.
+        said: what is told of it: JSON values.
+    """
+
+    method: str
+    rule: Rule
+    space: str
+    seed: int
+    weights: PerAdapter
+    densities: PerAdapter
+    options: Mapping[str, Any]
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether it is a rule that acts entry by entry, and no more."""
+        return self.method in RULES
+
+
+def job_of(
+    method: str,
+    names: Sequence[str],
+    weights: Any = None,
+    space: str = "core",
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Job:
+    """The keywords of a call as a job.
+
+    Raises:
+        UnknownNameError: no such method, space, rule, option or source.
+        MismatchError: a value out of range.
+    """
+    method = _method(method)
+    kind = METHODS[method]
+    if space not in SPACES:
+        raise UnknownNameError(f"no space {space!r}; {did_you_mean(space, SPACES)}")
+    if space not in kind.spaces:
+        raise MismatchError(f"{method} works in space='core' only, found {space!r}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise MismatchError(f"seed must be a whole number, found {seed!r}")
+    given = _without_drop_rate(dict(options or {}))
+    takes = _takes(method, space)
+    unknown = [name for name in given if name not in takes]
+    if unknown:
+        known = {**takes, "weights": None, "space": None, "seed": None}
+        raise UnknownNameError(
+            f"{method} takes no {unknown[0]}=; {did_you_mean(unknown[0], known)}"
+        )
+    filled = {**takes, **given}
+    _check(method, filled, names)
+    rule = _rule(method, filled)
+    kept = _densities(rule, filled, names)
+    default = 1 / len(names) if kind.weight == "mean" else 1.0
+    checked = per_adapter(weights, names, default)
+    said = {"method": method, "space": space, "seed": int(seed)}
+    told = {k: v for k, v in filled.items() if k in given and _tellable(v)}
+    if rule.keep != "all":
+        told.setdefault("density", 0.5)
+    return Job(method, rule, space, int(seed), checked, kept, filled, {**said, "options": told})
+
+
+def _method(name: Any) -> str:
+    if not isinstance(name, str):
+        raise MismatchError(f"method must be a name, found {name!r}")
+    plain = name.lower().replace("-", "_")
+    plain = _ALIASES.get(plain, plain)
+    if plain not in METHODS:
+        raise UnknownNameError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
+    return plain
+
+
+def takes_rank(method: str, space: str) -> bool:
+    """Whether a rank is part of the method, rather than a cut of its result."""
+    return "rank" in _takes(_method(method), space)
+
+
+def _takes(method: str, space: str) -> dict[str, Any]:
+    """Option → default."""
+    cut = {"rank": None} if space == "delta" and method in RULES else {}
+    return {**_ANY, **METHODS[method].takes, **cut}
+
+
+def _without_drop_rate(given: dict[str, Any]) -> dict[str, Any]:
+    """`drop_rate=d` said as `density=1-d`."""
+    if "drop_rate" not in given:
+        return given
+    if given.get("density") is not None:
+        raise MismatchError("give density= or drop_rate=, which is 1 - density, not both")
+    rate = given.pop("drop_rate")
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:
+        raise MismatchError(f"drop_rate must lie in [0, 1), found {rate!r}")
+    return {**given, "density": 1 - float(rate)}
+
+
+def _rule(method: str, options: Mapping[str, Any]) -> Rule:
+    name = options.get("rule", method)
+    if "rule" in options and name not in RULES:
+        raise UnknownNameError(f"no rule {name!r}; {did_you_mean(str(name), RULES)}")
+    rule = RULES.get(name, Rule())
+    tuned = {k: options[k] for k in ("gamma", "epsilon") if options.get(k) is not None}
+    return replace(rule, **tuned)
+
+
+def _densities(rule: Rule, options: Mapping[str, Any], names: Sequence[str]) -> PerAdapter:
+    given = options.get("density")
+    if rule.keep == "all":
+        if given is not None:
+            raise MismatchError("density goes with a rule that drops entries, such as 'ties'")
+        return densities(1.0, names)
+    kept = densities(0.5 if given is None else given, names)
+    for value in kept.given:
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            rule.check(one)
+    return kept
+
+
+def _check(method: str, options: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check everything but rule and densities."""
+    for name, low, high in (
+        ("lambda_", -math.inf, math.inf),
+        ("gamma", 0, 1),
+        ("epsilon", 0, 1),
+        ("common", 0, 1),
+        ("beta", 0, 1),
+        ("off_diagonal", 0, 1),
+        ("penalty", 0, math.inf),
+        ("bound", 0, math.inf),
+    ):
+        value = options.get(name)
+        if value is not None and not _is_number(value, low, high):
+            bounds = "be a finite number" if low == -math.inf else f"lie in [{low}, {high}]"
+            raise MismatchError(f"{name} must {bounds}, found {value!r}")
+    for name in ("rank", "budget"):
+        value = options.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, Integral) or value < 1
+        ):
+            raise MismatchError(f"{name} must be a whole number of at least 1, found {value!r}")
+    heads = options["heads"]
+    if heads is not None and heads not in names:
+        raise UnknownNameError(f"heads={heads!r} is no source; {did_you_mean(str(heads), names)}")
+    needed = {"score": "a function of an Adapter", "grams": "{name: {module: Σ x xᵀ}}"}
+    for name, what in needed.items():
+        if name in options and options[name] is None:
+            raise MismatchError(f"{method} needs {name}=, {what}")
+    if "score" in options and not isinstance(options["score"], Callable):  # type: ignore[arg-type]
+        raise MismatchError(f"score must be a function of an Adapter, found {options['score']!r}")
+    if method == "slerp" and len(names) > 2:
+        raise MismatchError(f"slerp is between two adapters, found {len(names)}")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def _tellable(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_tellable(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_tellable(v) for v in value)
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,82 @@
+"""Where a merged adapter comes from: for the header of its file, and as a model card.
+
+Both ride in the adapter's config under `files.save.ORIGIN`, through whatever is done with the
+adapter, until `save` takes them out again: the facts into the metadata of the safetensors file, the
+card into README.md.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import __version__
+from ..files.save import ORIGIN
+
+KEY = "lorafold_merge"
+
+
+def origin(facts: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """What `save` writes beside a merged adapter.
+
+    Args:
+        facts: JSON values: method, space, seed, options, sources, …
+    """
+    full = {"lorafold": __version__, **facts}
+    return {
+        "metadata": {KEY: json.dumps(full, ensure_ascii=True, sort_keys=True)},
+        "card": _card(full, base_model),
+    }
+
+
+def facts_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was said of a merged adapter when it was made; None of any other."""
+    found = config.get(ORIGIN)
+    if not isinstance(found, Mapping) or KEY not in found.get("metadata", {}):
+        return None
+    facts: dict[str, Any] = json.loads(found["metadata"][KEY])
+    return facts
+
+
+def _card(facts: Mapping[str, Any], base_model: str | None) -> str:
+    front = ["---", "library_name: peft", "tags:", "- lora", "- merge"]
+    if base_model:
+        front.insert(1, f"base_model: {json.dumps(base_model)}")
+    options = {**facts.get("options", {}), "space": facts["space"], "seed": facts["seed"]}
+    said = ", ".join(f"{name} {_cell(value)}" for name, value in options.items())
+    lines = [
+        *front,
+        "---",
+        "",
+        "# A merged adapter",
+        "",
+        f"{len(facts['sources'])} adapters merged by `{facts['method']}` ({said}), with lorafold "
+        f"{facts['lorafold']}.",
+        "",
+        "| adapter | weight | digest |",
+        "|---|---|---|",
+    ]
+    for source in facts["sources"]:
+        row = (source["name"], source["weight"], source["digest"])
+        lines.append("| " + " | ".join(map(_cell, row)) + " |")
+    if facts.get("error") is not None:
+        lines += ["", f"Cut to its rank, it is off by {facts['error']:.3g} of what was cut."]
+    if facts.get("missing"):
+        lines += ["", "Missing in some adapters, where they count as zero:", ""]
+        lines += [f"- {_cell(path)}: {_cell(who)}" for path, who in facts["missing"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A value as text that is no markup of any kind."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_cell(k)}: {_cell(v)}" for k, v in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_cell, value))
+    text = html.escape("".join(c if c.isprintable() else " " for c in str(value)))
+    return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", text)
