@@ -122,7 +122,7 @@ def _joint(members: Members) -> Joint:
     G_B, G_A = B.T @ B, A @ A.T
     (energies, T_U), (_, T_V) = _directions(G_B, G_A, spans), _directions(G_A, G_B, spans)
     U, V = B @ T_U, A.T @ T_V
-    signs_U, signs_V = _signs(U), _signs(V)
+    signs_U, signs_V = column_signs(U), column_signs(V)
     U, V = U * signs_U, V * signs_V
     left, right = (G_B @ T_U * signs_U).T, G_A @ T_V * signs_V
     lefts = [None if s is None else left[:, s] for s in spans]
@@ -169,7 +169,7 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     return values, root @ W[:, :kept] * inverse
 
 
-def _signs(X: Tensor) -> Tensor:
+def column_signs(X: Tensor) -> Tensor:
     """±1 for each column, so that X · signs is the same for X and for −X."""
     return torch.where((X**3).sum(0) < 0, -1.0, 1.0).to(X)
 

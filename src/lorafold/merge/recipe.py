@@ -120,9 +120,10 @@ class Recipe:
             options: `heads=`, `progress=`, as `merge` takes them.
         """
         handles = named_handles({name: path for name, (path, _) in self.models.items()})
-        if self.base is not None:
+        if self.base is not None and not Path(self.base).exists():
+            # A local folder may have any name; of two names on the Hub, the last part is enough.
             for name, handle in handles.items():
-                if handle.base_model and not _one_model(handle.base_model, self.base):
+                if handle.base_model and Path(handle.base_model).name != Path(self.base).name:
                     raise MismatchError(
                         f"base_model is {self.base!r}, and {name!r} belongs to "
                         f"{handle.base_model!r}"
@@ -383,8 +384,3 @@ def _parameters(given: Any, known: Sequence[str], where: str) -> Mapping[str, An
             hint = did_you_mean(str(name), known)
             raise UnknownNameError(f"{where}: parameter {name!r} can't be honoured; {hint}")
     return given
-
-
-def _one_model(a: str, b: str) -> bool:
-    """Whether two names of a base may mean one: equal, or equal in their last part."""
-    return Path(a).name == Path(b).name

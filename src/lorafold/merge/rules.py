@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
+from .core import NOISE
 
 Draw = Callable[[int, Sequence[int]], Tensor]  # adapter, shape → uniform numbers in [0, 1)
 
@@ -107,7 +108,7 @@ def combined(
     if total is None:
         return None
     if rule.elect:
-        plus = total >= 0 if size is None else total >= -1e-9 * size  # rounding elects no sign
+        plus = total >= 0 if size is None else total >= -NOISE * size  # rounding elects no sign
         return _elected(rule.divide, _kept(rule, entries, weights, densities, draw), plus)
     if rule.divide == "no":
         return total

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..lowrank import LowRank, from_svd
-from .core import Joint, Members, thin_svd
+from .core import NOISE, Joint, Members, column_signs, thin_svd
 from .rules import Rule, combined
 
 _ALIKE = 0.9995  # cosine from which a great circle is taken for a line
@@ -164,7 +164,7 @@ def lego(members: Members, rank: int | None) -> LowRank:
     """LoRA-LEGO: rank-one pieces of all updates in k clusters, each cluster one piece.
 
     A piece is (√σ u, √σ v) of a singular triple, taken with the sign that is nearer to its
-    cluster. A centroid gets the mean norm of its pieces; all are scaled by √(r / k).
+    cluster (where both are as near, with a u of positive third moment). A centroid gets the mean norm of its pieces; all are scaled by √(r / k).
 
     Args:
         rank: k; the largest of the updates' where None.
@@ -174,7 +174,9 @@ def lego(members: Members, rank: int | None) -> LowRank:
     for w, (U, S, Vh) in zip(members.weights, _svds(joint), strict=True):
         root = S.sqrt()[:, None]
         if w != 0:
-            units.append(torch.cat([math.copysign(1.0, w) * root * U.T, root * Vh], 1))
+            signs = column_signs(joint.U @ U)[:, None]
+            left, right = root * signs * U.T, root * signs * Vh
+            units.append(torch.cat([math.copysign(1.0, w) * left, right], 1))
             weights += [abs(w)] * len(S)
     if not weights:
         return joint.lifted(joint.zero)
@@ -203,7 +205,10 @@ def _centroids(pool: Tensor, weights: Tensor, k: int) -> Tensor:
     nearest = _distances(pool, centres).argmin(1)
     shares, totals = _shares(nearest, weights, k)
     for _ in range(_ROUNDS):
-        signs = torch.where((pool * centres[nearest]).sum(1) < 0, -1.0, 1.0)
+        products = (pool * centres[nearest]).sum(1)
+        # Pieces of one update are orthogonal: which sign is nearer must not be up to rounding.
+        clear = -NOISE * norms * torch.linalg.vector_norm(centres[nearest], dim=1)
+        signs = torch.where(products < clear, -1.0, 1.0)
         # A cluster that lost all of its pieces keeps its centre.
         means = (shares * signs) @ pool / totals.clamp_min(1e-300)
         centres = torch.where(totals > 0, means, centres)
