@@ -149,6 +149,7 @@ def test_version(cli):
         "diff adapters/sql lib:sql",
         "resize adapters/sql out --rank 1",
         "check adapters/sql --base base",
+        "merge adapters -o one",
         "merge-into base adapters/sql -o merged",
         "fold adapters -o other",
         "ls lib",

@@ -16,7 +16,7 @@ def three(make_adapter):
     few = {p: s for p, s in SHAPES.items() if p != "layers.1.q"}
     v = "layers.0.v"
     return {
-        "sql": make_adapter(SHAPES, {p: 2 for p in SHAPES}, seed=1, scale=2.0),
+        "sql": make_adapter(SHAPES, dict.fromkeys(SHAPES, 2), seed=1, scale=2.0),
         "law": make_adapter(SHAPES, {p: 8 if p != v else 5 for p in SHAPES}, seed=2, scale=0.5),
         "art": make_adapter(few, {p: 16 if p != v else 3 for p in few}, seed=3, scale=1.0),
     }

@@ -1,7 +1,7 @@
 """The published formulas on dense matrices in float64, written anew with NumPy.
 
-`joint(D)` gives the joint space of dense updates; a method of `lf.merge` that works there must agree
-with the same formula on the cores, lifted again.
+`joint(D)` gives the joint space of dense updates; a method of `lf.merge` that works there must
+agree with the same formula on the cores, lifted again.
 """
 
 from __future__ import annotations

@@ -20,8 +20,23 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..files import AdapterFile
 
-# Options that methods take, as flags: {flag: keyword}.
-_METHODS_OWN = ("density", "drop_rate", "gamma", "epsilon", "rule", "common", "beta", "lambda_")
+# {parameter: its flag} of what a recipe says itself.
+_NOT_WITH_RECIPES = {
+    "method": "--method",
+    "space": "--space",
+    "pairs": "--weight",
+    "weights": "--weights",
+    "names": "--name",
+    "density": "--density",
+    "drop_rate": "--drop-rate",
+    "gamma": "--gamma",
+    "epsilon": "--epsilon",
+    "rule": "--rule",
+    "common": "--common",
+    "beta": "--beta",
+    "lambda_": "--lambda",
+    "pico": "--pico",
+}
 
 
 @command(
@@ -156,10 +171,9 @@ def _by_recipe(
     from ..files.replacing import check_apart
     from ..merge.recipe import Recipe
 
-    said = [k for k in (*_METHODS_OWN, "pairs", "weights", "names", "pico") if options[k]]
-    if options["method"] != "linear" or options["space"] != "core" or said:
-        what = "--" + (said[0] if said else "method").rstrip("_").replace("_", "-")
-        raise click.UsageError(f"a recipe says how to merge; leave out {what}")
+    for name, flag in _NOT_WITH_RECIPES.items():
+        if options[name] not in (None, False, (), "linear", "core"):
+            raise click.UsageError(f"a recipe says how to merge; leave out {flag}")
     recipe = Recipe.read(path)
     check_apart(target, [path, *(source for source, _ in recipe.models.values())])
     own = {"heads": options["heads"], "progress": options["progress"]}

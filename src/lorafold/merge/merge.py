@@ -153,8 +153,8 @@ class _Run:
             shown = "; ".join(f"{p!r} in {', '.join(who)}" for p, who in list(missing.items())[:5])
             more = "; …" if len(missing) > 5 else ""
             warn(
-                f"{len(missing)} of {len(self._paths)} modules are missing in some sources and "
-                f"count as zero there: {shown}{more}"
+                f"counted as zero where missing, {len(missing)} of {len(self._paths)} modules: "
+                f"{shown}{more}"
             )
         config = dict(extras.config)
         if not self._quiet:

@@ -164,7 +164,8 @@ def lego(members: Members, rank: int | None) -> LowRank:
     """LoRA-LEGO: rank-one pieces of all updates in k clusters, each cluster one piece.
 
     A piece is (√σ u, √σ v) of a singular triple, taken with the sign that is nearer to its
-    cluster (where both are as near, with a u of positive third moment). A centroid gets the mean norm of its pieces; all are scaled by √(r / k).
+    cluster (where both are as near, with a u of positive third moment). A centroid gets the mean
+    norm of its pieces; all are scaled by √(r / k).
 
     Args:
         rank: k; the largest of the updates' where None.
