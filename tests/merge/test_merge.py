@@ -422,7 +422,9 @@ def test_rank_one_and_full_rank(make_adapter, method):
 
 
 def test_missing_modules_count_as_zero_and_are_listed(three, deltas, off):
-    with pytest.warns(UserWarning, match=r"zero where missing, 1 of 3 modules: 'layers.1.q' in art"):
+    with pytest.warns(
+        UserWarning, match=r"zero where missing, 1 of 3 modules: 'layers.1.q' in art"
+    ):
         merged = lf.merge(three)
     assert off(merged, {p: sum(deltas(three, p)) / 3 for p in three["sql"]}) < 1e-6
     assert "layers.1.q: art" in merged.config["lorafold_origin"]["card"]

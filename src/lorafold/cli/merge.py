@@ -11,7 +11,7 @@ import click
 from ..errors import MismatchError
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, in_library, opened, paths_by_name
+from ._source import adapter_options, opened
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -111,16 +111,19 @@ def merge(
 
 def _handles(sources: Sequence[str], options: dict[str, Any]) -> dict[str, AdapterFile]:
     """Every source, opened, by name."""
+    from ..files.find import adapters_at, in_library, is_library, matches, name_of
+
     reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
     texts: list[tuple[str, str]] = []
     for source in sources:
         found = in_library(source)
         if found is not None:
             texts.append((found[1], source))
-        elif reading["alpha"] is not None or reading["revision"] or not _is_many(source):
-            texts.append((_name(source), source))
+        elif is_library(source) or not Path(source).exists() and "*" not in source:
+            texts.append((name_of(Path(source)), source))  # a Hub id, or what `opened` refuses
         else:
-            texts += paths_by_name([source]).items()
+            places = (place for path in matches(source) for place in adapters_at(path))
+            texts += [(name_of(place), str(place)) for place in places]
     for pair in options.pop("names"):
         name, equals, source = pair.partition("=")
         if not (name and equals and source):
@@ -132,19 +135,6 @@ def _handles(sources: Sequence[str], options: dict[str, Any]) -> dict[str, Adapt
             raise MismatchError(f"two sources are both named {name!r}: name one, --name NAME=PATH")
         handles[name] = opened(source, **reading)
     return handles
-
-
-def _is_many(source: str) -> bool:
-    """Whether it is a glob, or a folder of adapters."""
-    from ..files.find import adapter_folders
-
-    path = Path(source)
-    return (not path.exists() and "*" in source) or bool(adapter_folders(path))
-
-
-def _name(source: str) -> str:
-    path = Path(source)
-    return path.parent.name if path.suffix in (".safetensors", ".bin") else path.resolve().name
 
 
 def _by_method(
