@@ -139,7 +139,7 @@ def lego(deltas, weights, k):
         U, s, Vh = svd(d)
         ranks.append(len(s))
         for j in range(len(s)):
-            sign = np.sign((U[:, j] ** 3).sum())
+            sign = np.sign(np.sin(np.arange(1, len(U) + 1)) @ U[:, j])
             u, v = np.sqrt(s[j]) * U[:, j] * sign * np.sign(w), np.sqrt(s[j]) * Vh[j] * sign
             pieces.append(np.concatenate([u, v])), shares.append(abs(w))
     pieces, shares = np.array(pieces), np.array(shares)

@@ -178,6 +178,17 @@ def test_delta_is_cut_to_its_rank_and_says_what_that_costs(three, deltas, off):
     assert facts["error"] == pytest.approx((lost / size) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("space", ["core", "delta"])
+def test_a_sum_is_cut_as_resize_does(three, space):
+    weights = [0.5, 2.0, -1.0]
+    whole = quietly(three, weights=weights)
+    cut = quietly(three, weights=weights, rank=3, space=space)
+    assert cut.rank == 3
+    assert cut.distance(whole.resize(rank=3)) < 1e-5 * whole.norm()
+    facts = json.loads(cut.config["lorafold_origin"]["metadata"]["lorafold_merge"])
+    assert facts["error"] == pytest.approx(whole.distance(cut) / whole.norm(), rel=1e-4)
+
+
 def test_a_large_delta_is_cut_nearly_as_well(make_adapter, monkeypatch):
     from lorafold.merge import spaces
 
@@ -319,6 +330,22 @@ def test_gauge_and_order_change_nothing(three, regauged, method, pico):
     other = {n: regauged(three[n], i) for i, n in enumerate(("art", "sql", "law"))}
     again = quietly(other, method, pico=pico)
     assert again.distance(merged) < 1e-5 * merged.norm()
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_bad_gauge_changes_nothing(make_adapter, method):
+    """One direction of A is a hundred million times as large as another, and B's as small."""
+    some = {n: make_adapter(SHAPE, r, seed=r, dtype=torch.float64) for n, r in (("a", 3), ("b", 4))}
+    merged = lf.merge(some, method)
+    skewed = {}
+    for n, a in some.items():
+        u = a["l.q"]
+        rng = np.random.default_rng(0)
+        Q = torch.from_numpy(np.linalg.qr(rng.standard_normal((u.rank, u.rank)))[0])
+        d = torch.logspace(-4, 4, u.rank, dtype=torch.float64)
+        G = (Q * d) @ Q.T
+        skewed[n] = lf.Adapter({"l.q": lf.LowRank(G @ u.A, u.B @ ((Q / d) @ Q.T), u.scale)})
+    assert lf.merge(skewed, method).distance(merged) < 1e-5 * merged.norm()
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
@@ -532,7 +559,7 @@ def test_options_that_are_wrong(three, method, options, what):
 
 def test_sources_that_do_not_fit(make_adapter, tmp_path):
     a = make_adapter(SHAPE, 2, base_model="one")
-    with pytest.raises(lf.MismatchError, match="empty"):
+    with pytest.raises(lf.MismatchError, match="nothing to merge.*empty"):
         lf.merge([])
     with pytest.raises(lf.MismatchError, match="'a' to 'one', 'b' to 'two'"):
         lf.merge({"a": a, "b": make_adapter(SHAPE, 2, base_model="two")})

@@ -119,7 +119,7 @@ def _handles(sources: Sequence[str], options: dict[str, Any]) -> dict[str, Adapt
         found = in_library(source)
         if found is not None:
             texts.append((found[1], source))
-        elif is_library(source) or not Path(source).exists() and "*" not in source:
+        elif is_library(source) or (not Path(source).exists() and "*" not in source):
             texts.append((name_of(Path(source)), source))  # a Hub id, or what `opened` refuses
         else:
             places = (place for path in matches(source) for place in adapters_at(path))

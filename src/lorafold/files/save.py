@@ -203,6 +203,8 @@ def _baked(adapter: Adapter, pad: bool) -> tuple[dict[str, LowRank], dict[str, i
 
 def _scaled(t: Tensor, scale: float) -> Tensor:
     """scale · t, in t's dtype where no entry is rounded, else in float32 at least."""
+    if scale == 1:
+        return t
     exact = t.double() * scale
     result = exact.to(t.dtype)
     if torch.equal(result.double(), exact):

@@ -84,8 +84,7 @@ class Joint:
     """ΔW_i = U C_i Vᵀ for every member; all in float64.
 
     Args:
-        U: (out, p) and V: (in, q), orthonormal; the largest direction first, a column's third
-            moment positive.
+        U: (out, p) and V: (in, q), orthonormal; the largest direction first, its sign fixed.
         energies: (p,) eigenvalues of Σ ΔW ΔWᵀ, descending.
         lefts: Uᵀ s_i B_i (p, r_i), None for who is not there. rights: A_i V (r_i, q).
     """
@@ -112,22 +111,54 @@ class Joint:
         p, q = M.shape
         size = float(torch.linalg.matrix_norm(M))
         even = math.sqrt(size / math.sqrt(min(p, q))) if size > 0 else 1.0  # B and A of one size
-        B, A = (self.U, M @ self.V.T) if p <= q else (self.U @ M, self.V.T)
-        B, A = (B * even, A / even) if p <= q else (B / even, A * even)
-        return LowRank(A.float().contiguous(), B.float().contiguous())
+        if p <= q:
+            return LowRank(((M / even) @ self.V.T).float(), self.U.float().mul_(even))
+        return LowRank(self.V.T.float().mul_(even), (self.U @ (M / even)).float())
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A result that was cut to a rank: ‖cut away‖² and ‖all‖²."""
+
+    update: LowRank
+    lost: float
+    size: float
 
 
 def _joint(members: Members) -> Joint:
     B, A, spans = stacked(members.updates, members.shape)
     G_B, G_A = B.T @ B, A @ A.T
     (energies, T_U), (_, T_V) = _directions(G_B, G_A, spans), _directions(G_A, G_B, spans)
-    U, V = B @ T_U, A.T @ T_V
+    zero = not float(energies[0]) > 0  # then both are a column of zeros
+    if zero or (_is_orthonormal(T_U, G_B) and _is_orthonormal(T_V, G_A)):
+        U, V = B @ T_U, A.T @ T_V
+        left, right = (G_B @ T_U).T, G_A @ T_V
+    else:
+        U, V, energies = _by_decomposition(B, A, spans)
+        left, right = U.T @ B, A @ V
     signs_U, signs_V = column_signs(U), column_signs(V)
-    U, V = U * signs_U, V * signs_V
-    left, right = (G_B @ T_U * signs_U).T, G_A @ T_V * signs_V
+    left, right = left * signs_U[:, None], right * signs_V
     lefts = [None if s is None else left[:, s] for s in spans]
     rights = [None if s is None else right[s] for s in spans]
-    return Joint(U, V, energies, tuple(lefts), tuple(rights))
+    return Joint(U * signs_U, V * signs_V, energies, tuple(lefts), tuple(rights))
+
+
+def _is_orthonormal(T: Tensor, G: Tensor) -> bool:
+    """Whether B T is, for G = BᵀB; not where a bad gauge made the Grams lose their small parts."""
+    off = T.T @ G @ T
+    off.diagonal().sub_(1)
+    return bool(off.abs().max() < 1e-8)
+
+
+def _by_decomposition(
+    B: Tensor, A: Tensor, spans: Sequence[slice | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U, V and energies by QR and SVD: several times slower, and right in any gauge."""
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    cores = [R_B[:, s] @ R_A[:, s].T for s in spans if s is not None]
+    P, S, _ = thin_svd(torch.cat(cores, 1))
+    P_V, _, _ = thin_svd(torch.cat([C.T for C in cores], 1))
+    return Q_B @ P, Q_A @ P_V, S.square()
 
 
 def stacked(
@@ -170,8 +201,9 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
 
 
 def column_signs(X: Tensor) -> Tensor:
-    """±1 for each column, so that X · signs is the same for X and for −X."""
-    return torch.where((X**3).sum(0) < 0, -1.0, 1.0).to(X)
+    """±1 for each column, −1 where it points against (sin 1, sin 2, …): X and −X become one."""
+    along = torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin()
+    return torch.where(along @ X < 0, -1.0, 1.0).to(X)
 
 
 def thin_svd(M: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,10 +26,10 @@ from ..lowrank import LowRank
 from ..parts import check_bias_scales
 from ..words import warn
 from . import searched, spectral
-from .core import Members
+from .core import Cut, Members
 from .methods import Job, job_of
 from .provenance import origin
-from .spaces import Cut, in_core, in_delta, in_factors, in_halves
+from .spaces import in_core, in_delta, in_factors, in_halves
 from .weights import PerAdapter
 
 
@@ -82,6 +82,8 @@ def merge(
         >>> merged.distance(0.7 * a + 0.3 * b) < 1e-6
         True
     """
+    if isinstance(sources, list | tuple | dict) and not sources:
+        raise MismatchError("there is nothing to merge: the list of sources is empty")
     handles = named_handles(sources)
     return run(handles, job_of(method, tuple(handles), weights, space, seed, options))
 
@@ -283,11 +285,14 @@ def _alone(job: Job, members: Members) -> LowRank:
 def _by_method(job: Job, members: Members) -> LowRank | Cut:
     o = job.options
     if job.entrywise:
-        if job.space == "delta" and (not job.rule.sums or o["rank"] is not None):
+        if job.rule.sums and job.space != "factors":
+            rank = o.get("rank")
+            return spectral.linear(members) if rank is None else spectral.linear_cut(members, rank)
+        if job.space == "delta":
             return in_delta(job.rule, members, o["rank"])
         if job.space == "factors":
             return in_factors(job.rule, members)
-        return spectral.linear(members) if job.rule.sums else in_core(job.rule, members)
+        return in_core(job.rule, members)
     return _METHODS[job.method](job, members)
 
 

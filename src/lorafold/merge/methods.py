@@ -46,7 +46,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "linear": Method(spaces=SPACES),
+    "linear": Method({"rank": None}, SPACES),
     "magnitude": Method(_SPARSE, SPACES),
     "ties": Method(_SPARSE, SPACES),
     "dare": Method(_SPARSE, SPACES),

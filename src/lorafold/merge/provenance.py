@@ -74,6 +74,8 @@ def _cell(value: Any) -> str:
     """A value as text that is no markup of any kind."""
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Mapping) and len(value) > 8:
+        return f"by {len(value)} patterns"
     if isinstance(value, Mapping):
         return ", ".join(f"{_cell(k)}: {_cell(v)}" for k, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -90,8 +90,8 @@ def combined(
     """The rule applied to all entries.
 
     Args:
-        entries: each adapter's, all of one shape; None is zero. One is asked for at a time, twice
-            where a sign is elected, so that a sequence may make them as they are asked for.
+        entries: each adapter's, all of one shape; None is zero. Of any sequence but a list one is
+            asked for at a time, twice where a sign is elected, so that it may make them then.
         weights, densities: each adapter's.
         draw: the random numbers of an adapter.
 
@@ -100,7 +100,10 @@ def combined(
     """
     total: Tensor | None = None
     size: Tensor | None = None
-    for w, x in _kept(rule, entries, weights, densities, draw):
+    kept: Iterable[tuple[float, Tensor]] = _kept(rule, entries, weights, densities, draw)
+    if isinstance(entries, list):  # they are all there: what is kept of them may be as well
+        kept = list(kept)
+    for w, x in kept:
         total = w * x if total is None else total.add_(x, alpha=w)
         if rule.elect and x.dtype == torch.float64:
             one = abs(w) * x.abs()
@@ -109,7 +112,9 @@ def combined(
         return None
     if rule.elect:
         plus = total >= 0 if size is None else total >= -NOISE * size  # rounding elects no sign
-        return _elected(rule.divide, _kept(rule, entries, weights, densities, draw), plus)
+        if not isinstance(entries, list):
+            kept = _kept(rule, entries, weights, densities, draw)
+        return _elected(rule.divide, kept, plus)
     if rule.divide == "no":
         return total
     divisor = sum(weights) if rule.divide == "signed" else sum(map(abs, weights))
@@ -181,11 +186,15 @@ def _count(share: float, numbers: int) -> int:
 
 
 def _largest(x: Tensor, density: float) -> Tensor:
-    """A mask of the share `density` of entries that is largest in size."""
-    mask = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
-    top = x.abs().flatten().topk(_count(density, x.numel()), sorted=False).indices
-    mask[top] = True
-    return mask.reshape(x.shape)
+    """A mask of the share `density` of entries that is largest in size; those as large as the last.
+
+    Selecting one value takes a quarter of the time that `topk` does.
+    """
+    size, kept = x.abs(), _count(density, x.numel())
+    if kept == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
+    least = size.flatten().kthvalue(x.numel() - kept + 1).values
+    return size >= least
 
 
 def _middle(x: Tensor, density: float, gamma: float) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -17,20 +16,11 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..lowrank import LowRank, from_svd
-from .core import Members
+from .core import Cut, Members
 from .rules import Rule, combined
 
 _EXACT = 1024  # up to this size the whole SVD is taken
 _MORE, _PASSES = 16, 6  # directions and passes beyond what a randomised one needs
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """A result of full rank, cut: ‖cut away‖² and ‖all‖²."""
-
-    update: LowRank
-    lost: float
-    size: float
 
 
 def in_core(rule: Rule, members: Members) -> LowRank:

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..collection.batch import decompose
 from ..errors import MismatchError
 from ..lowrank import LowRank, from_svd
-from .core import NOISE, Joint, Members, column_signs, thin_svd
+from .core import NOISE, Cut, Joint, Members, column_signs, thin_svd
 from .rules import Rule, combined
 
 _ALIKE = 0.9995  # cosine from which a great circle is taken for a line
@@ -41,10 +42,20 @@ def linear(members: Members) -> LowRank:
     dtype = torch.float64 if any(u.A.dtype == torch.float64 for u, _ in parts) else torch.float32
     device = parts[0][0].A.device
     A = torch.cat([u.A.to(device, dtype) for u, _ in parts])
-    scales = {scale for _, scale in parts}
-    if len(scales) == 1:
-        return LowRank(A, torch.cat([u.B.to(device, dtype) for u, _ in parts], 1), scales.pop())
-    return LowRank(A, torch.cat([u.B.to(device, dtype) * scale for u, scale in parts], 1))
+    B = torch.cat([u.B.to(device, dtype) for u, _ in parts], 1)
+    at = 0
+    for u, scale in parts:
+        B[:, at : at + u.rank] *= scale
+        at += u.rank
+    return LowRank(A, B)
+
+
+def linear_cut(members: Members, rank: int) -> Cut:
+    """The best update of a rank for Σ w ΔW, from the Grams of its factors: as `truncate` has it."""
+    whole = linear(members)
+    U, S, V = (x[0] for x in decompose(whole.B[None], whole.A[None]))
+    kept = from_svd(U[:, :rank], S[:rank].to(U), V[:, :rank].T)
+    return Cut(kept, float(S[rank:].square().sum()), float(S.square().sum()))
 
 
 def slerp(members: Members) -> LowRank:
@@ -164,8 +175,8 @@ def lego(members: Members, rank: int | None) -> LowRank:
     """LoRA-LEGO: rank-one pieces of all updates in k clusters, each cluster one piece.
 
     A piece is (√σ u, √σ v) of a singular triple, taken with the sign that is nearer to its
-    cluster (where both are as near, with a u of positive third moment). A centroid gets the mean
-    norm of its pieces; all are scaled by √(r / k).
+    cluster (where both are as near, with the sign that `column_signs` fixes). A centroid gets the
+    mean norm of its pieces; all are scaled by √(r / k).
 
     Args:
         rank: k; the largest of the updates' where None.
