@@ -209,6 +209,36 @@ def _packed(r: Result) -> list[Cells]:
     return rows
 
 
+def _merge(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for row in r["peft"]:
+        kind, _, width = row["what"].partition(", ")
+        how = "to rank 16" if kind == "svd" else "by TIES, in the joint space"
+        ours = f"{row['lorafold ms/layer']:.1f} ms a layer, {row['times faster']:.0f}× faster"
+        what = f"merging 8 adapters of rank 16 {how}, {width}"
+        peer = f"PEFT, `{kind}`: {row['PEFT ms/layer']:,.0f} ms"
+        rows.append((what, ours, peer, row["times faster"]))
+    for row in r["files"]:
+        ours = f"{row['seconds']:.1f} s, {row['times']:.1f}× reading and writing them"
+        what = f"merging from files to file, {row['what'].partition(', files')[0]}"
+        rows.append((what, ours, "", 1 / row["times"]))
+    return rows
+
+
+def _merge_quality(r: Result) -> list[Cells]:
+    named = {row["method"]: row for row in r["rows"]}
+    rows: list[Cells] = []
+    for size in sorted({len(g) for g in r["groups"]}):
+        methods = [row for name, row in named.items() if name != "best single adapter"]
+        best = max(methods, key=lambda row: row[f"{size}: mean"])
+        ours = f"{best[f'{size}: mean']:.1%} by `{best['method']}`"
+        plain, single = (named[n][f"{size}: mean"] for n in ("linear", "best single adapter"))
+        peer = f"task arithmetic: {plain:.1%}; one adapter alone: {single:.1%}"
+        what = f"lift of trained tasks kept when {size} adapters are merged"
+        rows.append((what, ours, peer, best[f"{size}: mean"]))
+    return rows
+
+
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -221,6 +251,8 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "attach_library": _attach_library,
     "packed": _packed,
     "qlora": _qlora,
+    "merge": _merge,
+    "merge_quality": _merge_quality,
 }
 
 
