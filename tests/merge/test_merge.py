@@ -136,7 +136,7 @@ def test_lego_clusters_pieces(make_adapter, deltas, off, rank, weights):
 
 
 def test_della_keeps_by_rank_in_the_row(three, deltas, off, monkeypatch):
-    from lorafold.merge.core import Members
+    from lorafold.merge.algebra.core import Members
 
     given = {}
 
@@ -190,7 +190,7 @@ def test_a_sum_is_cut_as_resize_does(three, space):
 
 
 def test_a_large_delta_is_cut_nearly_as_well(make_adapter, monkeypatch):
-    from lorafold.merge import spaces
+    from lorafold.merge.algebra import spaces
 
     two = {n: make_adapter({"q": (96, 160)}, 4, seed=i) for i, n in enumerate("ab")}
     exact = lf.merge(two, "ties", space="delta", density=0.5)

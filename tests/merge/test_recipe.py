@@ -11,7 +11,7 @@ import torch
 
 import lorafold as lf
 from lorafold.merge import Recipe
-from lorafold.merge.core import Members
+from lorafold.merge.algebra.core import Members
 
 pytest.importorskip("yaml")
 

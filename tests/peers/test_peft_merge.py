@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lorafold as lf
-from lorafold.merge.core import Members
+from lorafold.merge.algebra.core import Members
 
 RANKS = {"a": 4, "b": 4, "c": 4}
 NAMES = list(RANKS)

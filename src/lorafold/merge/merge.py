@@ -25,11 +25,11 @@ from ..files.save import ORIGIN
 from ..lowrank import LowRank
 from ..parts import check_bias_scales
 from ..words import warn
-from . import searched, spectral
-from .core import Cut, Members
+from .algebra import searched, spectral
+from .algebra.core import Cut, Members
+from .algebra.spaces import in_core, in_delta, in_factors, in_halves
 from .methods import Job, job_of
 from .provenance import origin
-from .spaces import in_core, in_delta, in_factors, in_halves
 from .weights import PerAdapter
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import MismatchError, UnknownNameError
 from ..words import did_you_mean
-from .rules import RULES, Rule
+from .algebra.rules import RULES, Rule
 from .weights import PerAdapter, densities, per_adapter
 
 SPACES = ("core", "delta", "factors")

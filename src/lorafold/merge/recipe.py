@@ -22,9 +22,9 @@ from ..adapter import Adapter
 from ..collection.sources import named_handles
 from ..errors import FileError, MismatchError, MissingExtraError, UnknownNameError
 from ..words import did_you_mean
+from .algebra.rules import Rule
 from .merge import run
 from .methods import Job, job_of
-from .rules import Rule
 from .weights import PerAdapter, densities
 
 _DTYPES = {

@@ -14,8 +14,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
-from ..lowrank import LowRank, from_svd
+from ...errors import MismatchError
+from ...lowrank import LowRank, from_svd
 from .core import Cut, Members
 from .rules import Rule, combined
 

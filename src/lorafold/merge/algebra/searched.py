@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
-from ..lowrank import LowRank
+from ...errors import MismatchError
+from ...lowrank import LowRank
 from .core import Members, stacked
 
 _FIRST_STEP, _SMALLEST = 0.3, 1e-3

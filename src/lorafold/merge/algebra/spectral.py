@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collection.batch import decompose
-from ..errors import MismatchError
-from ..lowrank import LowRank, from_svd
+from ...collection.batch import decompose
+from ...errors import MismatchError
+from ...lowrank import LowRank, from_svd
 from .core import NOISE, Cut, Joint, Members, column_signs, thin_svd
 from .rules import Rule, combined
 

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..lowrank import LowRank
+from ...lowrank import LowRank
 
 # Directions of the stack below this share of the largest hold what float32 factors are rounded by.
 NOISE = 1e-6

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
+from ...errors import MismatchError
 from .core import NOISE
 
 Draw = Callable[[int, Sequence[int]], Tensor]  # adapter, shape → uniform numbers in [0, 1)
