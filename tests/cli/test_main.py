@@ -81,6 +81,8 @@ def test_the_example_runs(verb, here, cli):
     line = shlex.split(loaded(verb).example)[1:]
     if verb == "fold":
         line += ["--overwrite"]
+    if verb == "verify-merge":
+        assert cli("merge-into", "base", "adapters/sql", "-o", "merged").code == 0
     if verb == "add":
         assert cli("rm", "lib", "law").code == 0
     line = [str(p) for word in line for p in (sorted(here.glob(word)) if "*" in word else [word])]

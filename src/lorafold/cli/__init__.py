@@ -17,6 +17,7 @@ VERBS = {
     "check": "Check an adapter's names and shapes against its base.",
     "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
+    "verify-merge": "Check, tensor by tensor, what a merged checkpoint holds of an adapter.",
     "fold": "Fold many adapters into one library with a bounded error.",
     "ls": "List the adapters of a library.",
     "unfold": "Write adapters of a library back as PEFT directories.",

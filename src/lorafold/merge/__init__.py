@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from .into_checkpoint import merge_into_weights as merge_into_weights
     from .merge import merge as merge
     from .recipe import Recipe as Recipe
+    from .verify import Verification as Verification
+    from .verify import verify_merge as verify_merge
 
-__all__ = ["Merged", "Recipe", "merge", "merge_into_weights"]
+__all__ = [
+    "Merged",
+    "Recipe",
+    "Verification",
+    "merge",
+    "merge_into_weights",
+    "verify_merge",
+]
 
 make_face(
     __name__,
@@ -20,6 +29,8 @@ make_face(
         "merge": "merge",
         "Merged": "into_checkpoint",
         "Recipe": "recipe",
+        "Verification": "verify",
         "merge_into_weights": "into_checkpoint",
+        "verify_merge": "verify",
     },
 )

@@ -1,0 +1,312 @@
+"""Does a merged checkpoint hold what it should? Tensor by tensor, from files.
+
+For every weight that the adapter changes, D = W_merged − W_base is compared with c · ΔW. The error
+that storing W + c ΔW in the checkpoint's dtype makes is known, so what is left beyond it was done
+by something else. A weight is `applied` where D is ΔW but for rounding; else `not applied` where D
+is nothing; else of `wrong strength` where D is c ΔW with the c of least squares; else some `other
+change`. All other tensors must be the base's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import MismatchError, RefusedError
+from ..files import load
+from ..files.base import BaseFiles, read_base
+from ..files.safetensors import open_file, read_entries, read_tensors
+from ..lowrank import LowRank
+from ..placing import Placement, Spot, placed
+
+Verdict = Literal["applied", "not applied", "wrong strength", "other change", "missing"]
+Progress = Callable[[int, int, str], object]
+
+# Beyond rounding: what half-precision arithmetic on ΔW itself adds, as a share of it.
+_ARITHMETIC = 0.01
+_ROUNDING = 1.2
+_ALIKE = 0.9
+_CHUNK = 1 << 21  # numbers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one part of an adapter.
+
+    Args:
+        verdict: one of `Verdict`.
+        c: of least squares; None where it says nothing.
+        rounding: error of storing W + c ΔW in the checkpoint's dtype, as a share of ‖ΔW‖.
+        unexplained: ‖D − c ΔW‖ as a share of ‖ΔW‖, rounding included.
+        why: more, where there is more to say.
+    """
+
+    verdict: Verdict
+    c: float | None = None
+    rounding: float = 0.0
+    unexplained: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_merge` found.
+
+    Args:
+        parts: {module path or key of an extra: what became of it}.
+        others: {tensor that the adapter leaves alone: how it differs}.
+        compared: how many tensors it leaves alone.
+    """
+
+    parts: Mapping[str, Finding]
+    others: Mapping[str, str]
+    compared: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of the adapter is applied, and nothing else happened."""
+        return not self.others and all(f.verdict == "applied" for f in self.parts.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{verdict: how many}, of those that there are."""
+        found: dict[str, int] = {}
+        for f in self.parts.values():
+            found[f.verdict] = found.get(f.verdict, 0) + 1
+        return found
+
+    @property
+    def says(self) -> str:
+        """What most likely happened, in a line; "" where all is well or nothing fits."""
+        verdicts = self.counts
+        changed = sum(why == "changed" for why in self.others.values())
+        if changed > self.compared / 2 > 0:
+            return "most tensors that the adapter leaves alone differ: it is another base"
+        if set(verdicts) == {"not applied"}:
+            return "the adapter was not merged"
+        if set(verdicts) == {"applied", "not applied"}:
+            return "the adapter was merged in part"
+        whys = {f.why for f in self.parts.values() if f.verdict != "applied"}
+        return next(iter(whys)) if len(whys) == 1 else ""
+
+
+def verify_merge(
+    base: str | os.PathLike[str],
+    adapter: Adapter | str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a merged checkpoint against its base and the adapter, tensor by tensor.
+
+    Works on what PEFT, mergekit or `merge_into_weights` wrote: safetensors, whole or in shards.
+
+    Args:
+        base, merged: folders, or safetensors files.
+        adapter: an `Adapter`, or what `lf.load` takes.
+        progress: called with done, total and the part.
+
+    Raises:
+        FileError: no safetensors there.
+        MismatchError: nothing of the adapter is in the base.
+        RefusedError: the adapter is no plain update, or a weight is quantised.
+
+    Not for: an adapter on a running model (`live.verify`).
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = load(adapter)
+    if adapter.refusal is not None:
+        raise RefusedError(adapter.refusal)
+    before, after = (_Weights(read_base(os.fspath(path))) for path in (base, merged))
+    plans = [placed(adapter.parts, w.files.named(adapter.parts.names())) for w in (before, after)]
+    if not plans[0].spots:
+        raise MismatchError(f"nothing of the adapter has a place in {base}: is it the base?")
+    there = {spot.part: spot for spot in plans[1].spots}
+    parts = _without_place(plans[0])
+    for k, spot in enumerate(plans[0].spots):
+        if progress is not None:
+            progress(k, len(plans[0].spots), spot.part)
+        other = there.get(spot.part)
+        if other is None:
+            parts[spot.part] = Finding("missing", why="not in the merged checkpoint, or misshapen")
+        else:
+            parts[spot.part] = _found(adapter, spot, other, before, after)
+    touched = {piece.key for plan in plans for spot in plan.spots for piece in spot.pieces}
+    others, compared = _others(before, after, touched)
+    return Verification(parts, others, compared)
+
+
+class _Weights:
+    """A checkpoint whose tensors are read one by one; the last one stays."""
+
+    def __init__(self, files: BaseFiles) -> None:
+        self.files = files
+        self._at = {k: (f, e) for f in files.files for k, e in read_entries(f).items()}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._at
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._at)
+
+    def read(self, key: str) -> Tensor:
+        if self._last is None or self._last[0] != key:
+            file, entry = self._at[key]
+            with open_file(file) as f:
+                (t,) = read_tensors(f, [(key, entry)], file)
+            self._last = key, t
+        return self._last[1]
+
+
+def _without_place(plan: Placement) -> dict[str, Finding]:
+    """Parts that the base itself has no place for."""
+    found = {part: Finding("missing", why=f"{why} (base)") for part, why in plan.unplaced.items()}
+    return found | {part: Finding("missing", why=m.says) for part, m in plan.wrong.items()}
+
+
+def _found(adapter: Adapter, spot: Spot, other: Spot, before: _Weights, after: _Weights) -> Finding:
+    keys = [(before.files, p.key) for p in spot.pieces] + [
+        (after.files, p.key) for p in other.pieces
+    ]
+    for files, key in keys:
+        if not files.entries[key].dtype.is_floating_point:
+            raise RefusedError(
+                f"{files.path} is quantised: {key!r} is {files.entries[key].dtype}, and what a "
+                "merge did to it can't be told from rounding"
+            )
+    if len(spot.pieces) != len(other.pieces):
+        return Finding("missing", why="the merged checkpoint stores it in another form")
+    value = adapter.value_at(spot)
+    if isinstance(value, LowRank):
+        return _of_update(value, spot, other, before, after)
+    verdicts = set()
+    for piece, twin in zip(spot.pieces, other.pieces, strict=True):
+        W, W1 = before.read(piece.key), after.read(twin.key)
+        if torch.equal(spot.replaced(W, piece, value).to(W1.dtype), W1):
+            verdicts.add("applied")
+        else:
+            verdicts.add("not applied" if torch.equal(W.to(W1.dtype), W1) else "other change")
+    verdict: Verdict = "applied" if verdicts == {"applied"} else "other change"
+    return Finding("not applied" if verdicts == {"not applied"} else verdict)
+
+
+def _of_update(u: LowRank, spot: Spot, other: Spot, before: _Weights, after: _Weights) -> Finding:
+    """The verdict on one update."""
+    pairs = []
+    for piece, twin in zip(spot.pieces, other.pieces, strict=True):
+        W, delta = spot.update(before.read(piece.key), piece, u)
+        W1, _ = other.update(after.read(twin.key), twin, u)
+        if spot.turned != other.turned:
+            W1 = W1.mT
+        if W1.shape != W.shape:
+            return Finding("missing", why="the merged checkpoint stores it in another form")
+        pairs.append((W, W1, delta))
+    sums = [_products(W, W1, delta) for W, W1, delta in pairs]
+    along, size = (math.fsum(x[i] for x in sums) for i in (0, 1))
+    if size == 0:
+        still = all(_misses(*pair, 0.0)[0] == 0 for pair in pairs)
+        return Finding("applied" if still else "other change", why="the update is zero")
+    c = along / size
+
+    tried: tuple[tuple[Verdict, float], ...] = (
+        ("applied", 1.0),
+        ("not applied", 0.0),
+        ("wrong strength", c),
+    )
+    for verdict, strength in tried:
+        miss, rounding = _shares(pairs, strength, size)
+        if miss <= _ROUNDING * rounding + _ARITHMETIC * abs(strength) + 1e-6:
+            why = _why_strength(c, u) if verdict == "wrong strength" else ""
+            if verdict == "applied" and _shares(pairs, 0.0, size)[0] == 0:
+                why = "the dtype is too coarse to hold it"
+            return Finding(verdict, c, rounding, miss, why)
+    miss, rounding = _shares(pairs, c, size)
+    turned = all(_is_turned(*pair) for pair in pairs)
+    return Finding("other change", c, rounding, miss, "ΔW was added transposed" if turned else "")
+
+
+def _shares(
+    pairs: list[tuple[Tensor, Tensor, Tensor]], c: float, size: float
+) -> tuple[float, float]:
+    """‖D − c ΔW‖ and the rounding of W + c ΔW over all pieces, as shares of ‖ΔW‖ = √size."""
+    both = [_misses(*pair, c) for pair in pairs]
+    miss, rounding = (math.fsum(column) for column in zip(*both, strict=True))
+    return math.sqrt(miss / size), math.sqrt(rounding / size)
+
+
+def _products(W: Tensor, W1: Tensor, delta: Tensor) -> tuple[float, float]:
+    """⟨D, ΔW⟩ and ‖ΔW‖²."""
+    along = size = 0.0
+    for a, b, d in _rows(W, W1, delta):
+        along += float(((b - a) * d).sum())
+        size += float(d.square().sum())
+    return along, size
+
+
+def _misses(W: Tensor, W1: Tensor, delta: Tensor, c: float) -> tuple[float, float]:
+    """‖D − c ΔW‖², and ‖e‖² for the rounding e of W + c ΔW to the dtype of W1."""
+    miss = rounding = 0.0
+    for a, b, d in _rows(W, W1, delta):
+        wanted = a + c * d
+        miss += float((b - wanted).square().sum())
+        rounding += float((wanted.to(W1.dtype).double() - wanted).square().sum())
+    return miss, rounding
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors a few rows at a time, in float64."""
+    step = max(1, _CHUNK // max(1, tensors[0][0].numel()))
+    for at in range(0, len(tensors[0]), step):
+        yield tuple(t[at : at + step].double() for t in tensors)
+
+
+def _is_turned(W: Tensor, W1: Tensor, delta: Tensor) -> bool:
+    """Whether the change is along ΔWᵀ."""
+    if W.ndim != 2 or W.shape[0] != W.shape[1]:
+        return False
+    D, turned = (W1.double() - W.double()), delta.T.double()
+    size = float(torch.linalg.matrix_norm(D) * torch.linalg.matrix_norm(turned))
+    return size > 0 and float((D * turned).sum()) / size > _ALIKE
+
+
+def _why_strength(c: float, u: LowRank) -> str:
+    root = math.sqrt(u.rank)
+    known = (
+        (2.0, "it was merged twice"),
+        (3.0, "it was merged three times"),
+        (-1.0, "it was subtracted"),
+        (root, "it was scaled as with use_rslora, by √r too much"),
+        (1 / root, "it was scaled as without use_rslora, by √r too little"),
+        (1 / u.scale if u.scale else 0.0, "it was merged without its scale α/r"),
+    )
+    return ", or ".join(why for value, why in known if value and abs(c / value - 1) < 0.03)
+
+
+def _others(before: _Weights, after: _Weights, touched: set[str]) -> tuple[dict[str, str], int]:
+    """How the tensors that the adapter leaves alone differ, and how many they are."""
+    tied = set(before.files.named().tied or ()) | set(after.files.named().tied or ())
+    found, compared = {}, 0
+    for key in before.keys:
+        if key in touched:
+            continue
+        if key not in after:
+            if key not in tied:
+                found[key] = "not in the merged checkpoint"
+            continue
+        compared += 1
+        W, W1 = before.read(key), after.read(key)
+        if W.shape != W1.shape or not torch.equal(W.to(W1.dtype), W1):
+            found[key] = "changed"
+    for key in after.keys:
+        if key not in before and key not in touched | tied:
+            found[key] = "only in the merged checkpoint"
+    return found, compared

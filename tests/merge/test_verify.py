@@ -1,0 +1,222 @@
+"""What is found in a merged checkpoint: what was done to it, by hand, is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+from lorafold.merge import verify_merge
+
+SHAPES = {
+    f"model.layers.{i}.{m}": s for i in range(3) for m, s in (("q", (32, 32)), ("up", (48, 32)))
+}
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def world(make_adapter, tmp_path):
+    """world(dtype) -> base folder, adapter; W of size 1, ΔW of a tenth of that."""
+
+    def made(dtype=torch.float32, scale=0.05, rslora=False):
+        g = torch.Generator().manual_seed(0)
+        state = {f"{p}.weight": torch.randn(s, generator=g).to(dtype) for p, s in SHAPES.items()}
+        state["model.embed_tokens.weight"] = torch.randn(50, 32, generator=g).to(dtype)
+        state["model.norm.weight"] = torch.ones(32, dtype=dtype)
+        folder = tmp_path / "base"
+        folder.mkdir(exist_ok=True)
+        save_file(state, folder / FILE)
+        return folder, make_adapter(SHAPES, 4, seed=1, scale=scale)
+
+    return made
+
+
+def rewritten(base, out, change):
+    """A copy of the base with `change(key, W)` in place of every tensor; None leaves it out."""
+    out.mkdir()
+    state = {k: change(k, W) for k, W in load_file(base / FILE).items()}
+    save_file({k: t.contiguous() for k, t in state.items() if t is not None}, out / FILE)
+    return out
+
+
+def plus(adapter, c, dtype=None, only=lambda path: True, turn=False):
+    """W + c ΔW, as anyone would write it."""
+
+    def change(key, W):
+        path = key.removesuffix(".weight")
+        if path not in adapter or not only(path):
+            return W if dtype is None else W.to(dtype)
+        u = adapter[path]
+        D = c * u.scale * (u.B.double() @ u.A.double())
+        return (W.double() + (D.T if turn and D.shape[0] == D.shape[1] else D)).to(dtype or W.dtype)
+
+    return change
+
+
+def verdicts(found):
+    return {f.verdict for f in found.parts.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 0.05, 0.003])
+def test_what_was_merged_right_is_right(world, tmp_path, dtype, scale):
+    base, adapter = world(dtype, scale)
+    lf.merge_into_weights(base, adapter, tmp_path / "out")
+    found = verify_merge(base, adapter, tmp_path / "out")
+    assert found.ok
+    assert found.says == ""
+    assert found.compared == 2
+    for f in found.parts.values():
+        assert f.rounding == pytest.approx(f.unexplained, abs=1e-4)
+        if dtype == torch.float32:
+            assert f.c == pytest.approx(1, abs=1e-4)
+            assert f.rounding < 1e-3
+
+
+def test_a_checkpoint_in_another_dtype(world, tmp_path):
+    base, adapter = world()
+    lf.merge_into_weights(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
+    assert verify_merge(base, adapter, tmp_path / "out").ok
+
+
+def test_an_update_that_the_dtype_cannot_hold_is_said(world, tmp_path):
+    base, adapter = world(torch.bfloat16, 1e-6)
+    lf.merge_into_weights(base, adapter, tmp_path / "out")
+    found = verify_merge(base, adapter, tmp_path / "out")
+    assert found.ok
+    assert any("too coarse" in f.why for f in found.parts.values())
+    assert all(f.rounding > 0.5 for f in found.parts.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("c", "says"),
+    [
+        (2.0, "twice"),
+        (-1.0, "subtracted"),
+        (0.5, "without use_rslora"),  # rank 4: √r = 2, which twice is as well
+        (20.0, "without its scale"),
+        (0.7, ""),
+    ],
+)
+def test_a_wrong_strength_is_found_with_its_likely_reason(world, tmp_path, dtype, c, says):
+    base, adapter = world(dtype)
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", plus(adapter, c)))
+    assert verdicts(found) == {"wrong strength"}
+    assert not found.ok
+    assert says in found.says
+    for f in found.parts.values():
+        assert f.c == pytest.approx(c, rel=0.03)
+
+
+def test_rslora_taken_for_plain_lora(world, tmp_path, make_adapter):
+    base, _ = world()
+    adapter = make_adapter(SHAPES, 16, seed=1, scale=0.05)
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", plus(adapter, 4.0)))
+    assert "√r too much" in found.says
+
+
+def test_half_merged(world, tmp_path):
+    base, adapter = world()
+    some = plus(adapter, 1.0, only=lambda path: ".0." in path)
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", some))
+    assert found.counts == {"applied": 2, "not applied": 4}
+    assert "in part" in found.says
+    assert found.parts["model.layers.1.q"].c == 0
+
+
+def test_not_merged(world):
+    base, adapter = world()
+    found = verify_merge(base, adapter, base)
+    assert verdicts(found) == {"not applied"}
+    assert "not merged" in found.says
+
+
+def test_transposed(world, tmp_path):
+    base, adapter = world()
+    turned = plus(adapter, 1.0, turn=True)
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", turned))
+    assert found.parts["model.layers.0.q"].verdict == "other change"
+    assert "transposed" in found.parts["model.layers.0.q"].why
+    assert found.parts["model.layers.0.up"].verdict == "applied"
+
+
+def test_the_wrong_base(world, tmp_path):
+    base, adapter = world()
+    rng = np.random.default_rng(0)
+
+    def another(key, W):
+        return plus(adapter, 1.0)(
+            key, W + 0.1 * torch.from_numpy(rng.standard_normal(W.shape)).float()
+        )
+
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", another))
+    assert verdicts(found) == {"other change"}
+    assert set(found.others.values()) == {"changed"}
+    assert "another base" in found.says
+
+
+def test_another_adapter(world, tmp_path, make_adapter):
+    base, adapter = world()
+    other = make_adapter(SHAPES, 4, seed=9, scale=0.05)
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", plus(other, 1.0)))
+    assert verdicts(found) == {"other change"}
+    assert found.says == ""
+    assert all(abs(f.c) < 0.5 and f.unexplained > 0.5 for f in found.parts.values())
+
+
+def test_tensors_that_went_missing_or_were_touched(world, tmp_path):
+    base, adapter = world()
+
+    def change(key, W):
+        if key == "model.layers.2.q.weight":
+            return None
+        if key == "model.norm.weight":
+            return W + 1
+        return plus(adapter, 1.0)(key, W)
+
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", change))
+    assert found.parts["model.layers.2.q"].verdict == "missing"
+    assert found.others == {"model.norm.weight": "changed"}
+    assert not found.ok
+
+
+def test_heads_that_are_held_whole(world, tmp_path):
+    base, adapter = world()
+    key = "base_model.model.model.norm.weight"
+    whole = lf.Adapter(
+        adapter.modules, {key: torch.full((32,), 3.0)}, {"modules_to_save": ["norm"]}
+    )
+    lf.merge_into_weights(base, whole, tmp_path / "out")
+    assert verify_merge(base, whole, tmp_path / "out").ok
+    found = verify_merge(base, whole, rewritten(base, tmp_path / "half", plus(adapter, 1.0)))
+    assert found.parts[key].verdict == "not applied"
+
+
+def test_what_cannot_be_told(world, tmp_path, make_adapter):
+    base, adapter = world()
+    with pytest.raises(lf.MismatchError, match="nothing of the adapter has a place"):
+        verify_merge(base, make_adapter({"other.q": (4, 4)}, 2), base)
+    with pytest.raises(lf.RefusedError, match="DoRA"):
+        verify_merge(base, lf.Adapter(adapter.modules, config={"use_dora": True}), base)
+    with pytest.raises(lf.FileError):
+        verify_merge(base, adapter, tmp_path / "nothing")
+    whole = rewritten(base, tmp_path / "out", lambda k, W: (W * 10).to(torch.int8))
+    with pytest.raises(lf.RefusedError, match="quantised"):
+        verify_merge(base, adapter, whole)
+
+
+def test_shards_and_conv_and_embeddings(tmp_path, make_update):
+    modules = {"conv": make_update(6, 27, 2, seed=1), "emb": make_update(8, 30, 2, seed=2)}
+    layouts = {"conv": lf.Layout("conv", kernel=(3, 3, 3)), "emb": lf.Layout("embedding")}
+    adapter = lf.Adapter(modules, layouts=layouts)
+    base = tmp_path / "base"
+    base.mkdir()
+    g = torch.Generator().manual_seed(0)
+    save_file({"conv.weight": torch.randn(6, 3, 3, 3, generator=g)}, base / "model-1.safetensors")
+    save_file({"emb.weight": torch.randn(30, 8, generator=g)}, base / "model-2.safetensors")
+    lf.merge_into_weights(base, adapter, tmp_path / "out")
+    assert verify_merge(base, adapter, tmp_path / "out").ok
+    assert verdicts(verify_merge(base, 2 * adapter, tmp_path / "out")) == {"wrong strength"}
