@@ -26,6 +26,7 @@ _HOME = {
     "dequantize": "quantize",
     "merge": "merge",
     "merge_into_weights": "merge",
+    "extract": "merge",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .fold import Projection as Projection
     from .fold import fold as fold
     from .lowrank import LowRank as LowRank
+    from .merge import extract as extract
     from .merge import merge as merge
     from .merge import merge_into_weights as merge_into_weights
     from .parts import Layout as Layout

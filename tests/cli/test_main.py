@@ -81,7 +81,7 @@ def test_the_example_runs(verb, here, cli):
     line = shlex.split(loaded(verb).example)[1:]
     if verb == "fold":
         line += ["--overwrite"]
-    if verb == "verify-merge":
+    if verb in ("verify-merge", "extract"):
         assert cli("merge-into", "base", "adapters/sql", "-o", "merged").code == 0
     if verb == "add":
         assert cli("rm", "lib", "law").code == 0

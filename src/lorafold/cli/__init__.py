@@ -18,6 +18,7 @@ VERBS = {
     "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
     "verify-merge": "Check, tensor by tensor, what a merged checkpoint holds of an adapter.",
+    "extract": "Make an adapter of what differs between two checkpoints.",
     "fold": "Fold many adapters into one library with a bounded error.",
     "ls": "List the adapters of a library.",
     "unfold": "Write adapters of a library back as PEFT directories.",

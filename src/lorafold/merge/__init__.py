@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .._verb import make_face
 
 if TYPE_CHECKING:
+    from .extract import extract as extract
     from .into_checkpoint import Merged as Merged
     from .into_checkpoint import merge_into_weights as merge_into_weights
     from .merge import merge as merge
@@ -18,6 +19,7 @@ __all__ = [
     "Merged",
     "Recipe",
     "Verification",
+    "extract",
     "merge",
     "merge_into_weights",
     "verify_merge",
@@ -30,6 +32,7 @@ make_face(
         "Merged": "into_checkpoint",
         "Recipe": "recipe",
         "Verification": "verify",
+        "extract": "extract",
         "merge_into_weights": "into_checkpoint",
         "verify_merge": "verify",
     },

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
 from ..files import load
-from ..files.base import BaseFiles, read_base
-from ..files.safetensors import open_file, read_entries, read_tensors
+from ..files.base import read_base
 from ..lowrank import LowRank
 from ..placing import Placement, Spot, placed
+from .checkpoint import Weights
 
 Verdict = Literal["applied", "not applied", "wrong strength", "other change", "missing"]
 Progress = Callable[[int, int, str], object]
@@ -124,7 +124,7 @@ def verify_merge(
         adapter = load(adapter)
     if adapter.refusal is not None:
         raise RefusedError(adapter.refusal)
-    before, after = (_Weights(read_base(os.fspath(path))) for path in (base, merged))
+    before, after = (Weights(read_base(os.fspath(path))) for path in (base, merged))
     plans = [placed(adapter.parts, w.files.named(adapter.parts.names())) for w in (before, after)]
     if not plans[0].spots:
         raise MismatchError(f"nothing of the adapter has a place in {base}: is it the base?")
@@ -143,37 +143,13 @@ def verify_merge(
     return Verification(parts, others, compared)
 
 
-class _Weights:
-    """A checkpoint whose tensors are read one by one; the last one stays."""
-
-    def __init__(self, files: BaseFiles) -> None:
-        self.files = files
-        self._at = {k: (f, e) for f in files.files for k, e in read_entries(f).items()}
-        self._last: tuple[str, Tensor] | None = None
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._at
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self._at)
-
-    def read(self, key: str) -> Tensor:
-        if self._last is None or self._last[0] != key:
-            file, entry = self._at[key]
-            with open_file(file) as f:
-                (t,) = read_tensors(f, [(key, entry)], file)
-            self._last = key, t
-        return self._last[1]
-
-
 def _without_place(plan: Placement) -> dict[str, Finding]:
     """Parts that the base itself has no place for."""
     found = {part: Finding("missing", why=f"{why} (base)") for part, why in plan.unplaced.items()}
     return found | {part: Finding("missing", why=m.says) for part, m in plan.wrong.items()}
 
 
-def _found(adapter: Adapter, spot: Spot, other: Spot, before: _Weights, after: _Weights) -> Finding:
+def _found(adapter: Adapter, spot: Spot, other: Spot, before: Weights, after: Weights) -> Finding:
     keys = [(before.files, p.key) for p in spot.pieces] + [
         (after.files, p.key) for p in other.pieces
     ]
@@ -199,7 +175,7 @@ def _found(adapter: Adapter, spot: Spot, other: Spot, before: _Weights, after: _
     return Finding("not applied" if verdicts == {"not applied"} else verdict)
 
 
-def _of_update(u: LowRank, spot: Spot, other: Spot, before: _Weights, after: _Weights) -> Finding:
+def _of_update(u: LowRank, spot: Spot, other: Spot, before: Weights, after: Weights) -> Finding:
     """The verdict on one update."""
     pairs = []
     for piece, twin in zip(spot.pieces, other.pieces, strict=True):
@@ -291,7 +267,7 @@ def _why_strength(c: float, u: LowRank) -> str:
     return ", or ".join(why for value, why in known if value and abs(c / value - 1) < 0.03)
 
 
-def _others(before: _Weights, after: _Weights, touched: set[str]) -> tuple[dict[str, str], int]:
+def _others(before: Weights, after: Weights, touched: set[str]) -> tuple[dict[str, str], int]:
     """How the tensors that the adapter leaves alone differ, and how many they are."""
     tied = set(before.files.named().tied or ()) | set(after.files.named().tied or ())
     found, compared = {}, 0

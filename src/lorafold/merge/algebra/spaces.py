@@ -109,10 +109,10 @@ def in_delta(rule: Rule, members: Members, rank: int | None) -> Cut:
     if M is None:
         M = torch.zeros(members.shape)
     most = min(members.shape)
-    return _cut(M, min(most, rank or sum(members.ranks)))
+    return cut(M, min(most, rank or sum(members.ranks)))
 
 
-def _cut(M: Tensor, rank: int) -> Cut:
+def cut(M: Tensor, rank: int) -> Cut:
     """The best (or, of a large M, nearly the best) matrix of that rank."""
     if min(M.shape) <= _EXACT or rank > min(M.shape) // 4:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)

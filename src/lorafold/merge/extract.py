@@ -1,0 +1,215 @@
+"""An adapter from two checkpoints: the best low-rank update for tuned − base, weight by weight.
+
+D = W_tuned − W_base is decomposed (whole, or for large weights by a seeded randomised SVD) and cut
+to a rank or to a tolerance. Its error is measured on the cut itself. Both weights were rounded to
+their dtype, which bounds what D can say: that floor is told beside the error. A tensor that changed
+and is no matrix (a norm, a bias) is kept whole, as a module that is saved beside the factors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..adapter import Adapter
+from ..errors import MismatchError, RefusedError
+from ..files.base import read_base
+from ..files.save import ORIGIN
+from ..lowrank import LowRank
+from ..parts import LINEAR, PREFIX, Layout
+from ..words import warn
+from .algebra.spaces import cut
+from .checkpoint import Weights
+
+Progress = Callable[[int, int, str], object]
+
+KEY = "lorafold_extract"
+_FIRST = 16  # the rank that a tolerance is tried with first
+_EMBEDDINGS = {
+    *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"),
+    *("wpe", "embed_positions", "position_embeddings", "token_type_embeddings"),
+}
+# Models of Conv1D, and the layers of it: their weights are (in, out).
+_TURNED = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
+_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
+_DIGITS = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7, torch.float64: 52}
+
+
+@dataclass
+class _Sums:
+    """Over all weights: ‖D − D̂‖², ‖D‖², and what rounding of both may be, ‖e‖²."""
+
+    lost: float = 0.0
+    size: float = 0.0
+    floor: float = 0.0
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """The adapter that turns one checkpoint into another, as well as its rank allows.
+
+    Args:
+        base, tuned: folders, or safetensors files; of the same names and shapes.
+        rank: of every update. tolerance: instead, a bound on every module's ‖D − ΔW‖ / ‖D‖.
+        base_model: the base's name in the config; the path where None.
+        progress: called with done, total and the tensor.
+
+    Returns:
+        An `Adapter` with an update for every matrix that changed. Its config tells the error and
+        the rounding floor, relative to all of D, under `lorafold_origin`; `facts` reads them.
+
+    Raises:
+        FileError: no safetensors there.
+        MismatchError: not exactly one of rank and tolerance; names or shapes that differ; nothing
+            changed.
+        RefusedError: a checkpoint is quantised.
+
+    Not for: an adapter's own size (`Adapter.resize`).
+    """
+    _check(rank, tolerance)
+    before, after = (Weights(read_base(os.fspath(path))) for path in (base, tuned))
+    _check_same(before, after)
+    turned = before.files.config.get("model_type") in _TURNED
+    modules: dict[str, LowRank] = {}
+    layouts: dict[str, Layout] = {}
+    sums = _Sums()
+    for k, key in enumerate(before.keys):
+        if progress is not None:
+            progress(k, len(before.keys), key)
+        W, W1 = before.read(key), after.read(key)
+        if torch.equal(W.to(W1.dtype), W1):
+            continue
+        if not (W.is_floating_point() and W1.is_floating_point()):
+            raise RefusedError(f"{key!r} is {W1.dtype}: quantised weights have no difference")
+        path = key.removesuffix(".weight")
+        layout = _layout(path, W) if path != key else None
+        if layout is None:
+            sums.whole[key] = W1.clone()
+            continue
+        D = (W1.double() - W.double()).float()
+        conv1d = turned and path.rpartition(".")[2] in _CONV1D
+        flat = D.T if layout.kind == "embedding" or conv1d else D.flatten(1)
+        modules[path] = _within(flat, rank, tolerance, sums)
+        sums.floor += _rounding(W) + _rounding(W1)
+        if layout != LINEAR:
+            layouts[path] = layout
+    if not modules and not sums.whole:
+        raise MismatchError(f"{tuned} is {base}: no tensor differs")
+    return _adapter(modules, layouts, sums, turned, base_model or os.fspath(base), str(tuned))
+
+
+def facts(adapter: Adapter) -> dict[str, Any] | None:
+    """`error`, `floor` and more of an extracted adapter; None of any other."""
+    found = adapter.config.get(ORIGIN, {}).get("metadata", {}).get(KEY)
+    return None if found is None else json.loads(found)
+
+
+def _check(rank: int | None, tolerance: float | None) -> None:
+    if (rank is None) == (tolerance is None):
+        raise MismatchError("give exactly one of rank and tolerance")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
+        raise MismatchError(f"rank must be a whole number of at least 1, found {rank!r}")
+    if tolerance is not None and not (isinstance(tolerance, Real) and 0 <= tolerance < 1):
+        raise MismatchError(f"tolerance must lie in [0, 1), found {tolerance!r}")
+
+
+def _check_same(before: Weights, after: Weights) -> None:
+    """Refuse checkpoints of other names or shapes."""
+    tied = set(before.files.named().tied or ()) | set(after.files.named().tied or ())
+    one = [k for k in {*before.keys} ^ {*after.keys} if k not in tied]
+    if one:
+        raise MismatchError(
+            f"{len(one)} tensors are in one checkpoint only, e.g. {min(one)!r}: extract needs two "
+            "of the same model"
+        )
+    for key in before.keys:
+        if key in after:
+            a, b = (w.files.entries[key].shape for w in (before, after))
+            if a != b:
+                raise MismatchError(f"{key!r} is {a} in the base and {b} in the tuned checkpoint")
+
+
+def _layout(path: str, W: Tensor) -> Layout | None:
+    """How a weight is one update; None where it is none."""
+    if W.ndim == 2:
+        embedding = path.rpartition(".")[2] in _EMBEDDINGS
+        return Layout("embedding") if embedding else LINEAR
+    if W.ndim in (3, 4, 5):
+        return Layout("conv", kernel=tuple(W.shape[1:]))
+    return None
+
+
+def _within(D: Tensor, rank: int | None, tolerance: float | None, sums: _Sums) -> LowRank:
+    """The cut of D, its loss added up."""
+    if rank is not None:
+        found = cut(D, min(rank, *D.shape))
+    else:
+        assert tolerance is not None
+        k, found = _FIRST, cut(D, min(_FIRST, *D.shape))
+        while found.lost > tolerance**2 * found.size and k < min(D.shape):
+            k *= 2
+            found = cut(D, min(k, *D.shape))
+        allowed = tolerance**2 * found.size - found.lost
+        S = found.update.spectrum().double().square()
+        tail = S.flip(0).cumsum(0).flip(0)  # what goes with the last directions
+        keep = max(1, int((tail > max(allowed, 0.0)).sum()))
+        found = cut(D, keep) if keep < len(S) else found
+    sums.lost, sums.size = sums.lost + found.lost, sums.size + found.size
+    return found.update
+
+
+def _rounding(W: Tensor) -> float:
+    """‖e‖² of rounding to W's dtype: a twelfth of the square of each number's last digit."""
+    exponent = torch.frexp(W.float())[1]
+    last = torch.exp2((exponent - 1 - _DIGITS[W.dtype]).double())
+    return float((last.square() / 12)[W != 0].sum())
+
+
+def _adapter(
+    modules: dict[str, LowRank],
+    layouts: dict[str, Layout],
+    sums: _Sums,
+    turned: bool,
+    base: str,
+    tuned: str,
+) -> Adapter:
+    whole = {PREFIX + key: t for key, t in sums.whole.items()}
+    if whole:
+        warn(
+            f"{len(whole)} tensors that changed are no matrices and are kept whole: "
+            + ", ".join(repr(k) for k in list(sums.whole)[:5])
+            + (", …" if len(whole) > 5 else "")
+        )
+    size = math.sqrt(sums.size) or 1.0
+    told = {
+        "lorafold": __version__,
+        "base": base,
+        "tuned": tuned,
+        "error": math.sqrt(sums.lost) / size,
+        "floor": math.sqrt(sums.floor) / size,
+        "whole": list(sums.whole),
+    }
+    config: dict[str, Any] = {ORIGIN: {"metadata": {KEY: json.dumps(told)}}}
+    if turned:
+        config["fan_in_fan_out"] = True
+    saved = sorted({k.rpartition(".")[0] for k in sums.whole} - set(modules))
+    if saved:
+        config["modules_to_save"] = saved
+    return Adapter(modules, whole, config, base, layouts)

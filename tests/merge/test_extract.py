@@ -1,0 +1,176 @@
+"""An adapter from two checkpoints: what was put in comes out, and errors are what they are."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.merge.extract import facts
+
+SHAPES = {
+    f"model.layers.{i}.{m}": s for i in range(2) for m, s in (("q", (32, 40)), ("up", (48, 32)))
+}
+
+
+def written(folder, state, config=None):
+    folder.mkdir()
+    save_file({k: t.contiguous() for k, t in state.items()}, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def state():
+    g = torch.Generator().manual_seed(0)
+    found = {f"{p}.weight": torch.randn(s, generator=g) for p, s in SHAPES.items()}
+    found["model.embed_tokens.weight"] = torch.randn(50, 32, generator=g)
+    found["model.norm.weight"] = torch.ones(32)
+    return found
+
+
+def test_what_was_merged_comes_out_again(state, make_adapter, tmp_path):
+    adapter = make_adapter(SHAPES, 4, seed=1, scale=0.1)
+    base = written(tmp_path / "base", state)
+    lf.merge_into_weights(base, adapter, tmp_path / "tuned")
+    found = lf.extract(base, tmp_path / "tuned", rank=4)
+    assert set(found) == set(SHAPES)
+    assert found.distance(adapter) < 1e-4 * adapter.norm()
+    told = facts(found)
+    # Half of the float32 rounding of W + ΔW lies in directions that are cut away.
+    assert told["error"] < 2 * told["floor"] < 1e-4
+    lf.save(found, tmp_path / "out")
+    assert lf.merge_into_weights(base, tmp_path / "out", tmp_path / "again").unplaced == {}
+    assert facts(lf.load(tmp_path / "out")) is None
+
+
+def test_the_best_of_its_rank_with_its_error(state, dense, tmp_path):
+    g = torch.Generator().manual_seed(1)
+    tuned = {
+        k: W + 0.1 * torch.randn(W.shape, generator=g)
+        if k.endswith(("q.weight", "up.weight"))
+        else W
+        for k, W in state.items()
+    }
+    base, after = written(tmp_path / "base", state), written(tmp_path / "tuned", tuned)
+    found = lf.extract(base, after, rank=5)
+    lost = size = 0.0
+    for p in SHAPES:
+        D = (tuned[f"{p}.weight"].double() - state[f"{p}.weight"].double()).numpy()
+        U, s, Vh = np.linalg.svd(D, full_matrices=False)
+        best = (U[:, :5] * s[:5]) @ Vh[:5]
+        assert np.linalg.norm(dense(found[p]).numpy() - best) < 1e-4 * np.linalg.norm(best)
+        lost, size = lost + (s[5:] ** 2).sum(), size + (s**2).sum()
+    assert facts(found)["error"] == pytest.approx((lost / size) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.01, 0.0])
+def test_a_tolerance_bounds_every_module_and_no_rank_is_wasted(state, dense, tmp_path, tolerance):
+    spectrum = 0.8 ** torch.arange(30.0)
+    g = torch.Generator().manual_seed(1)
+    tuned = dict(state)
+    for p, (out, inn) in SHAPES.items():
+        U = torch.linalg.qr(torch.randn(out, 30, generator=g))[0]
+        V = torch.linalg.qr(torch.randn(inn, 30, generator=g))[0]
+        tuned[f"{p}.weight"] = state[f"{p}.weight"] + (U * spectrum) @ V.T
+    base, after = written(tmp_path / "base", state), written(tmp_path / "tuned", tuned)
+    found = lf.extract(base, after, tolerance=tolerance)
+    for p in SHAPES:
+        D = tuned[f"{p}.weight"].double() - state[f"{p}.weight"].double()
+        error = torch.linalg.norm(dense(found[p]) - D) / torch.linalg.norm(D)
+        assert error <= tolerance + 1e-6
+        s = torch.linalg.svdvals(D)
+        less = torch.linalg.norm(s[found[p].rank - 1 :]) / torch.linalg.norm(s)
+        assert less > tolerance * 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_floor_is_what_rounding_is(state, make_adapter, tmp_path, dtype):
+    adapter = make_adapter(SHAPES, 4, seed=1, scale=0.02)
+    fine = {k: W.double() for k, W in state.items()}
+    tuned = adapter.apply_to(fine)
+    base = written(tmp_path / "base", {k: W.to(dtype) for k, W in fine.items()})
+    after = written(tmp_path / "tuned", {k: W.to(dtype) for k, W in tuned.items()})
+    found = lf.extract(base, after, rank=32)
+    off = found.distance(adapter) / found.norm()
+    assert facts(found)["floor"] == pytest.approx(off, rel=0.15)
+
+
+def test_a_large_matrix_is_done_by_chance_and_nearly_as_well(state, tmp_path, monkeypatch):
+    from lorafold.merge.algebra import spaces
+
+    g = torch.Generator().manual_seed(1)
+    D = (torch.randn(96, 60, generator=g) * 0.9 ** torch.arange(60)) @ torch.randn(
+        60, 128, generator=g
+    )
+    base = written(tmp_path / "base", {"q.weight": torch.zeros(96, 128)})
+    after = written(tmp_path / "tuned", {"q.weight": D})
+    exact = facts(lf.extract(base, after, rank=8))["error"]
+    monkeypatch.setattr(spaces, "_EXACT", 8)
+    quick = facts(lf.extract(base, after, rank=8))["error"]
+    assert exact - 1e-6 <= quick < 1.001 * exact
+
+
+def test_embeddings_convolutions_and_gpt2(tmp_path):
+    g = torch.Generator().manual_seed(0)
+
+    def low(*shape):
+        n = int(np.prod(shape[1:]))
+        return (torch.randn(shape[0], 2, generator=g) @ torch.randn(2, n, generator=g)).reshape(
+            shape
+        )
+
+    shapes = {
+        "transformer.wte.weight": (50, 16),
+        "transformer.h.0.attn.c_attn.weight": (16, 48),
+        "conv.weight": (6, 3, 3, 3),
+    }
+    state = {k: torch.randn(s, generator=g) for k, s in shapes.items()}
+    tuned = {k: W + low(*W.shape) for k, W in state.items()}
+    base = written(tmp_path / "base", state, {"model_type": "gpt2"})
+    after = written(tmp_path / "tuned", tuned, {"model_type": "gpt2"})
+    found = lf.extract(base, after, rank=2)
+    assert found["transformer.wte"].shape == (16, 50)
+    assert found["transformer.h.0.attn.c_attn"].shape == (48, 16)
+    assert found.config["fan_in_fan_out"] is True
+    lf.save(found, tmp_path / "out")
+    again = lf.load(tmp_path / "out").apply_to(state)
+    for k, W in tuned.items():
+        assert torch.allclose(again[k], W, atol=1e-4), k
+
+
+def test_what_is_no_matrix_is_kept_whole(state, tmp_path):
+    tuned = {**state, "model.norm.weight": torch.full((32,), 2.0)}
+    tuned["model.layers.0.q.weight"] = state["model.layers.0.q.weight"] + 1
+    base, after = written(tmp_path / "base", state), written(tmp_path / "tuned", tuned)
+    with pytest.warns(UserWarning, match=r"1 tensors .* kept whole: 'model.norm.weight'"):
+        found = lf.extract(base, after, rank=1)
+    assert set(found) == {"model.layers.0.q"}
+    again = found.apply_to(state)
+    assert torch.equal(again["model.norm.weight"], tuned["model.norm.weight"])
+    assert found.config["modules_to_save"] == ["model.norm"]
+
+
+def test_bad_input(state, tmp_path):
+    base = written(tmp_path / "base", state)
+    with pytest.raises(lf.MismatchError, match="no tensor differs"):
+        lf.extract(base, base, rank=2)
+    for options in ({}, {"rank": 2, "tolerance": 0.1}, {"rank": 0}, {"tolerance": 1.0}):
+        with pytest.raises(lf.MismatchError):
+            lf.extract(base, base, **options)
+    fewer = written(tmp_path / "fewer", {k: W for k, W in state.items() if "norm" not in k})
+    with pytest.raises(lf.MismatchError, match="'model.norm.weight'"):
+        lf.extract(base, fewer, rank=2)
+    other = {**state, "model.norm.weight": torch.ones(8)}
+    with pytest.raises(lf.MismatchError, match=r"\(32,\) in the base and \(8,\)"):
+        lf.extract(base, written(tmp_path / "other", other), rank=2)
+    codes = {k: (W * 9).to(torch.int8) for k, W in state.items()}
+    with pytest.raises(lf.RefusedError, match="quantised"):
+        lf.extract(base, written(tmp_path / "codes", codes), rank=2)
+    with pytest.raises(lf.FileError):
+        lf.extract(base, tmp_path / "nothing", rank=2)
