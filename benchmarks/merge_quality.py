@@ -25,7 +25,7 @@ from lorafold.demo.model import data_dir
 from lorafold.demo.run import Judge
 
 QUESTION = "merging trained adapters: the share of each task's lift that is kept"
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.25, 0.5, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "linear, pico": {"pico": True},
@@ -50,7 +50,7 @@ Group = tuple[str, ...]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--fours", type=int, default=2)
     parser.add_argument("--eights", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -94,11 +94,23 @@ class Table:
 
 
 def merged_by(method: str, sources: Mapping[str, lf.Adapter], factor: float) -> lf.Adapter:
-    name = method.split(",", maxsplit=1)[0].split(" (", maxsplit=1)[0]
+    name = method.partition(",")[0].partition(" (")[0]
     kwargs = dict(METHODS[method])
-    return lf.merge(
-        dict(sources), "linear" if name == "factors" else name, lambda_=factor, **kwargs
-    )
+    if name == "factors":
+        name, sources = "linear", {n: padded(a) for n, a in sources.items()}
+    return lf.merge(dict(sources), name, lambda_=factor, **kwargs)
+
+
+def padded(adapter: lf.Adapter, rank: int = 16) -> lf.Adapter:
+    """Zeros up to one rank, which PEFT needs to average A and B."""
+    modules = {}
+    for path, u in adapter.modules.items():
+        more = rank - u.rank
+        A, B = (
+            torch.nn.functional.pad(t, p) for t, p in ((u.A, (0, 0, 0, more)), (u.B, (0, more)))
+        )
+        modules[path] = lf.LowRank(A, B, u.scale)
+    return lf.Adapter(modules, base_model=adapter.base_model)
 
 
 def of_method(

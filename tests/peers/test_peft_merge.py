@@ -11,8 +11,10 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 import lorafold as lf
+from lorafold.merge import verify_merge
 from lorafold.merge.algebra.core import Members
 
 RANKS = {"a": 4, "b": 4, "c": 4}
@@ -186,3 +188,28 @@ def test_what_is_saved_runs_in_peft_with_the_same_outputs(wrapped, tmp_path, met
     reloaded = PeftModel.from_pretrained(base.float(), tmp_path / "out").eval()
     assert torch.allclose(reloaded(TOKENS).double(), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wanted, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_peft_merged_is_found_right(wrapped, tmp_path, dtype):
+    model, paths = wrapped({"a": 4, "b": 4, "c": 4}, {"a": 16, "b": 4, "c": 2})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "merged").mkdir()
+    base = {
+        k.replace(".base_layer", ""): v.to(dtype).contiguous().clone()
+        for k, v in model.base_model.model.state_dict().items()
+        if "lora_" not in k
+    }
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    model = model.to(dtype)
+    model.set_adapter("a")
+    merged = model.merge_and_unload().state_dict()
+    whole = {k: v.contiguous().clone() for k, v in merged.items()}
+    save_file(whole, tmp_path / "merged" / "model.safetensors")
+    adapter = lf.load(paths["a"])
+    assert verify_merge(tmp_path / "base", adapter, tmp_path / "merged").ok
+    half = verify_merge(tmp_path / "base", 0.5 * adapter, tmp_path / "merged")
+    assert half.counts == {"wrong strength": 3}
+    assert "√r too much" in half.says  # r = 4
+    other = verify_merge(tmp_path / "base", lf.load(paths["b"]), tmp_path / "merged")
+    assert other.counts == {"other change": 3}
