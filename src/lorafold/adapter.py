@@ -379,6 +379,10 @@ def _merged_extras(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str
     return {**b, **a}
 
 
+# A config's field that tells where an adapter comes from: "metadata", texts for the header of its
+# file, and "card", the text of a README.md. `save` takes it out of the config.
+ORIGIN = "lorafold_origin"
+
 _TARGETS = (
     "target_modules",
     "target_parameters",
@@ -396,6 +400,7 @@ def merged_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     targets differ they are left for `save` to name.
     """
     kept = {key: _merged_value(a.get(key), b.get(key)) for key in [*b, *a]}
+    kept.pop(ORIGIN, None)  # where one of them comes from is not where the sum does
     if any(a.get(key) != b.get(key) for key in _TARGETS):
         for key in _TARGETS:
             kept.pop(key, None)

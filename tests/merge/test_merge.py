@@ -619,6 +619,16 @@ def test_where_it_comes_from_is_in_the_file_and_on_a_card(three, tmp_path):
     assert lf.load(tmp_path / "out").distance(merged) < 1e-6 * merged.norm()
 
 
+def test_what_is_added_up_or_merged_again_does_not_keep_the_old_card(three, tmp_path):
+    merged = lf.merge({"sql": three["sql"], "law": three["law"]}, "ties")
+    lf.save(merged + three["sql"], tmp_path / "sum")
+    assert not (tmp_path / "sum" / "README.md").exists()
+    lf.save(quietly({"once": merged, "art": three["art"]}), tmp_path / "again")
+    assert "| once |" in (tmp_path / "again" / "README.md").read_text()
+    lf.save(merged.resize(rank=2), tmp_path / "small")
+    assert "| law |" in (tmp_path / "small" / "README.md").read_text()
+
+
 def test_what_is_no_merge_has_no_card(three, tmp_path):
     lf.save(three["sql"], tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [

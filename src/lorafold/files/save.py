@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
@@ -38,9 +38,6 @@ ADAPTER = Kind(
     re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
 )
 
-# A config's field that tells where the adapter comes from: "metadata", texts for the header of the
-# file, and "card", the text of a README.md. Readers of configs never see it.
-ORIGIN = "lorafold_origin"
 _CARD = "README.md"
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.

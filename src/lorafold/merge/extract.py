@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..adapter import Adapter
+from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
 from ..files.base import read_base
-from ..files.save import ORIGIN
 from ..lowrank import LowRank
 from ..parts import LINEAR, PREFIX, Layout
 from ..words import warn

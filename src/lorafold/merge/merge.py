@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, merged_config
+from ..adapter import ORIGIN, Adapter, merged_config
 from ..collection.collection import Collection
 from ..collection.limits import threads
 from ..collection.sources import Handle, named_handles
 from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
-from ..files.save import ORIGIN
 from ..lowrank import LowRank
 from ..parts import check_bias_scales
 from ..words import warn

@@ -1,6 +1,6 @@
 """Where a merged adapter comes from: for the header of its file, and as a model card.
 
-Both ride in the adapter's config under `files.save.ORIGIN`, through whatever is done with the
+Both ride in the adapter's config under `ORIGIN`, through whatever is done with the
 adapter, until `save` takes them out again: the facts into the metadata of the safetensors file, the
 card into README.md.
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..files.save import ORIGIN
+from ..adapter import ORIGIN
 
 KEY = "lorafold_merge"
 
