@@ -159,7 +159,7 @@ class _Run:
             )
         config = dict(extras.config)
         if not self._quiet:
-            facts = self._facts(extras, error, missing)
+            facts = self._facts(error, missing)
             config[ORIGIN] = origin(facts, self._collection.base_model)
         layouts = {p: lay for p, lay in self._collection.layouts.items() if p in modules}
         return Adapter(modules, extras.tensors, config, self._collection.base_model, layouts)
@@ -224,9 +224,8 @@ class _Run:
             check_bias_scales(mine, own, config)
         return _Extras(tensors, config)
 
-    def _facts(
-        self, extras: _Extras, error: float | None, missing: Mapping[str, list[str]]
-    ) -> dict[str, Any]:
+    def _facts(self, error: float | None, missing: Mapping[str, list[str]]) -> dict[str, Any]:
+        """What is told of the merge."""
         given = self._job.weights.given
         sources = []
         for i, name in enumerate(self._names):
