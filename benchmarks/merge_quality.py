@@ -25,7 +25,7 @@ from lorafold.demo.model import data_dir
 from lorafold.demo.run import Judge
 
 QUESTION = "merging trained adapters: the share of each task's lift that is kept"
-FACTORS = (0.25, 0.5, 1.0, 1.5)
+FACTORS = (0.5, 1.0, 2.0)
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "linear, pico": {"pico": True},
@@ -50,8 +50,8 @@ Group = tuple[str, ...]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--fours", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--fours", type=int, default=1)
     parser.add_argument("--eights", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
 
