@@ -97,7 +97,7 @@ def test_linear_is_the_weighted_sum(three, deltas, off, weights, space):
 def test_rules_in_core_are_the_published_ones_there(
     three, deltas, off, method, options, rule, weights
 ):
-    w = weights or [1.0 if METHODS[method].weight == "sum" else 1 / 3] * 3
+    w = weights or [1.0 if METHODS[method].counts == "sum" else 1 / 3] * 3
     merged = quietly(three, method, weights=weights, **options)
     wanted = {p: lifted(deltas(three, p), lambda cs: rule(cs, w)) for p in three["sql"]}
     assert off(merged, wanted) < 1e-5

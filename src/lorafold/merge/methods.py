@@ -37,12 +37,12 @@ class Method:
     Args:
         takes: its own options and their defaults.
         spaces: in which it works; the rules that act entry by entry work in all three.
-        weight: of each adapter where none is given: 1/N ("mean") or 1 ("sum", as published).
+        counts: the weight of each adapter where none is given: 1/N ("mean") or 1 ("sum", as published).
     """
 
     takes: Mapping[str, Any] = field(default_factory=dict)
     spaces: tuple[str, ...] = ("core",)
-    weight: str = "mean"
+    counts: str = "mean"
 
 
 METHODS: dict[str, Method] = {
@@ -55,9 +55,9 @@ METHODS: dict[str, Method] = {
     "breadcrumbs": Method({**_SPARSE, "gamma": 0.01}, SPACES),
     "slerp": Method(),
     "knots": Method({"rule": "ties", **_INNER}),
-    "tsv": Method(weight="sum"),
-    "iso_c": Method(weight="sum"),
-    "iso_cts": Method({"common": 0.8}, weight="sum"),
+    "tsv": Method(counts="sum"),
+    "iso_c": Method(counts="sum"),
+    "iso_cts": Method({"common": 0.8}, counts="sum"),
     "lego": Method({"rank": None}),
     "ctm": Method({"rank": None, "rule": "linear", "beta": 0.0, **_INNER}),
     "lorahub": Method({"score": None, "budget": 40, "bound": 1.5, "penalty": 0.05}),
@@ -127,7 +127,7 @@ def job_of(
     _check(method, filled, names)
     rule = _rule(method, filled)
     kept = _densities(rule, filled, names)
-    default = 1 / len(names) if kind.weight == "mean" else 1.0
+    default = 1 / len(names) if kind.counts == "mean" else 1.0
     checked = per_adapter(weights, names, default)
     said = {"method": method, "space": space, "seed": int(seed)}
     told = {k: v for k, v in filled.items() if k in given and _tellable(v)}
