@@ -37,7 +37,8 @@ class Method:
     Args:
         takes: its own options and their defaults.
         spaces: in which it works; the rules that act entry by entry work in all three.
-        counts: the weight of each adapter where none is given: 1/N ("mean") or 1 ("sum", as published).
+        counts: what each adapter has where no weight is given: 1/N ("mean"), or 1 ("sum"), as
+            published.
     """
 
     takes: Mapping[str, Any] = field(default_factory=dict)
