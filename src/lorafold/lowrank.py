@@ -27,6 +27,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class LowRank:
     """An update ΔW = scale · B @ A of shape (out, in), kept as its factors.
 
+    Not for: many updates of one shape at once, which `collection.batch` takes in one product each.
+
     Args:
         A: (r, in), float16, bfloat16, float32 or float64.
         B: (out, r), same device as A.

@@ -30,6 +30,8 @@ from .store.store import Store
 class Projection:
     """What the present bases make of an adapter.
 
+    Not for: storing it, nor the error it would then have, as `add` may bring directions: `Library.add`.
+
     Args:
         loadings: module path → coordinates in the shared sides: (R_U, R_V) where both are shared,
             (out, R_V) or (R_U, in) where one is; (k_A,) of A and (k_B,) of B, a pair, in the form
@@ -47,6 +49,9 @@ class Library(Mapping[str, Adapter]):
     `lib["sql"]` gives the adapter back, its factors float32 with scale 1 unless it is stored
     exactly. Reading is safe while other processes change the folder: this object keeps the state
     it opened until it changes the library itself or is opened anew.
+
+    Not for: serving from a folder that others change (`attach` keeps it as it was then), nor a file
+    that other programs read: `lf.save(lib[name], path)` or `lorafold unfold` write PEFT's.
 
     Example:
         >>> import torch, lorafold as lf

@@ -48,6 +48,9 @@ class Spec:
 class LoRA(Spec):
     """A fresh low-rank adapter, s · B A with s = α/r (α/√r with `rslora`).
 
+    Not for: training on from factors that are there (`attach(model, adapter, trainable=True)`), nor
+    3-D experts, which PEFT trains.
+
     Args:
         rank: r. alpha: α.
         targets: "all-linear", module names (the path's last components) or compiled patterns.
@@ -126,6 +129,8 @@ class PiSSA(Spec):
     """A trainable change Δs of chosen singular values of the weights: W + U diag(Δs) Vh.
 
     The weight is never altered; r numbers a layer are trained.
+
+    Not for: PEFT's initialisation of that name, which trains whole factors: `LoRA(init="pissa")`.
 
     Args:
         rank: r, how many directions; clamped to what a layer has.
