@@ -30,7 +30,7 @@ from .store.store import Store
 class Projection:
     """What the present bases make of an adapter.
 
-    Not for: storing it, nor the error it would then have, as `add` may bring directions: `Library.add`.
+    Not for: storing it; `Library.add` does, and may bring directions that make the error smaller.
 
     Args:
         loadings: module path → coordinates in the shared sides: (R_U, R_V) where both are shared,
