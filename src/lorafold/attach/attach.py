@@ -34,7 +34,7 @@ def attach(
     dtype: torch.dtype | None = None,
     rank_scaling: str = "constant",
 ) -> Live:
-    """Attach adapters to a model in place, without changing its weights.
+    """Attach adapters to a model in place, without changing its weights; returns the handle.
 
     Adapters that are given run when `live.use(...)` says so; fresh ones, which are there to be
     trained, run from the start.
@@ -52,9 +52,6 @@ def attach(
         dtype: of the factors, in which their products are computed; by default the widest of the
             adapters' own and of the dtype that most of the model's weights have.
         rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k).
-
-    Returns:
-        The handle, `Live`.
 
     Raises:
         MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
