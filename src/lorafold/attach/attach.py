@@ -57,8 +57,7 @@ def attach(
         MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
             layer or adapter that can't be attached, naming it. The model is unchanged then.
 
-    Not for: changing the weights or writing a checkpoint (`Adapter.apply_to`, `lorafold
-    merge-into`); a library's later changes, as what is attached is its present state.
+    Not for: writing a checkpoint (`lorafold merge-into`), nor what a library becomes later.
 
     Example:
         >>> import torch, lorafold as lf
@@ -66,8 +65,7 @@ def attach(
         >>> a = lf.Adapter({"0": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
         >>> live = lf.attach(model, a)
         >>> x = torch.randn(3, 8)
-        >>> with live.use("default", c=0.5):
-        ...     y = model(x)
+        >>> with live.use("default", c=0.5): y = model(x)
         >>> torch.allclose(y, model(x) + 0.5 * a["0"](x), atol=1e-5)
         True
     """
