@@ -109,7 +109,7 @@ def wrapped(request, tmp_path):
     return written(tmp_path / "wrapped", *request.param)
 
 
-def same(a, b):
+def assert_same(a, b):
     assert a.modules.keys() == b.modules.keys()
     extras, others = ({k.removeprefix(PREFIX): t for k, t in x.extras.items()} for x in (a, b))
     assert extras.keys() == others.keys()
@@ -125,13 +125,13 @@ def same(a, b):
 @pytest.mark.parametrize("how", WRAPPED)
 def test_read_as_the_plain_one(tmp_path, clean, how, patterns):
     folder = written(tmp_path / "w", *WRAPPED[how], patterns=patterns)
-    same(lf.load(folder), lf.load(clean))
+    assert_same(lf.load(folder), lf.load(clean))
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
-    same(lf.load(tensors, config=config), lf.load(clean))
+    assert_same(lf.load(tensors, config=config), lf.load(clean))
     torch.save(tensors, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
-    same(lf.load(folder, allow_pickle=True), lf.load(clean))
+    assert_same(lf.load(folder, allow_pickle=True), lf.load(clean))
 
 
 def test_saved_again_every_tensor_has_its_bytes(tmp_path, wrapped, clean):
@@ -147,7 +147,7 @@ def test_saved_again_every_tensor_has_its_bytes(tmp_path, wrapped, clean):
     assert (config["r"], config["lora_alpha"]) == (before["r"], before["lora_alpha"])
     assert sorted(config["target_modules"]) == sorted(RANKS)
     assert config["rank_pattern"] == {p: 3 for p in RANKS if p.endswith("v_proj")}
-    same(lf.load(tmp_path / "again"), lf.load(clean))
+    assert_same(lf.load(tmp_path / "again"), lf.load(clean))
 
 
 def test_attached(wrapped, clean, model):
@@ -185,7 +185,7 @@ def test_differences_resizing_and_folding(wrapped, clean):
     a, b = lf.load(clean), lf.load(wrapped)
     a, b = (lf.Adapter(x.modules, {}, {}, base_model=x.base_model) for x in (a, b))
     assert a.distance(b) < 1e-6 * a.norm()
-    same(b.resize(rank=1), a.resize(rank=1))
+    assert_same(b.resize(rank=1), a.resize(rank=1))
     lib = lf.fold({"clean": clean, "wrapped": wrapped}, tolerance=0.1)
     assert lib["clean"].modules.keys() == lib["wrapped"].modules.keys() == RANKS.keys()
 

@@ -75,7 +75,7 @@ def deltas(model, name):
     return found
 
 
-def agree(merged, wanted, tolerance=1e-5):
+def assert_agree(merged, wanted, tolerance=1e-5):
     for path, D in wanted.items():
         found = merged[path].dense()
         assert torch.linalg.norm(found - D) < tolerance * torch.linalg.norm(D), path
@@ -96,29 +96,29 @@ def test_sums_are_peft_s(wrapped, kind, method, weights):
     model, paths = wrapped()
     more = {} if method == "linear" else {"density": 0.3}
     wanted = add(model, kind, weights, svd_rank=FULL, **more)
-    agree(lf.merge(paths, method, weights=weights, space="delta", rank=FULL, **more), wanted)
+    assert_agree(lf.merge(paths, method, weights=weights, space="delta", rank=FULL, **more), wanted)
 
 
 def test_cat_is_exact_as_linear_is(wrapped):
     model, paths = wrapped({"a": 2, "b": 8, "c": 3}, {"a": 8, "b": 8, "c": 1})
     wanted = add(model, "cat", [0.7, -0.3, 1.2])
-    agree(lf.merge(paths, weights=[0.7, -0.3, 1.2]), wanted)
+    assert_agree(lf.merge(paths, weights=[0.7, -0.3, 1.2]), wanted)
 
 
 def test_rslora_is_not_inflated_as_in_peft(wrapped):
     model, paths = wrapped({"a": 2, "b": 8, "c": 3}, {"a": 8, "b": 8, "c": 1}, rslora=True)
     wanted = {p: sum(deltas(model, n)[p] for n in NAMES) for p in TARGETS}
     merged = lf.merge(paths, weights=[1, 1, 1])
-    agree(merged, wanted)
+    assert_agree(merged, wanted)
     peft = add(model, "cat", [1.0, 1.0, 1.0])
-    agree(13**0.5 * merged, peft)  # the control: α/√r of what was α/r
+    assert_agree(13**0.5 * merged, peft)  # the control: α/√r of what was α/r
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5])
 def test_ties_at_equal_weights_is_peft_s(wrapped, density):
     model, paths = wrapped()
     wanted = add(model, "ties_svd", [1.0, 1.0, 1.0], svd_rank=FULL, density=density)
-    agree(lf.merge(paths, "ties", space="delta", rank=FULL, density=density), wanted)
+    assert_agree(lf.merge(paths, "ties", space="delta", rank=FULL, density=density), wanted)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_dare_with_peft_s_masks_is_peft_s(wrapped, monkeypatch, kind, method):
 
     monkeypatch.setattr(Members, "uniforms", uniforms)
     merged = lf.merge(paths, method, space="delta", rank=FULL, density=0.6, weights=[1, 1, 1])
-    agree(merged, wanted)
+    assert_agree(merged, wanted)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, -0.3, 1.2]])
@@ -161,7 +161,7 @@ def test_factors_are_peft_s(wrapped, kind, method, weights):
     model, paths = wrapped(alphas=alphas)
     more = {} if method == "linear" else {"density": 0.5}
     wanted = add(model, kind, weights, **more)
-    agree(lf.merge(paths, method, weights=weights, space="factors", **more), wanted)
+    assert_agree(lf.merge(paths, method, weights=weights, space="factors", **more), wanted)
 
 
 def test_peft_s_linear_is_not_the_sum(wrapped):
