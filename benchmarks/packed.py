@@ -2,11 +2,10 @@
 
 64 sequences of 8 to 60 tokens, each with its own adapter of rank 16 on q, k, v and o, through a
 Llama of 2 layers with random weights: padded to the longest as 64 rows, and end to end in one row
-with `use([…], lengths=[…])`. The claims:
+with `use([…], lengths=[…])`. The claim:
 
 - Everything but attention takes the share of the time that tokens are of places (about .55), and at
   most 1.25 times that.
-- The adapters cost no larger a part of it than in padded rows, within half.
 
 Attention is shown apart, as it depends on the kernel and not on lorafold: padded with a mask;
 packed, sequence by sequence, which is what a kernel for unequal lengths does; and packed with a
