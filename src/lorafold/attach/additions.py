@@ -17,7 +17,7 @@ from ..files import load
 from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
-from .begin.places import library_places
+from .begin.places import Standing, library_places
 from .begin.specs import Spec
 from .run.board import Site
 from .run.experts import AttachedExperts, Experts
@@ -87,7 +87,8 @@ def add_one(state: State, x: Any, name: str, *, replace: bool, trainable: bool) 
 
 def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) -> None:
     """Check everything, then attach it; what takes another's place runs where that did."""
-    plans = {name: _plan(state, name, x, trainable) for name, x in named.items()}
+    at = Standing(state.model, state.slots.patches)
+    plans = {name: _plan(state, name, x, at, trainable) for name, x in named.items()}
     given = [name for name, plan in plans.items() if isinstance(plan.source, Given)]
     _check_sites(state, plans)
     for name, plan in plans.items():
@@ -124,20 +125,19 @@ def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) 
 
 def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     """Attach all adapters of a library; they are read when they are asked for."""
-    places = library_places(library, state.model, state.slots.patches)
+    places = library_places(library, Standing(state.model, state.slots.patches))
     shelf = Shelf(library, dtype, places.names)
     entries = library.contents.manifest.adapters
     state.put({name: Stored(entry, shelf) for name, entry in entries.items()})
     _take_layers(state, places.layers)
 
 
-def _plan(state: State, name: str, x: Adapter | Spec, trainable: bool) -> Plan:
-    model, known = state.model, state.slots.patches
+def _plan(state: State, name: str, x: Adapter | Spec, at: Standing, trainable: bool) -> Plan:
     if isinstance(x, Spec):
-        return Trained.plan_fresh(x, model, known, lambda path: directions_in_use(state, path))
+        return Trained.plan_fresh(x, at, lambda path: directions_in_use(state, path))
     if trainable:
-        return Trained.plan(name, x, model, known, state.slots.dtype)
-    return Given.plan(name, x, model, known)
+        return Trained.plan(name, x, at, state.slots.dtype)
+    return Given.plan(name, x, at)
 
 
 def directions_in_use(state: State, path: str) -> list[int]:

@@ -23,7 +23,7 @@ from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
-from .begin.places import places_of
+from .begin.places import Standing, places_of
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
@@ -203,7 +203,7 @@ def _load_copies(source: Trained, name: str, state: State, place: Path) -> None:
     """Modules that were saved whole."""
     if not source.copies or not place.is_dir():
         return
-    found = places_of(name, load(place), state.model, state.slots.patches)
+    found = places_of(name, load(place), Standing(state.model, state.slots.patches))
     for p, module in found.copies.items():
         if p in source.copies:
             source.copies[p].load_state_dict(module.state_dict())

@@ -102,7 +102,8 @@ class Running:
     def check(self, selection: Selection) -> None:
         """Raise where a selection can't run: ranks, experts by rows, what is merged."""
         for row in selection.rows:
-            self.check_rank(row)
+            if row.rank is not None:
+                self.check_rank(row)
         self._refuse_experts(selection, (*selection.names, *self.kept))
         if self.merged is not None:
             dialled = (name in self.merged_mix for row in selection.rows for name, _ in row.mix)
@@ -183,8 +184,7 @@ class Running:
                     self.show(self._shown)
                 raise
             active = self._sized(running)
-            chosen = ((n, self._sources[n]) for row in running.rows for n, _ in row.mix)
-            keys = {name: s.key for name, s in chosen if isinstance(s, Trained)}
+            keys = self._keys(running) if active.trained else {}
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
             packed = active.packed
@@ -197,6 +197,11 @@ class Running:
         self._shown = selection
         self._board.show(None if selection is None else running, packed)
         self.pauses.show(selection)
+
+    def _keys(self, selection: Selection) -> dict[str, str]:
+        """{name: key} of the trained adapters of a selection."""
+        chosen = {name: self._sources[name] for row in selection.rows for name, _ in row.mix}
+        return {name: s.key for name, s in chosen.items() if isinstance(s, Trained)}
 
     def refresh(self) -> None:
         """Show the sites anew what runs: layers came, or moved to another device."""

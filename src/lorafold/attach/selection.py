@@ -7,8 +7,9 @@ how: `rows` entries, of which a uniform selection has one that stands for the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -78,10 +79,10 @@ class Selection:
                 )
         return cls((_row(what, c, rank, names),))
 
-    @property
-    def names(self) -> KeysView[str]:
+    @cached_property
+    def names(self) -> tuple[str, ...]:
         """The adapters that take part, in the order in which they are named."""
-        return {name: None for row in self.rows for name, c in row.mix if c != 0}.keys()
+        return tuple(dict.fromkeys(name for row in self.rows for name, c in row.mix if c != 0))
 
     @property
     def on(self) -> bool:
@@ -140,25 +141,24 @@ def _lengths(value: Any, count: int) -> tuple[int, ...] | None:
 
 def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
     c = 1.0 if c is None else _number(c, "c")
-    if what is None:
-        mix: Mapping[Any, Any] = {}
-    elif isinstance(what, str):
-        mix = {what: 1.0}
-    elif isinstance(what, Mapping):
-        mix = what
+    if isinstance(what, Mapping):
+        names: Iterable[Any] = what
+    elif what is None or isinstance(what, str):
+        names = () if what is None else (what,)
     else:
         raise MismatchError(
             f"a row's adapter must be a name, None or {{name: weight}}, found {one_line(what)}"
         )
-    for name in mix:
+    for name in names:
         if name not in known:
             raise UnknownNameError(
                 f"no adapter {one_line(name)} is attached; {did_you_mean(str(name), known)}"
             )
-    return Row(
-        tuple((name, c * _number(w, f"the weight of {name!r}")) for name, w in mix.items()),
-        _rank(rank),
-    )
+    if isinstance(what, Mapping):
+        mix = tuple((n, c * _number(w, f"the weight of {n!r}")) for n, w in what.items())
+    else:
+        mix = tuple((name, c) for name in names)
+    return Row(mix, _rank(rank))
 
 
 def _number(value: Any, label: str) -> float:

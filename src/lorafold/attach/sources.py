@@ -25,7 +25,7 @@ from ..lowrank import LowRank
 from ..parts import PREFIX, plain_name
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
-from .begin.places import Places, places_of, plain_names, whole_modules
+from .begin.places import Places, Standing, places_of, plain_names, whole_modules
 from .begin.specs import LoRA, PiSSA, Spec
 from .run.factors import Factors, Pair
 from .run.patch import Patch
@@ -83,9 +83,9 @@ class Given(Source):
         self._given, self._updates, self.rank = adapter, updates, adapter.rank
 
     @classmethod
-    def plan(cls, name: str, a: Adapter, model: nn.Module, known: Mapping[str, Patch]) -> Plan:
+    def plan(cls, name: str, a: Adapter, at: Standing) -> Plan:
         """What an adapter needs, or the error that says why it does not fit."""
-        places = places_of(name, a, model, known)
+        places = places_of(name, a, at)
         updates = {path: a[part] for path, part in places.names.items() if part in a}
         return Plan(cls(a, updates), places)
 
@@ -133,16 +133,9 @@ class Trained(Source):
         self.key = ""
 
     @classmethod
-    def plan(
-        cls,
-        name: str,
-        a: Adapter,
-        model: nn.Module,
-        known: Mapping[str, Patch],
-        dtype: torch.dtype,
-    ) -> Plan:
+    def plan(cls, name: str, a: Adapter, at: Standing, dtype: torch.dtype) -> Plan:
         """What an adapter needs that is to be trained on."""
-        places = places_of(name, a, model, known)
+        places = places_of(name, a, at)
         if places.experts:
             raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
         fresh = {}
@@ -151,7 +144,7 @@ class Trained(Source):
             fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale)
         for module in places.copies.values():
             module.requires_grad_(True)
-        own = plain_names(model)
+        own = plain_names(at.model)
         plain = {p: own[p] if p == q else plain_name(q) for p, q in places.names.items()}
         return Plan(cls(fresh, replace(places, names=plain), a.config), places)
 
@@ -159,8 +152,7 @@ class Trained(Source):
     def plan_fresh(
         cls,
         spec: Spec,
-        model: nn.Module,
-        known: Mapping[str, Patch],
+        at: Standing,
         in_use: Callable[[str], list[int]],
     ) -> Plan:
         """What a specification needs.
@@ -168,19 +160,19 @@ class Trained(Source):
         Args:
             in_use: the singular directions of a layer's weight that kept rounds have.
         """
-        layers = found_layers(model, spec.targets, spec.exclude, spec.layers)
+        layers = found_layers(at.model, spec.targets, spec.exclude, spec.layers)
         if isinstance(spec, LoRA):
             spec.check_patterns(layers)
-        whole = whole_modules(model, spec.modules_to_save)
-        at = {p: place_at(model, p, known) for p in layers if not _inside(p, whole)}
-        if not at:
+        whole = whole_modules(at.model, spec.modules_to_save)
+        there = {p: place_at(at.model, p, at.known) for p in layers if not _inside(p, whole)}
+        if not there:
             raise MismatchError("modules_to_save= leaves none of the layers that targets= means")
         generator = torch.Generator()
         # Drawn, so that two adapters never begin alike: one A looks like a shared skill.
         seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
         generator.manual_seed(seed)
         fresh: dict[str, Factors] = {}
-        for path, place in at.items():
+        for path, place in there.items():
             args = path, place.layer, place.kind, generator
             if isinstance(spec, PiSSA):
                 fresh[path] = fresh_modulation(spec, *args, in_use(path))
@@ -188,8 +180,8 @@ class Trained(Source):
                 assert isinstance(spec, LoRA)
                 fresh[path] = fresh_factors(spec, *args)
         copies = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
-        names = plain_names(model)
-        places = Places(at, copies, {}, {p: names.get(p, p) for p in (*at, *copies)})
+        names = plain_names(at.model)
+        places = Places(there, copies, {}, {p: names.get(p, p) for p in (*there, *copies)})
         return Plan(cls(fresh, places, _config(spec)), places)
 
     def join(self, name: str, patches: Mapping[str, Patch]) -> None:

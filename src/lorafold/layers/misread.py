@@ -14,7 +14,7 @@ from torch import nn
 
 from ..words import warn
 from .storage import storage_of
-from .swap import CHILD
+from .swap import base_modules
 
 ROUNDING = 1e-3  # of a kernel; a wrong scale is off by much more
 
@@ -37,8 +37,8 @@ def misread(layer: Any) -> float:
 def warn_of_misread(model: nn.Module) -> None:
     """Warn of the layers of a model that compute with another weight than they store."""
     found = {}
-    for path, layer in model.named_modules():
-        if CHILD in path.split(".") or not _may_be(layer):
+    for path, layer in base_modules(model):
+        if not _may_be(layer):
             continue
         error = misread(layer)
         if error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -94,6 +94,20 @@ def swap_out(layer: Any) -> None:
     """Detach: the module as it was."""
     layer.__class__ = layer._swapped
     delattr(layer, CHILD)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of a model, as `named_modules` has them, without what is attached."""
+    seen: set[nn.Module] = set()
+    left = [("", model)]
+    while left:
+        path, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        children = [(f"{path}.{n}" if path else n, m) for n, m in module.named_children()]
+        left += reversed([child for child in children if child[0].rpartition(".")[2] != CHILD])
 
 
 def device_of(layer: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import MismatchError
 from ..parts import plain_name, wraps
 from .kinds import KINDS, is_linear
-from .swap import CHILD
+from .swap import base_modules
 
 Target: TypeAlias = "str | re.Pattern[str]"
 ALL_LINEAR = "all-linear"
@@ -72,9 +72,9 @@ def found_layers(
     wanted = _in_band(model, layers)
     found: dict[str, nn.Module] = {}
     unmatched = list(targets)
-    for path, module in model.named_modules():
-        if CHILD in path.split(".") or wraps(name for name, _ in module.named_children()):
-            continue  # what is attached already; what is in it comes after it
+    for path, module in base_modules(model):
+        if wraps(name for name, _ in module.named_children()):
+            continue  # what is in it comes after it
         hits = [t for t in targets if _hits(t, path, module)]
         unmatched = [t for t in unmatched if t not in hits]
         if hits and wanted(path) and not _excluded(exclude, path):

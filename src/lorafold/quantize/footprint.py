@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.modes import called, evaluating
 from ..layers.storage import storage_of
-from ..layers.swap import CHILD
+from ..layers.swap import CHILD, base_modules
 from ..words import aligned
 
 PROBES = 64  # inputs that a layer's forward is measured with
@@ -153,16 +153,16 @@ def _name(dtype: Any) -> str:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors without adapters; shared ones once, scales of codes included."""
-    return _total(t for path, m in model.named_modules() if not _inside(path) for t in _tensors(m))
+    return _total(t for _, m in base_modules(model) for t in _tensors(m))
 
 
 def adapter_bytes(model: nn.Module) -> int:
     """Bytes of the tensors of what is attached to a model."""
-    return _total(t for path, m in model.named_modules() if _inside(path) for t in _tensors(m))
+    return _total(t for m in _attached(model) for t in _tensors(m))
 
 
-def _inside(path: str) -> bool:
-    return CHILD in path.split(".")
+def _attached(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for path, m in model.named_modules() if CHILD in path.split("."))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..layers.kinds import KINDS, LayerKind, is_linear
 from ..layers.misread import misread
 from ..layers.sites import place_at
 from ..layers.storage import Origin, is_quantized, storage_of, weight_of
-from ..layers.swap import CHILD, is_attached, rebase
+from ..layers.swap import base_modules, is_attached, rebase
 from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, found_layers
 from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
 from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear, whole_groups
@@ -118,7 +118,7 @@ def dequantize(x: nn.Module) -> nn.Module:
         >>> lf.dequantize(layer).weight.dtype
         torch.float32
     """
-    found = {path: m for path, m in _base_modules(x) if is_quantized(m)}
+    found = {path: m for path, m in base_modules(x) if is_quantized(m)}
     if not found:
         raise MismatchError("nothing here is quantised")
     for path, layer in found.items():
@@ -146,11 +146,6 @@ def _checked(
     for path, layer in layers.items():
         _check(model, path, layer, users, choice)
     return layers
-
-
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by path, without what is attached."""
-    return ((p, m) for p, m in model.named_modules() if CHILD not in p.split("."))
 
 
 def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -292,6 +287,6 @@ def _restore(layer: Any, origin: Origin) -> tuple[nn.Parameter, nn.Parameter]:
 def _foreign(model: nn.Module, layer: Any) -> Origin:
     """What a layer was that something else has quantised."""
     origin = storage_of(layer).origin(layer)
-    others = (p for _, m in _base_modules(model) for p in m.parameters(recurse=False))
+    others = (p for _, m in base_modules(model) for p in m.parameters(recurse=False))
     dtype = origin.dtype or next((p.dtype for p in others if p.dtype in FLOATS), torch.float32)
     return replace(origin, dtype=dtype)

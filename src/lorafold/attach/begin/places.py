@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ...fold import Library
 from ...layers.kinds import KINDS, is_linear
 from ...layers.sites import Place, check_dims, place_at
 from ...layers.storage import storage_of
-from ...layers.swap import CHILD, plain_copy
+from ...layers.swap import base_modules, plain_copy
 from ...layers.targets import Target, matches
 from ...naming import Base, Shape
 from ...parts import LINEAR, Layout, Parts, extra_kind, plain_name, wraps
@@ -41,30 +42,39 @@ class Places:
     names: Mapping[str, str]
 
 
-def base_of(model: nn.Module, parts: Parts) -> Base:
-    """A running model as the base of an adapter: its tensors by its own names.
+@dataclass(frozen=True)
+class Standing:
+    """A running model as the adapters find it that come together.
 
-    A quantised weight, which is stored in another shape, has the one that its layer's kind says.
-    What fits an update is the module's word (`check_dims`), so the dtypes say nothing;
-    and what takes none has a weight here all the same, to be refused by name.
+    Args:
+        model: it. known: by path, what is attached to layers already.
     """
-    shapes: dict[str, Shape] = {}
-    for path, module in model.named_modules():
-        if CHILD in path.split("."):
-            continue
-        for name, t in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ):
-            shapes[_joined(path, name)] = tuple(t.shape)
-        weight, kind = _joined(path, "weight"), KINDS.find(module)
-        if kind is not None and storage_of(module).quantized:
-            fitting = kind.layout(module).shapes(*kind.dims(module))
-            shapes[weight] = fitting[-1 if kind.transposed else 0]
-        elif not wraps(name for name, _ in module.named_children()):
-            shapes.setdefault(weight, ())
-    tensors = {key: (shape, torch.uint8) for key, shape in shapes.items()}
-    return Base(tensors, parts.names())
+
+    model: nn.Module
+    known: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Shape, Any]]:
+        """Its tensors as those of a base, {name: (shape, a dtype that says nothing)}.
+
+        A quantised weight, which is stored in another shape, has the one that its layer's kind
+        says. What fits an update is the module's word (`check_dims`), hence no dtypes; and what
+        takes none has a weight here all the same, to be refused by name.
+        """
+        shapes: dict[str, Shape] = {}
+        for path, module in base_modules(self.model):
+            for name, t in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ):
+                shapes[_joined(path, name)] = tuple(t.shape)
+            weight, kind = _joined(path, "weight"), KINDS.find(module)
+            if kind is not None and storage_of(module).quantized:
+                fitting = kind.layout(module).shapes(*kind.dims(module))
+                shapes[weight] = fitting[-1 if kind.transposed else 0]
+            elif not wraps(name for name, _ in module.named_children()):
+                shapes.setdefault(weight, ())
+        return {key: (shape, torch.uint8) for key, shape in shapes.items()}
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -75,11 +85,8 @@ def plain_names(model: nn.Module) -> dict[str, str]:
     return {p: p if q in taken and not p.startswith(f"{q}.") else q for p, q in plain.items()}
 
 
-def places_of(name: str, adapter: Adapter, model: nn.Module, known: Mapping[str, Any]) -> Places:
+def places_of(name: str, adapter: Adapter, at: Standing) -> Places:
     """Where an adapter goes.
-
-    Args:
-        known: by path, what is attached to layers already.
 
     Raises:
         MismatchError: nothing of it is in the model, or a part does not fit.
@@ -92,7 +99,8 @@ def places_of(name: str, adapter: Adapter, model: nn.Module, known: Mapping[str,
         kind = extra_kind(key, adapter.config)
         if kind not in (*_RUN, "training state") and "original_module" not in key.split("."):
             raise _not_run(name, key, kind)
-    plan = _placed(f"adapter {name!r}", adapter.parts, model)
+    model, known = at.model, at.known
+    plan = _placed(f"adapter {name!r}", adapter.parts, at)
     layers, experts, names = {}, {}, {}  # type: Any, Any, dict[str, str]
     for path, spot in _updates(plan).items():
         names[path] = spot.part
@@ -110,7 +118,7 @@ def places_of(name: str, adapter: Adapter, model: nn.Module, known: Mapping[str,
     return Places(layers, copies, experts, names)
 
 
-def library_places(library: Library, model: nn.Module, known: Mapping[str, Any]) -> Places:
+def library_places(library: Library, at: Standing) -> Places:
     """Where a library's modules go.
 
     Raises:
@@ -126,23 +134,23 @@ def library_places(library: Library, model: nn.Module, known: Mapping[str, Any])
                 "lf.attach(model, {name: library[name]})"
             )
     parts = Parts({path: m.shape for path, m in modules.items()}, {}, {}, layouts)
-    plan = _placed("the library", parts, model)
+    plan = _placed("the library", parts, at)
     spots = _updates(plan)
-    layers = {path: place_at(model, path, known) for path in spots}
+    layers = {path: place_at(at.model, path, at.known) for path in spots}
     for path, place in layers.items():
         check_dims(path, place.dims, modules[spots[path].part].shape)
     _list_unplaced("the library", plan)
     return Places(layers, {}, {}, {path: spot.part for path, spot in spots.items()})
 
 
-def _placed(whose: str, parts: Parts, model: nn.Module) -> Placement:
+def _placed(whose: str, parts: Parts, at: Standing) -> Placement:
     """Every part's place.
 
     Raises:
         MismatchError: none has one, or one does not fit.
         RefusedError: the model keeps one in another form.
     """
-    base = base_of(model, parts)
+    base = Base(at.tensors, parts.names())
     check_replicated(base.names(), parts.config, parts.modules)
     plan = placed(parts, base)
     for misfit in plan.wrong.values():
@@ -158,7 +166,7 @@ def _placed(whose: str, parts: Parts, model: nn.Module) -> Placement:
         first = next(iter(plan.unplaced))
         raise MismatchError(
             f"none of the {len(of)} {what} of {whose} is in the model: it has {first!r}, the "
-            f"model e.g. {_like(model, first)!r}"
+            f"model e.g. {_like(at.model, first)!r}"
         )
     return plan
 

@@ -293,8 +293,9 @@ def _trained_weights(
 
 def _ranks(selection: Selection, paths: list[str]) -> Tensor:
     """The prefixes (L, rows), or (1, rows) where all layers run the same."""
-    alike = [row.rank is None or isinstance(row.rank, int) for row in selection.rows]
-    found = [ranks_at(row.rank, paths[:1] if all(alike) else paths) for row in selection.rows]
+    if not any(isinstance(row.rank, Mapping) for row in selection.rows):
+        paths = paths[:1]
+    found = [ranks_at(row.rank, paths) for row in selection.rows]
     return torch.tensor(found).T
 
 
