@@ -27,6 +27,13 @@ _HOME = {
     "merge": "merge",
     "merge_into_weights": "merge",
     "extract": "merge",
+    "similarity": "compare",
+    "Similarity": "compare",
+    "overlap": "compare",
+    "Overlap": "compare",
+    "anatomy": "compare",
+    "Anatomy": "compare",
+    "shared_spectrum": "compare",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -47,6 +54,13 @@ if TYPE_CHECKING:
     from .attach import PiSSA as PiSSA
     from .attach import attach as attach
     from .attach import calibrate as calibrate
+    from .compare import Anatomy as Anatomy
+    from .compare import Overlap as Overlap
+    from .compare import Similarity as Similarity
+    from .compare import anatomy as anatomy
+    from .compare import overlap as overlap
+    from .compare import shared_spectrum as shared_spectrum
+    from .compare import similarity as similarity
     from .errors import FileError as FileError
     from .errors import LorafoldError as LorafoldError
     from .errors import MismatchError as MismatchError

@@ -48,6 +48,20 @@ def test_numbers_are_those_of_dense_algebra(pair, cli, dense):
         assert m["distance"] == pytest.approx(float(gap.norm()), rel=1e-5)
 
 
+def test_it_is_the_overlap(pair, cli):
+    a, b = (dataclasses.replace(x, base_model=None) for x in pair)
+    found, overlap = cli("diff", "a", "b", "--json").json, lf.overlap(a, b)
+    for field in ("shared_out", "shared_in", "interference", "interference_a", "cosine"):
+        assert found[field] == pytest.approx(getattr(overlap, field))
+    rows = {m["module"]: m for m in found["modules"]}
+    for m in overlap.modules:
+        assert rows[m.path]["angles_in"] == pytest.approx(m.angles_in.tolist())
+        assert rows[m.path]["shared_out"] == pytest.approx(m.shared_out)
+    text = cli("diff", "a", "b", columns=200).out
+    for words in ("shared out", "shared in", "angle", "interference", "if merged", "°"):
+        assert words in text, words
+
+
 def test_what_only_one_has(pair, cli):
     found = cli("diff", "a", "b", "--json").json
     assert (found["only_in_a"], found["only_in_b"]) == (["x.0.k"], ["x.0.v"])

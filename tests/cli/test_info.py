@@ -126,6 +126,20 @@ def test_a_library(world, cli):
     assert "layers.0" in cli("info", world / "lib", "--verbose").out
 
 
+def test_what_a_library_shares(world, cli):
+    """Unrelated adapters: what a few directions hold is what they hold of random ones."""
+    ran = cli("info", world / "lib", "--verbose", "--json").json
+    with lf.Library.open(world / "lib") as lib:
+        wanted = lf.shared_spectrum(lib)
+    assert [row["directions"] for row in ran["shared"]] == [1, 2, 4, 8]
+    for row in ran["shared"]:
+        assert row["energy"] == pytest.approx(wanted.share(row["directions"]))
+        assert row["random"] == pytest.approx(wanted.control(row["directions"]))
+        assert row["energy"] == pytest.approx(row["random"], abs=0.15)
+    assert "shared" not in cli("info", world / "lib", "--json").json
+    assert "of random adapters" in cli("info", world / "lib", "--verbose", columns=300).out
+
+
 def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path, make_adapter, cli):
     a = make_adapter({"q\x1b[31m": (4, 4)}, 1)
     lf.save(dataclasses.replace(a, base_model="b\nc"), tmp_path / "a")

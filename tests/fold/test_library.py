@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,31 @@ def test_new_directions_are_appended_and_shared_from_then_on(make_adapter):
     for name, a in {"n0": on(old, new, 20), "n1": on(old, new, 21)}.items():
         assert dense_error(a, lib[name]) <= 0.1
     assert_unmoved(before, tensors_of(lib, [f"o{i}" for i in range(6)]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_projection_has_the_error_of_each_module(members, make_adapter, form):
+    """As of what comes out of the bases, and with it whether the bases cover the adapter."""
+    lib = lf.fold(members, tolerance=0.1, form=form)
+    a, new = members["a0"], make_adapter(SHAPES, 4, seed=77)
+    for adapter in (a, new):
+        found = lib.project(adapter)
+        assert set(found.errors) == set(adapter)
+        squares = {p: (found.errors[p] * u.norm()) ** 2 for p, u in adapter.modules.items()}
+        assert sum(squares.values()) ** 0.5 == pytest.approx(found.error * adapter.norm(), rel=1e-4)
+        for path in set(adapter) - set(found.loadings):
+            assert found.errors[path] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lib.project(new)
+        lib.project(new, warn=0)
+        lib.project(0.0 * new, warn=1)
+    covered = 1 - lib.project(new).error
+    with pytest.warns(UserWarning, match=r"shared bases cover .*less than .*Library\.add"):
+        lib.project(new, warn=min(1.0, max(0.01, covered + 0.01)))
+    for share in (-0.1, 1.1, float("nan"), "half", True):
+        with pytest.raises(MismatchError, match="warn must be a share"):
+            lib.project(new, warn=share)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,7 +12,9 @@ from ._command import Verbs
 
 VERBS = {
     "info": "Say what adapters, or a library, hold.",
+    "similar": "Find adapters that do the same, or nearly, and what could go.",
     "diff": "Compare two adapters by what they do to the weights.",
+    "anatomy": "Measure every module of an adapter, and find those that stand out.",
     "resize": "Write an adapter at another size, with the error it costs.",
     "check": "Check an adapter's names and shapes against its base.",
     "merge": "Merge adapters into one, of any ranks and targets.",

@@ -12,6 +12,7 @@ from ..errors import FileError
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..collection.sources import Handle
     from ..files import AdapterFile
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,6 +70,50 @@ def opened(text: str, **options: Any) -> AdapterFile:
 def loaded(text: str, **options: Any) -> Adapter:
     """The adapter that `opened` finds, in memory."""
     return opened(text, **options).load()
+
+
+def opened_by_name(
+    sources: Iterable[str], pairs: Iterable[str] = (), *, whole: bool = False, **options: Any
+) -> dict[str, Handle]:
+    """Every adapter that paths, globs, folders, LIB:NAME and NAME=SOURCE stand for.
+
+    Args:
+        pairs: each NAME=SOURCE. whole: a library stands for all that is in it; else it is refused.
+        options: as for `opened`.
+
+    Raises:
+        BadParameter: no `=` in a pair.
+        MismatchError: two with one name.
+        FileError: a source without an adapter.
+    """
+    from ..collection.sources import named_handles
+    from ..errors import MismatchError
+    from ..files.find import adapters_at, in_library, is_library, matches, name_of
+    from ..fold import Library
+
+    found: list[tuple[str, str | Handle]] = []
+    for source in sources:
+        inside = in_library(source)
+        if inside is not None:
+            found.append((inside[1], source))
+        elif whole and is_library(source):
+            found += named_handles(Library.open(source)).items()
+        elif is_library(source) or (not Path(source).exists() and "*" not in source):
+            found.append((name_of(Path(source)), source))  # a Hub id, or what `opened` refuses
+        else:
+            places = (place for path in matches(source) for place in adapters_at(path))
+            found += [(name_of(place), str(place)) for place in places]
+    for pair in pairs:
+        name, equals, source = pair.partition("=")
+        if not (name and equals and source):
+            raise click.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--name")
+        found.append((name, source))
+    handles: dict[str, Handle] = {}
+    for name, given in found:
+        if name in handles:
+            raise MismatchError(f"two sources are both named {name!r}: name one, --name NAME=PATH")
+        handles[name] = opened(given, **options) if isinstance(given, str) else given
+    return handles
 
 
 def named_sources(paths: Iterable[str], pairs: Iterable[str], alpha: float | None = None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..adapter import Adapter
-    from ..lowrank import LowRank
+    from ..compare import ModuleOverlap
 
 _BASE = "base_model_name_or_path"
 _MOST = 20  # modules shown without --verbose
@@ -32,11 +31,12 @@ def diff(a: str, b: str, **options: Any) -> None:
     """Compare two adapters by what they do to the weights.
 
     A and B are paths, ids on the Hub, or LIB:NAME. Norms, cosine and distance are those of ΔW, so
-    equal updates are equal whatever their factors look like; distances are relative to A. The
-    modules that differ most come first.
+    equal updates are equal whatever their factors look like; distances are relative to A. Shared is
+    how much of both lies in the output (input) space of the other, interference what each does
+    within the other's, which is what merging mixes. The modules that differ most come first.
     """
-    with output.progress("comparing"):
-        found = comparison(a, _freed(a, **options), b, _freed(b, **options))
+    with output.progress("comparing") as advance:
+        found = comparison(a, _freed(a, **options), b, _freed(b, **options), advance)
     output.report(found, lambda out: _show(out, found))
 
 
@@ -50,54 +50,54 @@ def _freed(text: str, **options: Any) -> Adapter:
     return adapter
 
 
-def comparison(name_a: str, a: Adapter, name_b: str, b: Adapter) -> dict[str, Any]:
+def comparison(
+    name_a: str, a: Adapter, name_b: str, b: Adapter, progress: output.Advance | None = None
+) -> dict[str, Any]:
     """Everything in which two adapters differ, in JSON's types.
 
     Raises:
         MismatchError: a module has two shapes.
     """
-    from ..lowrank import cosine
+    from ..compare.overlap import compared
 
-    distance = _baseless(a).distance(_baseless(b))
-    norms = a.norm(), b.norm()
-    modules = [
-        {"module": p, **_compared(u, b.modules[p])} for p, u in a.modules.items() if p in b.modules
-    ]
-    modules.sort(key=lambda m: -m["distance"])
-    inner = math.fsum(m.pop("inner") for m in modules)
+    # Updates of one shape can be compared whatever the bases are called; the names are reported.
+    found = compared(a, b, progress)
+    modules = [_compared(m) for m in found.modules]
     return {
         "a": name_a,
         "b": name_b,
-        "norm_a": norms[0],
-        "norm_b": norms[1],
-        "cosine": cosine(inner, *norms),
-        "distance": distance,
-        "relative_distance": _relative(distance, norms[0]),
-        "only_in_a": [p for p in a.modules if p not in b.modules],
-        "only_in_b": [p for p in b.modules if p not in a.modules],
+        "norm_a": found.norm_a,
+        "norm_b": found.norm_b,
+        "cosine": found.cosine,
+        "distance": found.distance,
+        "relative_distance": _relative(found.distance, found.norm_a),
+        "shared_out": found.shared_out,
+        "shared_in": found.shared_in,
+        "interference": found.interference,
+        "interference_a": found.interference_a,
+        "interference_b": found.interference_b,
+        "only_in_a": list(found.only_in_a),
+        "only_in_b": list(found.only_in_b),
         "config": _config_differences(a, b),
         "extras": _extra_differences(a, b),
-        "modules": modules,
+        "modules": sorted(modules, key=lambda m: -m["distance"]),
     }
 
 
-def _baseless(a: Adapter) -> Adapter:
-    # Updates of one shape can be compared whatever the bases are called; the names are reported.
-    config = {k: v for k, v in a.config.items() if k != _BASE}
-    return replace(a, config=config, base_model=None)
-
-
-def _compared(u: LowRank, v: LowRank) -> dict[str, Any]:
-    from ..lowrank import cosine
-
-    norms, distance, inner = (u.norm(), v.norm()), (u - v).norm(), u.inner(v)
+def _compared(m: ModuleOverlap) -> dict[str, Any]:
     return {
-        "norm_a": norms[0],
-        "norm_b": norms[1],
-        "cosine": cosine(inner, *norms),
-        "distance": distance,
-        "relative_distance": _relative(distance, norms[0]),
-        "inner": inner,
+        "module": m.path,
+        "norm_a": m.norm_a,
+        "norm_b": m.norm_b,
+        "cosine": m.cosine,
+        "distance": m.distance,
+        "relative_distance": _relative(m.distance, m.norm_a),
+        "shared_out": m.shared_out,
+        "shared_in": m.shared_in,
+        "interference_a": m.interference_a,
+        "interference_b": m.interference_b,
+        "angles_out": m.angles_out.tolist(),
+        "angles_in": m.angles_in.tolist(),
     }
 
 
@@ -145,6 +145,11 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
             ("B", f"{d['b']}: norm {output.digits(d['norm_b'], 4)}"),
             ("cosine", f"{d['cosine']:.4f}"),
             ("distance", f"{output.digits(d['distance'], 4)}, {relative} of ‖A‖"),
+            (
+                "shared",
+                f"{output.percent(d['shared_out'])} out, {output.percent(d['shared_in'])} in",
+            ),
+            ("interference", f"{d['interference']:.3f} if merged"),
             ("only in A", _names(d["only_in_a"])),
             ("only in B", _names(d["only_in_b"])),
             ("extras only in A", _names(extras["only_in_a"])),
@@ -165,7 +170,10 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
     output.say(out)
     output.table(
         out,
-        ["module", ">norm A", ">norm B", ">cosine", ">distance", ">of ‖A‖"],
+        [
+            *("module", ">norm A", ">norm B", ">cosine", ">distance", ">of ‖A‖"),
+            *(">shared out", ">shared in", ">angle"),
+        ],
         (
             (
                 m["module"],
@@ -174,12 +182,22 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
                 f"{m['cosine']:.4f}",
                 output.digits(m["distance"], 4),
                 output.percent(m["relative_distance"]),
+                output.percent(m["shared_out"]),
+                output.percent(m["shared_in"]),
+                _degrees(m),
             )
             for m in modules[:most]
         ),
     )
     if len(modules) > most:
         output.say(out, f"and {output.count(len(modules) - most, 'module')} more: --verbose")
+
+
+def _degrees(m: Mapping[str, Any]) -> str | None:
+    """The smallest principal angles of a module, out and in."""
+    if not m["angles_out"] or not m["angles_in"]:
+        return None
+    return f"{math.degrees(m['angles_out'][0]):.0f}°, {math.degrees(m['angles_in'][0]):.0f}°"
 
 
 def _names(names: list[str]) -> str | None:

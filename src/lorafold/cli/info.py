@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..files import AdapterFile
+    from ..fold import Library
 
 
 @command("info", example="lorafold info adapters/sql")
@@ -60,12 +61,43 @@ def _library(path: str) -> None:
 
     with Library.open(path) as lib:
         stats = {"path": path, **lib.stats()}
+        if settings().verbose:
+            stats["shared"] = _shared(lib)
 
     def show(out: Console) -> None:
         library_facts(out, stats)
         library_table(out, stats)
+        if stats.get("shared"):
+            output.say(out, f"\n{_shared_words(stats['shared'])}")
 
     output.report(stats, show)
+
+
+def _shared(lib: Library) -> list[dict[str, Any]] | None:
+    """What 1, 2, 4, … directions a side have of all energy, and of as many random adapters'."""
+    from ..collection.sources import named_handles
+    from ..compare.pairs import Pairs
+    from ..compare.shared import spectrum_of
+
+    handles = {n: h for n, h in named_handles(lib).items() if h.refusal is None and h.shapes}
+    if len(handles) < 2:
+        return None
+    with output.progress("looking for what is shared") as advance:
+        found = spectrum_of(Pairs(handles, progress=advance))
+    most = max(len(row.energy) for row in found.rows)
+    counts = [2**k for k in range(most.bit_length())]
+    return [{"directions": k, "energy": found.share(k), "random": found.control(k)} for k in counts]
+
+
+def _shared_words(shared: list[dict[str, Any]]) -> str:
+    words = (
+        f"{s['directions']}: {output.percent(s['energy'])} ({output.percent(s['random'])})"
+        for s in shared
+    )
+    return (
+        "directions that all adapters could share on each side, and the energy they would hold "
+        f"(of random adapters): {'; '.join(words)}"
+    )
 
 
 def _places(path: str) -> list[str]:

@@ -11,13 +11,14 @@ import click
 from ..errors import MismatchError
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, opened
+from ._source import adapter_options, opened_by_name
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..adapter import Adapter
+    from ..collection.sources import Handle
     from ..files import AdapterFile
 
 # {parameter: its flag} of what a recipe says itself.
@@ -99,8 +100,9 @@ def merge(
             merged, own_dtype = _by_recipe(sources[0], rank, target, options)
             dtype = dtype or own_dtype
         else:
-            handles = _handles(sources, options)
-            check_apart(target, [h.path for h in handles.values()])
+            reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
+            handles = opened_by_name(sources, options.pop("names"), **reading)
+            check_apart(target, [getattr(h, "path", None) for h in handles.values()])
             merged = _by_method(handles, rank, options)
         exact, merged = merged, _cut(merged, rank, tolerance)
         save(merged, target, pad=pad, overwrite=overwrite, dtype=torch_dtype(dtype))
@@ -109,37 +111,7 @@ def merge(
     output.report(found, lambda out: _show(out, found))
 
 
-def _handles(sources: Sequence[str], options: dict[str, Any]) -> dict[str, AdapterFile]:
-    """Every source, opened, by name."""
-    from ..files.find import adapters_at, in_library, is_library, matches, name_of
-
-    reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
-    texts: list[tuple[str, str]] = []
-    for source in sources:
-        found = in_library(source)
-        if found is not None:
-            texts.append((found[1], source))
-        elif is_library(source) or (not Path(source).exists() and "*" not in source):
-            texts.append((name_of(Path(source)), source))  # a Hub id, or what `opened` refuses
-        else:
-            places = (place for path in matches(source) for place in adapters_at(path))
-            texts += [(name_of(place), str(place)) for place in places]
-    for pair in options.pop("names"):
-        name, equals, source = pair.partition("=")
-        if not (name and equals and source):
-            raise click.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--name")
-        texts.append((name, source))
-    handles: dict[str, AdapterFile] = {}
-    for name, source in texts:
-        if name in handles:
-            raise MismatchError(f"two sources are both named {name!r}: name one, --name NAME=PATH")
-        handles[name] = opened(source, **reading)
-    return handles
-
-
-def _by_method(
-    handles: dict[str, AdapterFile], rank: int | None, options: dict[str, Any]
-) -> Adapter:
+def _by_method(handles: dict[str, Handle], rank: int | None, options: dict[str, Any]) -> Adapter:
     from ..merge.merge import run
     from ..merge.methods import job_of, takes_rank
 

@@ -81,6 +81,13 @@ class Collection:
         self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
 
     @property
+    def missing(self) -> dict[str, tuple[str, ...]]:
+        """Module → the names that lack it, where some do."""
+        pairs = list(zip(self.names, self.handles, strict=True))
+        found = {p: tuple(n for n, h in pairs if p not in h.shapes) for p in self.paths}
+        return {path: who for path, who in found.items() if who}
+
+    @property
     def small(self) -> bool:
         """Whether one thread is enough for whatever is done."""
         return self.num_parameters < _FEW
@@ -107,16 +114,19 @@ class Collection:
             self._keep,
         )
 
-    def read(self, i: int, path: str) -> LowRank:
-        """Adapter i's update at a module; its digest is taken on the way."""
-        h = self.handles[i]
+    def update(self, i: int, path: str) -> LowRank:
+        """Adapter i's update at a module."""
         try:
-            u = h.read(path)
+            return self.handles[i].read(path)
         except MismatchError as e:
             raise MismatchError(f"adapter {self.names[i]!r}: {e}") from e
+
+    def read(self, i: int, path: str) -> LowRank:
+        """Adapter i's update at a module; its digest is taken on the way."""
+        u = self.update(i, path)
         if path not in self._digests[i]:
             self._digests[i][path] = b""  # to come
-            layout = h.layouts.get(path, Layout())
+            layout = self.handles[i].layouts.get(path, Layout())
             self._hashing.append((i, path, self._pool.submit(module_digest, path, u, layout)))
             self._collect(_HASHED_AT_ONCE)
         return u

@@ -1,4 +1,4 @@
-"""Sources to named handles: a path, a glob, a folder of adapters, an `Adapter`, or several of them.
+"""Sources to named handles: a path, a glob, a folder, an `Adapter`, a `Library`, or several.
 
 A handle is an opened adapter: its header is known, its tensors are read one by one.
 """
@@ -55,13 +55,13 @@ def named_handles(sources: Any) -> dict[str, Handle]:
 
     Args:
         sources: one source, several, or {name: source}; a source is an adapter's path, a glob, a
-            folder of adapters, or an `Adapter`.
+            folder of adapters, an `Adapter`, or a `Library`.
 
     Raises:
         FileError: a path that is not there, a glob or folder without adapters.
         MismatchError: no source at all, or two with one name.
     """
-    if isinstance(sources, Mapping) and not isinstance(sources, Adapter):
+    if isinstance(sources, Mapping) and not isinstance(sources, Adapter) and not _shelf(sources):
         handles = {}
         for name, source in sources.items():
             found = _opened(source, 0)
@@ -71,7 +71,7 @@ def named_handles(sources: Any) -> dict[str, Handle]:
                 )
             handles[_checked_name(name)] = found[0][1]
     else:
-        single = isinstance(sources, str | os.PathLike | Adapter)
+        single = isinstance(sources, str | os.PathLike | Adapter) or _shelf(sources)
         items: Iterable[Source] = [sources] if single else sources
         pairs = [pair for k, source in enumerate(items) for pair in _opened(source, k)]
         handles = {}
@@ -90,10 +90,39 @@ def named_handles(sources: Any) -> dict[str, Handle]:
 def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
     if isinstance(source, Adapter):
         return [(f"task_{position}", open_adapter(source))]
+    if _shelf(source):
+        return [(name, Shelved(source, name)) for name in source]
     if not isinstance(source, str | os.PathLike):
         raise MismatchError(f"a source must be a path or an Adapter, not {type(source).__name__}")
     places = [place for path in matches(source) for place in adapters_at(path)]
     return [(name_of(place), _handle(place)) for place in places]
+
+
+def _shelf(source: Source) -> bool:
+    """Whether it is a `Library`, which makes its adapters anew whenever one is asked for."""
+    return isinstance(source, Mapping) and hasattr(source, "contents")
+
+
+class Shelved:
+    """An adapter of a library as a handle: read module by module, and not kept."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        a: Adapter = library[name]
+        self.shapes = {p: (*u.shape, u.rank) for p, u in a.modules.items()}
+        self.layouts, self.config, self.base_model = a.layouts, a.config, a.base_model
+        self.refusal, self.nbytes = a.refusal, int(library.entry(name)["bytes"])
+        self._library, self._name = library, name
+
+    def read(self, path: str) -> LowRank:
+        update: LowRank = self._library.update(self._name, path)
+        return update
+
+    def read_extras(self) -> dict[str, Tensor]:
+        return dict(self.load().extras)
+
+    def load(self) -> Adapter:
+        adapter: Adapter = self._library[self._name]
+        return adapter
 
 
 def _handle(place: Path) -> Handle:

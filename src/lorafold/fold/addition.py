@@ -8,9 +8,11 @@ each module of one shape: one decomposition, one projection, one rotation and ro
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from ..collection.stack import Stack
 from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
 from ..lowrank import LowRank
+from ..words import warn
 from .coding.bases import Bases, Basis, Side, basis_of, projected, residual, weighted_norms
 from .coding.flat_part import FlatSide, OtherLengthError, code_parts, flattened
 from .coding.record import Coded, Target, code
@@ -68,30 +71,36 @@ def one_handle(adapter: Any) -> tuple[str | None, Handle]:
 
 
 def projection(
-    c: Contents, adapter: Any
-) -> tuple[dict[str, Tensor | tuple[Tensor, Tensor]], float]:
-    """An adapter's loadings on the present bases by module, and the error; see `Projection`.
+    c: Contents, adapter: Any, least: float | None = None
+) -> tuple[dict[str, Tensor | tuple[Tensor, Tensor]], float, dict[str, float]]:
+    """An adapter's loadings on the present bases by module, and errors; see `Projection`.
+
+    Args:
+        least: share of it below which a warning tells that the bases don't cover it.
 
     Raises:
-        MismatchError: it has a module of another shape.
+        MismatchError: it has a module of another shape; a share that is none.
         RefusedError: ΔW algebra would be wrong.
     """
+    share = isinstance(least, Real) and not isinstance(least, bool)
+    if least is not None and not (share and 0 <= least <= 1):
+        raise MismatchError(f"warn must be a share, 0 … 1, found {least!r}")
     _, handle = one_handle(adapter)
     if handle.refusal:
         raise RefusedError(handle.refusal)
     loadings: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-    lost = total = 0.0
+    lost: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     for path in handle.shapes:
         u = handle.read(path).to(c.device)
         c.check_shape(path, u.shape)
         block = _block_of(u)
-        norm = float((block.S**2).sum())
-        total += norm
+        sizes[path] = float((block.S**2).sum())
         j = c.manifest.numbers.get(path)
         if j is not None and (flat := flat_bases(c, j, u.rank)):
             f = joined_factors(block.members, [(u.B, u.A, u.scale)])
             parts = code_parts(f, flat.A, flat.B, 0, flat.wide)
-            lost += float(squared_residuals(f.B, f.A, parts.B, parts.A))
+            lost[path] = float(squared_residuals(f.B, f.A, parts.B, parts.A))
             loadings[path] = (
                 flat.A.loadings(flattened(f, "A"))[0],
                 flat.B.loadings(flattened(f, "B"))[0],
@@ -99,14 +108,27 @@ def projection(
             continue
         sides = None if j is None else nearest_sides(c, j, block)
         if sides is None:
-            lost += norm
+            lost[path] = sizes[path]
             continue
         (_, U), (_, V) = sides
         f = block.factors()
         left, right = projected(f, U, V)
-        lost += float(squared_norms(*residual(f, left, right, U, V)))
+        lost[path] = float(squared_norms(*residual(f, left, right, U, V)))
         loadings[path] = (left @ right)[0]
-    return loadings, (lost / total) ** 0.5 if total > 0 else 0.0
+    errors = {path: _relative(lost[path], size) for path, size in sizes.items()}
+    error = _relative(math.fsum(lost.values()), math.fsum(sizes.values()))
+    if least is not None and 1 - error < least:
+        worst = max(errors, key=lambda path: errors[path])
+        warn(
+            f"the library's shared bases cover {1 - error:.1%} of the adapter, less than "
+            f"{least:.1%} (least at {worst!r}: {max(0.0, 1 - errors[worst]):.1%}): Library.add "
+            "brings directions of its own"
+        )
+    return loadings, error, errors
+
+
+def _relative(lost: float, size: float) -> float:
+    return (lost / size) ** 0.5 if size > 0 else 0.0
 
 
 def _block_of(u: LowRank) -> Block:

@@ -37,10 +37,13 @@ class Projection:
             (out, R_V) or (R_U, in) where one is; (k_A,) of A and (k_B,) of B, a pair, in the form
             `flat`. Modules without shared bases are left out.
         error: ‖ΔŴ − ΔW‖ / ‖ΔW‖ over all modules, before directions or residuals of its own.
+        errors: module path → the same of that module; 1 where there are no shared bases, 0 for a
+            zero update.
     """
 
     loadings: dict[str, Tensor | tuple[Tensor, Tensor]]
     error: float
+    errors: dict[str, float]
 
 
 class Library(Mapping[str, Adapter]):
@@ -173,17 +176,18 @@ class Library(Mapping[str, Adapter]):
 
     # Comparing
 
-    def project(self, adapter: Any) -> Projection:
+    def project(self, adapter: Any, *, warn: float | None = None) -> Projection:
         """The adapter in the coordinates of the present bases; nothing is stored.
 
         Args:
             adapter: an `Adapter` or a path.
+            warn: warn where the bases cover less than this share of it: where 1 − error is below.
 
         Raises:
-            MismatchError: it has a module of another shape.
+            MismatchError: it has a module of another shape; a share that is none.
             RefusedError: ΔW algebra would be wrong.
         """
-        return Projection(*projection(self._contents, adapter))
+        return Projection(*projection(self._contents, adapter, warn))
 
     @overload
     def verify(

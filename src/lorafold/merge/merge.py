@@ -8,7 +8,7 @@ as zero there, and is listed. What a rule gives is what is returned: nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +149,7 @@ class _Run:
         """The result."""
         extras = self._extras()
         modules, error = self._modules()
-        missing = self._missing()
+        missing = self._collection.missing
         if missing and not self._quiet:
             shown = "; ".join(f"{p!r} in {', '.join(who)}" for p, who in list(missing.items())[:5])
             more = "; …" if len(missing) > 5 else ""
@@ -188,12 +188,6 @@ class _Run:
         weights, kept = job.weights.at(path), job.densities.at(path)
         return Members(path, self._names, tuple(updates), weights, kept, job.seed)
 
-    def _missing(self) -> dict[str, list[str]]:
-        """Module → the sources that lack it."""
-        pairs = list(zip(self._names, self._handles, strict=True))
-        found = {p: [n for n, h in pairs if p not in h.shapes] for p in self._paths}
-        return {path: who for path, who in found.items() if who}
-
     def _extras(self) -> _Extras:
         """Extras that are equal or one-sided, or those of the source that was chosen.
 
@@ -224,7 +218,7 @@ class _Run:
             check_bias_scales(mine, own, config)
         return _Extras(tensors, config)
 
-    def _facts(self, error: float | None, missing: Mapping[str, list[str]]) -> dict[str, Any]:
+    def _facts(self, error: float | None, missing: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """What is told of the merge."""
         given = self._job.weights.given
         sources = []
@@ -235,7 +229,7 @@ class _Run:
             sources.append({"name": name, "weight": weight, "digest": digest})
         facts: dict[str, Any] = {**self._job.said, "sources": sources}
         if missing:
-            facts["missing"] = dict(missing)
+            facts["missing"] = {path: list(who) for path, who in missing.items()}
         if error is not None:
             facts["error"] = error
         return facts

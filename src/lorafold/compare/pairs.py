@@ -1,0 +1,197 @@
+"""All pairs of a collection: inner products over all modules, exactly or from sketches.
+
+A module is read at once where it fits, else in blocks, each block against those after it. What is
+kept between modules is (N, N) and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..collection.batch import Factors, joined_factors
+from ..collection.collection import Collection
+from ..collection.limits import memory_bytes
+from ..collection.sources import Handle
+from ..collection.units import Sketch, Units, add_inner_products, units_of
+from ..errors import RefusedError
+from .clusters import components
+
+Progress = Callable[[int, int, str], object]
+
+_SHARE = 8  # of the memory limit: float32 factors of one block, of which copies are made
+
+
+@dataclass(frozen=True, eq=False)
+class Cosines:
+    """Cosines of all pairs.
+
+    Args:
+        matrix: (N, N) float64, 0 where a norm is. norms: (N,). error: rms of what is sketched.
+    """
+
+    matrix: np.ndarray
+    norms: np.ndarray
+    error: float
+
+
+class Pairs:
+    """Opened adapters over one base, compared.
+
+    Args:
+        handles: name → handle. memory: limit for what is read of them at once.
+        progress: called with (done, total, module).
+
+    Raises:
+        RefusedError: ΔW algebra would be wrong for one; naming it, the reason and the remedy.
+        MismatchError: adapters that disagree on a module's shape or on the base.
+    """
+
+    def __init__(
+        self,
+        handles: Mapping[str, Handle],
+        memory: str | int = "1GiB",
+        progress: Progress | None = None,
+    ) -> None:
+        for name, handle in handles.items():
+            if handle.refusal is not None:
+                raise RefusedError(f"{name!r} can't be compared: {handle.refusal}")
+        self.collection = Collection(handles, exact=(), block_bytes=1 << 20)
+        self._block = memory_bytes(memory) // _SHARE
+        self._progress: Progress = progress or (lambda done, total, path: None)
+
+    def __len__(self) -> int:
+        return len(self.collection.names)
+
+    @property
+    def work(self) -> float:
+        """Floating point operations of all exact products."""
+        shapes = self.collection.shapes
+        return float(sum(self.total_rank(path) ** 2 * sum(shape) for path, shape in shapes.items()))
+
+    def _having(self, path: str, order: np.ndarray | None = None) -> list[int]:
+        """Positions of the adapters that have a module, in some order."""
+        handles = self.collection.handles
+        everyone = range(len(self)) if order is None else order.tolist()
+        return [i for i in everyone if path in handles[i].shapes]
+
+    def _blocks(self, path: str, members: list[int]) -> list[list[int]]:
+        """Members in runs whose factors fit into a block."""
+        width = 4 * sum(self.collection.shapes[path])
+        blocks: list[list[int]] = []
+        room = 0
+        for i in members:
+            size = width * self.collection.handles[i].shapes[path][2]
+            if size > room:
+                blocks.append([])
+                room = self._block
+            blocks[-1].append(i)
+            room -= size
+        return blocks
+
+    def _read(self, path: str, members: list[int]) -> list[Units]:
+        return units_of(members, (self.collection.update(i, path) for i in members), path)
+
+    def modules(self) -> Iterator[str]:
+        """Every module's path, and progress told on the way."""
+        paths = self.collection.paths
+        for k, path in enumerate(paths):
+            self._progress(k, len(paths), path)
+            yield path
+
+    def total_rank(self, path: str) -> int:
+        """The ranks of all adapters at a module, summed."""
+        return sum(self.collection.handles[i].shapes[path][2] for i in self._having(path))
+
+    def units(self, path: str) -> Iterator[Units]:
+        """A module of all adapters that have it."""
+        for block in self._blocks(path, self._having(path)):
+            yield from self._read(path, block)
+
+    def factors(self, path: str) -> Factors:
+        """A module of all adapters that have it, as in their files, padded to one rank."""
+        members = self._having(path)
+        updates = [self.collection.update(i, path) for i in members]
+        return joined_factors(np.array(members), [(u.B, u.A, u.scale) for u in updates])
+
+    def sketched(self, seed: int) -> Cosines:
+        """Every pair from sketches; the error is estimated from what two of them disagree in."""
+        count = len(self)
+        grams = np.zeros((2, count, count))
+        squares = np.zeros(count)
+        for path in self.modules():
+            sketch = Sketch(self.collection.shapes[path], path, seed)
+            found = [(x.members, x.norms, sketch.of(x)) for x in self.units(path)]
+            members = np.concatenate([f[0] for f in found])
+            norms = np.concatenate([f[1] for f in found])
+            order = np.argsort(members)
+            members, norms = members[order], norms[order]
+            squares[members] += norms**2
+            for k, gram in enumerate(grams):
+                whole = torch.cat([f[2][k] for f in found])[torch.from_numpy(order)]
+                products = (whole @ whole.T).double().cpu().numpy()
+                products *= norms[:, None]
+                products *= norms
+                if len(members) == count:
+                    np.add(gram, products, out=gram)
+                else:
+                    gram[np.ix_(members, members)] += products
+        first, second = map(_normalised, grams)
+        norms = np.sqrt(squares)
+        off = ~np.eye(count, dtype=bool)
+        error = float(np.sqrt(np.mean(((first - second)[off] / 2) ** 2))) if count > 1 else 0.0
+        return Cosines(_with_diagonal((first + second) / 2, norms), norms, error)
+
+    def exact(self, wanted: np.ndarray | None = None) -> Cosines:
+        """Every pair exactly, or those that are wanted (and some beside: not all of the rest).
+
+        Args:
+            wanted: (N, N) bool, symmetric.
+        """
+        count = len(self)
+        total = np.zeros((count, count))
+        order = np.arange(count)
+        if wanted is not None:
+            wanted = wanted | np.diag(wanted.any(0))  # for their norms
+            # Those that are near one another lie together, so that few tiles hold all that matters.
+            groups = components(wanted)
+            order = np.concatenate([order[:0], *(g for g in groups if len(g) > 1)])
+        for path in self.modules():
+            self._add(total, path, order, wanted)
+        norms = np.sqrt(total.diagonal().clip(0))
+        return Cosines(_with_diagonal(_normalised(total), norms), norms, 0.0)
+
+    def module(self, path: str) -> np.ndarray:
+        """(N, N) cosines at one module, 0 where one of the two lacks it."""
+        total = np.zeros((len(self), len(self)))
+        self._add(total, path, np.arange(len(self)), None)
+        return _with_diagonal(_normalised(total), total.diagonal())
+
+    def _add(
+        self, total: np.ndarray, path: str, order: np.ndarray, wanted: np.ndarray | None
+    ) -> None:
+        """Add inner products at one module."""
+        blocks = self._blocks(path, self._having(path, order))
+        for k, block in enumerate(blocks):
+            xs = self._read(path, block)
+            add_inner_products(total, xs, xs, wanted)
+            for other in blocks[k + 1 :]:
+                if wanted is None or wanted[np.ix_(block, other)].any():
+                    add_inner_products(total, xs, self._read(path, other), wanted)
+
+
+def _normalised(gram: np.ndarray) -> np.ndarray:
+    root = np.sqrt(gram.diagonal().clip(0))
+    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
+    result: np.ndarray = gram * inverse[:, None] * inverse
+    return result
+
+
+def _with_diagonal(cosines: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Rounding taken off: symmetric, within ±1, and 1 with oneself, but 0 for a zero update."""
+    cosines = ((cosines + cosines.T) / 2).clip(-1, 1)
+    np.fill_diagonal(cosines, (norms > 0).astype(float))
+    return cosines

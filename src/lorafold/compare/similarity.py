@@ -1,0 +1,277 @@
+"""`similarity`: who is like whom, by what adapters do to the weights.
+
+The cosine of two adapters is ⟨a, b⟩ / (‖a‖ ‖b‖) with ⟨a, b⟩ = Σ_modules tr(ΔW_aᵀ ΔW_b): gauges,
+ranks and scales play no part, and a start that two adapters have in common is no likeness. (In
+the space of factors two unrelated adapters from one A have a cosine near 1.)
+
+Where all pairs are too many, sketches tell which could matter, and those are computed exactly. The
+cosine c from a sketch is off by about (1 − c²) times what it is for unrelated ones, so four times
+the error of all leaves a wide margin for those that are near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..adapter import tensor_digest
+from ..collection.sources import named_handles
+from ..errors import MismatchError, MissingExtraError, UnknownNameError
+from ..words import did_you_mean
+from .clusters import linked
+from .pairs import Pairs, Progress
+
+DUPLICATES = 0.999
+_MARGIN = 4  # errors below the threshold from which on pairs are computed exactly
+_CHEAP = 2e11  # operations that are done exactly rather than sketched: seconds
+_MAD = 1.4826  # of a normal distribution: its deviation over its median absolute deviation
+_EVEN = 0.05  # relative spread of distances that is none: rounding must not look like outliers
+
+
+class Pair(NamedTuple):
+    """Two adapters and the cosine of their updates."""
+
+    a: str
+    b: str
+    cosine: float
+
+
+class Outlier(NamedTuple):
+    """An adapter, its distance ‖ΔW − mean‖ to the mean, and how many deviations that is off."""
+
+    name: str
+    distance: float
+    z: float
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """Cosines of all pairs of a collection, and what follows from them. Made by `similarity`.
+
+    Not for: where two adapters differ (`overlap`), nor which to use for an input.
+
+    Args:
+        names: N names. matrix: (N, N) float64 cosines of ΔW; 1 with oneself, and 0 with everything
+            for a zero update.
+        error: rms error of the entries that are sketched, estimated from the data; 0 where none is.
+        threshold: every pair above threshold − 4·error is exact.
+        known: (N, N), which entries are exact.
+        norms: (N,) ‖ΔW‖. nbytes: (N,) bytes of their files.
+        missing: module → the names that lack it, which counts as zero there.
+    """
+
+    names: tuple[str, ...]
+    matrix: np.ndarray
+    error: float
+    threshold: float
+    known: np.ndarray
+    norms: np.ndarray
+    nbytes: np.ndarray
+    missing: Mapping[str, tuple[str, ...]]
+    pairs: Pairs = field(repr=False)
+
+    def __repr__(self) -> str:
+        known = f"exact above {self.threshold:g}" if self.error else "exact"
+        return f"Similarity({len(self.names)} adapters, {known}, error {self.error:.2g})"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that any of them has."""
+        return tuple(self.pairs.collection.paths)
+
+    def module(self, path: str) -> np.ndarray:
+        """(N, N) cosines at one module, exact, read from the sources; 0 where one lacks it.
+
+        Raises:
+            UnknownNameError: none has it.
+        """
+        if path not in self.pairs.collection.shapes:
+            hint = did_you_mean(str(path), self.modules)
+            raise UnknownNameError(f"no adapter has a module {path!r}; {hint}")
+        return self.pairs.module(path)
+
+    def at(self, threshold: float) -> Similarity:
+        """The same with every pair above a lower threshold exact, read from the sources again.
+
+        Raises:
+            MismatchError: a threshold that is no cosine.
+        """
+        _check_threshold(threshold)
+        if threshold >= self.threshold or not self.error:
+            return self
+        wanted = (self.matrix > threshold - _MARGIN * self.error) & ~self.known
+        matrix = np.where(wanted, self.pairs.exact(wanted).matrix, self.matrix)
+        return replace(self, matrix=matrix, threshold=threshold, known=self.known | wanted)
+
+    def clusters(self, threshold: float = 0.9) -> list[list[str]]:
+        """Groups in which every pair reaches the threshold (complete linkage), largest first.
+
+        Returns:
+            Each name once; those that are like none are alone.
+        """
+        found = linked(self.at(threshold).matrix, threshold)
+        return [[self.names[i] for i in group] for group in found]
+
+    def duplicates(self, threshold: float = DUPLICATES) -> list[Pair]:
+        """The pairs with a cosine of at least that, the nearest first; strengths may differ."""
+        matrix = np.triu(self.at(threshold).matrix, 1)
+        rows, columns = np.nonzero(np.triu(matrix >= threshold, 1))
+        order = np.argsort(-matrix[rows, columns], kind="stable")
+        return [self._pair(i, j, matrix) for i, j in zip(rows[order], columns[order], strict=True)]
+
+    def redundant(self, threshold: float = DUPLICATES) -> dict[str, str]:
+        """What could go: {name: the one that stays and does the same}.
+
+        Two do the same where ‖a − b‖² ≤ 2 (1 − threshold) ‖a‖² for the larger a, so that strengths
+        agree too, and where heads, biases and tokens (`extras`) are equal. The smallest file stays.
+        """
+        s = self.at(threshold)
+        larger = np.maximum.outer(self.norms, self.norms)
+        smaller = np.minimum.outer(self.norms, self.norms)
+        ratio = np.divide(smaller, larger, out=np.zeros_like(larger), where=larger > 0)
+        same = (1 - ratio**2) / 2 + ratio * s.matrix  # 1 − ‖a − b‖² / 2‖a‖²
+        same = np.where(larger > 0, same, 1.0)  # zero updates are alike
+        found: dict[str, str] = {}
+        for group in linked(same, threshold):
+            by_extras: dict[frozenset[bytes], list[int]] = {}
+            for i in group if len(group) > 1 else ():
+                by_extras.setdefault(self._extras(i), []).append(i)
+            for alike in by_extras.values():
+                stays = min(alike, key=lambda i: self.nbytes[i])
+                found |= {self.names[i]: self.names[stays] for i in alike if i != stays}
+        return found
+
+    def _extras(self, i: int) -> frozenset[bytes]:
+        extras = self.pairs.collection.handles[i].read_extras()
+        return frozenset(tensor_digest(key, t) for key, t in extras.items())
+
+    def outliers(self, threshold: float = 2.0) -> list[Outlier]:
+        """Those far from the mean update, farthest first.
+
+        Args:
+            threshold: deviations above the median distance, by the median absolute deviation.
+        """
+        if len(self.names) < 3:
+            return []  # two are equally far from their mean
+        gram = self.matrix * np.outer(self.norms, self.norms)
+        square = gram.diagonal() - 2 * gram.mean(1) + gram.mean()
+        distance = np.sqrt(square.clip(0))
+        median = np.median(distance)
+        spread = max(
+            _MAD * float(np.median(np.abs(distance - median))),
+            _EVEN * float(median),
+            _EVEN * float(np.median(self.norms)),
+        )
+        z = (distance - median) / spread if spread > 0 else np.where(distance > median, np.inf, 0.0)
+        order = [i for i in np.argsort(-z, kind="stable") if z[i] > threshold]
+        return [Outlier(self.names[i], float(distance[i]), float(z[i])) for i in order]
+
+    def nearest(self, name: str, k: int = 5) -> list[Pair]:
+        """The k others that are most like one, the nearest first.
+
+        Raises:
+            UnknownNameError: no such name. MismatchError: k below 1.
+        """
+        if name not in self.names:
+            raise UnknownNameError(f"no adapter {name!r}; {did_you_mean(str(name), self.names)}")
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+            raise MismatchError(f"k must be a whole number of at least 1, found {k!r}")
+        i = self.names.index(name)
+        order = [j for j in np.argsort(-self.matrix[i], kind="stable") if j != i]
+        return [self._pair(i, j, self.matrix) for j in order[:k]]
+
+    def _pair(self, i: int, j: int, matrix: np.ndarray) -> Pair:
+        return Pair(self.names[i], self.names[j], float(matrix[i, j]))
+
+    def to_pandas(self) -> Any:
+        """The matrix as a `DataFrame`, with names on both sides.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as e:
+            raise MissingExtraError(
+                "to_pandas needs pandas: pip install 'lorafold[compare]'"
+            ) from e
+        return pandas.DataFrame(self.matrix, index=list(self.names), columns=list(self.names))
+
+
+def similarity(
+    sources: Any,
+    *,
+    threshold: float = 0.9,
+    exact: bool = False,
+    seed: int = 0,
+    memory: str | int = "1GiB",
+    progress: Progress | None = None,
+) -> Similarity:
+    """Cosines of all pairs of adapters in ΔW, of any ranks and targets over one base.
+
+    Args:
+        sources: paths, globs, `Adapter`s, a `Library`, or {name: either}; read module by module.
+        threshold: pairs above it are computed exactly, the others where that is cheap or `exact`.
+        exact: compute all of them.
+        seed: of the sketches.
+        memory: limit for what is read of the collection at once.
+        progress: called with (done, total, module).
+
+    Returns:
+        A `Similarity`.
+
+    Raises:
+        MismatchError: no sources, adapters over different bases, options out of range.
+        RefusedError: ΔW algebra would be wrong for a source; naming it and the remedy.
+        FileError: a source that can't be read.
+
+    Not for: two adapters in detail (`overlap`).
+
+    Example:
+        >>> import torch, lorafold as lf
+        >>> u = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))
+        >>> v = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))
+        >>> a, b = lf.Adapter({"q_proj": u}), lf.Adapter({"q_proj": v})
+        >>> s = lf.similarity({"sql": a, "copy": a.nested(), "law": b})
+        >>> s.clusters()
+        [['sql', 'copy'], ['law']]
+    """
+    if isinstance(sources, list | tuple | dict) and not sources:
+        raise MismatchError("there is nothing to compare: the list of sources is empty")
+    pairs = Pairs(named_handles(sources), memory, progress)
+    return similar_pairs(pairs, threshold=threshold, exact=exact, seed=seed)
+
+
+def similar_pairs(
+    pairs: Pairs, *, threshold: float = 0.9, exact: bool = False, seed: int = 0
+) -> Similarity:
+    """`similarity` of opened sources."""
+    _check_threshold(threshold)
+    c = pairs.collection
+    if exact or pairs.work <= _CHEAP:
+        found, known = pairs.exact(), np.ones((len(pairs), len(pairs)), bool)
+    else:
+        found = pairs.sketched(seed)
+        known = np.eye(len(pairs), dtype=bool) | (found.error == 0)
+    result = Similarity(
+        tuple(c.names),
+        found.matrix,
+        found.error,
+        np.inf if found.error else threshold,
+        known,
+        found.norms,
+        np.array([h.nbytes for h in c.handles]),
+        c.missing,
+        pairs,
+    )
+    return result.at(threshold)
+
+
+def _check_threshold(threshold: Any) -> None:
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not (number and -1 <= threshold <= 1):
+        raise MismatchError(f"threshold must be a cosine, -1 … 1, found {threshold!r}")
