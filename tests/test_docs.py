@@ -73,6 +73,8 @@ def test_commands_and_options_exist(page):
             continue
         assert words[1] in VERBS, words
         command = main.get_command(click.Context(main), words[1])
+        if isinstance(command, click.Group):
+            command = command.commands[words[2]]
         known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
         used = {word.partition("=")[0] for word in words[2:] if word.startswith("-")}
         assert used <= known, words

@@ -34,6 +34,9 @@ _HOME = {
     "anatomy": "compare",
     "Anatomy": "compare",
     "shared_spectrum": "compare",
+    "ArrowRouter": "route",
+    "CentroidRouter": "route",
+    "LearnedRouter": "route",
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
@@ -80,6 +83,9 @@ if TYPE_CHECKING:
     from .parts import Layout as Layout
     from .quantize import dequantize as dequantize
     from .quantize import quantize_base as quantize_base
+    from .route import ArrowRouter as ArrowRouter
+    from .route import CentroidRouter as CentroidRouter
+    from .route import LearnedRouter as LearnedRouter
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (all of them are strings)
 

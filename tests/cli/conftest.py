@@ -22,6 +22,25 @@ PATHS = {
 }
 
 
+TEXTS = {
+    "sql": [f"SELECT {c} FROM {t} WHERE id = {i}" for i, (c, t) in enumerate(
+        [("name", "users"), ("price", "orders"), ("age", "people"), ("title", "books")]
+    )],
+    "poems": [
+        "Shall I compare thee to a summer's day?",
+        "Thou art more lovely and more temperate:",
+        "Rough winds do shake the darling buds of May,",
+        "And summer's lease hath all too short a date;",
+    ],
+    "law": [
+        "§ 1 (1) The Lessee shall pay the Lessor.",
+        "§ 2 (1) The Lessor shall deliver the Goods.",
+        "§ 3 (2) The Lessee shall return the Goods.",
+        "§ 4 (1) The Lessor shall inform the Lessee.",
+    ],
+}  # fmt: skip
+
+
 class Ran:
     """What a command line gave."""
 
@@ -49,7 +68,7 @@ def cli():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, make_adapter):
-    """A folder with adapters/{sql,poems,law}, base/ and lib/; not to be changed."""
+    """A folder with adapters/{sql,poems,law}, base/, lib/ and texts/; not to be changed."""
     folder = tmp_path_factory.mktemp("world")
     for seed, (name, rank) in enumerate({"sql": 4, "poems": 4, "law": 2}.items()):
         adapter = make_adapter(PATHS, rank, seed=seed, base_model="base")
@@ -61,6 +80,9 @@ def world(tmp_path_factory, make_adapter):
     (folder / "base").mkdir()
     save_file(state, folder / "base" / "model.safetensors")
     lf.fold([folder / "adapters"], folder / "lib", tolerance=0.1).close()
+    (folder / "texts").mkdir()
+    for name, lines in TEXTS.items():
+        (folder / "texts" / f"{name}.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 

@@ -26,6 +26,13 @@ def loaded(verb):
     return main.get_command(click.Context(main), verb)
 
 
+def options_of(command):
+    """The options of a command, and of the commands in it."""
+    inner = command.commands.values() if isinstance(command, click.Group) else ()
+    for one in (command, *inner):
+        yield from (p for p in one.params if isinstance(p, click.Option))
+
+
 def sections():
     """{verb: its text in the documentation}, what comes before under ""."""
     parts = re.split(r"^## ([\w-]+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -83,6 +90,8 @@ def test_the_example_runs(verb, here, cli):
         line += ["--overwrite"]
     if verb in ("verify-merge", "extract"):
         assert cli("merge-into", "base", "adapters/sql", "-o", "merged").code == 0
+    if verb == "route":
+        assert cli("route", "fit", "texts", "-o", "router").code == 0
     if verb == "add":
         assert cli("rm", "lib", "law").code == 0
     line = [str(p) for word in line for p in (sorted(here.glob(word)) if "*" in word else [word])]
@@ -100,17 +109,16 @@ def test_every_command_and_option_is_documented(verb):
         pytest.importorskip(f"lorafold.cli.{verb}")
     text = sections()[verb]
     shared = {"--json", "--verbose", "--debug"}
-    for parameter in loaded(verb).params:
-        if isinstance(parameter, click.Option):
-            names = set(parameter.opts) - shared
-            assert all(f"`{name}" in text for name in names), parameter.opts
+    for option in options_of(loaded(verb)):
+        names = set(option.opts) - shared
+        assert all(f"`{name}" in text for name in names), option.opts
     assert all(f"`{name}`" in sections()[""] for name in shared)
 
 
 def test_no_option_is_documented_that_is_not_there():
     for verb, text in sections().items():
         if verb in OURS:
-            known = {name for p in loaded(verb).params for name in p.opts}
+            known = {name for p in options_of(loaded(verb)) for name in p.opts}
             assert set(re.findall(r"--[a-z][a-z-]*", text)) <= known, verb
 
 
@@ -161,6 +169,7 @@ def test_version(cli):
         "verify lib",
         "verify lib adapters",
         "bench lib --repeat 1",
+        "route fit texts -o router",
     ],
 )
 def test_json_is_alone_on_stdout(line, here, cli):

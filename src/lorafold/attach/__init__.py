@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .begin.specs import LoRA as LoRA
     from .begin.specs import PiSSA as PiSSA
     from .live import Live as Live
+    from .selection import TokenMix as TokenMix
 
-__all__ = ["Live", "LoRA", "PiSSA", "attach", "calibrate"]
+__all__ = ["Live", "LoRA", "PiSSA", "TokenMix", "attach", "calibrate"]
 
 make_face(
     __name__,
@@ -26,5 +27,6 @@ make_face(
         "Live": "live",
         "LoRA": "begin.specs",
         "PiSSA": "begin.specs",
+        "TokenMix": "selection",
     },
 )

@@ -175,6 +175,10 @@ def _check_replaced(state: State, name: str, plan: Plan) -> None:
     if name in state.running.kept and more:
         raise no_background(name, more[0])
     selection = state.running.selection
+    if selection is not None and selection.tokens is not None and name in selection.mixed:
+        raise RefusedError(
+            f"{name!r} is in use, weighed token by token: choose others before replacing it"
+        )
     if (
         selection is None
         or selection.uniform

@@ -147,6 +147,7 @@ class Live:
             what: a name; {name: weight} for several at once; None for the base; or a list with
                 one of these for each row of the batch. The first axis of the model's input must
                 be a multiple of the list's length: each row is as many consecutive entries.
+                Or a `TokenMix`, which weighs adapters for every token at every layer.
             c: the dial: the model runs with W + c · ΔW. A number, or one for each row; 1 when None.
             rank: run the first k ranks only, of each module the ranks it has; {target: k} for some
                 modules; or one for each row. 0 is the base.

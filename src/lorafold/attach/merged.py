@@ -91,6 +91,10 @@ def _mix_to_merge(state: State, what: Any, c: Any, rank: Any) -> Row:
         selection = Selection.of(names[0], c, rank, state.sources)
     else:
         raise MismatchError(f"say which: there are {len(names)} adapters, and none runs")
+    if selection.tokens is not None:
+        raise MismatchError(
+            "weights that every token has of its own can't be merged: give one mix, {name: weight}"
+        )
     if not selection.uniform:
         raise MismatchError("rows of a batch can't be merged: give one mix, {name: weight}")
     state.running.check_rank(selection.rows[0])

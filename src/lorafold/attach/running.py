@@ -25,7 +25,7 @@ from ..lowrank import LowRank
 from ..words import did_you_mean
 from .choices import Choice, Choices
 from .guard import Pauses
-from .run.active import KEPT, Active
+from .run.active import KEPT, Active, Rule
 from .run.board import Board, Site
 from .run.patch import Patch
 from .run.slots import Slots
@@ -80,7 +80,7 @@ class Running:
         self._background: dict[str, dict[str, LowRank]] = {}  # what is kept, as it was then
         self._choices = Choices()
         self._shown: Selection | None = None
-        self._active: dict[tuple[int, int, bool], Active] = {}
+        self._active: dict[tuple[int, int, bool, Rule | None], Active] = {}
         self._made_for = -1  # version of the slots that `_active` was made for
         board.connect(self.refresh, self.summed)
 
@@ -105,6 +105,8 @@ class Running:
             if row.rank is not None:
                 self.check_rank(row)
         self._refuse_experts(selection, (*selection.names, *self.kept))
+        if selection.tokens is not None:
+            _refuse_by_token(selection, self._sources, self._sites.values())
         if self.merged is not None:
             dialled = (name in self.merged_mix for row in selection.rows for name, _ in row.mix)
             if any(dialled) or not all(row.mix for row in selection.rows):
@@ -179,11 +181,13 @@ class Running:
         if not running.uniform or any(row.mix for row in running.rows) or any(gates):
             try:
                 self._load(running)
+                active = self._sized(running)
+                if running.tokens is not None and not active.weighs(running):
+                    active.weigh(running, _numbers(running, self._sources, self._slots.patches))
             except BaseException:
                 if selection is not self._shown:  # what runs may have left its slots
                     self.show(self._shown)
                 raise
-            active = self._sized(running)
             keys = self._keys(running) if active.trained else {}
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
@@ -255,7 +259,8 @@ class Running:
             self._active.clear()
             self._made_for = self._slots.version
         packed = selection.lengths is not None
-        size = (selection.height, selection.width, packed)
+        rule = None if selection.tokens is None else type(selection.tokens).weights
+        size = (selection.height, selection.width, packed, rule)
         if size in self._active:
             self._active[size] = self._active.pop(size)  # the last used goes last
             return self._active[size]
@@ -376,4 +381,36 @@ def _gates_of(gate: Gate, selection: Selection) -> list[float]:
     if not bool(values.isfinite().all()):
         raise MismatchError(f"the gate gave {values.tolist()}, which is not finite")
     found: list[float] = values.expand(len(c)).tolist()
+    return found
+
+
+def _refuse_by_token(
+    selection: Selection, sources: Mapping[str, Source], sites: Iterable[Site]
+) -> None:
+    """Refuse what has no inputs that a token's weights could be found in."""
+    others = [s for s in sites if not (isinstance(s, Patch) and s.kind.linear)]
+    for name in selection.names:
+        if isinstance(sources[name], Trained):
+            raise RefusedError(
+                f"{name!r} is trained here, and only adapters that stay as they are can be weighed "
+                "token by token: save it and attach that"
+            )
+        for site in others:
+            if site.has(name) or sources[name].update(site.path) is not None:
+                raise RefusedError(
+                    f"{name!r} changes {site.path!r}, which is no linear layer, and only those are "
+                    "weighed token by token: leave it out, or use one mix"
+                )
+
+
+def _numbers(
+    selection: Selection, sources: Mapping[str, Source], patches: Mapping[str, Patch]
+) -> list[tuple[Tensor, ...]]:
+    """What a selection's tokens are weighed by, layer by layer."""
+    assert selection.tokens is not None
+    found: list[tuple[Tensor, ...]] = []
+    for path, patch in patches.items():
+        modules = [(name, sources[name].part(path)) for name in selection.mixed]
+        linear, inner = patch.kind.linear, patch.dims[1]
+        found.append(selection.tokens.numbers(modules, selection.width, inner) if linear else ())
     return found

@@ -7,17 +7,62 @@ how: `rows` entries, of which a uniform selection has one that stands for the wh
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from ..errors import MismatchError, UnknownNameError
 from ..layers.targets import matches
 from ..words import did_you_mean, one_line
 
 Rank: TypeAlias = "int | Mapping[Any, int] | None"
+
+
+class TokenMix(ABC):
+    """Adapters of which every token gets its own mix at every layer, found in the layer's input.
+
+    `use` takes one in the place of a mix. What it knows of a layer are tensors, and how weights
+    come of them is a function without a state: a graph that was compiled for one runs all of its
+    class. What it knows never changes.
+
+    Not for: one mix a row, which is found before the model runs: that is a list of mixes.
+
+    Attributes:
+        names: of the adapters.
+    """
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def numbers(
+        self, modules: Sequence[tuple[str, str | None]], width: int, inner: int
+    ) -> tuple[Tensor, ...]:
+        """What `weights` needs at one layer.
+
+        Args:
+            modules: (an adapter's name, what it calls the layer, or None where it has no update
+                there) of each that runs. width: places for adapters, at least as many.
+            inner: numbers of an input.
+
+        Returns:
+            Tensors whose shapes depend on `width` and `inner` alone.
+
+        Raises:
+            MismatchError: it knows no such module, or one of another size.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def weights(x: Tensor, *numbers: Tensor) -> Tensor:
+        """The weights (T, width) of inputs x (T, inner); traced into graphs."""
+
+    def __deepcopy__(self, memo: Any) -> TokenMix:
+        return self  # it never changes
 
 
 @dataclass(frozen=True)
@@ -44,11 +89,13 @@ class Selection:
 
     Args:
         lengths: of packed rows, how many consecutive entries along the second axis each is.
+        tokens: what weighs the row's adapters for each token; None where all get the same.
     """
 
     rows: tuple[Row, ...]
     uniform: bool = True
     lengths: tuple[int, ...] | None = None
+    tokens: TokenMix | None = None
 
     @classmethod
     def of(
@@ -57,7 +104,8 @@ class Selection:
         """The selection that `use(what, c=c, rank=rank, lengths=lengths)` asks for.
 
         Args:
-            what: None, a name, {name: weight}, or a list with one of these for each row.
+            what: None, a name, {name: weight}, or a list with one of these for each row; or a
+                `TokenMix`.
             c: a number, or one for each row. rank: a rank, or one for each row.
             names: those there are. lengths: of packed rows, one for each row.
 
@@ -77,12 +125,19 @@ class Selection:
                 raise MismatchError(
                     f"{label}= has one entry per row, so the adapters must be a list as well"
                 )
+        if isinstance(what, TokenMix):
+            return cls((_row(dict.fromkeys(what.names, 1.0), c, rank, names),), tokens=what)
         return cls((_row(what, c, rank, names),))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The adapters that take part, in the order in which they are named."""
         return tuple(dict.fromkeys(name for row in self.rows for name, c in row.mix if c != 0))
+
+    @property
+    def mixed(self) -> list[str]:
+        """The adapters of the first row, at whatever coefficient."""
+        return [name for name, _ in self.rows[0].mix]
 
     @property
     def on(self) -> bool:
@@ -93,7 +148,7 @@ class Selection:
         """The selection with some adapters taken out."""
         gone = set(names)
         rows = tuple(Row(tuple(p for p in r.mix if p[0] not in gone), r.rank) for r in self.rows)
-        return Selection(rows, self.uniform, self.lengths)
+        return replace(self, rows=rows)
 
     def left_by(self, names: Iterable[str]) -> Selection | None:
         """The selection once some adapters have gone; None where it was of nothing else."""
@@ -145,6 +200,14 @@ def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
         names: Iterable[Any] = what
     elif what is None or isinstance(what, str):
         names = () if what is None else (what,)
+    elif isinstance(what, TokenMix):
+        raise MismatchError(
+            f"a {type(what).__name__} weighs every token by itself: give it alone, not in a list"
+        )
+    elif callable(what):
+        raise MismatchError(
+            f"use takes what a {type(what).__name__} gives for a batch: call it on that first"
+        )
     else:
         raise MismatchError(
             f"a row's adapter must be a name, None or {{name: weight}}, found {one_line(what)}"

@@ -52,6 +52,10 @@ class Source(ABC):
         """(rank, scale) of it at one layer; None where it has none there."""
 
     @abstractmethod
+    def part(self, path: str) -> str | None:
+        """What it calls a layer itself; None where it has no update there."""
+
+    @abstractmethod
     def adapter(self) -> Adapter:
         """The adapter that it is now."""
 
@@ -79,15 +83,16 @@ class Plan:
 class Given(Source):
     """An adapter as it was handed over."""
 
-    def __init__(self, adapter: Adapter, updates: Mapping[str, LowRank]) -> None:
-        self._given, self._updates, self.rank = adapter, updates, adapter.rank
+    def __init__(self, adapter: Adapter, parts: Mapping[str, str]) -> None:
+        self._given, self._parts, self.rank = adapter, parts, adapter.rank
+        self._updates = {path: adapter[part] for path, part in parts.items()}
 
     @classmethod
     def plan(cls, name: str, a: Adapter, at: Standing) -> Plan:
         """What an adapter needs, or the error that says why it does not fit."""
         places = places_of(name, a, at)
-        updates = {path: a[part] for path, part in places.names.items() if part in a}
-        return Plan(cls(a, updates), places)
+        parts = {path: part for path, part in places.names.items() if part in a}
+        return Plan(cls(a, parts), places)
 
     def update(self, path: str) -> LowRank | None:
         return self._updates.get(path)
@@ -95,6 +100,9 @@ class Given(Source):
     def shape(self, path: str) -> tuple[int, float] | None:
         u = self.update(path)
         return None if u is None else (u.rank, u.scale)
+
+    def part(self, path: str) -> str | None:
+        return self._parts.get(path)
 
     def adapter(self) -> Adapter:
         return self._given
@@ -206,6 +214,9 @@ class Trained(Source):
         found = self.fresh.get(path)
         return None if found is None else (found.rank, found.scale)
 
+    def part(self, path: str) -> str | None:
+        return self.names[path] if path in self.fresh else None
+
     def adapter(self) -> Adapter:
         config, names = dict(self.config), self.names
         if self.copies:
@@ -267,6 +278,9 @@ class Stored(Source):
     def shape(self, path: str) -> tuple[int, float] | None:
         u = self.update(path)
         return None if u is None else (u.rank, u.scale)
+
+    def part(self, path: str) -> str | None:
+        return self._shelf.part(self._entry, path)
 
     def adapter(self) -> Adapter:
         return self._shelf.adapter(self._entry)

@@ -27,6 +27,7 @@ VERBS = {
     "add": "Add adapters to a library.",
     "rm": "Remove adapters from a library.",
     "verify": "Check a library's checksums, and its errors against the sources.",
+    "route": "Choose adapters for texts: fit a router, ask it.",
     "bench": "Time a library: open, rebuild, project, add.",
     "demo": "Fold the packaged adapters and measure what that costs their tasks.",
 }

@@ -27,7 +27,7 @@ CHECK_FAILED, BAD_INPUT = 1, 2
 # What messages call as the Python API does, and the command line has as a flag.
 _KEYWORDS = re.compile(
     r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
-    r"|base_model|form|name|heads|density|drop_rate)=(True\b|'?…'?|(?=[\s;,:)]|$))"
+    r"|base_model|form|name|heads|density|drop_rate|encoder|error|top_k)=(True\b|'?…'?|(?=[\s;,:)]|$))"
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,6 +70,25 @@ class Command(click.Command):
 def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
     """Decorate a function to be the command `name`."""
     return click.command(name, cls=Command, example=example)
+
+
+class Group(click.Group):
+    """A command of several, whose help ends in an example as that of each does.
+
+    Args:
+        example: the whole line, from `lorafold` on.
+    """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        kwargs["epilog"] = f"\b\nExample:\n  {example}"
+        super().__init__(*args, **kwargs)
+        self.example = example
+        self.params += shared_flags()
+
+
+def group(name: str, example: str) -> Callable[[Callable[..., Any]], Group]:
+    """Decorate a function to be the command `name`, which has commands of its own."""
+    return click.group(name, cls=Group, example=example)
 
 
 def shared_flags() -> list[click.Parameter]:

@@ -9,14 +9,14 @@ needs no new compilation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..selection import SCALINGS, Row, Selection, ranks_at
+from ..selection import SCALINGS, Row, Selection, TokenMix, ranks_at
 from .bank import Table
 from .grouping import Entry, Grouping
 from .packed import Blocks, Packed, Segments
@@ -25,6 +25,7 @@ KEPT = "kept"  # the key of the background among the trained adapters
 Item: TypeAlias = tuple[int, float, int]  # slot, coefficient, rank
 # Of a uniform selection at one layer: by group; and (key, coefficient, rank) of what is trained.
 Items: TypeAlias = tuple[dict[str, list[Item]], list[tuple[str, float, int]]]
+Rule: TypeAlias = Callable[..., Tensor]  # `TokenMix.weights`
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ActiveAt:
     on: Tensor
     w: dict[str, Tensor] = field(default_factory=dict)
     trained_w: dict[str, Tensor] = field(default_factory=dict)
+    numbers: tuple[Tensor, ...] = ()
 
     def gathered(self, rows: Tensor) -> ActiveAt:
         """The same of other rows: some of these, in any order."""
@@ -48,6 +50,19 @@ class ActiveAt:
             {group: w[rows] for group, w in self.w.items()},
             {key: w[rows] for key, w in self.trained_w.items()},
         )
+
+    def weighed(self, x: Tensor) -> dict[str, Tensor]:
+        """By group, what each token of inputs x (T, in) gets of the mix: (1, T, K · R)."""
+        if self.active.rule is None or not self.w:
+            return {}
+        numbers, w = self.numbers, self.w
+        if x.requires_grad:  # the next choice is written there, before the backward pass maybe
+            numbers = tuple(t.clone() for t in numbers)
+            w = {group: t.clone() for group, t in w.items()}
+        share = self.active.rule(x, *numbers)[:, :, None]
+        return {
+            group: (share * t.view(share.shape[1], -1)).flatten(1)[None] for group, t in w.items()
+        }
 
     @property
     def ranks(self) -> int:
@@ -75,6 +90,7 @@ class Active:
 
     Args:
         rows, width: of the selections. packed: whether they are of packed rows.
+        rule: how every token's weights are found; None where all get the same.
         tables: by group. trained: key → (L,) ranks of a trainable adapter, and its scales (L,).
         members: by group and key, which layers have it. devices: of each layer.
         dtype: of the weights.
@@ -85,13 +101,15 @@ class Active:
         rows: int,
         width: int,
         packed: bool,
+        rule: Rule | None,
         tables: Mapping[str, Table],
         trained: Mapping[str, tuple[Tensor, Tensor]],
         members: Mapping[str, list[bool]],
         devices: list[torch.device],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.tables, self.trained, self.height = tables, trained, rows
+        self.tables, self.trained, self.height, self.rule = tables, trained, rows, rule
+        self._weighs: tuple[TokenMix, list[str]] | None = None
         self.packed = Packed(rows, devices) if packed else None
         self.uniform = self.all_on = False
         self._values: dict[str, Tensor] = {}  # what the tensors hold, in float64
@@ -101,7 +119,7 @@ class Active:
         self._blocks: dict[tuple[torch.device, int, bool, int], Blocks] = {}
         self._lengths: tuple[int, ...] = ()
         self._entries: list[Entry] = []
-        layers = len(devices)
+        layers, self._dtype = len(devices), dtype
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
         for device in dict.fromkeys(devices):
             options: Any = {"device": device, "dtype": dtype}
@@ -134,6 +152,24 @@ class Active:
             },
         )
 
+    def weighs(self, selection: Selection) -> bool:
+        """Whether the numbers are here by which a selection weighs its tokens."""
+        return self._weighs == (selection.tokens, selection.mixed)
+
+    def weigh(self, selection: Selection, numbers: Sequence[tuple[Tensor, ...]]) -> None:
+        """By these numbers, of every layer, a selection weighs its tokens."""
+        for at, own in zip(self.layers, numbers, strict=True):
+            if self._weighs is None:
+                at.numbers = tuple(self._room(t, at.ids.device) for t in own)
+            for here, t in zip(at.numbers, own, strict=True):
+                here.copy_(t)
+        assert selection.tokens is not None
+        self._weighs = selection.tokens, selection.mixed
+
+    def _room(self, like: Tensor, device: torch.device) -> Tensor:
+        dtype = self._dtype if like.is_floating_point() else like.dtype
+        return torch.empty_like(like, device=device, dtype=dtype)
+
     def set(
         self,
         selection: Selection,
@@ -150,7 +186,7 @@ class Active:
             gates: (rows,) of the background. scaling: factor by rank there is / rank prefix.
             paths: of the layers.
         """
-        self.uniform = selection.uniform
+        self.uniform = selection.uniform and self.rule is None
         if self.packed is not None:  # the tensors have more rows than there are
             assert selection.lengths is not None
             self._lengths = selection.lengths

