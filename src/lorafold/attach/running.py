@@ -188,7 +188,7 @@ class Running:
                 if selection is not self._shown:  # what runs may have left its slots
                     self.show(self._shown)
                 raise
-            keys = self._keys(running) if active.trained else {}
+            keys = _keys(running, self._sources) if active.trained else {}
             paths = list(self._slots.patches)
             active.set(running, self._slots.places, keys, gates, self._scaling, paths)
             packed = active.packed
@@ -201,11 +201,6 @@ class Running:
         self._shown = selection
         self._board.show(None if selection is None else running, packed)
         self.pauses.show(selection)
-
-    def _keys(self, selection: Selection) -> dict[str, str]:
-        """{name: key} of the trained adapters of a selection."""
-        chosen = {name: self._sources[name] for row in selection.rows for name, _ in row.mix}
-        return {name: s.key for name, s in chosen.items() if isinstance(s, Trained)}
 
     def refresh(self) -> None:
         """Show the sites anew what runs: layers came, or moved to another device."""
@@ -382,6 +377,12 @@ def _gates_of(gate: Gate, selection: Selection) -> list[float]:
         raise MismatchError(f"the gate gave {values.tolist()}, which is not finite")
     found: list[float] = values.expand(len(c)).tolist()
     return found
+
+
+def _keys(selection: Selection, sources: Mapping[str, Source]) -> dict[str, str]:
+    """{name: key} of the trained adapters of a selection."""
+    chosen = {name: sources[name] for row in selection.rows for name, _ in row.mix}
+    return {name: s.key for name, s in chosen.items() if isinstance(s, Trained)}
 
 
 def _refuse_by_token(
