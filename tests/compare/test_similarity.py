@@ -140,8 +140,22 @@ def test_zero_huge_and_tiny_updates(make_adapter, dense_cosines):
     wanted = dense_cosines([a, b, a, b, 0.0 * a])
     np.testing.assert_allclose(found.matrix, wanted, atol=1e-5)
     assert (found.matrix[-1] == 0).all()
-    with pytest.raises(lf.MismatchError, match="too large"):
-        lf.similarity({"a": a, "b": lf.Adapter({p: u * 1e300 for p, u in a.modules.items()})})
+    many = lf.similarity({"a": a, "b": lf.Adapter({p: u * 1e100 for p, u in a.modules.items()})})
+    assert many.matrix[0, 1] == pytest.approx(1, abs=1e-5)
+    u = a["layers.0.q"].to(dtype=torch.float64)
+    with pytest.raises(lf.MismatchError, match=r"'layers\.0\.q' has an update that is too large"):
+        lf.similarity({"a": a, "b": lf.Adapter({"layers.0.q": lf.LowRank(u.A * 1e100, u.B)})})
+
+
+def test_modules_far_apart_in_size_are_not_lost(make_adapter, dense_cosines, always_sketched):
+    a, b = make_adapter(WIDE, 4, seed=1), make_adapter(WIDE, 4, seed=2)
+    first = sorted(WIDE)[0]
+    odd = lf.Adapter({p: u * (1e-30 if p == first else 1.0) for p, u in a.modules.items()})
+    found = lf.similarity({"a": a, "b": b, "odd": odd})
+    np.testing.assert_allclose(
+        found.matrix, dense_cosines([a, b, odd]), atol=6 * found.error + 1e-5
+    )
+    assert found.matrix[0, 2] > 0.8
 
 
 # Sketches

@@ -1,9 +1,9 @@
-"""Updates of one module at norm 1, all their cosines by stacked Grams, and their sketches.
+"""Updates of one module side by side: all their inner products by stacked Grams, and sketches.
 
 ⟨ΔW_i, ΔW_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ): with the factors of many updates side by side, two matrix
-products give all the blocks at once, O(N² r² (out + in)) for N updates. The norms are taken out
-first (in float64), so that float32 products serve whatever the sizes; a gauge in which factors are
-far larger than their product is left first.
+products give all the blocks at once, O(N² r² (out + in)) for N updates. Scales stay out of the
+products (in float64), and factors that float32 products would not serve (of extreme size, or far
+larger than their product) are put into another gauge first.
 
 The sketch of an update is P ΔW Q with Gaussian P (w, out) and Q (in, w): w² numbers whose inner
 products are those of the updates in the mean (Johnson & Lindenstrauss 1984, on either side). All at
@@ -24,86 +24,100 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..lowrank import LowRank
-from .batch import even_gauge, joined_factors
+from .batch import Factors, even_gauge
 
 WIDTH = 48  # of each of the two sketches: together as good as one of 68
 _TILE = 512  # directions a side of one tile of a Gram, so that what comes of it stays in the cache
+_MODEST = 1e6  # norms of factors between this and its inverse have products that float32 holds
+_CANCELS = 1e3  # (‖B‖ ‖A‖ / ‖B A‖)² above which float32 products lose too much
 
 
 @dataclass(frozen=True)
 class Units:
-    """Some adapters' updates at one module, all of one rank: ΔW_i = norms_i · left_iᵀ right_i.
+    """Some adapters' updates at one module, all of one rank: ΔW_i = scales_i · B_i A_i.
 
     Args:
         members: (n,) positions of the adapters in the collection.
-        norms: (n,) float64 ‖ΔW_i‖.
-        left: (n, r, out), right: (n, r, in), float32; the product is of norm 1, or 0 where the
-            norm is.
+        scales: (n,) float64. norms: (n,) float64 ‖ΔW_i‖.
+        B: (out, n·r), A: (n·r, in), float32: the factors side by side.
     """
 
     members: np.ndarray
+    scales: np.ndarray
     norms: np.ndarray
-    left: Tensor
-    right: Tensor
+    B: Tensor
+    A: Tensor
 
     @property
     def rank(self) -> int:
         """Directions of each."""
-        return int(self.left.shape[1])
+        return self.A.shape[0] // len(self.members)
 
-    def tiles(self) -> list[slice]:
-        """Rows in runs of about `_TILE` directions."""
-        step = max(1, _TILE // self.rank)
-        return [slice(lo, lo + step) for lo in range(0, len(self.members), step)]
+    def factors(self) -> Factors:
+        """The same as a batch, the scales left out."""
+        return _batch(self.members, self.B, self.A)
+
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """Members, and their directions, in runs of about `_TILE` directions."""
+        r, count = self.rank, len(self.members)
+        step = max(1, _TILE // r)
+        runs = ((lo, min(count, lo + step)) for lo in range(0, count, step))
+        return [(slice(lo, hi), slice(lo * r, hi * r)) for lo, hi in runs]
 
 
 def units_of(members: Sequence[int], updates: Iterable[LowRank], path: str = "") -> list[Units]:
-    """Updates of one shape at norm 1, a batch for each rank.
+    """Updates of one shape side by side, together those of one rank.
 
     Args:
         path: the module, for messages.
 
     Raises:
-        MismatchError: a norm that no float holds.
+        MismatchError: one that float32 can't hold.
     """
     by_rank: dict[int, list[tuple[int, LowRank]]] = {}
     for i, u in zip(members, updates, strict=True):
         by_rank.setdefault(u.rank, []).append((i, u))
-    return [_batch(of_rank, path) for of_rank in by_rank.values()]
+    return [_side_by_side(of_rank, path) for of_rank in by_rank.values()]
 
 
-def _batch(found: Sequence[tuple[int, LowRank]], path: str) -> Units:
+def _side_by_side(found: Sequence[tuple[int, LowRank]], path: str) -> Units:
     members = np.array([i for i, _ in found])
-    parts = [(u.B, u.A, u.scale) for _, u in found]
-    given = joined_factors(members, parts, parts[0][0].device)
-    if not bool(torch.isfinite(given.B.amax() + given.B.amin() + given.A.amax() + given.A.amin())):
-        raise MismatchError(f"module {path!r} has an update that is too large for float32")
-    f, G_B, G_A, _ = even_gauge(given, exact=False)
-    norms = _norms(G_B, G_A)
-    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-        # A float32 square may have gone beyond what it holds, or below.
-        f, G_B, G_A, _ = even_gauge(given)
-        norms = _norms(G_B, G_A)
-    b = G_B.diagonal(0, 1, 2).sum(1).sqrt()
-    left = _scaled(f.B.mT, _inverse(b))
-    return Units(members, norms.cpu().numpy(), left, _scaled(f.A, b * _inverse(norms)))
+    scales = np.array([u.scale for _, u in found])
+    device = found[0][1].A.device
+    B = torch.cat([u.B.to(device) for _, u in found], 1).float()
+    A = torch.cat([u.A.to(device) for _, u in found]).float()
+    f = _batch(members, B, A)
+    G_B, G_A = ((X.mT @ X).double() for X in (f.B, f.A.mT))
+    if not _served(G_B, G_A):
+        b, a = (X.abs().amax((1, 2)).double() for X in (f.B, f.A))
+        if not bool(torch.isfinite(b + a).all()):
+            raise MismatchError(f"module {path!r} has an update that is too large for float32")
+        scales = scales * (a * b).cpu().numpy()
+        f = Factors(members, f.B * _inverse(b), f.A * _inverse(a))
+        f, G_B, G_A, _ = even_gauge(f)
+        B, A = f.B.permute(1, 0, 2).flatten(1), f.A.flatten(0, 1)
+    norms = (G_B * G_A).sum((1, 2)).clamp_min(0).sqrt().cpu().numpy()
+    return Units(members, scales, norms * np.abs(scales), B, A)
 
 
-def _norms(G_B: Tensor, G_A: Tensor) -> Tensor:
-    norms: Tensor = (G_B * G_A).sum((1, 2)).clamp_min(0).sqrt()
-    return norms
+def _batch(members: np.ndarray, B: Tensor, A: Tensor) -> Factors:
+    """Factors side by side as (n, out, r) and (n, r, in), nothing copied."""
+    n, (out, _), (_, inner) = len(members), B.shape, A.shape
+    return Factors(members, B.view(out, n, -1).permute(1, 0, 2), A.view(n, -1, inner))
 
 
-def _scaled(X: Tensor, c: Tensor) -> Tensor:
-    """c_i X_i, contiguous, in one pass."""
-    result = torch.empty(X.shape, dtype=X.dtype, device=X.device)
-    torch.mul(X, c.to(X.dtype)[:, None, None], out=result)
-    return result
+def _served(G_B: Tensor, G_A: Tensor) -> bool:
+    """Whether float32 products of factors with these Grams hold what they should."""
+    b, a = (G.diagonal(0, 1, 2).sum(1) for G in (G_B, G_A))
+    low, high = _MODEST**-2, _MODEST**2
+    good = (b > low) & (b < high) & (a > low) & (a < high)
+    return bool((good & (a * b <= _CANCELS * (G_B * G_A).sum((1, 2)))).all())
 
 
 def _inverse(x: Tensor) -> Tensor:
-    inverse: Tensor = torch.where(x > 0, 1 / x.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
-    return inverse
+    """1/x (0 of 0) in float32, to be multiplied with a batch."""
+    inverse = torch.where(x > 0, 1 / x.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+    return inverse.float()[:, None, None]
 
 
 def add_inner_products(
@@ -119,33 +133,19 @@ def add_inner_products(
         wanted: (N, N) pairs to compute; those that lie in a tile with one are too. All where None.
     """
     same = xs is ys
-    for p, x in enumerate(xs):
-        for q, y in enumerate(ys):
-            if same and q < p:
+    left, right = ([(x, *tile) for x in zs for tile in x.tiles()] for zs in (xs, ys))
+    for p, (x, rows, here) in enumerate(left):
+        for y, columns, there in right[p if same else 0 :]:
+            i, j = x.members[rows], y.members[columns]
+            if wanted is not None and not wanted[np.ix_(i, j)].any():
                 continue
-            for rows in x.tiles():
-                for columns in y.tiles():
-                    if same and p == q and columns.start < rows.start:
-                        continue
-                    i, j = x.members[rows], y.members[columns]
-                    if wanted is not None and not wanted[np.ix_(i, j)].any():
-                        continue
-                    found = _cosines(x, rows, y, columns)
-                    found *= x.norms[rows, None] * y.norms[None, columns]
-                    total[np.ix_(i, j)] += found
-                    if not same or p != q or rows != columns:
-                        total[np.ix_(j, i)] += found.T
-
-
-def _cosines(x: Units, rows: slice, y: Units, columns: slice) -> np.ndarray:
-    """(n, m) float64 cosines of one tile."""
-    n, m = len(x.members[rows]), len(y.members[columns])
-    products = [
-        s[rows].flatten(0, 1) @ t[columns].flatten(0, 1).T
-        for s, t in ((x.left, y.left), (x.right, y.right))
-    ]
-    square = products[0].mul_(products[1]).view(n, x.rank, m, y.rank)
-    return square.sum((1, 3)).double().cpu().numpy()
+            square = (x.B[:, here].T @ y.B[:, there]).mul_(x.A[here] @ y.A[there].T)
+            blocks = square.view(len(i), x.rank, len(j), y.rank).sum((1, 3))
+            found = blocks.double().cpu().numpy()
+            found *= x.scales[rows, None] * y.scales[None, columns]
+            total[np.ix_(i, j)] += found
+            if not (same and x is y and rows == columns):
+                total[np.ix_(j, i)] += found.T
 
 
 class Sketch:
@@ -160,13 +160,17 @@ class Sketch:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self._left, self._right = (_projection(d, generator) for d in shape)
 
+    @property
+    def size(self) -> int:
+        """Numbers in one sketch."""
+        return self._left.shape[1] // 2 * (self._right.shape[1] // 2)
+
     def of(self, x: Units) -> tuple[Tensor, Tensor]:
-        """The sketches of updates at norm 1, (n, w·w') each."""
-        left, right = (
-            (t @ P.to(t.device)).view(*t.shape[:2], 2, -1)
-            for t, P in ((x.left, self._left), (x.right, self._right))
-        )
-        first, second = ((left[:, :, k].mT @ right[:, :, k]).flatten(1) for k in range(2))
+        """The sketches of B A, without the scales: (n, w·w') each."""
+        n, P, Q = len(x.members), self._left.to(x.B.device), self._right.to(x.A.device)
+        left = (P.T @ x.B).view(2, -1, n, x.rank).permute(0, 2, 1, 3)
+        right = (x.A @ Q).view(n, x.rank, 2, -1).permute(2, 0, 1, 3)
+        first, second = (left[k].matmul(right[k]).flatten(1) for k in range(2))
         return first, second
 
 

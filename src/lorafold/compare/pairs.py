@@ -120,29 +120,26 @@ class Pairs:
     def sketched(self, seed: int) -> Cosines:
         """Every pair from sketches; the error is estimated from what two of them disagree in."""
         count = len(self)
-        grams = np.zeros((2, count, count))
+        grams = torch.zeros(2, count, count)
         squares = np.zeros(count)
+        unit = np.zeros(count)  # the first norm of each, in which its others are told
         for path in self.modules():
             sketch = Sketch(self.collection.shapes[path], path, seed)
-            found = [(x.members, x.norms, sketch.of(x)) for x in self.units(path)]
-            members = np.concatenate([f[0] for f in found])
-            norms = np.concatenate([f[1] for f in found])
-            order = np.argsort(members)
-            members, norms = members[order], norms[order]
-            squares[members] += norms**2
-            for k, gram in enumerate(grams):
-                whole = torch.cat([f[2][k] for f in found])[torch.from_numpy(order)]
-                products = (whole @ whole.T).double().cpu().numpy()
-                products *= norms[:, None]
-                products *= norms
-                if len(members) == count:
-                    np.add(gram, products, out=gram)
-                else:
-                    gram[np.ix_(members, members)] += products
-        first, second = map(_normalised, grams)
-        norms = np.sqrt(squares)
+            sketches = torch.zeros(2, count, sketch.size)
+            for x in self.units(path):
+                squares[x.members] += x.norms**2
+                unit[x.members] = np.where(unit[x.members] > 0, unit[x.members], x.norms)
+                scales = np.divide(x.scales, unit[x.members], out=0 * x.norms, where=x.norms > 0)
+                for whole, found in zip(sketches, sketch.of(x), strict=True):
+                    whole[x.members] = found.to(whole) * torch.from_numpy(scales).to(whole)[:, None]
+            for gram, whole in zip(grams, sketches, strict=True):
+                gram.addmm_(whole, whole.T)
+        if not bool(torch.isfinite(grams).all()):
+            return self.exact()  # an adapter's modules differ by more than float32 holds
+        first, second = (_normalised(gram.double().numpy()) for gram in grams)
         off = ~np.eye(count, dtype=bool)
         error = float(np.sqrt(np.mean(((first - second)[off] / 2) ** 2))) if count > 1 else 0.0
+        norms = np.sqrt(squares)
         return Cosines(_with_diagonal((first + second) / 2, norms), norms, error)
 
     def exact(self, wanted: np.ndarray | None = None) -> Cosines:

@@ -152,9 +152,10 @@ def _delta_rows(pairs: Pairs, path: str, seed: int) -> Iterator[SharedSide]:
     random = [_Gram(d, rank) for d in shape]
     adapters, size, unit = 0, 0.0, 0.0
     for x in pairs.units(path):
-        U, S, V = decompose(x.left.mT, x.right)
+        f = x.factors()
+        U, S, V = decompose(f.B, f.A)
         unit = unit or float(x.norms.max())  # so that squares are float32's
-        S = S * torch.as_tensor(x.norms / (unit or 1.0), device=S.device)[:, None]
+        S = S * torch.as_tensor(abs(x.scales) / (unit or 1.0), device=S.device)[:, None]
         adapters, size = adapters + len(x.members), size + float((x.norms**2).sum())
         for k, vectors in enumerate((U, V)):
             real[k].add(vectors, S)
