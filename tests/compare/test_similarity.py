@@ -374,6 +374,34 @@ def test_what_is_refused(make_adapter, tmp_path):
         lf.similarity(a).module("layers.0.qq")
 
 
+def test_kinds_of_modules(make_adapter, tmp_path):
+    """Convolutions, embeddings and experts are compared; one module of two kinds is refused."""
+    a, b = (make_adapter({"m": (8, 27)}, 2, seed=s) for s in (1, 2))
+    plain = lf.similarity([a, b]).matrix
+    for layout in (lf.Layout("conv", (3, 3, 3)), lf.Layout("embedding")):
+        odd = [lf.Adapter(x.modules, layouts={"m": layout}) for x in (a, b)]
+        np.testing.assert_array_equal(lf.similarity(odd).matrix, plain)
+        with pytest.raises(lf.MismatchError, match=r"'m' is of kind linear in 'a' and"):
+            lf.similarity({"a": a, "odd": odd[0]})
+
+
+def test_what_is_not_finite_is_named(folder_with_nan, make_adapter):
+    with pytest.raises(lf.MismatchError, match=r"adapter 'odd': .*NaN or infinite"):
+        lf.similarity([folder_with_nan, make_adapter(SHAPES, 2)])
+
+
+@pytest.fixture
+def folder_with_nan(make_adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lf.save(make_adapter(SHAPES, 2), tmp_path / "odd")
+    place = tmp_path / "odd" / "adapter_model.safetensors"
+    tensors = load_file(place)
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, place)
+    return tmp_path / "odd"
+
+
 @pytest.mark.parametrize("threshold", [1.5, -2, float("nan"), "high", True, None])
 def test_a_threshold_is_a_cosine(make_adapter, threshold):
     a = make_adapter(SHAPES, 2)

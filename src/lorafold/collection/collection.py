@@ -80,6 +80,24 @@ class Collection:
         self._pool = ThreadPoolExecutor(2, "digest")
         self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
 
+    def check_layouts(self) -> None:
+        """Refuse one module that is of two kinds.
+
+        Raises:
+            MismatchError: naming both adapters.
+        """
+        first: dict[str, tuple[str, Any]] = {}
+        for name, handle in zip(self.names, self.handles, strict=True):
+            for path in handle.shapes:
+                layout = handle.layouts.get(path)
+                kind = ("linear", ()) if layout is None else (layout.kind, layout.kernel)
+                owner, other = first.setdefault(path, (name, kind))
+                if kind != other:
+                    raise MismatchError(
+                        f"module {path!r} is of kind {other[0]} in {owner!r} and {kind[0]} in "
+                        f"{name!r}"
+                    )
+
     @property
     def missing(self) -> dict[str, tuple[str, ...]]:
         """Module → the names that lack it, where some do."""

@@ -26,8 +26,8 @@ from ..errors import MismatchError
 from ..lowrank import LowRank
 from .batch import Factors, even_gauge
 
-WIDTH = 48  # of each of the two sketches: together as good as one of 68
-_TILE = 512  # directions a side of one tile of a Gram, so that what comes of it stays in the cache
+WIDTH = 45  # of each of the two sketches: together as good as one of 64
+_TILE = 1024  # directions a side of one tile of a Gram
 _MODEST = 1e6  # norms of factors between this and its inverse have products that float32 holds
 _CANCELS = 1e3  # (‖B‖ ‖A‖ / ‖B A‖)² above which float32 products lose too much
 

@@ -47,7 +47,7 @@ class Pairs:
 
     Raises:
         RefusedError: ΔW algebra would be wrong for one; naming it, the reason and the remedy.
-        MismatchError: adapters that disagree on a module's shape or on the base.
+        MismatchError: adapters that disagree on a module's shape or kind, or on the base.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Pairs:
             if handle.refusal is not None:
                 raise RefusedError(f"{name!r} can't be compared: {handle.refusal}")
         self.collection = Collection(handles, exact=(), block_bytes=1 << 20)
+        self.collection.check_layouts()
         self._block = memory_bytes(memory) // _SHARE
         self._progress: Progress = progress or (lambda done, total, path: None)
 

@@ -141,7 +141,7 @@ class _Run:
         self._paths = self._collection.paths
         job.weights.check_paths(self._paths, "weights")
         job.densities.check_paths(self._paths, "density")
-        _check_layouts(self._names, self._handles)
+        self._collection.check_layouts()
         if job.method == "regmean":
             searched.check_grams(job.options["grams"], self._names)
 
@@ -233,24 +233,6 @@ class _Run:
         if error is not None:
             facts["error"] = error
         return facts
-
-
-def _check_layouts(names: tuple[str, ...], handles: list[Handle]) -> None:
-    """Refuse one module that is of two kinds.
-
-    Raises:
-        MismatchError: naming both sources.
-    """
-    first: dict[str, tuple[str, Any]] = {}
-    for name, handle in zip(names, handles, strict=True):
-        for path in handle.shapes:
-            layout = handle.layouts.get(path)
-            kind = ("linear", ()) if layout is None else (layout.kind, layout.kernel)
-            owner, other = first.setdefault(path, (name, kind))
-            if kind != other:
-                raise MismatchError(
-                    f"module {path!r} is of kind {other[0]} in {owner!r} and {kind[0]} in {name!r}"
-                )
 
 
 def _merged(job: Job, members: Members, count: int) -> LowRank | Cut:
