@@ -150,9 +150,10 @@ def numbers():
     return module
 
 
-def test_the_readme_has_the_numbers_of_the_results(numbers):
-    text = numbers.README.read_text(encoding="utf-8")
-    assert numbers.filled(text) == text, "run tools/readme_numbers.py --write"
+def test_the_pages_have_the_numbers_of_the_results(numbers):
+    for page in numbers.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert numbers.filled(text, page=page) == text, "run tools/readme_numbers.py --write"
 
 
 def test_every_result_has_its_row_and_its_script(numbers):

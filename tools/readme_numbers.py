@@ -1,12 +1,13 @@
-"""Fill the README's measured parts from benchmarks/results, or check that they are what is there.
+"""Fill the pages' measured parts from benchmarks/results, or check that they are what is there.
 
     python tools/readme_numbers.py --write
-    python tools/readme_numbers.py --check        # exit status 1 where the README differs
+    python tools/readme_numbers.py --check        # exit status 1 where a page differs
 
 Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
 measurements. Results are kept by machine; of several that measured one row, the README shows the
 less flattering. Where none did the row is left out; where a file lacks a number that the row needs,
-this script fails.
+this script fails. The tables of docs/merge.md lie between markers, too: each shows one run whole,
+of several machines the first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = [README, ROOT / "docs" / "merge.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 88
 
@@ -295,15 +297,71 @@ def demo_output(results: Path = RESULTS) -> str:
     return f"```text\n$ lorafold demo\n{shown.rstrip()}\n\n[…]\n\n{written}\n```"
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
-    """The README with both parts as the results have them."""
-    parts = {"numbers": table(results)}
-    if any(results.glob("*/demo.json")):
-        parts["demo"] = demo_output(results)
-    for name, content in parts.items():
+def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def quality_table(r: Result) -> str:
+    """Retention by method and size of group, the best for four first."""
+    sizes = sorted({len(g) for g in r["groups"]})
+    heads = [h for n in sizes for h in (f"{n}: mean, worst", "with noise")]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        found = [row["method"]]
+        for n in sizes:
+            noise = row.get(f"{n}: with noise")
+            found.append(f"{row[f'{n}: mean']:.2f}, {row[f'{n}: worst']:.2f}")
+            found.append("–" if noise is None else f"{noise:.2f}")
+        return found
+
+    ordered = sorted(r["rows"], key=lambda row: -row[f"{sizes[len(sizes) // 2]}: mean"])
+    return _markdown(["method", *heads], [cells(row) for row in ordered])
+
+
+def speed_table(r: Result) -> str:
+    """Milliseconds a layer beside PEFT's, and as the layer grows."""
+    beside = [
+        [
+            row["what"],
+            f"{row['lorafold ms/layer']:.1f}",
+            f"{row['PEFT ms/layer']:,.0f}",
+            f"{row['times faster']:.0f}×",
+        ]
+        for row in r["peft"]
+    ]
+    methods = [key for key in r["growth"][0] if key != "width"]
+    grown = [[str(row["width"]), *(f"{row[m]:.0f}" for m in methods)] for row in r["growth"]]
+    heads = ["8 adapters of rank 16", "lorafold, ms a layer", "PEFT, ms a layer", "faster"]
+    return "\n\n".join(
+        [
+            _markdown(heads, beside),
+            _markdown(["layer's width", *(m.replace(" ms", ", ms") for m in methods)], grown),
+        ]
+    )
+
+
+def parts_of(page: Path, results: Path) -> dict[str, str]:
+    """{marker: content} of a page; nothing of what was not measured."""
+    if page == README:
+        found = {"numbers": table(results)}
+        return found | ({"demo": demo_output(results)} if any(results.glob("*/demo.json")) else {})
+    found = {}
+    for marker, name, shown in (
+        ("quality", "merge_quality", quality_table),
+        ("speed", "merge", speed_table),
+    ):
+        for path in sorted(results.glob(f"*/{name}.json"))[:1]:
+            found[marker] = shown(json.loads(path.read_text(encoding="utf-8"))["result"])
+    return found
+
+
+def filled(text: str, results: Path = RESULTS, page: Path = README) -> str:
+    """A page with its parts as the results have them."""
+    for name, content in parts_of(page, results).items():
         marked = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if len(marked.findall(text)) != 1:
-            raise SystemExit(f"the README must have one pair of markers for {name!r}")
+            raise SystemExit(f"{page.name} must have one pair of markers for {name!r}")
         block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
         text = marked.sub(lambda _, block=block: block, text)
     return text
@@ -314,15 +372,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--write", action="store_true", help="write the README")
-    how.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    how.add_argument("--write", action="store_true", help="write the pages")
+    how.add_argument("--check", action="store_true", help="only say whether they are up to date")
     arguments = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if arguments.write:
-        README.write_text(after, encoding="utf-8")
-    elif after != before:
-        sys.exit("README.md differs from benchmarks/results: run tools/readme_numbers.py --write")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, page=page)
+        if arguments.write:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            sys.exit(f"{page.name} differs from benchmarks/results: run {sys.argv[0]} --write")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_a_vlora_folder_comes_over(here, make_adapter, cli):
     space = vlora.SharedSubspace.from_adapters(weights, num_components=2)
     space.save(str(here / "subspace"))
     assert "lorafold fold subspace -o LIB --alpha" in cli("info", "subspace").err
-    assert "give --alpha" in cli("fold", "subspace", "-o", "out").err
+    assert "lorafold fold subspace -o LIB --alpha" in cli("fold", "subspace", "-o", "out").err
     ran = cli("fold", "subspace", "-o", "out", "--alpha", "8")
     assert ran.code == 0, ran.err
     with lf.Library.open("out") as lib:

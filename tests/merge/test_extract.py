@@ -46,7 +46,7 @@ def test_what_was_merged_comes_out_again(state, make_adapter, tmp_path):
     assert told["error"] < 2 * told["floor"] < 1e-4
     lf.save(found, tmp_path / "out")
     assert lf.merge_into_weights(base, tmp_path / "out", tmp_path / "again").unplaced == {}
-    assert facts(lf.load(tmp_path / "out")) is None
+    assert facts(lf.load(tmp_path / "out")) == told
 
 
 def test_the_best_of_its_rank_with_its_error(state, dense, tmp_path):
@@ -156,6 +156,19 @@ def test_what_is_no_matrix_is_kept_whole(state, tmp_path):
     assert found.config["modules_to_save"] == ["model.norm"]
 
 
+@pytest.mark.parametrize("where", ["base", "tuned"])
+def test_a_tied_head_may_be_left_out(state, tmp_path, where):
+    """transformers leaves out what is tied; other writers don't."""
+    tied = {"tie_word_embeddings": True, "model_type": "llama"}
+    tuned = {k: W + 1 if k.endswith("q.weight") else W for k, W in state.items()}
+    states = {"base": state, "tuned": tuned}
+    states[where] = {**states[where], "lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    for name, s in states.items():
+        written(tmp_path / name, s, tied)
+    found = lf.extract(tmp_path / "base", tmp_path / "tuned", rank=1)
+    assert set(found) == {p for p in SHAPES if p.endswith("q")}
+
+
 def test_bad_input(state, tmp_path):
     base = written(tmp_path / "base", state)
     with pytest.raises(lf.MismatchError, match="no tensor differs"):
@@ -174,3 +187,7 @@ def test_bad_input(state, tmp_path):
         lf.extract(base, written(tmp_path / "codes", codes), rank=2)
     with pytest.raises(lf.FileError):
         lf.extract(base, tmp_path / "nothing", rank=2)
+    key = "model.layers.0.q.weight"
+    broken = {**state, key: state[key] * float("nan")}
+    with pytest.raises(lf.MismatchError, match=f"'{key}' holds numbers that are not finite"):
+        lf.extract(base, written(tmp_path / "broken", broken), rank=2)

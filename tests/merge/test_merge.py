@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import lorafold as lf
 from lorafold.merge.methods import METHODS
+from lorafold.merge.provenance import facts_of
 
 _spec = importlib.util.spec_from_file_location("ref", Path(__file__).with_name("reference.py"))
 ref = importlib.util.module_from_spec(_spec)
@@ -109,6 +110,30 @@ def test_knots_is_one_svd_side_by_side(three, deltas, off, weights):
     w = weights or [1 / 3] * 3
     wanted = {p: ref.knots(deltas(three, p), w, 0.4) for p in three["sql"]}
     assert off(merged, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+def test_knots_takes_other_rules(three, deltas, off, monkeypatch, rule):
+    from lorafold.merge.algebra.core import Members
+
+    given = {}
+
+    def uniforms(self, i, shape, side=""):
+        given[self.path, i] = np.random.default_rng(i).random(tuple(shape))
+        return torch.from_numpy(given[self.path, i])
+
+    monkeypatch.setattr(Members, "uniforms", uniforms)
+    merged = quietly(three, "knots", rule=rule, density=0.4)
+
+    def by_hand(p):
+        D = deltas(three, p)
+        U, s, Vh = ref.svd(np.hstack(D))
+        parts = np.split(s[:, None] * Vh, len(D), axis=1)
+        none = np.ones_like(parts[0])
+        kept = [x * (given.get((p, i), none) < 0.4) / 0.4 for i, x in enumerate(parts)]
+        return U @ (sum(kept) / 3 if rule == "dare" else ref.disjoint(kept, [1 / 3] * 3))
+
+    assert off(merged, {p: by_hand(p) for p in three["sql"]}) < 1e-5
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -332,6 +357,27 @@ def test_gauge_and_order_change_nothing(three, regauged, method, pico):
     assert again.distance(merged) < 1e-5 * merged.norm()
 
 
+@pytest.mark.parametrize("method", ENTRYWISE)
+def test_gauge_and_order_change_nothing_in_delta(three, regauged, method):
+    merged = quietly(three, method, space="delta", rank=24)
+    other = {n: regauged(three[n], i) for i, n in enumerate(("art", "sql", "law"))}
+    again = quietly(other, method, space="delta", rank=24)
+    assert again.distance(merged) < 1e-5 * merged.norm()
+
+
+def test_gauge_and_order_change_nothing_for_slerp_and_regmean(three, regauged):
+    two = {n: three[n] for n in ("sql", "law")}
+    other = {n: regauged(three[n], i) for i, n in enumerate(("law", "sql"))}
+    g = torch.Generator().manual_seed(0)
+    X = {n: torch.randn(99, 40, generator=g) for n in two}
+    grams = {n: dict.fromkeys(three["sql"], x.T @ x) for n, x in X.items()}
+    weights = {"sql": 0.25, "law": 0.75}
+    for method, options in (("slerp", {}), ("regmean", {"grams": grams})):
+        merged = lf.merge(two, method, weights=weights, **options)
+        again = lf.merge(other, method, weights=weights, **options)
+        assert again.distance(merged) < 1e-5 * merged.norm()
+
+
 @pytest.mark.parametrize("method", PLAIN)
 def test_a_bad_gauge_changes_nothing(make_adapter, method):
     """One direction of A is a hundred million times as large as another, and B's as small."""
@@ -427,6 +473,23 @@ def test_zero_updates_stay_zero(make_adapter, method):
     zero = {n: 0.0 * make_adapter(SHAPE, 3, seed=i) for i, n in enumerate("ab")}
     assert lf.merge(zero, method).norm() == 0
     assert lf.merge(zero, method, pico=True).norm() == 0
+
+
+@pytest.mark.parametrize("method", PLAIN)
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_the_size_of_updates_changes_nothing_else(make_adapter, method, size):
+    some = {n: make_adapter(SHAPE, r, seed=r) for n, r in (("a", 3), ("b", 4), ("c", 2))}
+    merged = lf.merge(some, method)
+    scaled = lf.merge({n: size * a for n, a in some.items()}, method)
+    assert (1 / size * scaled).distance(merged) < 1e-5 * merged.norm()
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_one_huge_and_one_tiny_update(make_adapter, method):
+    some = {"huge": 1e12 * make_adapter(SHAPE, 3, seed=1), "tiny": 1e-12 * make_adapter(SHAPE, 2)}
+    for pico in (False, True):
+        merged = lf.merge(some, method, pico=pico)
+        assert 0 < merged.norm() < np.inf
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -559,7 +622,7 @@ def test_options_that_are_wrong(three, method, options, what):
 
 def test_sources_that_do_not_fit(make_adapter, tmp_path):
     a = make_adapter(SHAPE, 2, base_model="one")
-    with pytest.raises(lf.MismatchError, match="nothing to merge.*empty"):
+    with pytest.raises(lf.MismatchError, match="list of sources is empty"):
         lf.merge([])
     with pytest.raises(lf.MismatchError, match="'a' to 'one', 'b' to 'two'"):
         lf.merge({"a": a, "b": make_adapter(SHAPE, 2, base_model="two")})
@@ -617,6 +680,36 @@ def test_where_it_comes_from_is_in_the_file_and_on_a_card(three, tmp_path):
     assert "a\\|b" in card
     assert "lorafold_origin" not in (tmp_path / "out" / "adapter_config.json").read_text()
     assert lf.load(tmp_path / "out").distance(merged) < 1e-6 * merged.norm()
+
+
+def test_where_it_comes_from_outlives_load_and_save(three, tmp_path):
+    merged = lf.merge({"sql": three["sql"], "law": three["law"]}, "ties", seed=5)
+    lf.save(merged, tmp_path / "out")
+    loaded = lf.load(tmp_path / "out")
+    assert facts_of(loaded.config) == facts_of(merged.config)
+    lib = lf.fold({"both": loaded, "sql": three["sql"]}, tolerance=0.1)
+    for k, again in enumerate((loaded, loaded.resize(rank=2), 0.5 * loaded, lib["both"])):
+        lf.save(again, tmp_path / str(k))
+        assert facts_of(lf.load(tmp_path / str(k)).config) == facts_of(merged.config)
+        assert "lorafold" not in (tmp_path / str(k) / "adapter_config.json").read_text()
+    assert facts_of(lib["sql"].config) is None
+    assert facts_of((loaded + three["sql"]).config) is None
+
+
+def test_a_card_goes_with_its_adapter_and_a_readme_stays(three, tmp_path):
+    merged = lf.merge({"sql": three["sql"], "law": three["law"]})
+    out, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    lf.save(merged, out)
+    lf.save(lf.merge({"other": three["art"]}), out, overwrite=True)
+    assert "| other |" in card.read_text()
+    assert "| sql |" not in card.read_text()
+    lf.save(three["art"], out, overwrite=True)
+    assert not card.exists()
+    card.write_text("# Mine\n")
+    for adapter in (merged, three["sql"]):
+        lf.save(adapter, out, overwrite=True)
+        assert card.read_text() == "# Mine\n"
+        assert lf.load(out).distance(adapter) < 1e-6 * adapter.norm()
 
 
 def test_what_is_added_up_or_merged_again_does_not_keep_the_old_card(three, tmp_path):

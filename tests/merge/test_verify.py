@@ -208,6 +208,23 @@ def test_what_cannot_be_told(world, tmp_path, make_adapter):
         verify_merge(base, adapter, whole)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_another_change(world, tmp_path, value):
+    base, adapter = world()
+
+    def change(key, W):
+        W1 = plus(adapter, 1.0)(key, W)
+        if key == "model.layers.1.q.weight":
+            W1[0, 0] = value
+        return W1
+
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", change))
+    assert found.counts == {"applied": 5, "other change": 1}
+    f = found.parts["model.layers.1.q"]
+    assert "not finite" in f.why
+    assert (f.c, f.unexplained) == (None, 0.0)
+
+
 def test_shards_and_conv_and_embeddings(tmp_path, make_update):
     modules = {"conv": make_update(6, 27, 2, seed=1), "emb": make_update(8, 30, 2, seed=2)}
     layouts = {"conv": lf.Layout("conv", kernel=(3, 3, 3)), "emb": lf.Layout("embedding")}

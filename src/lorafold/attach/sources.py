@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
 from ..fold.store.entries import AdapterEntry
 from ..layers.sites import place_at
@@ -154,7 +154,8 @@ class Trained(Source):
             module.requires_grad_(True)
         own = plain_names(at.model)
         plain = {p: own[p] if p == q else plain_name(q) for p, q in places.names.items()}
-        return Plan(cls(fresh, replace(places, names=plain), a.config), places)
+        config = {k: v for k, v in a.config.items() if k != ORIGIN}  # training makes it another
+        return Plan(cls(fresh, replace(places, names=plain), config), places)
 
     @classmethod
     def plan_fresh(

@@ -1,14 +1,14 @@
-"""From what stands on a command line to adapters: a path, a Hub id, LIB:NAME, NAME=PATH."""
+"""From what stands on a command line to adapters: sources as in Python, a Hub id, NAME=SOURCE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import FileError
+from ..errors import FileError, MismatchError
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -60,10 +60,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
             return AdapterFile.of(lib[found[1]], Path(text), int(entry["file_bytes"]))
     if is_library(text):
         raise FileError(f"{text} is a library; name one of its adapters, as {text}:NAME")
-    if not Path(text).exists() and Path(text).parent.exists() and not options.get("revision"):
-        # A slip in a path, most likely, and the Hub would be asked in vain.
-        hint = "" if text.count("/") != 1 else " (for an id on the Hub, give --revision main)"
-        raise FileError(f"no such file or directory: {text!r}{hint}")
+    _check_no_slip(text, options.get("revision"))
     return open_adapter(text, **options)
 
 
@@ -72,103 +69,45 @@ def loaded(text: str, **options: Any) -> Adapter:
     return opened(text, **options).load()
 
 
-def opened_by_name(
-    sources: Iterable[str], pairs: Iterable[str] = (), *, whole: bool = False, **options: Any
-) -> dict[str, Handle]:
-    """Every adapter that paths, globs, folders, LIB:NAME and NAME=SOURCE stand for.
+def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> dict[str, Handle]:
+    """Every adapter that sources and NAME=SOURCE stand for, opened, by name; as Python has it.
 
     Args:
-        pairs: each NAME=SOURCE. whole: a library stands for all that is in it; else it is refused.
-        options: as for `opened`.
+        options: alpha, revision, allow_pickle, as `named_handles` takes them.
 
     Raises:
-        BadParameter: no `=` in a pair.
-        MismatchError: two with one name.
-        FileError: a source without an adapter.
+        BadParameter: no `=` in a pair, or a name given twice.
+        MismatchError: two with one name. FileError: a source that is not there.
     """
-    from ..collection.sources import named_handles
-    from ..errors import MismatchError
-    from ..files.find import adapters_at, in_library, is_library, matches, name_of
-    from ..fold import Library
+    from ..collection.sources import TwiceNamedError, named_handles
 
-    found: list[tuple[str, str | Handle]] = []
-    for source in sources:
-        inside = in_library(source)
-        if inside is not None:
-            found.append((inside[1], source))
-        elif whole and is_library(source):
-            found += named_handles(Library.open(source)).items()
-        elif is_library(source) or (not Path(source).exists() and "*" not in source):
-            found.append((name_of(Path(source)), source))  # a Hub id, or what `opened` refuses
-        else:
-            places = (place for path in matches(source) for place in adapters_at(path))
-            found += [(name_of(place), str(place)) for place in places]
+    given: dict[str, str] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         if not (name and equals and source):
             raise click.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--name")
-        found.append((name, source))
-    handles: dict[str, Handle] = {}
-    for name, given in found:
-        if name in handles:
-            raise MismatchError(f"two sources are both named {name!r}: name one, --name NAME=PATH")
-        handles[name] = opened(given, **options) if isinstance(given, str) else given
-    return handles
-
-
-def named_sources(paths: Iterable[str], pairs: Iterable[str], alpha: float | None = None) -> Any:
-    """Sources for `fold` and `verify` from paths and NAME=PATH.
-
-    Args:
-        alpha: α of the adapters of vLoRA folders.
-
-    Raises:
-        BadParameter: no `=` in a pair, or a name given twice.
-        FileError: a path without an adapter.
-    """
-    named: dict[str, Any] = {}
-    paths, subspaces = _without_subspaces(paths, alpha)
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise click.BadParameter(f"{pair!r} is not NAME=PATH", param_hint="--name")
-        if name in named:
+        if name in given:
             raise click.BadParameter(f"{name!r} is given twice", param_hint="--name")
-        named[name] = path
-    if not named and not subspaces:
-        return paths
-    unnamed = subspaces | (paths_by_name(paths) if paths else {})
-    twice = sorted(unnamed.keys() & named.keys())
-    if twice:
-        raise click.BadParameter(f"{twice[0]!r} is also a source's own name", param_hint="--name")
-    return unnamed | named
+        given[name] = source
+    texts = list(sources)
+    for text in [*texts, *given.values()]:
+        _check_no_slip(text, options.get("revision"))
+    try:
+        return named_handles([*texts, given], **options)
+    except TwiceNamedError as e:
+        raise MismatchError(f"{e.found}: give one a name of its own with --name") from None
 
 
-def _without_subspaces(
-    paths: Iterable[str], alpha: float | None
-) -> tuple[list[str], dict[str, Any]]:
-    """The other paths, and the adapters of vLoRA folders among them by name."""
-    from ..files import load_many
-    from ..files.find import is_subspace
-
-    others: list[str] = []
-    found: dict[str, Any] = {}
-    for path in paths:
-        if is_subspace(path):
-            found |= load_many(path, alpha=alpha)
-        else:
-            others.append(path)
-    return others, found
-
-
-def paths_by_name(sources: Iterable[str]) -> dict[str, str]:
-    """{default name: path} of every adapter that paths, folders of adapters and globs stand for.
+def _check_no_slip(text: str, revision: str | None) -> None:
+    """Refuse what is a slip in a path, most likely: the Hub would be asked for it in vain.
 
     Raises:
-        FileError: one that stands for none.
-        MismatchError: two with one name.
+        FileError: nothing there, where its folder is.
     """
-    from ..collection.sources import named_handles
+    from glob import has_magic
 
-    handles: Mapping[str, Any] = named_handles(list(sources))  # all of them `AdapterFile`s
-    return {name: str(handle.path) for name, handle in handles.items()}
+    if revision or has_magic(text) or library_of(text) is not None or Path(text).exists():
+        return
+    if Path(text).parent.exists():
+        hint = "" if text.count("/") != 1 else " (for an id on the Hub, give --revision main)"
+        raise FileError(f"no such file or directory: {text!r}{hint}")

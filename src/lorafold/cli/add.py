@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import paths_by_name
+from ._source import named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,12 +38,13 @@ def add(
     """Add adapters to a library.
 
     What is stored of the others does not change by a bit. Each ADAPTER is a path, a folder of
-    adapters or a glob, and is added in a step of its own: when one fails, those before it stay.
+    adapters, a glob or LIB:NAME, and is added in a step of its own: when one fails, those before it
+    stay.
     """
     from ..fold import Library
 
     with Library.open(lib) as opened:
-        found = paths_by_name(adapters)
+        found = named(adapters)
         if name is not None:
             if len(found) != 1:
                 text = f"--name is for one adapter, and {len(found)} are given"
@@ -52,10 +53,10 @@ def add(
         _check_free(opened, list(found), replace)
         before, rows = opened.nbytes, []
         with output.progress("adding") as advance:
-            for k, (own, path) in enumerate(found.items()):
+            for k, (own, handle) in enumerate(found.items()):
                 advance(k, len(found), own)
                 start = opened.nbytes
-                error = opened.add(path, own, replace=replace, tolerance=tolerance, form=form)
+                error = opened.add(handle, own, replace=replace, tolerance=tolerance, form=form)
                 rows.append({"name": own, "error": error, "bytes": opened.nbytes - start})
         data = {"path": lib, "bytes": [before, opened.nbytes], "added": rows}
     output.report(data, lambda out: _show(out, data))

@@ -12,7 +12,7 @@ import click
 from . import _output as output
 from ._command import command, settings
 from ._library import library_facts, library_table
-from ._source import named_sources
+from ._source import named as named_handles
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,13 +21,13 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
 
 
 @command("fold", example="lorafold fold adapters/* -o lib --tolerance 0.1")
-@click.argument("sources", nargs=-1, metavar="DIR...")
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option("-o", "--output", "path", required=True, metavar="LIB", help="Folder to write.")
 @click.option(
     "--name",
     "named",
     multiple=True,
-    metavar="NAME=PATH",
+    metavar="NAME=SOURCE",
     help="A source under a name of your own; can be given again.",
 )
 @click.option(
@@ -70,9 +70,9 @@ def fold(
 ) -> None:
     """Fold many adapters into one library with a bounded error.
 
-    Each DIR is an adapter, a folder of adapters (vLoRA's too), or a glob. An adapter's name is the
-    last part of its path; two alike need --name. The error is measured on what was written,
-    adapter by adapter.
+    Each SOURCE is an adapter, a folder of adapters (vLoRA's too), a glob, another library, or
+    LIB:NAME. An adapter's name is the last part of its path; two alike need --name. The error is
+    measured on what was written, adapter by adapter.
     """
     if not sources and not named:
         raise click.UsageError("give the adapters to fold", click.get_current_context())
@@ -81,7 +81,11 @@ def fold(
 
     with output.progress("folding") as advance:
         lib = fold_sources(
-            named_sources(sources, named, alpha), path, score=function, progress=advance, **options
+            named_handles(sources, named, alpha=alpha),
+            path,
+            score=function,
+            progress=advance,
+            **options,
         )
     with lib:
         stats = {"path": path, **lib.stats()}

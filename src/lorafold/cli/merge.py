@@ -11,7 +11,7 @@ import click
 from ..errors import MismatchError
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, opened_by_name
+from ._source import adapter_options, named
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def merge(
 ) -> None:
     """Merge adapters into one, of any ranks and targets.
 
-    A source is an adapter, a glob or folder of adapters, LIB:NAME, or one recipe of mergekit's
-    (a .yaml file). The result is exact and of rank Σr at most, unless --rank or --tolerance cut it;
-    the error of that is told.
+    A source is an adapter, a glob or folder of adapters, a library, LIB:NAME, or one recipe of
+    mergekit's (a .yaml file). The result is exact and of rank Σr at most, unless --rank or
+    --tolerance cut it; the error of that is told.
     """
     from ..files import open_adapter, save
     from ..files.replacing import check_apart, check_replaceable
@@ -101,8 +101,8 @@ def merge(
             dtype = dtype or own_dtype
         else:
             reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
-            handles = opened_by_name(sources, options.pop("names"), **reading)
-            check_apart(target, [getattr(h, "path", None) for h in handles.values()])
+            handles = named(sources, options.pop("names"), **reading)
+            check_apart(target, [h.path for h in handles.values()])
             merged = _by_method(handles, rank, options)
         exact, merged = merged, _cut(merged, rank, tolerance)
         save(merged, target, pad=pad, overwrite=overwrite, dtype=torch_dtype(dtype))

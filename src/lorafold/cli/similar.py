@@ -9,7 +9,7 @@ import click
 
 from . import _output as output
 from ._command import command, settings
-from ._source import adapter_options, opened_by_name
+from ._source import adapter_options, named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def similar(
     from ..compare.similarity import similar_pairs
 
     with output.progress("comparing") as advance:
-        pairs = Pairs(opened_by_name(sources, names, whole=True, **options), progress=advance)
+        pairs = Pairs(named(sources, names, **options), progress=advance)
         d = described(similar_pairs(pairs, threshold=threshold, exact=exact, seed=seed))
     output.report(d, lambda out: _show(out, d))
 

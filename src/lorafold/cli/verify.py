@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command
-from ._source import named_sources
+from ._source import named as named_handles
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--name",
     "named",
     multiple=True,
-    metavar="NAME=PATH",
+    metavar="NAME=SOURCE",
     help="The source of the adapter NAME; can be given again.",
 )
 def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
@@ -32,17 +32,16 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     Without a SOURCE only the checksums are read. With sources, named as for fold, every one of
     them is compared with what comes out of the library. Exit status 1 if anything is wrong.
     """
-    from ..collection.sources import named_handles
     from ..errors import FileError
 
     with _library(lib) as opened:
-        given = named_sources(sources, named) if sources or named else None
+        given = named_handles(sources, named) if sources or named else None
         try:
             with output.progress("comparing" if given else "reading checksums") as advance:
                 found = opened.verify(given, strict=False, progress=advance)
         except FileError as e:
             if given is not None:
-                named_handles(given)  # where it is a source that can't be read, it says so
+                named_handles(sources, named)  # where it is a source that can't be read, it says so
             raise CheckFailed(str(e)) from e
         rows = [
             {

@@ -1,26 +1,48 @@
-"""Sources to named handles: a path, a glob, a folder, an `Adapter`, a `Library`, or several.
+"""Sources to named handles: whatever a user may give where adapters are asked for.
 
-A handle is an opened adapter: its header is known, its tensors are read one by one.
+A source is a path, a glob, a folder of adapters, LIB:NAME, a library (its folder, or a `Library`),
+an `Adapter`, an opened adapter, {name: any of these}, or a list of any of these, within one
+another. A handle is an opened adapter: its header is known, its tensors are read one by one.
+
+Libraries are `fold`'s, which stands on this room. So they are known here by what they can do, which
+is `__lorafold_handles__`, and one on the disk is opened by the public name that the package hands
+out, looked up when it is met.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..adapter import Adapter, Layout
 from ..errors import FileError, MismatchError
-from ..files import open_adapter
-from ..files.find import PickleError, adapters_at, matches, name_of
+from ..files import AdapterFile, load_many, open_adapter
+from ..files.find import (
+    PickleError,
+    adapters_at,
+    in_library,
+    is_library,
+    is_subspace,
+    locate,
+    matches,
+    name_of,
+)
 from ..lowrank import LowRank
 
+_LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
+
+@runtime_checkable
 class Handle(Protocol):
     """An adapter whose tensors are read one by one (`lorafold.files.open_adapter` gives one)."""
+
+    @property
+    def path(self) -> Path | None: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int, int]]: ...
@@ -47,95 +69,141 @@ class Handle(Protocol):
     def load(self) -> Adapter: ...
 
 
-Source = Any  # a path, a glob, or an Adapter
+@runtime_checkable
+class Shelf(Protocol):
+    """What holds adapters by name, and opens each alone: a `Library`."""
+
+    def __lorafold_handles__(self, name: str | None = None) -> Mapping[str, Handle]:
+        """Its adapters as handles by name; only the one of that name where it is given."""
+        ...
 
 
-def named_handles(sources: Any) -> dict[str, Handle]:
+class TwiceNamedError(MismatchError):
+    """Two sources of one name."""
+
+    def __init__(self, name: str) -> None:
+        self.found = f"two sources are both named {name!r}"
+        super().__init__(f"{self.found}: give names, {{name: source}}, to tell them apart")
+
+
+def named_handles(
+    sources: Any,
+    *,
+    alpha: float | None = None,
+    revision: str | None = None,
+    allow_pickle: bool | None = None,
+) -> dict[str, Handle]:
     """Open every source by its header.
 
     Args:
-        sources: one source, several, or {name: source}; a source is an adapter's path, a glob, a
-            folder of adapters, an `Adapter`, or a `Library`.
+        sources: one source, or several in a list or by name, see above. A name is given, or is the
+            last component of a path, or the name in a library; an `Adapter` without one is task_k
+            where it is source number k, counted from 0.
+        alpha: α of those that have no config. revision: of those on the Hub.
+        allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
 
     Raises:
-        FileError: a path that is not there, a glob or folder without adapters.
+        FileError: a path that is not there, a glob or folder without adapters, a closed library.
+        UnknownNameError: a library has no such name.
         MismatchError: no source at all, or two with one name.
     """
-    if isinstance(sources, Mapping) and not isinstance(sources, Adapter) and not _shelf(sources):
-        handles = {}
+    opener = _Opener(alpha, revision, allow_pickle)
+    handles: dict[str, Handle] = {}
+    for name, handle in opener.opened(sources):
+        if name in handles:
+            raise TwiceNamedError(name)
+        handles[name] = handle
+    if not handles:
+        raise MismatchError("there are no adapters: the list of sources is empty")
+    return handles
+
+
+class _Opener:
+    """Opens sources in their order; a library that several of them name, once."""
+
+    def __init__(
+        self, alpha: float | None, revision: str | None, allow_pickle: bool | None
+    ) -> None:
+        self._alpha, self._revision, self._allow_pickle = alpha, revision, allow_pickle
+        self._libraries: dict[str, Shelf] = {}
+        self._count = 0  # sources so far
+
+    def opened(self, source: Any) -> Iterator[tuple[str, Handle]]:
+        """Name and handle of every adapter that a source stands for."""
+        if isinstance(source, Mapping) and not isinstance(source, Adapter | Shelf):
+            yield from self._by_name(source)
+        elif isinstance(source, Iterable) and not isinstance(
+            source, str | bytes | os.PathLike | Adapter | Shelf | Handle | Tensor
+        ):
+            for one in source:
+                yield from self.opened(one)
+        else:
+            position, self._count = self._count, self._count + 1
+            yield from self._one(source, f"task_{position}")
+
+    def _by_name(self, sources: Mapping[Any, Any]) -> Iterator[tuple[str, Handle]]:
         for name, source in sources.items():
-            found = _opened(source, 0)
+            if not isinstance(name, str) or not name:
+                raise MismatchError(f"a name must be a non-empty text, found {name!r}")
+            found = list(self.opened(source))
             if len(found) != 1:
                 raise MismatchError(
                     f"source {name!r} stands for {len(found)} adapters; a named source must be one"
                 )
-            handles[_checked_name(name)] = found[0][1]
-    else:
-        single = isinstance(sources, str | os.PathLike | Adapter) or _shelf(sources)
-        items: Iterable[Source] = [sources] if single else sources
-        pairs = [pair for k, source in enumerate(items) for pair in _opened(source, k)]
-        handles = {}
-        for name, handle in pairs:
-            if name in handles:
-                raise MismatchError(
-                    f"two sources are both named {name!r}: give names, {{name: source}}, to tell "
-                    "them apart"
-                )
-            handles[name] = handle
-    if not handles:
-        raise MismatchError("there is nothing to fold: the list of sources is empty")
-    return handles
+            yield name, found[0][1]
 
+    def _one(self, source: Any, name: str) -> Iterator[tuple[str, Handle]]:
+        """What no more than one source stands for; `name` is for what has none."""
+        if isinstance(source, Adapter):
+            yield name, open_adapter(source)
+        elif isinstance(source, Shelf):
+            yield from source.__lorafold_handles__().items()
+        elif isinstance(source, Handle):
+            place = source.path if isinstance(source, AdapterFile) else None
+            yield name if place is None else name_of(place), source
+        elif isinstance(source, str | os.PathLike):
+            yield from self._at(source)
+        else:
+            raise MismatchError(
+                f"a source must be a path, an Adapter or a Library, not {type(source).__name__}"
+            )
 
-def _opened(source: Source, position: int) -> list[tuple[str, Handle]]:
-    if isinstance(source, Adapter):
-        return [(f"task_{position}", open_adapter(source))]
-    if _shelf(source):
-        return [(name, Shelved(source, name)) for name in source]
-    if not isinstance(source, str | os.PathLike):
-        raise MismatchError(f"a source must be a path or an Adapter, not {type(source).__name__}")
-    places = [place for path in matches(source) for place in adapters_at(path)]
-    return [(name_of(place), _handle(place)) for place in places]
+    def _at(self, text: str | os.PathLike[str]) -> Iterator[tuple[str, Handle]]:
+        """The adapters that a path, a glob or LIB:NAME stands for."""
+        found = in_library(os.fsdecode(text))
+        if found is not None:
+            folder, name = found
+            yield from self._library(folder).__lorafold_handles__(name).items()
+            return
+        for path in matches(text):
+            for place in [path] if is_library(path) else adapters_at(path):
+                yield from self._in(place)
 
+    def _in(self, place: Path) -> Iterator[tuple[str, Handle]]:
+        if is_library(place):
+            yield from self._library(str(place)).__lorafold_handles__().items()
+        elif is_subspace(place) and self._alpha is not None:
+            for name, adapter in load_many(place, alpha=self._alpha).items():
+                yield name, open_adapter(adapter)
+        else:
+            yield name_of(place), self._file(place)
 
-def _shelf(source: Source) -> bool:
-    """Whether it is a `Library`, which makes its adapters anew whenever one is asked for."""
-    return isinstance(source, Mapping) and hasattr(source, "contents")
+    def _library(self, folder: str) -> Shelf:
+        place = os.path.realpath(folder)
+        if place not in self._libraries:
+            self._libraries[place] = pkgutil.resolve_name(_LIBRARY).open(folder)
+        return self._libraries[place]
 
-
-class Shelved:
-    """An adapter of a library as a handle: read module by module, and not kept."""
-
-    def __init__(self, library: Any, name: str) -> None:
-        a: Adapter = library[name]
-        self.shapes = {p: (*u.shape, u.rank) for p, u in a.modules.items()}
-        self.layouts, self.config, self.base_model = a.layouts, a.config, a.base_model
-        self.refusal, self.nbytes = a.refusal, int(library.entry(name)["bytes"])
-        self._library, self._name = library, name
-
-    def read(self, path: str) -> LowRank:
-        update: LowRank = self._library.update(self._name, path)
-        return update
-
-    def read_extras(self) -> dict[str, Tensor]:
-        return dict(self.load().extras)
-
-    def load(self) -> Adapter:
-        adapter: Adapter = self._library[self._name]
-        return adapter
-
-
-def _handle(place: Path) -> Handle:
-    try:
-        return open_adapter(place)
-    except PickleError as e:  # what reads many adapters has no option for it
-        raise FileError(
-            f"{e.found}: if you trust it, load it with that option of `lorafold.load` in Python, "
-            "and give the adapter, or the path where `lorafold.save` puts it"
-        ) from None
-
-
-def _checked_name(name: Any) -> str:
-    if not isinstance(name, str) or not name:
-        raise MismatchError(f"a name must be a non-empty text, found {name!r}")
-    return name
+    def _file(self, place: Path) -> Handle:
+        alpha, revision, pickled = self._alpha, self._revision, bool(self._allow_pickle)
+        try:
+            if alpha is not None and locate(place, revision=revision, allow_pickle=pickled).config:
+                alpha = None  # it is for those that don't say theirs
+            return open_adapter(place, alpha=alpha, revision=revision, allow_pickle=pickled)
+        except PickleError as e:
+            if self._allow_pickle is not None:
+                raise
+            raise FileError(
+                f"{e.found}: if you trust it, load it with that option of `lorafold.load` in "
+                "Python, and give the adapter, or the path where `lorafold.save` puts it"
+            ) from None

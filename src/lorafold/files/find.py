@@ -164,9 +164,9 @@ def _many(path: Path, names: Iterable[str]) -> str:
 def _none(path: Path) -> str:
     if is_subspace(path):
         return (
-            f"{path} is a vLoRA folder of many adapters, which does not hold their α: "
-            "lorafold.files.load_many(path, alpha=…) reads them, and so does "
-            f"lorafold fold {path} -o LIB --alpha α"
+            f"{path} is a vLoRA folder of many adapters, which does not hold their α: give it, "
+            f"lorafold fold {path} -o LIB --alpha α, or in Python "
+            "lorafold.files.load_many(path, alpha=…)"
         )
     if is_library(path):
         return f"{path} is a library: Library.open(path)[name] reads one of its adapters"

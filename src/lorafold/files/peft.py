@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import ORIGIN, Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
@@ -305,14 +305,21 @@ def _open_safetensors(
     digest.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
     record = _records.get(digest.digest())
     if record is None:
-        found = safetensors.parse_header(header, size, where)[0]
+        found, metadata = safetensors.parse_header(header, size, where)
         config = None if text is None else parsed(text, str(place.config))
         entries, config = plain_keys(found, config, where)
         shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-        record = _Record(config or {}, make_plan(shapes, config, alpha, where), entries, size)
+        plan = make_plan(shapes, config, alpha, where)
+        record = _Record({**(config or {}), **_origin(metadata)}, plan, entries, size)
         _check_something(record, where)
         _records[digest.digest()] = record
     return AdapterFile(place.path, record, nbytes, file=where)
+
+
+def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a header says beside the format, such as how the adapter came about: `save` has it."""
+    told = {key: text for key, text in metadata.items() if key != "format"}
+    return {ORIGIN: {"metadata": told}} if told else {}
 
 
 def _record_of(

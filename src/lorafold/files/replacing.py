@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import FileError
@@ -27,17 +27,23 @@ class Kind:
         known: whether a directory (not an empty one) is one.
         files: pattern of the names of the files in it that lorafold writes.
         folders: pattern of the names of the folders in it that lorafold writes, with all of theirs.
+        marked: {name: mark} of files that anyone may have written: one without the mark stays, and
+            no other takes its place.
     """
 
     name: str
     known: Callable[[Path], bool]
     files: re.Pattern[str]
     folders: re.Pattern[str] | None = None
+    marked: Mapping[str, str] = field(default_factory=dict)
 
     def owns(self, path: Path) -> bool:
-        """Whether lorafold writes a file or folder of that name."""
+        """Whether it is a file or folder of lorafold's writing."""
         if path.is_dir() and not path.is_symlink():
             return self.folders is not None and self.folders.fullmatch(path.name) is not None
+        mark = self.marked.get(path.name)
+        if mark is not None and path.is_file():
+            return mark in path.read_text(encoding="utf-8", errors="replace")
         return self.files.fullmatch(path.name) is not None
 
 
@@ -113,8 +119,11 @@ def keep_others(old: Path, new: Path, kind: Kind) -> None:
     for path in sorted(old.iterdir()):
         if kind.owns(path):
             continue
+        twin = new / path.name
         try:
-            _link(path, new / path.name)
+            if path.name in kind.marked and twin.exists() and not twin.samefile(path):
+                twin.unlink()
+            _link(path, twin)
         except OSError as e:
             raise FileError(
                 f"{old} holds {path.name!r}, which can't be kept ({e.strerror or e}): move it, or "

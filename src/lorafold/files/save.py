@@ -32,13 +32,14 @@ from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
 
+_CARD, _MARK = "README.md", "<!-- Written by lorafold, and replaced with the adapter. -->"
+
 ADAPTER = Kind(
     "an adapter",
     is_adapter,
     re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
+    marked={_CARD: _MARK},
 )
-
-_CARD = "README.md"
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
 _DEFAULTS: dict[str, Any] = {
@@ -121,7 +122,7 @@ def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
     metadata = {"format": "pt", **origin.get("metadata", {})}
     save_file(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
     if "card" in origin:
-        (folder / _CARD).write_text(origin["card"], encoding="utf-8")
+        (folder / _CARD).write_text(f"{origin['card']}\n{_MARK}\n", encoding="utf-8")
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 

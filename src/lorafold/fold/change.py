@@ -19,7 +19,7 @@ from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError, ToleranceError
 from .addition import one_handle, write_added
 from .coding.record import unsealed
-from .contents import Contents
+from .contents import Contents, Stored
 from .one_pass import folded
 from .options import RECORDED, Options, Progress
 from .store.entries import AdapterEntry, Piece
@@ -111,7 +111,7 @@ def refold_all(
                 )
             handles = {name: found[name] for name in there}
         else:
-            handles = {name: c.handle(name) for name in there}
+            handles = {name: Stored(c, name, original=True) for name in there}
             old = {name: entry.error for name, entry in there.items()}
         bounds: dict[str, float] = {}
         if not asked:  # every adapter keeps the bound it has

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean
 from .coding.bases import Basis, read_basis
 from .coding.flat_part import read_side
-from .coding.record import StoredPart, decode, stored_parts, unsealed
+from .coding.record import StoredPart, decode, rank_of, stored_parts, unsealed
 from .store.entries import AdapterEntry, ModuleEntry
 from .store.manifest import Manifest
 from .store.shard import Shard
@@ -101,16 +101,9 @@ class Contents:
         entry = self.entry(name)
         there = self.present(entry)
         modules = {self.modules[j].path: self._update(j, entry) for j in there}
-        layouts = {
-            m.path: m.layout for m in (self.modules[j] for j in there) if m.layout is not None
-        }
-        return Adapter(
-            modules,
-            self.extras(name),
-            self.config(name),
-            self.manifest.base_model,
-            {**layouts, **entry.layouts},
-        )
+        layouts = self.layouts(entry)
+        base = self.manifest.base_model
+        return Adapter(modules, self.extras(name), self.config(name), base, layouts)
 
     def update(self, name: str, path: str) -> LowRank:
         """One module of one adapter, read alone.
@@ -161,6 +154,25 @@ class Contents:
         return int((at[:, entry.row + 1] - at[:, entry.row]).sum())
 
     # Records
+
+    def shapes(self, entry: AdapterEntry) -> dict[str, tuple[int, int, int]]:
+        """(out, in, rank) of what an adapter's records decode to; of their heads alone.
+
+        Raises:
+            FileError: a record is damaged.
+        """
+        found = {}
+        for j in self.present(entry):
+            with self._reading(entry, j):
+                shape = self.modules[j].shape
+                found[self.modules[j].path] = (*shape, rank_of(self.record(j, entry), shape))
+        return found
+
+    def layouts(self, entry: AdapterEntry) -> dict[str, Layout]:
+        """Layouts of an adapter's modules that are not plain linear layers."""
+        modules = (self.modules[j] for j in self.present(entry))
+        common = {m.path: m.layout for m in modules if m.layout is not None}
+        return {**common, **entry.layouts}
 
     def present(self, entry: AdapterEntry) -> list[int]:
         """The numbers of the modules that an adapter has."""
@@ -289,24 +301,36 @@ class Contents:
                 f"{tuple(shape)} in the adapter"
             )
 
-    def handle(self, name: str) -> Stored:
-        """An adapter as a handle, so that the library can be folded again."""
-        return Stored(self, name)
+    def as_it_is(self) -> Contents:
+        """The same for reading; changes of this one don't reach it.
+
+        Raises:
+            FileError: it was closed.
+        """
+        if self.store.closed:
+            where = self.store.path or "in memory"
+            raise FileError(f"the library {where} is closed: open it again")
+        return Contents(self.store.as_it_is(), self.device)
 
 
 class Stored:
-    """An adapter of a library as a `Handle`: its original's digest and size, its stored tensors."""
+    """An adapter of a library as a `Handle`: its records are read when asked for.
 
-    def __init__(self, contents: Contents, name: str) -> None:
-        self._contents, self._name = contents, name
+    Args:
+        contents: the library's. name: the adapter's.
+        original: digest and bytes are those of the file that it was folded from, as they must be
+            where the library is folded again.
+    """
+
+    def __init__(self, contents: Contents, name: str, *, original: bool = False) -> None:
         entry = contents.entry(name)
-        a = contents.adapter(name)
-        self.shapes = {p: (*u.shape, u.rank) for p, u in a.modules.items()}
-        self.layouts, self.config, self.base_model = dict(a.layouts), dict(a.config), a.base_model
-        self.nbytes = entry.file_bytes
-        self.original_digest = entry.digest
-        self.refusal = entry.refusal
-        self.extra_keys = list(entry.extras)
+        self._contents, self._name = contents, name
+        self.path = contents.store.path
+        self.shapes, self.layouts = contents.shapes(entry), contents.layouts(entry)
+        self.config, self.base_model = contents.config(name), contents.manifest.base_model
+        self.nbytes = entry.file_bytes if original else contents.own_bytes(name)
+        self.original_digest = entry.digest if original else None
+        self.extra_keys, self.refusal = list(entry.extras), entry.refusal
 
     def read(self, path: str) -> LowRank:
         return self._contents.update(self._name, path)

@@ -25,8 +25,9 @@ def fold(
     """Fold adapters into one library.
 
     Args:
-        sources: adapters as paths, globs, folders of adapters, `Adapter` objects, or {name: one of
-            these}. A path's name is its last component; an unnamed `Adapter` becomes task_0, ….
+        sources: paths, globs, folders of adapters, "LIB:name", libraries, `Adapter`s, {name: any of
+            these}, or a list of them. A path's name is its last component; an unnamed `Adapter`
+            becomes task_0, ….
         path: the folder to write; None keeps the library in memory.
         tolerance: bound on ‖ΔŴ − ΔW‖ / ‖ΔW‖ of every adapter, measured on what is written; 0
             stores every tensor bit for bit. 0.1 when none of tolerance, rank, energy, bits and
@@ -66,7 +67,7 @@ def fold(
     settings = Options.of(**options)
     handles = named_handles(sources)
     if path is not None:
-        check_apart(path, (getattr(handle, "path", None) for handle in handles.values()))
+        check_apart(path, (handle.path for handle in handles.values()))
     if settings.retention is not None:
         return Library(fold_by_retention(handles, settings, path, overwrite))
     with Store.create(path, overwrite=overwrite) as t:

@@ -20,7 +20,7 @@ from ..errors import MismatchError
 from ..lowrank import LowRank
 from .addition import projection
 from .change import Check, add_to, checked, refold_all, remove_from
-from .contents import Contents
+from .contents import Contents, Stored
 from .options import Progress
 from .stats import library_stats
 from .store.store import Store
@@ -173,6 +173,12 @@ class Library(Mapping[str, Adapter]):
         """
         u = self._contents.update(name, path)
         return u if self._dtype is None else u.to(dtype=self._dtype)
+
+    def __lorafold_handles__(self, name: str | None = None) -> dict[str, Stored]:
+        """Its adapters as sources, as they are now (`collection.sources`); or the one of a name."""
+        contents = self._contents.as_it_is()
+        names = self.names if name is None else [name]
+        return {n: Stored(contents, n) for n in names}
 
     # Comparing
 

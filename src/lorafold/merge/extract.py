@@ -89,9 +89,10 @@ def extract(
     modules: dict[str, LowRank] = {}
     layouts: dict[str, Layout] = {}
     sums = _Sums()
-    for k, key in enumerate(before.keys):
+    keys = [key for key in before.keys if key in after]
+    for k, key in enumerate(keys):
         if progress is not None:
-            progress(k, len(before.keys), key)
+            progress(k, len(keys), key)
         W, W1 = before.read(key), after.read(key)
         if torch.equal(W.to(W1.dtype), W1):
             continue
@@ -103,6 +104,8 @@ def extract(
             sums.whole[key] = W1.clone()
             continue
         D = (W1.double() - W.double()).float()
+        if not torch.isfinite(D).all():
+            raise MismatchError(f"{key!r} holds numbers that are not finite: there is no update")
         conv1d = turned and path.rpartition(".")[2] in _CONV1D
         flat = D.T if layout.kind == "embedding" or conv1d else D.flatten(1)
         modules[path] = _within(flat, rank, tolerance, sums)

@@ -44,7 +44,8 @@ def merge(
     """Merge adapters of any ranks and targets over one base into one.
 
     Args:
-        sources: paths, globs, `Adapter`s, or {name: either}; read module by module.
+        sources: paths, globs, folders of adapters, "LIB:name", libraries, `Adapter`s, {name: any of
+            these}, or a list of them; read module by module.
         method: "linear" (task arithmetic), "magnitude", "ties", "dare", "dare_ties", "della",
             "breadcrumbs", "slerp", "knots", "tsv", "iso_c", "iso_cts", "lego", "ctm", "lorahub" or
             "regmean".
@@ -81,8 +82,6 @@ def merge(
         >>> merged.distance(0.7 * a + 0.3 * b) < 1e-5 * merged.norm()
         True
     """
-    if isinstance(sources, list | tuple | dict) and not sources:
-        raise MismatchError("there is nothing to merge: the list of sources is empty")
     handles = named_handles(sources)
     return run(handles, job_of(method, tuple(handles), weights, space, seed, options))
 

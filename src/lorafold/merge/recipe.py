@@ -21,6 +21,7 @@ from typing import Any
 from ..adapter import Adapter
 from ..collection.sources import named_handles
 from ..errors import FileError, MismatchError, MissingExtraError, UnknownNameError
+from ..files.find import in_library
 from ..words import did_you_mean
 from .algebra.rules import Rule
 from .merge import run
@@ -360,7 +361,7 @@ def _models(
             bare.append(own)
             continue
         first, plus, adapter = name.partition("+")
-        if plus and not Path(name).exists():
+        if plus and not Path(name).exists() and in_library(name) is None:
             if base is not None and first != base:
                 raise MismatchError(f"{where}: {name!r} is over another base than {base!r}")
             name = adapter

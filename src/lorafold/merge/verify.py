@@ -185,6 +185,8 @@ def _of_update(u: LowRank, spot: Spot, other: Spot, before: Weights, after: Weig
             W1 = W1.mT
         if W1.shape != W.shape:
             return Finding("missing", why="the merged checkpoint stores it in another form")
+        if not torch.isfinite(W1).all():
+            return Finding("other change", why="it holds numbers that are not finite")
         pairs.append((W, W1, delta))
     sums = [_products(W, W1, delta) for W, W1, delta in pairs]
     along, size = (math.fsum(x[i] for x in sums) for i in (0, 1))

@@ -179,6 +179,12 @@ def part_nbytes(A: FlatSide, B: FlatSide, wide: bool) -> int:
     return _HEAD.size + (4 if wide else 2) * (A.count + B.count)
 
 
+def skipped_part(record: bytes, start: int) -> tuple[int, int]:
+    """The rank of a flat part, and where it ends."""
+    _, _, r, k_A, k_B, wide, *_ = _HEAD.unpack_from(record, start)
+    return r, start + _HEAD.size + (4 if wide else 2) * (k_A + k_B)
+
+
 def decode_part(
     record: bytes,
     start: int,

@@ -22,7 +22,7 @@ from ...errors import FileError
 from ...lowrank import LowRank
 from .bases import Bases, Side, projected, residual, weighted_norms
 from .bits import bits_for_bytes, bits_for_error
-from .flat_part import decode_part
+from .flat_part import decode_part, skipped_part
 from .rows import (
     LEFT_SEED,
     RIGHT_SEED,
@@ -31,6 +31,7 @@ from .rows import (
     read_rows,
     rounded_coefficients,
     rows_nbytes,
+    skipped_rows,
     write_rows,
 )
 
@@ -351,6 +352,25 @@ def decode(
     return LowRank(torch.cat(rights), torch.cat(lefts, 1))
 
 
+def rank_of(record: bytes, shape: tuple[int, int]) -> int:
+    """The rank of the update that `decode` would give."""
+    rank = start = 0
+    while start < len(record):
+        kind = record[start]
+        if kind == EXACT:
+            return _decode_exact(record, start, None).rank
+        if kind == PAIRS:
+            _, dims, start = _pairs_head(record, start, shape)
+            own, start = skipped_rows(record, start, dims)
+            rank += own
+        elif kind == FLAT:
+            own, start = skipped_part(record, start)
+            rank += own
+        else:
+            start += 1
+    return max(rank, 1)
+
+
 @dataclass(frozen=True)
 class StoredPart:
     """A part of an update as it is stored: left @ right in the coordinates of two sides.
@@ -409,6 +429,18 @@ def _decode_pairs(
 def _read_pairs(
     record: bytes, start: int, shape: tuple[int, int], device: torch.device | str | None
 ) -> tuple[StoredPart, int]:
+    numbers, dims, start = _pairs_head(record, start, shape)
+    (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
+    # √|c| on either side keeps A and B of one size, as after training.
+    root = c.abs().sqrt()
+    left, right = (P * (root * c.sign())[:, None]).T, Q * root[:, None]
+    return StoredPart(left, right, numbers[0], numbers[1]), start
+
+
+def _pairs_head(
+    record: bytes, start: int, shape: tuple[int, int]
+) -> tuple[list[int | None], list[int], int]:
+    """Numbers of the two bases, the lengths of a pair on either side, and where the pairs begin."""
     _, flags = _PAIRS.unpack_from(record, start)
     start += _PAIRS.size
     dims, numbers = list(shape), [None, None]  # type: list[int], list[int | None]
@@ -416,11 +448,7 @@ def _read_pairs(
         if flags >> side & 1:
             numbers[side], dims[side] = _SIDE.unpack_from(record, start)
             start += _SIDE.size
-    (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
-    # √|c| on either side keeps A and B of one size, as after training.
-    root = c.abs().sqrt()
-    left, right = (P * (root * c.sign())[:, None]).T, Q * root[:, None]
-    return StoredPart(left, right, numbers[0], numbers[1]), start
+    return numbers, dims, start
 
 
 def _decode_exact(record: bytes, start: int, device: torch.device | str | None) -> LowRank:

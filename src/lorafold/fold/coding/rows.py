@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,14 +149,8 @@ def read_rows(
     Returns:
         [(k, d) float32 for each side], coefficients (k,) float32, and where the rows end.
     """
-    if start + _HEAD.size > len(data):
-        raise FileError("a record of the library ends too early")
-    count, wide, top = _HEAD.unpack_from(data, start)
-    start += _HEAD.size
-    size = (count + 1) // 2
-    bits = np.array(LEVELS)[unpack(data[start : start + size], 4, count)]
-    start += size
-    kind = np.dtype(np.float32 if wide else np.float16)
+    bits, kind, top, start = _head(data, start)
+    count = len(bits)
     relative = np.frombuffer(data, kind, count, start).astype(np.float32)
     start += count * kind.itemsize
     coefficients = torch.from_numpy(relative * np.float32(top)).to(device)
@@ -182,6 +177,26 @@ def read_rows(
         for side, seed in zip(sides, seeds, strict=True):
             side[rounded] = unrotate(side[rounded], seed)
     return sides, coefficients, start
+
+
+def skipped_rows(data: bytes, start: int, dims: Sequence[int]) -> tuple[int, int]:
+    """How many rows `read_rows` would give, and where they end."""
+    bits, kind, _, start = _head(data, start)
+    start += len(bits) * kind.itemsize
+    for level in _descending(bits):
+        start += (int((bits == level).sum()) * sum(dims) * level + 7) // 8
+    return len(bits), start
+
+
+def _head(data: bytes, start: int) -> tuple[np.ndarray, np.dtype[Any], float, int]:
+    """Bits of every row, how coefficients are stored, the largest of them, and where they begin."""
+    if start + _HEAD.size > len(data):
+        raise FileError("a record of the library ends too early")
+    count, wide, top = _HEAD.unpack_from(data, start)
+    start += _HEAD.size
+    size = (count + 1) // 2
+    bits = np.array(LEVELS)[unpack(data[start : start + size], 4, count)]
+    return bits, np.dtype(np.float32 if wide else np.float16), top, start + size
 
 
 def rounded_coefficients(c: np.ndarray, bits: np.ndarray) -> np.ndarray:

@@ -172,6 +172,11 @@ class Store:
         twin._become(self._raw, self.manifest, self.shards)
         return twin
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed; one without shards never is."""
+        return any(shard.closed for shard in self.shards.values())
+
     def verify(self) -> None:
         """Read all shards and compare with the checksums in the manifest.
 
