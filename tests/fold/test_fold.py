@@ -500,7 +500,7 @@ def test_two_sources_of_one_name_must_be_named(tmp_path, regular):
     ({}, MismatchError, "list of sources is empty"),
     ("{}/nothing/*", FileError, "no adapter matches '.*nothing"),
     ("{}/nothing", FileError, "nothing"),
-    ([3], MismatchError, "a path, an Adapter or a Library, not int"),
+    ([3], MismatchError, "path or an Adapter, or a Library, not int"),
     ({"": "{}"}, MismatchError, "non-empty text"),
     ({"all": "{}/*"}, MismatchError, "'all' stands for 2 adapters"),
 ])  # fmt: skip

@@ -165,7 +165,7 @@ class _Opener:
             yield from self._at(source)
         else:
             raise MismatchError(
-                f"a source must be a path, an Adapter or a Library, not {type(source).__name__}"
+                f"a source must be a path or an Adapter, or a Library, not {type(source).__name__}"
             )
 
     def _at(self, text: str | os.PathLike[str]) -> Iterator[tuple[str, Handle]]:
