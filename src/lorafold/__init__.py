@@ -40,6 +40,8 @@ _HOME = {
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
+    "report": "report",
+    "plot": "report.plot",
     "LorafoldError": "errors",
     "FileError": "errors",
     "MismatchError": "errors",
@@ -83,6 +85,8 @@ if TYPE_CHECKING:
     from .parts import Layout as Layout
     from .quantize import dequantize as dequantize
     from .quantize import quantize_base as quantize_base
+    from .report import plot as plot
+    from .report import report as report
     from .route import ArrowRouter as ArrowRouter
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter
@@ -96,7 +100,7 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name, name)
     module = importlib.import_module(f".{home}", __name__)
     # A package of that name is its verb (`_verb.py`), whatever has been imported before.
-    value = module if home == name else getattr(module, name)
+    value = module if home.rpartition(".")[2] == name else getattr(module, name)
     globals()[name] = value
     return value
 

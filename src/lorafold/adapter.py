@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .errors import MismatchError, RefusedError, UnknownNameError
 from .lowrank import LowRank, cosine, from_svd
-from .naming import Base
+from .naming import Base, kind
 from .parts import LINEAR, Parts, check_bias_scales, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
-from .words import did_you_mean, warn
+from .words import did_you_mean, html_table, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,9 @@ class Adapter(Mapping[str, LowRank]):
         extras = f", {len(self.extras)} extras" if self.extras else ""
         size = f"{len(self)} modules, rank {self.rank}, {self.num_parameters:,} parameters"
         return f"Adapter({size}{extras})"
+
+    def _repr_html_(self) -> str:
+        return _html(self)
 
     # What it is
 
@@ -324,6 +327,25 @@ class Adapter(Mapping[str, LowRank]):
                     f"{theirs[p].shape} in the other"
                 )
         return mine, theirs
+
+
+def _html(adapter: Adapter) -> str:
+    """A table of its kinds of module, for a notebook."""
+    kinds: dict[str, list[LowRank]] = {}
+    for path, u in adapter.modules.items():
+        kinds.setdefault(kind(path), []).append(u)
+    rows = [
+        (name, len(us), _listed({u.shape for u in us}), _listed({u.rank for u in us}))
+        for name, us in kinds.items()
+    ]
+    title = repr(adapter) + (f" on {adapter.base_model}" if adapter.base_model else "")
+    return html_table(title, rows, ("modules", "how many", "(out, in)", "rank"))
+
+
+def _listed(values: Collection[Any]) -> str:
+    """A few values in order, and how many more there are."""
+    first, rest = sorted(values)[:4], len(values) - 4
+    return ", ".join(map(str, first)) + (f" and {rest} more" if rest > 0 else "")
 
 
 def module_digest(path: str, u: LowRank, layout: Layout = LINEAR) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,32 @@ def did_you_mean(name: str, known: object) -> str:
         return "there are no names at all"
     shown = ", ".join(repr(n) for n in sorted(names)[:5])
     return f"there are {len(names)}: {shown}{', …' if len(names) > 5 else ''}"
+
+
+def escaped(text: str) -> str:
+    """The text with control characters, line breaks too, shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """A small table for a notebook; whatever is in it is text and no markup.
+
+    Args:
+        title: above it. rows: cells. head: headings.
+    """
+
+    def cells(tag: str, row: Sequence[object]) -> str:
+        style = ' style="text-align:left"'
+        made = (f"<{tag}{style}>{html.escape(escaped(str(c)))}</{tag}>" for c in row)
+        return f"<tr>{''.join(made)}</tr>"
+
+    first = f"<thead>{cells('th', head)}</thead>" if head else ""
+    body = "".join(cells("td", row) for row in rows)
+    caption = html.escape(escaped(title))
+    return (
+        f'<table><caption style="text-align:left"><b>{caption}</b></caption>'
+        f"{first}<tbody>{body}</tbody></table>"
+    )
 
 
 def one_of(values: Iterable[object]) -> str:

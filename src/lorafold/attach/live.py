@@ -26,7 +26,7 @@ from .merged import merge_into, unmerge_from, verified
 from .running import BASE, Gate
 from .selection import Selection
 from .state import State
-from .summary import Summary, summarized
+from .summary import Summary, live_html, summarized
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,6 +77,9 @@ class Live:
     def __repr__(self) -> str:
         layers = f"{len(self._state.slots.patches)} layers"
         return f"Live({'detached' if self.detached else layers}, {len(self.names)} adapters)"
+
+    def _repr_html_(self) -> str:
+        return live_html(repr(self), self._state)
 
     def __dir__(self) -> list[str]:
         own = (n for n in super().__dir__() if n.endswith("__") or not n.startswith("_"))

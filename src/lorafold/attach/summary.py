@@ -7,10 +7,12 @@ from typing import Any
 
 from ..layers.kinds import packed_sizes
 from ..layers.storage import is_quantized
-from ..words import aligned
+from ..words import aligned, html_table
 from .run.factors import Modulation
 from .run.patch import Patch
 from .state import State
+
+_LISTED = 20  # adapters in a notebook's table
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,28 @@ def summarized(state: State) -> Summary:
     total = sum(packed.get(id(p), p.numel()) for p in base)
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     return Summary(tuple(layers), total, trainable)
+
+
+def live_html(title: str, state: State) -> str:
+    """A table of what is attached, for a notebook; it waits for no block of another thread."""
+    selection = state.running.selection
+    running = [] if selection is None else [dict(row.mix) for row in selection.rows if row.on]
+    kept, merged = state.running.kept, state.running.merged_mix
+    rows: list[tuple[object, ...]] = []
+    for name, source in list(state.sources.items())[:_LISTED]:
+        doing = [
+            what
+            for what, there in (
+                ("runs", any(name in mix for mix in running)),
+                ("in the background", name in kept),
+                ("merged", name in merged),
+            )
+            if there
+        ]
+        rows.append((name, source.rank, ", ".join(doing) or "at rest"))
+    if len(state.sources) > _LISTED:
+        rows.append((f"and {len(state.sources) - _LISTED:,} more", "", ""))
+    return html_table(title, rows, ("adapter", "rank", "now"))
 
 
 def _tail_depths(patch: Patch) -> dict[str, float]:

@@ -28,6 +28,7 @@ VERBS = {
     "rm": "Remove adapters from a library.",
     "verify": "Check a library's checksums, and its errors against the sources.",
     "route": "Choose adapters for texts: fit a router, ask it.",
+    "report": "Write one page of pictures about a collection of adapters.",
     "bench": "Time a library: open, rebuild, project, add.",
     "demo": "Fold the packaged adapters and measure what that costs their tasks.",
 }

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import LorafoldError, ToleranceError
-from ..words import did_you_mean
+from ..words import did_you_mean, escaped
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
@@ -216,11 +216,6 @@ def one_line(text: str) -> str:
     """The text on one line, control characters escaped."""
     lines = text.strip("\n").splitlines()
     return escaped(" ".join(map(str.strip, lines)) if len(lines) > 1 else text.strip("\n"))
-
-
-def escaped(text: str) -> str:
-    """The text with control characters, line breaks too, shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager

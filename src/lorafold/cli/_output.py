@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._command import escaped, one_line, settings
+from ..words import escaped
+from ._command import one_line, settings
 
 if TYPE_CHECKING:
     from rich.console import Console

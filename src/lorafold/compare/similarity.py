@@ -21,7 +21,7 @@ import numpy as np
 from ..adapter import tensor_digest
 from ..collection.sources import named_handles
 from ..errors import MismatchError, MissingExtraError, UnknownNameError
-from ..words import did_you_mean
+from ..words import did_you_mean, html_table
 from .clusters import linked
 from .pairs import Pairs, Progress
 
@@ -29,6 +29,7 @@ DUPLICATES = 0.999
 _MARGIN = 4  # errors below the threshold from which on pairs are computed exactly
 _CHEAP = 2e11  # operations that are done exactly rather than sketched: seconds
 _MAD = 1.4826  # of a normal distribution: its deviation over its median absolute deviation
+_SHOWN = 20  # adapters in a notebook's table
 _EVEN = 0.05  # relative spread of distances that is none: rounding must not look like outliers
 
 
@@ -77,6 +78,15 @@ class Similarity:
     def __repr__(self) -> str:
         known = f"exact above {self.threshold:g}" if self.error else "exact"
         return f"Similarity({len(self.names)} adapters, {known}, error {self.error:.2g})"
+
+    def _repr_html_(self) -> str:
+        others = np.where(np.eye(len(self.names), dtype=bool), -np.inf, self.matrix)
+        order = np.argsort(-others.max(1), kind="stable")[: _SHOWN if len(others) > 1 else 0]
+        pairs = [self._pair(i, int(others[i].argmax()), self.matrix) for i in order]
+        rows = [(pair.a, pair.b, f"{pair.cosine:.3f}") for pair in pairs]
+        if len(self.names) > _SHOWN:
+            rows.append((f"and {len(self.names) - _SHOWN:,} more", "", ""))
+        return html_table(repr(self), rows, ("adapter", "nearest", "cosine"))
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from .addition import projection
 from .change import Check, add_to, checked, refold_all, remove_from
 from .contents import Contents, Stored
 from .options import Progress
-from .stats import library_stats
+from .stats import library_html, library_stats
 from .store.store import Store
 
 
@@ -109,6 +109,9 @@ class Library(Mapping[str, Adapter]):
     def __repr__(self) -> str:
         where = f" at {self.path}" if self.path else ""
         return f"Library({len(self)} adapters, {self.nbytes:,} bytes{where})"
+
+    def _repr_html_(self) -> str:
+        return library_html(repr(self), self._contents)
 
     @property
     def path(self) -> str | None:

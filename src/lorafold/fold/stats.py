@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ..words import html_table
 from .contents import Contents
 from .store.entries import AdapterEntry, ModuleEntry
+
+_LISTED = 20  # adapters in a notebook's table
 
 
 def library_stats(c: Contents) -> dict[str, Any]:
@@ -46,6 +49,17 @@ def library_stats(c: Contents) -> dict[str, Any]:
         "init_groups": _groups(entries),
         "modules": [_module(c, j, module, entries) for j, module in enumerate(c.modules)],
     }
+
+
+def library_html(title: str, c: Contents) -> str:
+    """A table of the adapters for a notebook: the first of them, and how many there are."""
+    entries = c.manifest.adapters
+    rows = [(e.name, f"{e.error:.2%}", f"{e.file_bytes:,}") for e in entries.values()][:_LISTED]
+    if len(entries) > _LISTED:
+        rows.append((f"and {len(entries) - _LISTED:,} more", "", ""))
+    tolerance = c.manifest.options.tolerance
+    bound = "" if tolerance is None else f", tolerance {tolerance:g}"
+    return html_table(f"{title}{bound}", rows, ("adapter", "error", "bytes of its file"))
 
 
 def _groups(entries: list[AdapterEntry]) -> dict[str, list[list[str]]]:
