@@ -27,6 +27,11 @@ def test_json_says_what_was_written(cli, here):
     assert found["refused"] == {}
 
 
+def test_a_page_of_a_library_and_of_one_in_it(cli, here):
+    ran = cli("report", "lib", "--name", "again=lib:sql", "-o", "page.html", "--json")
+    assert set(ran.json["names"]) == {"sql", "poems", "law", "again"}
+
+
 def test_a_page_that_exists(cli, here):
     (here / "page.html").write_text("mine")
     ran = cli("report", "adapters", "-o", "page.html")
@@ -45,7 +50,7 @@ def test_a_page_that_exists(cli, here):
         ("report adapters/none -o page.html", "adapters/none"),
         ("report adapters -o .", "is a folder"),
         ("report adapters -o page.html --memory much", "memory must be a size"),
-        ("report adapters -o page.html --name x", "is not NAME=PATH"),
+        ("report adapters -o page.html --name x", "is not NAME=SOURCE"),
     ],
 )
 def test_bad_lines(cli, here, line, says):

@@ -75,6 +75,8 @@ def test_rank_curve_reads_folders(few, tmp_path):
     for k, a in enumerate(few.values()):
         lf.save(a, tmp_path / "adapters" / f"a{k}")
     assert len(lf.plot.rank_curve(tmp_path / "adapters").lines) == len(few) + 1
+    lib = lf.fold(tmp_path / "adapters", tolerance=0.1)
+    assert len(lf.plot.rank_curve(lib).lines) == len(few) + 1
     with pytest.raises(lf.MismatchError, match="every update is zero"):
         lf.plot.rank_curve({"zero": 0.0 * next(iter(few.values()))})
 

@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import named_sources
+from ._source import adapter_options, named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "path", required=True, metavar="HTML", help="The page to write.")
 @click.option(
     "--name",
-    "named",
+    "names",
     multiple=True,
-    metavar="NAME=PATH",
+    metavar="NAME=SOURCE",
     help="A source under a name of your own; can be given again.",
 )
 @click.option("--title", default="", help="Of the page; by default it counts the adapters.")
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="Limit for what is held of the adapters at once.",
 )
-@click.option("--alpha", type=float, help="α of the adapters in a vLoRA folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the page at HTML.")
+@adapter_options
 def report(
     sources: tuple[str, ...],
     path: str,
-    named: tuple[str, ...],
+    names: tuple[str, ...],
     alpha: float | None,
+    revision: str | None,
+    allow_pickle: bool,
     **options: Any,
 ) -> None:
     """Write one page of pictures about a collection of adapters.
@@ -53,7 +55,7 @@ def report(
     that can be searched and sorted. The page is one file and needs no network. What is drawn is
     bounded; the page says what was sampled.
     """
-    if not sources and not named:
+    if not sources and not names:
         raise click.UsageError("give the adapters to report on", click.get_current_context())
     from ..report.page import plotly_js
     from ..report.report import check_writable
@@ -62,7 +64,8 @@ def report(
     check_writable(path, options["overwrite"])
     plotly_js()  # before anything is read
     with output.progress("reading") as advance:
-        written = write(named_sources(sources, named, alpha), path, progress=advance, **options)
+        handles = named(sources, names, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
+        written = write(handles, path, progress=advance, **options)
     found = {
         "path": str(written.path),
         "bytes": written.nbytes,
