@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import lorafold as lf
 from lorafold.merge.methods import METHODS
+from lorafold.merge.provenance import facts_of
 
 PATH = "model.layers.0.self_attn.q_proj"
 
@@ -69,6 +70,7 @@ def test_every_method_and_its_cut(here, cli, method):
     if method not in ("lego", "ctm"):  # their rank is part of the method
         told = small.json["cut" if method == "linear" else "error"]
         assert a.distance(b) / a.norm() == pytest.approx(told, abs=1e-4)
+        assert facts_of(b.config)["error"] == pytest.approx(told, abs=1e-4)
 
 
 def test_a_tolerance_bounds_the_error(here, cli):
@@ -94,6 +96,17 @@ def test_delta_tells_what_the_cut_costs(here, cli):
     assert ran.code == 0
     assert "of ‖ΔW‖ lost" in ran.out
     assert lf.load("out").rank == 3
+
+
+def test_what_is_cut_twice_is_told_once(here, cli):
+    """To Σr by the rule, then to a tolerance: the file tells what is lost of what the rule gave."""
+    whole = ["merge", "adapters", "--method", "ties", "--space", "delta"]
+    first = cli(*whole, "-o", "first", "--rank", "6", "--json").json["cut"]
+    found = cli(*whole, "-o", "out", "--tolerance", "0.5", "--json").json
+    told = facts_of(lf.load("out").config)["error"]
+    wanted = (found["cut"] ** 2 + (1 - found["cut"] ** 2) * found["error"] ** 2) ** 0.5
+    assert told == pytest.approx(wanted, abs=1e-5)
+    assert 0 < found["cut"] < first < told < 1
 
 
 @pytest.mark.filterwarnings("default")
@@ -172,6 +185,7 @@ def test_names_are_data(here, cli):
         ("adapters -o out --heads swl", "did you mean 'sql'"),
         ("lib:sqk -o out", "did you mean 'sql'"),
         ("nothing.yaml -o out", "nothing.yaml: No such file"),
+        ("nothing.yaml adapters/sql -o out", "give it alone"),
     ],
 )
 def test_what_is_refused(here, cli, line, says):

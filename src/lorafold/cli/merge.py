@@ -96,7 +96,9 @@ def merge(
     check_replaceable(place, ADAPTER, overwrite, target)
     with output.progress("merging") as advance:
         options["progress"] = advance
-        if len(sources) == 1 and Path(sources[0]).suffix in (".yaml", ".yml"):
+        if any(Path(source).suffix in (".yaml", ".yml") for source in sources):
+            if len(sources) > 1:
+                raise click.UsageError("a recipe names its adapters: give it alone")
             merged, own_dtype = _by_recipe(sources[0], rank, target, options)
             dtype = dtype or own_dtype
         else:
@@ -167,11 +169,17 @@ def _number(text: str, hint: str) -> float:
 
 
 def _cut(merged: Adapter, rank: int | None, tolerance: float | None) -> Adapter:
+    """The merged adapter, cut where that was asked for, and what it cost beside its provenance."""
+    from ..merge.provenance import with_cut
+
     if tolerance is not None:
-        return merged.resize(tolerance=tolerance)
-    if rank is not None and merged.rank > rank:
-        return merged.resize(rank=rank)
-    return merged
+        smaller = merged.resize(tolerance=tolerance)
+    elif rank is not None and merged.rank > rank:
+        smaller = merged.resize(rank=rank)
+    else:
+        return merged
+    norm = merged.norm()
+    return with_cut(smaller, merged.distance(smaller) / norm if norm > 0 else 0.0)
 
 
 def _found(exact: Adapter, written: AdapterFile, target: str) -> dict[str, Any]:

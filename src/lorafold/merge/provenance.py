@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import __version__
-from ..adapter import ORIGIN
+from ..adapter import ORIGIN, Adapter
 
 KEY = "lorafold_merge"
 
@@ -39,6 +41,21 @@ def facts_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     facts: dict[str, Any] = json.loads(found["metadata"][KEY])
     return facts
+
+
+def with_cut(adapter: Adapter, lost: float) -> Adapter:
+    """A merged adapter, with what cutting it has cost told beside where it comes from.
+
+    Args:
+        adapter: as it was cut. lost: ‖ΔW − cut‖ / ‖ΔW‖.
+    """
+    facts = facts_of(adapter.config)
+    if facts is None:
+        return adapter
+    before = facts.get("error") or 0.0  # what was cut then is orthogonal to what is cut now
+    facts["error"] = math.hypot(before, math.sqrt(1 - before**2) * lost)
+    told = {**adapter.config, ORIGIN: origin(facts, adapter.base_model)}
+    return replace(adapter, config=told)
 
 
 def _card(facts: Mapping[str, Any], base_model: str | None) -> str:
