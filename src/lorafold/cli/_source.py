@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,7 +60,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
             return AdapterFile.of(lib[found[1]], Path(text), int(entry["file_bytes"]))
     if is_library(text):
         raise FileError(f"{text} is a library; name one of its adapters, as {text}:NAME")
-    _check_no_slip(text, options.get("revision"))
+    _check_no_slip(text, options)
     return open_adapter(text, **options)
 
 
@@ -91,23 +91,27 @@ def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> 
         given[name] = source
     texts = list(sources)
     for text in [*texts, *given.values()]:
-        _check_no_slip(text, options.get("revision"))
+        _check_no_slip(text, options)
     try:
         return named_handles([*texts, given], **options)
     except TwiceNamedError as e:
         raise MismatchError(f"{e.found}: give one a name of its own with --name") from None
 
 
-def _check_no_slip(text: str, revision: str | None) -> None:
+def _check_no_slip(text: str, options: Mapping[str, Any]) -> None:
     """Refuse what is a slip in a path, most likely: the Hub would be asked for it in vain.
+
+    Args:
+        options: with `revision`, where the command has it: that says that it is an id on the Hub.
 
     Raises:
         FileError: nothing there, where its folder is.
     """
     from glob import has_magic
 
-    if revision or has_magic(text) or library_of(text) is not None or Path(text).exists():
+    if options.get("revision") or has_magic(text) or Path(text).exists():
         return
-    if Path(text).parent.exists():
-        hint = "" if text.count("/") != 1 else " (for an id on the Hub, give --revision main)"
+    if library_of(text) is None and Path(text).parent.exists():
+        asks = "revision" in options and text.count("/") == 1
+        hint = " (for an id on the Hub, give --revision main)" if asks else ""
         raise FileError(f"no such file or directory: {text!r}{hint}")
