@@ -187,6 +187,16 @@ def test_many_adapters_have_a_bounded_page(collection, tmp_path):
     assert written.nbytes - written.plotly < 2_000_000
 
 
+def test_the_odd_one_of_many_is_found(collection, tmp_path):
+    many = collection(200, layers=5)
+    modules = dict(many["adapter-123"])
+    odd = "model.layers.2.mlp.up_proj"
+    many["adapter-123"] = lf.Adapter({**modules, odd: 30.0 * modules[odd]}, base_model="base")
+    found = Page(lf.report(many, tmp_path / "many.html").path)
+    rows = [row for row in found.rows if len(row) == 6 and row[0] == "adapter-123"]
+    assert (rows[0][1], rows[0][2]) == (odd, "norm")
+
+
 def test_refused_ones_are_left_out_and_said(make_adapter, tmp_path, shapes):
     a, b = (make_adapter(shapes(2), 2, seed=s) for s in (1, 2))
     dora = lf.Adapter(dict(a), config={"use_dora": True})

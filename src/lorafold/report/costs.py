@@ -18,7 +18,7 @@ from .section import evenly
 
 FORMS = ("svd", "input", "output", "shared", "flat")
 TOLERANCES = (0.3, 0.2, 0.1, 0.05)
-_ADAPTERS, _MODULES = 12, 12  # of the sample, at most
+_ADAPTERS, _MODULES = 12, 8  # of the sample, at most
 _NUMBERS = 3_000_000  # in its factors, at most
 
 Advance = Callable[[int, int, str], None]

@@ -53,6 +53,19 @@ class Measured:
         norms: np.ndarray = np.sqrt(self.energies.sum(1))
         return norms
 
+    def unusual(self) -> np.ndarray:
+        """(N,) how far a module's share of an adapter is from what it is in the median adapter.
+
+        In logarithms of ‖ΔW‖ at the module over all of ‖ΔW‖, the largest of any module.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = np.log(self.norms / self.norm()[:, None])
+        shares[~np.isfinite(shares)] = np.nan
+        known = ~np.isnan(shares).all(0)
+        off = np.abs(shares[:, known] - np.nanmedian(shares[:, known], axis=0))
+        largest: np.ndarray = np.nan_to_num(off).max(1, initial=0.0)
+        return largest
+
     def kept(self) -> np.ndarray:
         """(N, R) share of ‖ΔW‖² that the best k directions a module keep, k = 1 … R; nan for 0."""
         whole = self.energies.sum(1, keepdims=True)
@@ -98,16 +111,14 @@ def _measured(c: Collection, refused: dict[str, str], progress: Advance) -> Meas
         stack = c.stack(path)
         if stack is None:
             continue
-        S = np.full((len(stack), int(stack.ranks.max())), np.nan)
+        S = np.zeros((len(stack), int(stack.ranks.max())))
         done = 0
         for f in stack.factors():
             found = singular_values(f).cpu().numpy()
             S[done : done + len(found), : found.shape[1]] = found
             done += len(found)
         stack.forget()
-        # Blocks are padded to their largest rank: what lies beyond an adapter's own is nothing.
-        S[np.arange(S.shape[1]) >= stack.ranks[:, None]] = np.nan
-        squares = np.nan_to_num(S) ** 2
+        squares = S**2
         norms[stack.members, j] = np.sqrt(squares.sum(1))
         energies[stack.members, : S.shape[1]] += squares
         spectra[path] = _typical(S, norms[stack.members, j])
@@ -126,13 +137,11 @@ def _measured(c: Collection, refused: dict[str, str], progress: Advance) -> Meas
 
 
 def _typical(S: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """The median over rows of σ_k / ‖σ‖ of those that have a k-th; zero updates don't count."""
+    """The median over rows of σ_k / ‖σ‖, 0 beyond a row's rank; zero updates don't count."""
     alive = norms > 0
     if not alive.any():
         return np.zeros(S.shape[1])
-    shares = S[alive] / norms[alive, None]
-    known = ~np.isnan(shares).all(0)
-    median: np.ndarray = np.nanmedian(shares[:, known], axis=0)
+    median: np.ndarray = np.median(S[alive] / norms[alive, None], axis=0)
     return median
 
 

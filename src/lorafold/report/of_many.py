@@ -9,12 +9,13 @@ import numpy as np
 from ..compare import SharedSpectrum, Similarity
 from .costs import Costs
 from .measured import Measured
-from .order import cluster_order, sample
+from .order import cluster_order, nearest, sample
 from .section import Section, layout, numbers, shortened, shown
 
 _MAP = 256  # adapters on the map, at most: 65,536 cells
 _NAMED = 60  # names along its sides, at most
 _LETTERS = 22  # of such a name
+_GROUPS = 15  # with one start, drawn at most
 _LISTED = 40  # rows of a table beside a picture
 _MEMBERS = 12  # names of a group that are listed
 
@@ -23,7 +24,7 @@ SIDES = {"V": "A", "U": "B", "in": "inputs (A)", "out": "outputs (B)"}
 
 def similarity_map(s: Similarity, threshold: float) -> Section:
     """Cosines of ΔW of all pairs, like beside like."""
-    rows = sample(s.matrix, _MAP)
+    rows = sample(nearest(s.matrix)[1], _MAP)
     rows = rows[cluster_order(s.matrix[np.ix_(rows, rows)])]
     names = [shown(s.names[i]) for i in rows]
     near = _nearest_pairs(s)
@@ -39,7 +40,7 @@ def similarity_map(s: Similarity, threshold: float) -> Section:
         short = [shown(s.names[i], _LETTERS) for i in rows]
         ticks |= {"tickvals": names, "ticktext": short, "tickfont": {"size": 10}}
     else:
-        ticks |= {"showticklabels": False}
+        ticks |= {"showticklabels": False, "ticks": ""}
     drawn = {
         "type": "heatmap",
         "x": names,
@@ -107,7 +108,7 @@ def starts(m: Measured) -> Section:
             label = f"{SIDES[side]}, group {number + 1}"  # as in the table of adapters
             found.append((label, [m.names[i] for i in np.flatnonzero(groups == number)]))
     found.sort(key=lambda group: -len(group[1]))
-    kept = found[:_LISTED]
+    kept = found[:_GROUPS]
     together = {side: int((groups >= 0).sum()) for side, groups in m.groups.items()}
     says = (
         "No two adapters started from the same factors."
@@ -144,9 +145,9 @@ def starts(m: Measured) -> Section:
             ),
         }
     note = (
-        f"The {len(kept)} largest of {len(found)} groups are shown." if found[len(kept) :] else ""
+        f"The {len(kept)} largest of {len(found)} groups are drawn." if found[len(kept) :] else ""
     )
-    rows = [(label, len(members), _members(members)) for label, members in kept]
+    rows = [(label, len(members), _members(members)) for label, members in found[:_LISTED]]
     return Section(
         "starts", "Common starts", says, figure, note, ("group", "adapters", "which"), rows
     )

@@ -31,29 +31,29 @@ def spectra(m: Measured) -> Section:
         axis = "" if n == 0 else str(n + 1)
         titles.append(_title(name, axis))
         for i in evenly(len(modules), _LAYERS):
-            j = modules[i][1]
-            S = m.spectra[m.paths[j]]
-            relative = S / S[0] if len(S) and S[0] > 0 else S
-            place = i / max(len(modules) - 1, 1)
+            path = m.paths[modules[i][1]]
+            S = m.spectra[path]
+            S = S[S > 0]  # beyond the rank that half of them have
+            if not len(S):
+                continue
+            S = S / S[0]
+            color = _between(i / max(len(modules) - 1, 1))
             data.append(
                 {
                     "type": "scatter",
                     "mode": "lines" if len(S) > 1 else "markers",
                     "x": list(range(1, len(S) + 1)),
-                    "y": [y if y else None for y in numbers(relative)],
+                    "y": numbers(S),
                     "xaxis": f"x{axis}",
                     "yaxis": f"y{axis}",
-                    "line": {"color": _between(place), "width": 1.5},
-                    "marker": {"color": _between(place)},
+                    "line": {"color": color, "width": 1.5},
+                    "marker": {"color": color},
                     "showlegend": False,
-                    "name": shown(m.paths[j]),
+                    "name": shown(path),
                     "hovertemplate": "%{fullData.name}<br>σ%{x} = %{y:.3f} σ1<extra></extra>",
                 }
             )
-            half = relative[(len(S) - 1) // 2] if len(S) else 0.0
-            table.append(
-                (m.paths[j], len(S), f"{half:.3f}", f"{relative[-1]:.3f}" if len(S) else "")
-            )
+            table.append((path, len(S), f"{S[(len(S) - 1) // 2]:.3f}", f"{S[-1]:.3f}"))
     axes: dict[str, Any] = {}
     for n in range(len(families)):
         axis = "" if n == 0 else str(n + 1)
@@ -73,7 +73,7 @@ def spectra(m: Measured) -> Section:
         "Singular values of ΔW beside the largest, σₖ / σ₁ by k, the median over the adapters: a "
         "line for each layer, from violet for the first to green for the last. Steep lines mean "
         "that a smaller rank would do.",
-        {"data": data, "layout": drawn} if families else None,
+        {"data": data, "layout": drawn} if data else None,
         _left_out(m),
         ("module", "values", "σ at half / σ₁", "last / σ₁"),
         table[:_LISTED],
@@ -251,7 +251,12 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
         if flagged
         else f"No module of {len(found)} adapters stands out from its kind in the other layers."
     )
-    note = f"{len(found)} of {total:,} adapters were looked at." if len(found) < total else ""
+    note = ""
+    if len(found) < total:
+        note = (
+            f"{len(found)} of {total:,} adapters were looked at: half have the most unusual norms "
+            "of modules, the rest is spread evenly over the collection."
+        )
     if flagged[_POINTS:]:
         note = f"{note} The {_POINTS} furthest of {len(flagged):,} are drawn.".strip()
     rows = [

@@ -36,12 +36,17 @@ def cluster_order(cosines: np.ndarray) -> np.ndarray:
     return order
 
 
-def sample(cosines: np.ndarray, most: int) -> np.ndarray:
-    """(≤ most,) ascending positions: half those most alike to another one, half evenly spaced."""
-    count = len(cosines)
+def sample(scores: np.ndarray, most: int) -> np.ndarray:
+    """(≤ most,) ascending positions out of (N,): half have the highest scores, half are spread."""
+    count = len(scores)
     if count <= most:
         return np.arange(count)
-    others = np.where(np.eye(count, dtype=bool), -np.inf, cosines)
-    alike = np.argsort(-others.max(1), kind="stable")[: most // 2]
-    rest = np.setdiff1d(np.arange(count), alike)
-    return np.sort(np.concatenate([alike, rest[evenly(len(rest), most - len(alike))]]))
+    first = np.argsort(-scores, kind="stable")[: most // 2]
+    rest = np.setdiff1d(np.arange(count), first)
+    return np.sort(np.concatenate([first, rest[evenly(len(rest), most - len(first))]]))
+
+
+def nearest(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each one's nearest other, (N,) positions, and their cosine (N,); N ≥ 2."""
+    others = np.where(np.eye(len(cosines), dtype=bool), -np.inf, cosines)
+    return others.argmax(1), others.max(1)

@@ -55,7 +55,9 @@
     document.getElementById("theme").textContent = theme() === "dark" ? "Light" : "Dark";
     for (const [key, figure] of Object.entries(pictures)) {
       const { data, layout } = themed(figure, THEMES[theme()]);
-      Plotly.react(`picture-${key}`, data, layout, { responsive: true, displaylogo: false });
+      Plotly.react(`picture-${key}`, data, layout, {
+        responsive: true, displaylogo: false, typesetMath: false,
+      });
     }
   }
 

@@ -38,7 +38,7 @@ def spectrum(adapter: Adapter, ax: Axes | None = None) -> Axes:
         adapter: whose. ax: where to draw; a new figure's by default.
 
     Returns:
-        The axes; a line a module, light for the last layers, one kind of line a family.
+        The axes; a line a module, one colour a family, faint for the first layers.
 
     Raises:
         RefusedError: ΔW algebra would be wrong for this adapter.
@@ -57,7 +57,6 @@ def spectrum(adapter: Adapter, ax: Axes | None = None) -> Axes:
     found = adapter.spectrum()
     ax = _axes(ax)
     paths = list(found)
-    colors = _pyplot().get_cmap("viridis")
     for n, (family, modules) in enumerate(by_family(paths).items()):
         for k, (_, j) in enumerate(modules):
             S = found[paths[j]].double().cpu().numpy()
@@ -65,10 +64,11 @@ def spectrum(adapter: Adapter, ax: Axes | None = None) -> Axes:
             ax.plot(
                 np.arange(1, len(S) + 1),
                 S / S[0] if len(S) else S,
-                color=colors(0.1 + 0.75 * k / max(len(modules) - 1, 1)),
-                linestyle=_STYLES[n % len(_STYLES)],
+                color=f"C{n}",
+                alpha=0.3 + 0.7 * (k + 1) / len(modules),
+                linewidth=1.2,
                 marker="." if len(S) < 3 else None,
-                label=_plain(family) if k == 0 else None,
+                label=_plain(family) if k + 1 == len(modules) else None,
             )
     ax.set(xlabel="k", ylabel="σₖ / σ₁", yscale="log")
     _legend(ax)
@@ -151,8 +151,9 @@ def similarity(s: Similarity, ax: Axes | None = None) -> Axes:
     ax.figure.colorbar(image, ax=ax, label="cosine of ΔW")
     if len(order) <= _NAMED:
         names = [_plain(shortened(s.names[i], 22)) for i in order]
-        ax.set_xticks(range(len(names)), names, rotation=90)
-        ax.set_yticks(range(len(names)), names)
+        size = "medium" if len(names) <= 16 else "x-small"
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        ax.set_yticks(range(len(names)), names, fontsize=size)
     else:
         ax.set(xlabel=f"{len(order):,} adapters, in the order of clusters", xticks=[], yticks=[])
     return ax
@@ -212,9 +213,6 @@ def anatomy(a: Adapter | Anatomy, ax: Axes | None = None) -> Axes:
 def _places(modules: Iterable[ModuleAnatomy]) -> list[tuple[int, float]]:
     """(layer, ‖ΔW‖) of those that are in a layer."""
     return [(m.depth, m.norm) for m in modules if m.depth is not None]
-
-
-_STYLES = ("-", "--", "-.", ":")
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -28,6 +28,7 @@ from .costs import costs
 from .measured import Measured, measured
 from .of_many import bytes_against_error, shared, similarity_map, starts
 from .of_modules import anomalies, energy, norms, spectra
+from .order import nearest, sample
 from .page import page, plotly_js
 from .section import Section, evenly
 
@@ -219,18 +220,17 @@ class _Survey:
         s = self.similarity
         if s is None:
             return [(_NONE, (None, ""), _NONE, (None, ""))] * len(self.measured.names)
-        others = np.where(np.eye(len(s.names), dtype=bool), -np.inf, s.matrix)
+        near, cosines = nearest(s.matrix)
         together = [c for c in s.clusters(self.threshold) if len(c) > 1]
         clusters = {name: f"cluster {k + 1}" for k, c in enumerate(together) for name in c}
         z = {o.name: o.z for o in s.outliers(-np.inf)}
         found = []
-        for name, row in zip(s.names, others, strict=True):
-            near = int(row.argmax())
+        for name, other, cosine in zip(s.names, near.tolist(), cosines.tolist(), strict=True):
             far = z.get(name)
             found.append(
                 (
-                    s.names[near],
-                    (float(row[near]), f"{row[near]:.3f}"),
+                    s.names[other],
+                    (cosine, f"{cosine:.3f}"),
                     clusters.get(name, _NONE),
                     (far, "" if far is None else f"{round(far, 1) + 0.0:.1f}"),
                 )
@@ -254,16 +254,18 @@ def _surveyed(
         sections.append(similarity_map(alike, threshold))
         sections.append(starts(m))
     sections += [spectra(m), energy(m), norms(m)]
-    sections.append(anomalies(_anatomies(used, progress), len(used)))
+    sections.append(anomalies(_anatomies(used, m.unusual(), progress), len(used)))
     sections.append(bytes_against_error(costs(used, progress), len(used)))
     if len(used) > 1:
         sections.append(shared(spectrum_of(pairs)))
     return _Survey(m, used, alike, threshold, sections)
 
 
-def _anatomies(handles: Mapping[str, Handle], progress: Advance) -> dict[str, Anatomy]:
+def _anatomies(
+    handles: Mapping[str, Handle], unusual: np.ndarray, progress: Advance
+) -> dict[str, Anatomy]:
     names = list(handles)
-    chosen = evenly(len(names), _LOOKED_AT)
+    chosen = sample(unusual, _LOOKED_AT).tolist()
     found = {}
     for k, i in enumerate(chosen):
         progress(k, len(chosen), f"anatomy of {names[i]}")
