@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..compare import Anatomy
+from ..compare import Anatomy, Anomaly
 from .measured import Measured, by_family
 from .section import BAND, Section, evenly, layout, numbers, shortened, shown
 
@@ -224,26 +224,7 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
     """Modules that stand out from their family at their depth."""
     flagged = [(name, a) for name, anatomy in found.items() for a in anatomy.anomalies]
     flagged.sort(key=lambda pair: -abs(pair[1].z))
-    depths = {name: {m.path: m.depth for m in anatomy.modules} for name, anatomy in found.items()}
-    data: list[dict[str, Any]] = []
-    for measure in sorted({a.measure for _, a in flagged}):
-        drawn = [(n, a) for n, a in flagged[:_POINTS] if a.measure == measure]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": measure.replace("_", " "),
-                "x": [depths[n].get(a.path) for n, a in drawn],
-                "y": numbers([a.z for _, a in drawn]),
-                "marker": {"size": 8, "opacity": 0.8},
-                "customdata": [
-                    [shown(n), shown(a.path), *numbers([a.value, a.expected])] for n, a in drawn
-                ],
-                "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<br>"
-                f"{measure.replace('_', ' ')} %{{customdata[2]}}, expected %{{customdata[3]}}"
-                "<br>z = %{y:.1f}<extra></extra>",
-            }
-        )
+    layers = {m.path: m.depth for anatomy in found.values() for m in anatomy.modules}
     owners = len({name for name, _ in flagged})
     says = (
         f"{len(flagged):,} values in {owners} of {len(found)} adapters stand out from the same "
@@ -270,9 +251,8 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
         )
         for n, a in flagged[:_LISTED]
     ]
-    paths = list(dict.fromkeys(path for known in depths.values() for path in known))
-    drawn_on = layout("layer", "robust z", height=400, **_layers(paths))
-    picture = {"data": data, "layout": drawn_on}
+    axes = layout("layer", "robust z", height=400, **_layers(list(layers)))
+    picture = {"data": _points(flagged[:_POINTS], layers), "layout": axes}
     return Section(
         "anomalies",
         "Anomalies",
@@ -282,6 +262,34 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
         ("adapter", "module", "what", "value", "expected", "z"),
         rows,
     )
+
+
+def _points(
+    flagged: list[tuple[str, Anomaly]], layers: Mapping[str, int | None]
+) -> list[dict[str, Any]]:
+    """A cloud of points for each measure; those outside the layers are in the numbers only."""
+    data = []
+    for measure in sorted({a.measure for _, a in flagged}):
+        label = measure.replace("_", " ")
+        drawn = [(name, a) for name, a in flagged if a.measure == measure]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label,
+                "x": [layers[a.path] for _, a in drawn],
+                "y": numbers([a.z for _, a in drawn]),
+                "marker": {"size": 8, "opacity": 0.8},
+                "customdata": [
+                    [shown(name), shown(a.path), *numbers([a.value, a.expected])]
+                    for name, a in drawn
+                ],
+                "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<br>"
+                f"{label} %{{customdata[2]}}, expected %{{customdata[3]}}"
+                "<br>z = %{y:.1f}<extra></extra>",
+            }
+        )
+    return data
 
 
 # Families of modules
