@@ -325,6 +325,9 @@ def test_an_outlier_in_direction_and_none_among_copies(make_adapter, blend, rega
     copies = {f"c{k}": regauged(a, k) for k in range(6)}
     assert lf.similarity(copies).outliers() == []
     assert lf.similarity({"a": a, "big": 1000 * a}).outliers() == []
+    for threshold in ("far", None, True, float("nan")):
+        with pytest.raises(lf.MismatchError, match="threshold must be a number of deviations"):
+            lf.similarity(copies).outliers(threshold)
 
 
 def test_to_pandas(kin, monkeypatch):

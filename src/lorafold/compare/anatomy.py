@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ..adapter import Adapter
+from ..collection.limits import threads
 from ..collection.sources import Handle, named_handles
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
@@ -156,7 +157,8 @@ def measured(handle: Handle, name: str, threshold: float) -> Anatomy:
     if handle.refusal is not None:
         raise RefusedError(f"{name} can't be measured: {handle.refusal}")
     families = families_of(handle.shapes)
-    modules = tuple(_measured(path, *families[path], handle.read(path)) for path in handle.shapes)
+    with threads(1):  # thin algebra on several waits more than it works
+        modules = tuple(_measured(p, *families[p], handle.read(p)) for p in handle.shapes)
     return Anatomy(
         math.hypot(*(m.norm for m in modules)), modules, tuple(_anomalies(modules, threshold))
     )

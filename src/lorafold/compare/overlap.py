@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..collection.limits import threads
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank, cosine
@@ -142,10 +143,11 @@ def compared(
     """`overlap` of two adapters, whatever their bases are called."""
     both = [p for p in a.modules if p in b.modules]
     found = []
-    for k, path in enumerate(both):
-        if progress is not None:
-            progress(k, len(both), path)
-        found.append(_Sides(path, a.modules[path], b.modules[path]))
+    with threads(1):  # thin algebra on several waits more than it works
+        for k, path in enumerate(both):
+            if progress is not None:
+                progress(k, len(both), path)
+            found.append(_Sides(path, a.modules[path], b.modules[path]))
     only_a = {p: u.norm() for p, u in a.modules.items() if p not in b.modules}
     only_b = {p: u.norm() for p, u in b.modules.items() if p not in a.modules}
     modules = tuple(s.overlap() for s in found)

@@ -164,7 +164,12 @@ class Similarity:
 
         Args:
             threshold: deviations above the median distance, by the median absolute deviation.
+
+        Raises:
+            MismatchError: a threshold that is no number.
         """
+        if isinstance(threshold, bool) or not isinstance(threshold, Real) or np.isnan(threshold):
+            raise MismatchError(f"threshold must be a number of deviations, found {threshold!r}")
         if len(self.names) < 3:
             return []  # two are equally far from their mean
         gram = self.matrix * np.outer(self.norms, self.norms)
