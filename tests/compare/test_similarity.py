@@ -11,7 +11,6 @@ import torch
 import lorafold as lf
 from lorafold.collection.sources import named_handles
 from lorafold.compare.pairs import Pairs
-from lorafold.compare.similarity import similar_pairs
 
 SHAPES = {"layers.0.q": (24, 40), "layers.0.v": (12, 40), "layers.1.q": (24, 40)}
 WIDE = {f"layers.{n}.{name}": (96, 128) for n in range(3) for name in ("q", "v")}
@@ -424,4 +423,3 @@ def test_progress(make_adapter):
     seen = []
     lf.similarity([make_adapter(SHAPES, 2)], progress=lambda *told: seen.append(told))
     assert seen == [(k, 3, p) for k, p in enumerate(sorted(SHAPES))]
-    assert similar_pairs(Pairs(named_handles(make_adapter(SHAPES, 2)))).names == ("task_0",)

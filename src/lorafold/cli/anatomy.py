@@ -32,10 +32,10 @@ def anatomy(adapter: str, threshold: float, **options: Any) -> None:
     compared along the depth of the model: one stands out where its norm, stable rank, entropy, or
     largest row or column is far off a robust line through its family. With --verbose, every module.
     """
-    from ..compare.anatomy import measured
+    from ..compare import anatomy as measured
 
     with output.progress("measuring"):
-        found = measured(opened(adapter, **options), adapter, threshold)
+        found = measured(opened(adapter, **options), threshold=threshold)
     d = described(adapter, found)
     output.report(d, lambda out: _show(out, d))
 

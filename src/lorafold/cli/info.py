@@ -76,14 +76,13 @@ def _library(path: str) -> None:
 def _shared(lib: Library) -> list[dict[str, Any]] | None:
     """What 1, 2, 4, … directions a side have of all energy, and of as many random adapters'."""
     from ..collection.sources import named_handles
-    from ..compare.pairs import Pairs
-    from ..compare.shared import spectrum_of
+    from ..compare import shared_spectrum
 
     handles = {n: h for n, h in named_handles(lib).items() if h.refusal is None and h.shapes}
     if len(handles) < 2:
         return None
     with output.progress("looking for what is shared") as advance:
-        found = spectrum_of(Pairs(handles, progress=advance))
+        found = shared_spectrum(handles, progress=advance)
     most = max(len(row.energy) for row in found.rows)
     counts = [2**k for k in range(most.bit_length())]
     return [{"directions": k, "energy": found.share(k), "random": found.control(k)} for k in counts]

@@ -42,12 +42,12 @@ def similar(
     start makes none. What could go does the same as another at the same strength, with the same
     heads and tokens.
     """
-    from ..compare.pairs import Pairs
-    from ..compare.similarity import similar_pairs
+    from ..compare import similarity
 
     with output.progress("comparing") as advance:
-        pairs = Pairs(named(sources, names, **options), progress=advance)
-        d = described(similar_pairs(pairs, threshold=threshold, exact=exact, seed=seed))
+        handles = named(sources, names, **options)
+        found = similarity(handles, threshold=threshold, exact=exact, seed=seed, progress=advance)
+        d = described(found)
     output.report(d, lambda out: _show(out, d))
 
 

@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapter import Adapter
 from ..collection.limits import threads
-from ..collection.sources import Handle, named_handles
+from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 
@@ -146,15 +145,11 @@ def anatomy(adapter: Any, *, threshold: float = 3.5) -> Anatomy:
         >>> found.path, found.measure
         ('layers.5.q_proj', 'norm')
     """
-    name = "the adapter" if isinstance(adapter, Adapter) else repr(str(adapter))
-    return measured(named_handles({"adapter": adapter})["adapter"], name, threshold)
-
-
-def measured(handle: Handle, name: str, threshold: float) -> Anatomy:
-    """`anatomy` of an opened adapter, which messages call by a name."""
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not threshold > 0:
         raise MismatchError(f"threshold must be a number above 0, found {threshold!r}")
+    handle = named_handles({"adapter": adapter})["adapter"]
     if handle.refusal is not None:
+        name = getattr(handle, "path", None) or "the adapter"
         raise RefusedError(f"{name} can't be measured: {handle.refusal}")
     families = families_of(handle.shapes)
     with threads(1):  # thin algebra on several waits more than it works

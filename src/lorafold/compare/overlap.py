@@ -132,8 +132,8 @@ def overlap(
 def _one(source: Any, letter: str) -> Adapter:
     found = named_handles({letter: source})[letter]
     if found.refusal is not None:
-        name = letter if isinstance(source, Adapter) else str(source)
-        raise RefusedError(f"{name!r} can't be compared: {found.refusal}")
+        name = getattr(found, "path", None) or letter
+        raise RefusedError(f"{str(name)!r} can't be compared: {found.refusal}")
     return found.load()
 
 

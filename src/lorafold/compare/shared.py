@@ -130,15 +130,9 @@ def shared_spectrum(
         >>> round(found.share(2), 4), found.control(2) < 0.999
         (1.0, True)
     """
-    if isinstance(sources, list | tuple | dict) and not sources:
-        raise MismatchError("there is nothing to compare: the list of sources is empty")
-    return spectrum_of(Pairs(named_handles(sources), memory, progress), space, seed)
-
-
-def spectrum_of(pairs: Pairs, space: str = "delta", seed: int = 0) -> SharedSpectrum:
-    """`shared_spectrum` of opened sources."""
     if space not in _SPACES:
         raise MismatchError(f"space must be {one_of(_SPACES)}, found {space!r}")
+    pairs = Pairs(named_handles(sources), memory, progress)
     rows = _delta_rows if space == "delta" else _factor_rows
     found = tuple(row for path in pairs.modules() for row in rows(pairs, path, seed))
     return SharedSpectrum(tuple(pairs.collection.names), space, found)

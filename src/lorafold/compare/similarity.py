@@ -255,17 +255,8 @@ def similarity(
         >>> s.clusters()
         [['sql', 'copy'], ['law']]
     """
-    if isinstance(sources, list | tuple | dict) and not sources:
-        raise MismatchError("there is nothing to compare: the list of sources is empty")
-    pairs = Pairs(named_handles(sources), memory, progress)
-    return similar_pairs(pairs, threshold=threshold, exact=exact, seed=seed)
-
-
-def similar_pairs(
-    pairs: Pairs, *, threshold: float = 0.9, exact: bool = False, seed: int = 0
-) -> Similarity:
-    """`similarity` of opened sources."""
     _check_threshold(threshold)
+    pairs = Pairs(named_handles(sources), memory, progress)
     c = pairs.collection
     if exact or pairs.work <= _CHEAP:
         found, known = pairs.exact(), np.ones((len(pairs), len(pairs)), bool)
