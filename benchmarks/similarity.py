@@ -5,7 +5,8 @@ a fresh process: its seconds and its peak memory, beside the rate of plain float
 same process. The same with every pair computed (`exact=True`), whose matrix the sketched one is
 held against, and with 1,000 that are all alike (every pair lies above the threshold), which may
 take two minutes. vLoRA compares adapters in memory, by flattened factors: at a size that it can do,
-its seconds and what it says of unrelated adapters that started from the same A.
+its seconds and what it says of unrelated adapters that started from the same A. The seconds of the
+processor are for a machine that is busy: on two idle cores it takes half of them, or a little more.
 """
 
 from __future__ import annotations
