@@ -46,8 +46,8 @@ seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 near = int((np.triu(s.matrix, 1) >= s.threshold).sum())
 np.save(sys.argv[3], s.matrix)
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "cpu seconds": cpu, "peak": peak, "idle": 1024 * floor, "gflops": rate / 1e9,
-    "error": s.error, "near": near, "exact share": float(s.known.mean())}))
+print(json.dumps({"seconds": seconds, "cpu seconds": cpu, "peak": peak, "idle": 1024 * floor,
+    "gflops": rate / 1e9, "error": s.error, "near": near, "exact share": float(s.known.mean())}))
 """
 
 
