@@ -16,11 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..collection.sources import Handle, named_handles
-from ..compare import Anatomy, Similarity
-from ..compare.anatomy import measured as anatomy_of
-from ..compare.pairs import Pairs
-from ..compare.shared import spectrum_of
-from ..compare.similarity import similar_pairs
+from ..compare import Anatomy, Similarity, anatomy, shared_spectrum, similarity
 from ..errors import FileError, MismatchError, RefusedError
 from ..files.atomic import replace_file
 from ..files.replacing import check_apart
@@ -246,18 +242,17 @@ def _surveyed(
         raise RefusedError(f"there is nothing to report on: {name!r}: {handle.refusal}")
     m = measured(handles, memory, progress)
     used = {name: handles[name] for name in m.names}
-    pairs = Pairs(used, memory, progress)
     alike: Similarity | None = None
     sections = []
     if len(used) > 1:
-        alike = similar_pairs(pairs, threshold=threshold)
+        alike = similarity(used, threshold=threshold, memory=memory, progress=progress)
         sections.append(similarity_map(alike, threshold))
         sections.append(starts(m))
     sections += [spectra(m), energy(m), norms(m)]
     sections.append(anomalies(_anatomies(used, m.unusual(), progress), len(used)))
     sections.append(bytes_against_error(costs(used, progress), len(used)))
     if len(used) > 1:
-        sections.append(shared(spectrum_of(pairs)))
+        sections.append(shared(shared_spectrum(used, memory=memory, progress=progress)))
     return _Survey(m, used, alike, threshold, sections)
 
 
@@ -269,7 +264,7 @@ def _anatomies(
     found = {}
     for k, i in enumerate(chosen):
         progress(k, len(chosen), f"anatomy of {names[i]}")
-        found[names[i]] = anatomy_of(handles[names[i]], repr(names[i]), _ODD)
+        found[names[i]] = anatomy(handles[names[i]], threshold=_ODD)
     return found
 
 
