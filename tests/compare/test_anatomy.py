@@ -114,6 +114,17 @@ def test_a_zero_module_among_others_stands_out(plain):
     assert (zero.norm, zero.anomalies) == (0, ())
 
 
+@pytest.mark.parametrize("c", [1e-25, 1e25])
+def test_a_factor_for_all_changes_norms_only(make_adapter, c):
+    a = make_adapter({f"layers.{n}.q": (9, 7) for n in range(5)}, 3)
+    one, other = lf.anatomy(a), lf.anatomy(c * a)
+    for m, scaled in zip(one.modules, other.modules, strict=True):
+        assert (m.row, m.column) == (scaled.row, scaled.column)
+        assert scaled.row_norm / c == pytest.approx(m.row_norm, rel=1e-5)
+        assert scaled.column_norm / c == pytest.approx(m.column_norm, rel=1e-5)
+        assert scaled.stable_rank == pytest.approx(m.stable_rank, rel=1e-5)
+
+
 def test_few_of_a_kind_say_nothing(make_adapter):
     a = make_adapter({f"layers.{n}.q": (8, 8) for n in range(3)}, 2)
     assert lf.anatomy(changed(a, "layers.1.q", 1e6 * a["layers.1.q"])).anomalies == ()

@@ -164,8 +164,10 @@ def _measured(path: str, family: str, depth: int | None, u: LowRank) -> ModuleAn
     energy = S.double() ** 2
     total = float(energy.sum())
     p = energy / total if total > 0 else energy
-    rows = torch.linalg.vector_norm(U * S, dim=1)
-    columns = torch.linalg.vector_norm(S[:, None] * Vh, dim=0)
+    top = float(S[0])
+    weights = S / top if top > 0 else S  # so that no square overflows
+    rows = top * torch.linalg.vector_norm(U * weights, dim=1).double()
+    columns = top * torch.linalg.vector_norm(weights[:, None] * Vh, dim=0).double()
     row, column = int(rows.argmax()), int(columns.argmax())
     square = float((p**2).sum())
     return ModuleAnatomy(

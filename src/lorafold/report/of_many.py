@@ -16,7 +16,7 @@ _MAP = 256  # adapters on the map, at most: 65,536 cells
 _NAMED = 60  # names along its sides, at most
 _LETTERS = 22  # of such a name
 _GROUPS = 15  # with one start, drawn at most
-_LISTED = 40  # rows of a table beside a picture
+_PAIRS = 40  # listed
 _MEMBERS = 12  # names of a group that are listed
 
 SIDES = {"V": "A", "U": "B", "in": "inputs (A)", "out": "outputs (B)"}
@@ -73,7 +73,7 @@ def similarity_map(s: Similarity, threshold: float) -> Section:
 def _nearest_pairs(s: Similarity) -> list[tuple[int, int]]:
     """The pairs with the largest cosines, positions of the two."""
     upper = np.where(np.triu(np.ones(s.matrix.shape, bool), 1), s.matrix, -np.inf)
-    most = min(_LISTED, len(s.names) * (len(s.names) - 1) // 2)
+    most = min(_PAIRS, len(s.names) * (len(s.names) - 1) // 2)
     least = np.partition(upper, -most, axis=None)[-most]
     found = np.argwhere(upper >= least)
     order = np.argsort(-upper[tuple(found.T)], kind="stable")[:most]
@@ -147,7 +147,7 @@ def starts(m: Measured) -> Section:
     note = (
         f"The {len(kept)} largest of {len(found)} groups are drawn." if found[len(kept) :] else ""
     )
-    rows = [(label, len(members), _members(members)) for label, members in found[:_LISTED]]
+    rows = [(label, len(members), _members(members)) for label, members in found]
     return Section(
         "starts", "Common starts", says, figure, note, ("group", "adapters", "which"), rows
     )

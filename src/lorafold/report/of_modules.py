@@ -14,7 +14,6 @@ from .section import BAND, Section, evenly, layout, numbers, shortened, shown
 _FAMILIES = 12  # of modules, drawn at most
 _LAYERS = 16  # a family's lines, at most
 _SINGLE = 24  # adapters with a line each, at most; more are drawn as quantiles
-_LISTED = 40  # rows of a table beside a picture
 _POINTS = 400  # anomalies drawn, at most
 
 # From plotly's Viridis, without the ends that are lost on black and on white.
@@ -76,7 +75,7 @@ def spectra(m: Measured) -> Section:
         {"data": data, "layout": drawn} if data else None,
         _left_out(m),
         ("module", "values", "σ at half / σ₁", "last / σ₁"),
-        table[:_LISTED],
+        table,
     )
 
 
@@ -105,7 +104,7 @@ def energy(m: Measured) -> Section:
     rows = [
         (k, f"{kept[:, k - 1].min():.1%}", f"{middle[k - 1]:.1%}", f"{kept[:, k - 1].max():.1%}")
         for k in ks
-    ][:_LISTED]
+    ]
     return Section(
         "energy",
         "Energy against rank",
@@ -216,7 +215,7 @@ def norms(m: Measured) -> Section:
         {"data": data, "layout": drawn} if data else None,
         note,
         ("module", "median", "first quarter", "last quarter"),
-        table[:_LISTED],
+        table,
     )
 
 
@@ -249,7 +248,7 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
             f"{a.expected:.4g}",
             f"{a.z:.1f}",
         )
-        for n, a in flagged[:_LISTED]
+        for n, a in flagged
     ]
     axes = layout("layer", "robust z", height=400, **_layers(list(layers)))
     picture = {"data": _points(flagged[:_POINTS], layers), "layout": axes}

@@ -20,6 +20,7 @@ from .section import Section, shortened
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
+_LISTED = 200  # rows of a picture's numbers, at most
 _SKELETON = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -147,11 +148,16 @@ def _section(s: Section) -> str:
 
 
 def _numbers(s: Section) -> str:
+    """The picture's numbers; where they are very many, the first, and how many there are."""
     head = "".join(f'<th scope="col">{_text(c)}</th>' for c in s.columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in s.rows
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>"
+        for row in s.rows[:_LISTED]
     )
-    return _scrolled("", f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", s.title)
+    table = _scrolled("", f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", s.title)
+    if len(s.rows) > _LISTED:
+        table += f'<p class="note">The first {_LISTED} of {len(s.rows):,} rows.</p>'
+    return table
 
 
 def _scrolled(key: str, table: str, label: str) -> str:
