@@ -159,6 +159,24 @@ def test_hover_names_the_pair(opened, size, nasty):
     assert "cosine 1.000" in text
 
 
+def test_no_button_leads_out(opened):
+    page = opened(24)
+    led_out = []
+    page.context.on("page", lambda new: led_out.append(new.url))
+    page.on("framenavigated", lambda frame: led_out.append(frame.url))
+    buttons = page.locator("#picture-energy .modebar-btn")
+    titles = [buttons.nth(i).get_attribute("data-title") for i in range(buttons.count())]
+    assert titles == ["Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"]
+    page.locator("#picture-energy").hover()
+    with page.expect_download() as download:  # made in the page, of what it shows
+        buttons.nth(0).click()
+    assert download.value.suggested_filename.endswith(".png")
+    assert download.value.url.startswith(("data:", "blob:"))
+    for i in range(1, len(titles)):
+        buttons.nth(i).click()
+    assert not led_out
+
+
 def test_names_are_data(opened, nasty):
     page = opened(24)
     shown = names_shown(page)

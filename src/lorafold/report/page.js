@@ -18,6 +18,11 @@
       scale: [[0, "#ff8f85"], [0.25, "#a04a45"], [0.5, "#14171c"], [0.75, "#2f6fae"], [1, "#9cd0ff"]],
     },
   };
+  // Only buttons that keep to the page: plotly's own set has one that sends the chart to a cloud.
+  const CONFIG = {
+    responsive: true, displaylogo: false, typesetMath: false, showSendToCloud: false,
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+  };
   let chosen = null;
 
   const theme = () => chosen ?? (system.matches ? "dark" : "light");
@@ -55,9 +60,7 @@
     document.getElementById("theme").textContent = theme() === "dark" ? "Light" : "Dark";
     for (const [key, figure] of Object.entries(pictures)) {
       const { data, layout } = themed(figure, THEMES[theme()]);
-      Plotly.react(`picture-${key}`, data, layout, {
-        responsive: true, displaylogo: false, typesetMath: false,
-      });
+      Plotly.react(`picture-${key}`, data, layout, CONFIG);
     }
   }
 

@@ -18,7 +18,8 @@ from ..errors import MissingExtraError
 from .section import Section, shortened
 
 _POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; form-action 'none'; base-uri 'none'"
 )
 _LISTED = 200  # rows of a picture's numbers, at most
 _SKELETON = """<!DOCTYPE html>
