@@ -45,6 +45,20 @@ ARROW = [(1, 1.0), (2, 1.0), (4, 1.0), (2, 10.0), (4, 10.0)]  # top_k, temperatu
 Mixes = list[dict[str, float] | None]
 
 
+def remembering(encoder: Any) -> Any:
+    """The same encoder, which encodes each text once; `.fresh` encodes it anew."""
+    known: dict[str, torch.Tensor] = {}
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        new = [t for t in dict.fromkeys(texts) if t not in known]
+        if new:
+            known.update(zip(new, encoder(new), strict=True))
+        return torch.stack([known[t] for t in texts])
+
+    encode.fresh = encoder  # type: ignore[attr-defined]
+    return encode
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-model", action="store_true", help="leave out the sentence encoder")
 
@@ -79,11 +93,12 @@ class Judge:
         self.seen = [as_text(w[:SEEN]) for _, w in pairs]
 
     @torch.no_grad()
-    def losses(self, choice: Any) -> torch.Tensor:
-        """Nats per byte of every window, under a mix each, or under one choice for all."""
+    def losses(self, choice: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Nats per byte of windows (all of them), under a mix each, or under one choice for all."""
         found = []
-        for k in range(0, len(self.owners), BATCH):
-            part = self.tokens[k : k + BATCH]
+        tokens = self.tokens if tokens is None else tokens
+        for k in range(0, len(tokens), BATCH):
+            part = tokens[k : k + BATCH]
             own = choice[k : k + BATCH] if isinstance(choice, list) else choice
             with self.live.use(own):
                 logits = self.model(part).logits[:, SEEN - 1 : -1]
@@ -119,6 +134,7 @@ def rows_of(judge: Judge, routers: Mapping[str, Any], kinds: Mapping[str, str]) 
     for name, router in routers.items():
         mixes = router(judge.seen)
         found.append(row(name, judge.losses(mixes), mixes))
+        print(found[-1], flush=True)
     even = dict.fromkeys(judge.names, 1 / len(judge.names))
     found.append(row("even mix of all", judge.losses(even)))
     for top_k, temperature in ARROW:
@@ -149,15 +165,16 @@ def routers_of(examples: Mapping[str, list[str]], encoders: Mapping[str, Any]) -
 def strangers(judge: Judge, kinds: Mapping[str, str], encoders: Mapping[str, Any]) -> list[Any]:
     """Routers among the text tasks, asked about the algorithms."""
     known = {n: x for n, x in judge.examples.items() if kinds[n] == "text"}
-    mine = torch.tensor([kinds[o] != "text" for o in judge.owners])
-    base = judge.losses(None)[mine].mean()
+    strange = [i for i, owner in enumerate(judge.owners) if kinds[owner] != "text"]
+    tokens = judge.tokens[strange]
+    base = judge.losses(None, tokens).mean()
     found = []
     for name, router in routers_of(known, encoders).items():
-        mixes = router(judge.seen)
-        losses = judge.losses(mixes)[mine].mean()
-        asked = [m for m, strange in zip(mixes, mine.tolist(), strict=True) if strange]
-        share = sum(m is None for m in asked) / len(asked)
-        found.append({"router": name, "abstains": share, "loss / base's": float(losses / base)})
+        mixes = router([judge.seen[i] for i in strange])
+        ratio = float(judge.losses(mixes, tokens).mean() / base)
+        share = sum(m is None for m in mixes) / len(mixes)
+        found.append({"router": name, "abstains": share, "loss / base's": ratio})
+        print(found[-1], flush=True)
     return found
 
 
@@ -186,7 +203,8 @@ def cost(judge: Judge, encoders: Mapping[str, Any]) -> dict[str, float]:
         "learned, 1000 names": lambda: learned(vectors),
     }
     for name, encoder in encoders.items():
-        jobs[f"encoding by {name}"] = lambda encoder=encoder: encoder(texts)
+        fresh = getattr(encoder, "fresh", encoder)
+        jobs[f"encoding by {name}"] = lambda fresh=fresh: fresh(texts)
     return interleaved(jobs, repeats=7)
 
 
@@ -254,7 +272,7 @@ def main() -> None:
 
         from lorafold.route.encoders import encoder_of
 
-        encoders["MiniLM"] = encoder_of(str(get_model_path()))[0]
+        encoders["MiniLM"] = remembering(encoder_of(str(get_model_path()))[0])
     with quiet():
         rows = rows_of(judge, routers_of(judge.examples, encoders), kinds)
         strange = strangers(judge, kinds, encoders)
@@ -275,8 +293,6 @@ def main() -> None:
             < times["forward"],
         },
     }
-    for r in strange:
-        print(r)
     print(times, peft)
     report(QUESTION, rows, result, args.save)
 

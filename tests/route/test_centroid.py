@@ -151,6 +151,32 @@ def test_a_thousand_names_in_one_product():
     assert rows == [{f"a{i}": 1.0} for i in range(64)]
 
 
+def test_a_library_of_a_thousand_names_runs_by_rows(make_adapter):
+    sources = {f"a{i}": make_adapter({"0": (4, 6)}, 1, seed=i) for i in range(1000)}
+    library = lf.fold(sources, form="svd", rank=1, bits=8)
+    g = torch.Generator().manual_seed(0)
+    centers = torch.randn(1000, 32, generator=g)
+    fit = {name: centers[i : i + 1] for i, name in enumerate(library.names)}
+    router = lf.CentroidRouter.fit(fit, error=None)
+    learned = lf.LearnedRouter(library, input_dim=32, top_k=1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    live = lf.attach(model, library, slots=64)
+    x = torch.randn(64, 6, generator=g)
+    rows = router(centers[500:564])
+    with live.use(rows), torch.no_grad():
+        found = model(x)
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            (name,) = row
+            assert name == library.names[500 + i]
+            torch.testing.assert_close(
+                found[i], model(x[i]) + library[name]["0"](x[i]), rtol=1e-4, atol=1e-4
+            )
+    assert learned.weights(centers).shape == (1000, 1000)
+    with live.use(learned(centers[:64])):
+        assert model(x).isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_size_means_nothing(make_clusters, names, size):
     data = make_clusters(names, 10)

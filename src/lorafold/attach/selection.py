@@ -21,6 +21,7 @@ from ..layers.targets import matches
 from ..words import did_you_mean, one_line
 
 Rank: TypeAlias = "int | Mapping[Any, int] | None"
+_PLAIN = (str, dict, type(None))  # asked for first: asking an abstract class takes longer
 
 
 class TokenMix(ABC):
@@ -125,7 +126,7 @@ class Selection:
                 raise MismatchError(
                     f"{label}= has one entry per row, so the adapters must be a list as well"
                 )
-        if isinstance(what, TokenMix):
+        if not isinstance(what, _PLAIN) and isinstance(what, TokenMix):
             return cls((_row(dict.fromkeys(what.names, 1.0), c, rank, names),), tokens=what)
         return cls((_row(what, c, rank, names),))
 
