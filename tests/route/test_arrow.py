@@ -230,3 +230,17 @@ def test_damage_is_told(three, tmp_path):
     file.write_text(json.dumps({**record, "kind": "centroid"}))
     with pytest.raises(lf.FileError, match="kind 'centroid'"):
         lf.ArrowRouter.load(tmp_path / "r")
+
+
+def test_a_library_is_a_source(make_net, make_adapter, shapes_of, x):
+    shapes = shapes_of(make_net(), ["q", "up"])
+    sources = {n: make_adapter(shapes, 2, seed=i) for i, n in enumerate("abc")}
+    library = lf.fold(sources, form="shared", tolerance=0.3)
+    router = lf.ArrowRouter(library, top_k=2)
+    assert router.names == ("a", "b", "c")
+    net, base = make_net(torch.float32), make_net()
+    live = lf.attach(net, library)
+    with live.use(router), torch.no_grad():
+        found = net(x)
+    wanted = referred(base, [library[n] for n in "abc"])(x)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)

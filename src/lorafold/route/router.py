@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..words import one_line
 from .encoders import Encoder, encoder_of, vectors_of
-from .examples import Examples, checked_error
+from .examples import Examples, checked_count, checked_error
 from .store import Fields
 
 Mix: TypeAlias = "dict[str, float] | None"
@@ -197,7 +197,7 @@ class Router(ABC):
         Args:
             batch: texts, or vectors (B, D). most: names to tell of each.
         """
-        scores = self._scored(batch)
+        most, scores = checked_count(most, "most"), self._scored(batch)
         if not len(scores):
             return []
         best, index = scores.topk(min(most, len(self.names)), dim=1)
