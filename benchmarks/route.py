@@ -6,8 +6,8 @@ window of 256, and the loss is that of the other 160 under what it chose. The li
 (base − routed) / (base − oracle) in mean loss, the oracle being each task's own adapter. Claims:
 
 - The best router of inputs keeps 98 % of the oracle's lift.
-- Asked about tasks that it has no adapter for, a router that abstains does no harm: the loss is
-  within 2 % of the base's.
+- Asked about tasks that it has no adapter for, the centroid router of n-grams at an error of 0.01
+  does no harm: the loss is within 2 % of the base's. (The others are printed beside it.)
 - Routing 64 vectors among 1,000 names, and with it encoding the 64 texts by n-grams, takes less
   than one forward pass of the demo's base on 64 windows.
 
@@ -40,7 +40,7 @@ from lorafold.route import ngrams
 
 QUESTION = "routing the demo's tasks: how much of the oracle's lift is kept, and at what cost"
 WINDOW, SEEN, BATCH = 256, 96, 62
-GOAL, HARM = 0.98, 0.02
+GOAL, HARM, CAREFUL = 0.98, 0.02, "centroid, n-grams, error 0.01"
 ARROW = [(1, 1.0), (2, 1.0), (4, 1.0), (4, 10.0)]  # top_k, temperature
 EACH = 4  # Arrow runs all adapters at every token: of its windows one in four is run
 Mixes = list[dict[str, float] | None]
@@ -284,7 +284,7 @@ def main() -> None:
         strange = strangers(judge, kinds, encoders)
     times, peft = cost(judge, encoders), against_peft(judge)
     best = max((r for r in rows if r["right"] is not None), key=lambda r: r["lift"])
-    harm = [r for r in strange if "error 0.01" in r["router"] and "centroid" in r["router"]]
+    harm = next(r for r in strange if r["router"] == CAREFUL)["loss / base's"]
     result = {
         "rows": rows,
         "strangers": strange,
@@ -293,8 +293,7 @@ def main() -> None:
         "best": best["router"],
         "met": {
             f"lift ≥ {GOAL}": best["lift"] >= GOAL,
-            f"loss on strangers ≤ {1 + HARM} base's": min(r["loss / base's"] for r in harm)
-            <= 1 + HARM,
+            f"loss on strangers ≤ {1 + HARM} base's": harm <= 1 + HARM,
             "routing 64 texts < a forward pass": times["centroid, 1000 names, n-grams too"]
             < times["forward"],
         },
