@@ -89,3 +89,14 @@ def test_a_router_of_tokens_is_not_asked(here, cli):
     ran = cli("route", "ask", "arrow", "x")
     assert ran.code == 2
     assert "weighs tokens inside a model" in ran.err
+
+
+def test_one_example_a_name_takes_no_threshold(here, cli):
+    for name in ("one", "two"):
+        (here / f"{name}.txt").write_text(f"{name}\n")
+    for kind in ("centroid", "learned"):
+        line = ("route", "fit", "one.txt", "two.txt", "-o", "r", "--kind", kind)
+        ran = cli(*line)
+        assert ran.code == 2
+        assert "two examples of a name" in ran.err.replace("\n", " ")
+        assert cli(*line, "--always", "--overwrite").code == 0

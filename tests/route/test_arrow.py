@@ -244,3 +244,25 @@ def test_a_library_is_a_source(make_net, make_adapter, shapes_of, x):
         found = net(x)
     wanted = referred(base, [library[n] for n in "abc"])(x)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_store_the_weight_transposed():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(6, 4)).double()
+    adapters = {
+        n: lf.Adapter({"0": lf.LowRank(torch.randn(2, 4).double(), torch.randn(6, 2).double())})
+        for n in "ab"
+    }
+    live = lf.attach(model, adapters)
+    x = torch.randn(5, 4).double()
+    wanted = Reference(copy.deepcopy(model[0]), [a["0"] for a in adapters.values()], 1, 1.0, 1.0)
+    with torch.no_grad(), live.use(lf.ArrowRouter(adapters, top_k=1)):
+        torch.testing.assert_close(model(x), wanted(x), **CLOSE)
+
+
+def test_adapters_that_call_their_modules_otherwise(net, base, three, x):
+    wrapped = {n: lf.Adapter({f"model.{p}": u for p, u in three[n].modules.items()}) for n in "ac"}
+    live = lf.attach(net, wrapped)
+    with live.use(lf.ArrowRouter(wrapped)), torch.no_grad():
+        found = net(x)
+    torch.testing.assert_close(found, referred(base, [three["a"], three["c"]])(x), **CLOSE)

@@ -144,6 +144,13 @@ def test_few_examples_are_trained_on_all_the_same():
     assert torch.isfinite(same.weights(torch.ones(1, 1))).all()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_size_means_nothing(make_clusters, names, size):
+    data = {n: x * size for n, x in make_clusters(names, 20).items()}
+    router = lf.LearnedRouter.fit(data, epochs=100, hidden=8)
+    assert accuracy(router, data) > 0.95
+
+
 def test_saved_and_loaded_equal(make_clusters, names, tmp_path):
     data = make_clusters(names, 20)
     router = lf.LearnedRouter.fit(data, error=0.2, epochs=10, temperature=0.7, top_k=2, hidden=7)

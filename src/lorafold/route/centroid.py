@@ -122,8 +122,7 @@ class CentroidRouter(Router):
             scores = _cosines(unit(own.vectors).to(centroids), centroids)
         if error is not None and not len(scores):
             raise MismatchError(
-                "a threshold takes two examples of a name, and every name has one: give more, "
-                "heldout=, or error=None"
+                "a threshold takes two examples of a name, and every name has one: give more"
             )
         best, chosen = scores.max(1)
         right, named = chosen == labels, labels != NOWHERE

@@ -107,7 +107,7 @@ def _model(name: str) -> Any:
     except ImportError:
         raise MissingExtraError(
             f"the encoder {name!r} takes sentence-transformers: pip install 'lorafold[route]', or "
-            f'give encoder="{NGRAMS}"'
+            f"give {NGRAMS!r} for encoder="
         ) from None
     try:
         return SentenceTransformer(name)

@@ -184,8 +184,8 @@ class LearnedRouter(Router, nn.Module):
         train, held = _split(examples, heldout, encoder_of(encoder)[0], seed)
         if error is not None and not len(held):
             raise MismatchError(
-                "error= is calibrated on held-out examples, and there are none: give more examples "
-                "of each name, or heldout="
+                "a threshold is calibrated on held-out examples, and there are none: give two "
+                "examples of a name, or more"
             )
         router = cls(
             train.names, train.vectors.shape[1], hidden, temperature, top_k, encoder=encoder,
@@ -201,9 +201,9 @@ class LearnedRouter(Router, nn.Module):
     @torch.no_grad()
     def center_on(self, vectors: Tensor) -> None:
         """Have the head see vectors less the mean of these, at their mean square of 1."""
-        x = vectors.to(self.shift)
+        x = vectors.double()  # in which no square of a float32 overflows
         self.shift.copy_(x.mean(0))
-        spread = (x - self.shift).square().mean().sqrt()
+        spread = (x - x.mean(0)).square().mean().sqrt()
         self.spread.copy_(torch.where(spread > 0, spread, 1.0))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

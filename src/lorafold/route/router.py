@@ -165,7 +165,7 @@ class Router(ABC):
             warnings.warn(
                 f"at no threshold are at most {error:g} of {len(right)} held-out examples routed "
                 "wrongly, so the router abstains from everything: give more examples, another "
-                "encoder, or a larger error=",
+                "encoder, or allow a larger error",
                 stacklevel=3,
             )
         return self.calibration
