@@ -241,6 +241,13 @@ def _merge_quality(r: Result) -> list[Cells]:
     return rows
 
 
+def _overlap_forecast(r: Result) -> list[Cells]:
+    row = next(row for row in r["rows"] if row["forecast"].startswith("interference"))
+    found = row["rank correlation at weight 1"]
+    what = f"`overlap`'s forecast against what merging {r['pairs']} pairs cost a task"
+    return [(what, f"rank correlation {found:.2f}", "", found)]
+
+
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -255,6 +262,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "qlora": _qlora,
     "merge": _merge,
     "merge_quality": _merge_quality,
+    "overlap_forecast": _overlap_forecast,
 }
 
 
@@ -298,14 +306,14 @@ def demo_output(results: Path = RESULTS) -> str:
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    first, *others = (f"| {' | '.join(cells)} |" for cells in [heads, *rows])
+    return "\n".join([first, f"|{'---|' * len(heads)}", *others])
 
 
 def quality_table(r: Result) -> str:
-    """Retention by method and size of group, the best for four first."""
+    """Retention by method and size of group, the best for the middle size first."""
     sizes = sorted({len(g) for g in r["groups"]})
-    heads = [h for n in sizes for h in (f"{n}: mean, worst", "with noise")]
+    heads = [h for n in sizes for h in (f"of {n}: mean, worst", "with noise")]
 
     def cells(row: dict[str, Any]) -> list[str]:
         found = [row["method"]]
