@@ -795,3 +795,22 @@ def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):
     with pytest.raises(ToleranceError, match="above its tolerance"):
         lf.fold(regular, tmp_path / "lib", tolerance=0.01, form="svd")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["auto", "svd", "input", "output", "shared", "flat"])
+@pytest.mark.parametrize(
+    "scales",
+    [(1, 1e18), (1, 1e12, 1e-12), (1e18, 1e18, 1e18), (1e25, 1, 1, 1e25), (1e-25, 1, 1e25, 0)],
+)
+def test_adapters_of_extreme_sizes_keep_their_bound(scales, form):
+    g = torch.Generator().manual_seed(0)
+
+    def adapter(scale):
+        A, B = torch.randn(4, 64, generator=g), torch.randn(48, 4, generator=g)
+        return lf.Adapter({"q": lf.LowRank(A, B, scale)})
+
+    sources = {f"a{i}": adapter(scale) for i, scale in enumerate(scales)}
+    lib = lf.fold(sources, form=form, tolerance=0.1)
+    for name, source in sources.items():
+        wanted, found = source["q"].dense().double(), lib[name]["q"].dense().double()
+        assert (found - wanted).norm() <= 0.1 * wanted.norm()

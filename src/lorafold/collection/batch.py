@@ -180,7 +180,7 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     HH_A, EE_A, HE_A = A_hat @ A_hat.mT, E_A @ E_A.mT, A_hat @ E_A.mT
     square = _inner(EE_B, HH_A) + _inner(BB, EE_A) + 2 * _inner(EB_B, HE_A)
     parts = _traces(EE_B) * _traces(HH_A) + _traces(BB) * _traces(EE_A)
-    poor = torch.nonzero(~((square > 1e-4 * parts) | (parts == 0)))[:, 0]
+    poor = torch.nonzero(~(square > 1e-4 * parts))[:, 0]  # as are those whose squares vanish
     if len(poor):
         square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
     return square.clamp_min(0)
@@ -196,7 +196,7 @@ def even_gauge(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor,
         The factors, BᵀB and A Aᵀ (n, r, r) float64, and whether the factors are the given ones.
     """
     G_B, G_A = (gram(X) if exact else (X.mT @ X).double() for X in (f.B, f.A.mT))
-    if float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+    if _float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A), f):
         return f, G_B, G_A, True
     even = f.decomposed().factors()
     return even, gram(even.B), gram(even.A.mT), False
@@ -215,16 +215,18 @@ def norms(factors: Factors) -> Tensor:
     """‖B_i A_i‖ of each member, (n, 1) float64, as `singular_values(exact=False)` would add up."""
     G_A, G_B = (X.mT @ X for X in (factors.A.mT, factors.B))
     size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
-    if float32_grams_suffice(size, largest):
+    if _float32_grams_suffice(size, largest, factors):
         return size.sqrt()[:, None]
     exact: Tensor = torch.linalg.vector_norm(singular_values(factors), dim=1, keepdim=True)
     return exact
 
 
-def float32_grams_suffice(size: Tensor, largest: Tensor) -> bool:
+def _float32_grams_suffice(size: Tensor, largest: Tensor, f: Factors) -> bool:
     """Whether float32 Grams hold ‖B A‖² = size, where ‖B‖² ‖A‖² = largest."""
     small = torch.finfo(torch.float32).tiny ** 0.5
-    return bool(((largest <= 1e3 * size) & (size > small) | (largest == 0)).all())
+    held = (largest <= 1e3 * size) & (size > small) & largest.isfinite()
+    rest = torch.nonzero(~held)[:, 0]  # zero, or only their squares are
+    return not len(rest) or not bool((f.B[rest].any(2).any(1) & f.A[rest].any(2).any(1)).any())
 
 
 def singular_values(factors: Factors, exact: bool = True) -> Tensor:
@@ -237,7 +239,8 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
     """
     right, left = factors.A.mT, factors.B
     G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
-    if not exact and not float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A)):
+    size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
+    if not exact and not _float32_grams_suffice(size, largest, factors):
         return singular_values(factors)
     lam, W = _eigh(G_A)
     WR = W * lam.clamp_min(0).sqrt()[:, None, :]

@@ -77,8 +77,10 @@ class FlatSide:
         if not len(D):
             return X.new_zeros(len(X), 0)
         wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
-        found: Tensor = torch.linalg.solve(wide, ((X - self.rows[0]) @ D.T).double().T)
-        return found.T.to(X.dtype)
+        # Rows of factors near the end of float32's range may vanish or be alike: not by `solve`.
+        inverse = torch.linalg.pinv(wide, hermitian=True)
+        found: Tensor = ((X - self.rows[0]) @ D.T).double() @ inverse
+        return found.to(X.dtype)
 
     def rebuilt(self, loadings: Tensor) -> Tensor:
         """(n, D) from loadings (n, k)."""

@@ -49,6 +49,8 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     """
     n, rank = len(stack), int(stack.ranks.max())
     gram, center = _centred_gram(stack, side)
+    if not bool(gram.isfinite().all()):  # squares past float32's end: no directions are found
+        gram = torch.zeros_like(gram)
     values, vectors = (t.numpy()[..., ::-1] for t in torch.linalg.eigh(gram.cpu()))
     most = n - 1 if most is None else min(most, n - 1)
     values, vectors = values[:most], vectors[:, :most]
