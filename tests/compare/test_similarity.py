@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import numpy as np
@@ -38,7 +39,8 @@ def sketched(sources, seed=0, **options):
 @pytest.fixture
 def always_sketched(monkeypatch):
     # `lorafold.compare.similarity` is the function as well.
-    monkeypatch.setattr(sys.modules["lorafold.compare.similarity"], "_CHEAP", -1.0)
+    module = importlib.import_module("lorafold.compare.similarity")
+    monkeypatch.setattr(module, "_CHEAP", -1.0)
 
 
 # Cosines
@@ -215,6 +217,20 @@ def test_pairs_of_one_start_among_others_are_found(make_adapter, blend, always_s
     i, j = found.names.index("a0"), found.names.index("near")
     assert found.known[i, j]
     assert found.matrix[i, j] == pytest.approx(0.92, abs=1e-4)
+
+
+def test_few_pairs_just_above_the_threshold_among_many_duplicates(
+    make_adapter, blend, dense_cosines, always_sketched
+):
+    """Sketches of duplicates hardly disagree, which says nothing of pairs farther apart."""
+    shapes = {"q": (128, 160)}
+    a = make_adapter(shapes, 2, seed=0)
+    many = {f"m{k}": blend(a, make_adapter(shapes, 2, seed=k), 0.9999) for k in range(1, 300)}
+    edge = {f"e{k}": blend(a, make_adapter(shapes, 2, seed=1000 + k), 0.9005) for k in range(3)}
+    sources = {"a": a, **many, **edge}
+    found, wanted = lf.similarity(sources), dense_cosines(list(sources.values()))
+    assert found.known[wanted >= 0.9].all()
+    np.testing.assert_allclose(found.matrix[found.known], wanted[found.known], atol=3e-6)
 
 
 def test_narrow_modules_are_sketched_without_loss(make_adapter, dense_cosines):

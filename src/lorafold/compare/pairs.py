@@ -22,6 +22,7 @@ from .clusters import components
 
 Progress = Callable[[int, int, str], object]
 
+_ROUNDING = 1e-3  # 1 − c² below which two sketches disagree in float32's rounding
 _SHARE = 8  # of the memory limit: float32 factors of one block, of which copies are made
 
 
@@ -30,7 +31,8 @@ class Cosines:
     """Cosines of all pairs.
 
     Args:
-        matrix: (N, N) float64, 0 where a norm is. norms: (N,). error: rms of what is sketched.
+        matrix: (N, N) float64, 0 where a norm is. norms: (N,).
+        error: rms of a sketched cosine near 0; of a cosine c it is (1 − c²) of that.
     """
 
     matrix: np.ndarray
@@ -138,10 +140,13 @@ class Pairs:
         if not bool(torch.isfinite(grams).all()):
             return self.exact()  # an adapter's modules differ by more than float32 holds
         first, second = (_normalised(gram.double().numpy()) for gram in grams)
-        off = ~np.eye(count, dtype=bool)
-        error = float(np.sqrt(np.mean(((first - second)[off] / 2) ** 2))) if count > 1 else 0.0
         norms = np.sqrt(squares)
-        return Cosines(_with_diagonal((first + second) / 2, norms), norms, error)
+        matrix = _with_diagonal((first + second) / 2, norms)
+        # Half of what they disagree in is how far their mean is off.
+        off = (first - second) / 2 / (1 - matrix**2 + _ROUNDING)
+        np.fill_diagonal(off, 0)
+        error = float(np.sqrt((off**2).sum() / (count * (count - 1)))) if count > 1 else 0.0
+        return Cosines(matrix, norms, error)
 
     def exact(self, wanted: np.ndarray | None = None) -> Cosines:
         """Every pair exactly, or those that are wanted (and some beside: not all of the rest).

@@ -5,8 +5,8 @@ ranks and scales play no part, and a start that two adapters have in common is n
 the space of factors two unrelated adapters from one A have a cosine near 1.)
 
 Where all pairs are too many, sketches tell which could matter, and those are computed exactly. The
-cosine c from a sketch is off by about (1 − c²) times what it is for unrelated ones, so four times
-the error of all leaves a wide margin for those that are near.
+cosine c from a sketch is off by about (1 − c²) times what one of unrelated adapters is, so four
+times that error leaves a wide margin for those that are near.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Similarity:
     Args:
         names: N names. matrix: (N, N) float64 cosines of ΔW; 1 with oneself, and 0 with everything
             for a zero update.
-        error: rms error of the entries that are sketched, estimated from the data; 0 where none is.
+        error: rms error of sketched cosines near 0, estimated from the data (a cosine c has about
+            1 − c² of it); 0 where nothing is sketched.
         threshold: every pair above threshold − 4·error is exact.
         known: (N, N), which entries are exact.
         norms: (N,) ‖ΔW‖. nbytes: (N,) bytes of their files.
