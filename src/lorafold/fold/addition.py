@@ -117,10 +117,11 @@ def projection(
         loadings[path] = (left @ right)[0]
     errors = {path: _relative(lost[path], size) for path, size in sizes.items()}
     error = _relative(math.fsum(lost.values()), math.fsum(sizes.values()))
-    if least is not None and 1 - error < least:
+    covered = max(0.0, 1 - error)
+    if least is not None and covered < least:
         worst = max(errors, key=lambda path: errors[path])
         warn(
-            f"the library's shared bases cover {1 - error:.1%} of the adapter, less than "
+            f"the library's shared bases cover {covered:.1%} of the adapter, less than "
             f"{least:.1%} (least at {worst!r}: {max(0.0, 1 - errors[worst]):.1%}): Library.add "
             "brings directions of its own"
         )
