@@ -72,18 +72,8 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
     return click.command(name, cls=Command, example=example)
 
 
-class Group(click.Group):
-    """A command of several, whose help ends in an example as that of each does.
-
-    Args:
-        example: the whole line, from `lorafold` on.
-    """
-
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
-        kwargs["epilog"] = f"\b\nExample:\n  {example}"
-        super().__init__(*args, **kwargs)
-        self.example = example
-        self.params += shared_flags()
+class Group(Command, click.Group):
+    """The same, of several commands."""
 
 
 def group(name: str, example: str) -> Callable[[Callable[..., Any]], Group]:
