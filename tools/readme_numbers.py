@@ -248,6 +248,22 @@ def _overlap_forecast(r: Result) -> list[Cells]:
     return [(what, f"rank correlation {found:.2f}", "", found)]
 
 
+def _similarity(r: Result) -> list[Cells]:
+    rows = []
+    for key, what in (("unrelated", "unrelated"), ("alike", "all alike")):
+        found = r[key]
+        peak = _size(found["peak"])
+        rows.append(
+            (
+                f"all pairs of {r['adapters']:,} adapters × 64 modules, 2 GiB of files, {what}",
+                f"{found['seconds']:.0f} s, {peak} at most",
+                f"{found['gflops']:.0f} GFLOP/s by plain products in the same run",
+                1 / found["seconds"],
+            )
+        )
+    return rows
+
+
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -262,6 +278,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "qlora": _qlora,
     "merge": _merge,
     "merge_quality": _merge_quality,
+    "similarity": _similarity,
     "overlap_forecast": _overlap_forecast,
 }
 

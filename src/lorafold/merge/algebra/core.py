@@ -84,16 +84,28 @@ class Joint:
     """ΔW_i = U C_i Vᵀ for every member; all in float64.
 
     Args:
-        U: (out, p) and V: (in, q), orthonormal; the largest direction first, its sign fixed.
+        B: (out, R), A: (R, in) and T_U: (R, p), T_V: (R, q), of which U and V are the products.
         energies: (p,) eigenvalues of Σ ΔW ΔWᵀ, descending.
         lefts: Uᵀ s_i B_i (p, r_i), None for who is not there. rights: A_i V (r_i, q).
     """
 
-    U: Tensor
-    V: Tensor
+    B: Tensor
+    A: Tensor
+    T_U: Tensor
+    T_V: Tensor
     energies: Tensor
     lefts: tuple[Tensor | None, ...]
     rights: tuple[Tensor | None, ...]
+
+    @cached_property
+    def U(self) -> Tensor:
+        """(out, p), orthonormal; the largest direction first, its sign fixed."""
+        return self.B @ self.T_U
+
+    @cached_property
+    def V(self) -> Tensor:
+        """(in, q), in the same way."""
+        return self.A.T @ self.T_V
 
     @cached_property
     def cores(self) -> list[Tensor | None]:
@@ -104,16 +116,17 @@ class Joint:
     @property
     def zero(self) -> Tensor:
         """A core (p, q) of zeros."""
-        return self.U.new_zeros(self.U.shape[1], self.V.shape[1])
+        return self.T_U.new_zeros(self.T_U.shape[1], self.T_V.shape[1])
 
     def lifted(self, M: Tensor) -> LowRank:
         """U M Vᵀ of a core M (p, q), float32, of rank min(p, q)."""
         p, q = M.shape
         size = float(torch.linalg.matrix_norm(M))
         even = math.sqrt(size / math.sqrt(min(p, q))) if size > 0 else 1.0  # B and A of one size
+        M = M / even
         if p <= q:
-            return LowRank(((M / even) @ self.V.T).float(), self.U.float().mul_(even))
-        return LowRank(self.V.T.float().mul_(even), (self.U @ (M / even)).float())
+            return LowRank((M @ self.T_V.T @ self.A).float(), self.U.float().mul_(even))
+        return LowRank(self.V.T.float().mul_(even), (self.B @ (self.T_U @ M)).float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +143,27 @@ def _joint(members: Members) -> Joint:
     G_B, G_A = B.T @ B, A @ A.T
     (energies, T_U), (_, T_V) = _directions(G_B, G_A, spans), _directions(G_A, G_B, spans)
     zero = not float(energies[0]) > 0  # then both are a column of zeros
-    if zero or (_is_orthonormal(T_U, G_B) and _is_orthonormal(T_V, G_A)):
-        U, V = B @ T_U, A.T @ T_V
-        left, right = (G_B @ T_U).T, G_A @ T_V
-    else:
-        U, V, energies = _by_decomposition(B, A, spans)
-        left, right = U.T @ B, A @ V
-    signs_U, signs_V = column_signs(U), column_signs(V)
+    if not zero and not (_is_orthonormal(T_U, G_B) and _is_orthonormal(T_V, G_A)):
+        return _by_decomposition(B, A, spans)
+    return _signed(B, A, T_U, T_V, energies, (G_B @ T_U).T, G_A @ T_V, spans)
+
+
+def _signed(
+    B: Tensor,
+    A: Tensor,
+    T_U: Tensor,
+    T_V: Tensor,
+    energies: Tensor,
+    left: Tensor,
+    right: Tensor,
+    spans: Sequence[slice | None],
+) -> Joint:
+    """The space, the signs of its directions fixed, and who has what of left and right."""
+    signs_U, signs_V = column_signs(B, T_U), column_signs(A.T, T_V)
     left, right = left * signs_U[:, None], right * signs_V
-    lefts = [None if s is None else left[:, s] for s in spans]
-    rights = [None if s is None else right[s] for s in spans]
-    return Joint(U * signs_U, V * signs_V, energies, tuple(lefts), tuple(rights))
+    lefts = tuple(None if s is None else left[:, s] for s in spans)
+    rights = tuple(None if s is None else right[s] for s in spans)
+    return Joint(B, A, T_U * signs_U, T_V * signs_V, energies, lefts, rights)
 
 
 def _is_orthonormal(T: Tensor, G: Tensor) -> bool:
@@ -150,15 +173,13 @@ def _is_orthonormal(T: Tensor, G: Tensor) -> bool:
     return bool(off.abs().max() < 1e-8)
 
 
-def _by_decomposition(
-    B: Tensor, A: Tensor, spans: Sequence[slice | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """U, V and energies by QR and SVD: several times slower, and right in any gauge."""
+def _by_decomposition(B: Tensor, A: Tensor, spans: Sequence[slice | None]) -> Joint:
+    """By QR and SVD: several times slower, and right in any gauge."""
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     cores = [R_B[:, s] @ R_A[:, s].T for s in spans if s is not None]
     P, S, _ = thin_svd(torch.cat(cores, 1))
     P_V, _, _ = thin_svd(torch.cat([C.T for C in cores], 1))
-    return Q_B @ P, Q_A @ P_V, S.square()
+    return _signed(Q_B, Q_A.T, P, P_V, S.square(), P.T @ R_B, R_A.T @ P_V, spans)
 
 
 def stacked(
@@ -200,10 +221,12 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     return values, root @ W[:, :kept] * inverse
 
 
-def column_signs(X: Tensor) -> Tensor:
-    """±1 for each column, −1 where it points against (sin 1, sin 2, …): X and −X become one."""
-    along = torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin()
-    return torch.where(along @ X < 0, -1.0, 1.0).to(X)
+def column_signs(X: Tensor, T: Tensor | None = None) -> Tensor:
+    """±1 for each column of X, or of X T, −1 where it points against (sin 1, sin 2, …): it and
+    its opposite become one.
+    """
+    along = torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin() @ X
+    return torch.where((along if T is None else along @ T) < 0, -1.0, 1.0).to(X)
 
 
 def thin_svd(M: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
