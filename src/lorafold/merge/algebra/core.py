@@ -197,7 +197,7 @@ def stacked(
     A = torch.empty(at, shape[1], dtype=torch.float64, device=device)
     for u, span in zip(updates, spans, strict=True):
         if u is not None and span is not None:
-            torch.mul(u.B.to(B), u.scale, out=B[:, span])
+            B[:, span].copy_(u.B).mul_(u.scale)
             A[span] = u.A
     return B, A, spans
 

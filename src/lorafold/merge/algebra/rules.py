@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,8 +107,8 @@ def combined(
     for w, x in kept:
         total = w * x if total is None else total.add_(x, alpha=w)
         if rule.elect and x.dtype == torch.float64:
-            one = abs(w) * x.abs()
-            size = one if size is None else size.add_(one)
+            one = x.abs()
+            size = one.mul_(abs(w)) if size is None else size.add_(one, alpha=abs(w))
     if total is None:
         return None
     if rule.elect:
@@ -137,13 +138,17 @@ def _kept(
 
 def _elected(divide: str, kept: Iterable[tuple[float, Tensor]], plus: Tensor) -> Tensor:
     """Σ w·x over those of the elected sign, divided as the rule says."""
-    total, divisor = 0.0 * plus, 0.0 * plus
+    sign = total = divisor = torch.zeros(())
     for w, x in kept:
-        wx = w * x
-        agrees = torch.where(plus, wx > 0, wx < 0)
-        total = total + wx * agrees
-        divisor = divisor + agrees.to(x) * (w if divide == "signed" else abs(w))
-    return total if divide == "no" else total / torch.where(divisor == 0, 1.0, divisor)
+        if not sign.ndim:
+            sign = torch.where(plus, 1.0, -1.0).to(x)
+            total, divisor = torch.zeros_like(x), torch.zeros_like(x)
+        along = (x * sign).mul_(w)
+        agrees = along > 0
+        total.add_(along.clamp_min_(0))
+        divisor.add_(agrees, alpha=w if divide == "signed" else abs(w))
+    total.mul_(sign)
+    return total if divide == "no" else total.div_(torch.where(divisor == 0, 1.0, divisor))
 
 
 def sparsified(
@@ -188,13 +193,15 @@ def _count(share: float, numbers: int) -> int:
 def _largest(x: Tensor, density: float) -> Tensor:
     """A mask of the share `density` of entries that is largest in size; those as large as the last.
 
-    Selecting one value takes a quarter of the time that `topk` does.
+    Selecting one value takes a quarter of the time that `topk` does, numpy's a third of torch's.
     """
     size, kept = x.abs(), _count(density, x.numel())
     if kept == 0:
         return torch.zeros_like(x, dtype=torch.bool)
-    least = size.flatten().kthvalue(x.numel() - kept + 1).values
-    return size >= least
+    at = x.numel() - kept
+    if size.device.type == "cpu":
+        return size >= float(np.partition(size.numpy().ravel(), at)[at])
+    return size >= size.flatten().kthvalue(at + 1).values
 
 
 def _middle(x: Tensor, density: float, gamma: float) -> Tensor:
