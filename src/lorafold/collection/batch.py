@@ -106,14 +106,15 @@ def _stacked(parts: Sequence[Tensor], device: torch.device | str | None) -> Tens
     return torch.stack(list(parts)).to(device, torch.float32)
 
 
-def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(B: Tensor, A: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Batched singular value decomposition of B_i A_i from r×r Grams.
 
     Args:
-        B: (n, out, r). A: (n, r, in).
+        B: (n, out, r). A: (n, r, in). most: directions wanted at most; all when None.
 
     Returns:
-        U (n, out, k), S (n, k) float64 descending, V (n, in, k) with k = min(r, out, in).
+        U (n, out, m), S (n, k) float64 descending, V (n, in, m) with k = min(r, out, in), and m the
+        smaller of k and `most`.
     """
     G_A, G_B = gram(A.mT), gram(B)
     lam, W = _eigh(G_A)
@@ -125,11 +126,11 @@ def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     square, Z = _eigh(WR.mT @ G_B @ WR)
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
-    Z = Z.flip(2)[:, :, :k]
     S = torch.where((_NOISE * S[:, :1] < S) & (S > _VANISHED), S, 0.0)
-    S_inverse = torch.where(S > 0, 1 / S.clamp_min(1e-300), 0.0)
+    Z, wanted = Z.flip(2)[:, :, :k][:, :, :most], S[:, :most]
+    S_inverse = torch.where(wanted > 0, 1 / wanted.clamp_min(1e-300), 0.0)
     to_U = WR @ Z * S_inverse[:, None, :]
-    to_V = (W * inverse[:, None, :]) @ Z * (S > 0)[:, None, :]
+    to_V = (W * inverse[:, None, :]) @ Z * (wanted > 0)[:, None, :]
     if bool((alive & (lam < _BAD_GAUGE * top)).any()):
         # The columns of A (or B) nearly cancel here: float32 products would lose them.
         return (B.double() @ to_U).to(B.dtype), S, (A.mT.double() @ to_V).to(A.dtype)

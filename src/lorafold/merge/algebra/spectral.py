@@ -53,8 +53,8 @@ def linear(members: Members) -> LowRank:
 def linear_cut(members: Members, rank: int) -> Cut:
     """The best update of a rank for Σ w ΔW, from the Grams of its factors: as `truncate` has it."""
     whole = linear(members)
-    U, S, V = (x[0] for x in decompose(whole.B[None], whole.A[None]))
-    kept = from_svd(U[:, :rank], S[:rank].to(U), V[:, :rank].T)
+    U, S, V = (x[0] for x in decompose(whole.B[None], whole.A[None], rank))
+    kept = from_svd(U, S[:rank].to(U), V.T)
     return Cut(kept, float(S[rank:].square().sum()), float(S.square().sum()))
 
 
