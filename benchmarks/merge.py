@@ -115,7 +115,7 @@ def median(fn: Any, repeats: int) -> float:
 
 def against_peft(width: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
-    layers = LAYERS if width <= 1024 else 1  # PEFT takes minutes a layer
+    layers = LAYERS if width <= 2048 else 1  # PEFT takes minutes a layer
     for kind, run in (
         ("svd", lambda a: lf.merge(a, weights=WEIGHTS, rank=RANK)),
         ("ties", lambda a: lf.merge(a, "ties", density=DENSITY)),
