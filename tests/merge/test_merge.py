@@ -819,3 +819,25 @@ def test_the_package_is_the_verb(three):
     assert package(list(three.values())[:2]).rank == 10
     assert package.merge_into_weights is lf.merge_into_weights
     assert Path(package.__file__).parent.name == "merge"
+
+
+@pytest.mark.parametrize(
+    ("method", "space"),
+    [
+        *((m, "core") for m in ("linear", "ties", "dare", "knots", "tsv", "iso_c", "lego")),
+        ("ties", "delta"),
+        ("dare", "delta"),
+    ],
+)
+def test_factors_that_train_merge_like_others(method, space):
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(2, 6, generator=g), torch.randn(5, 2, generator=g)) for _ in range(2)]
+    still = [lf.Adapter({"q": lf.LowRank(A, B)}) for A, B in pairs]
+    trained = [
+        lf.Adapter({"q": lf.LowRank(A.clone().requires_grad_(), B.clone().requires_grad_())})
+        for A, B in pairs
+    ]
+    options = {} if space == "core" else {"space": space}
+    found, wanted = (lf.merge(x, method, **options)["q"] for x in (trained, still))
+    assert not found.A.requires_grad
+    assert torch.equal(found.dense(), wanted.dense())

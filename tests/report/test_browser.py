@@ -226,9 +226,11 @@ def test_the_theme_follows_the_system(opened):
     page.wait_for_function(
         "before => getComputedStyle(document.body).backgroundColor !== before", arg=before
     )
+    assert page.text_content("#theme") == "Light", "where the button leads"
 
 
 def test_a_narrow_window_has_all_of_it(opened):
     page = opened(24)
     page.set_viewport_size({"width": 400, "height": 800})
     page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400

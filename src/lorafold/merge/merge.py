@@ -86,6 +86,7 @@ def merge(
     return run(handles, job_of(method, tuple(handles), weights, space, seed, options))
 
 
+@torch.no_grad()
 def run(handles: Mapping[str, Handle], job: Job) -> Adapter:
     """The merged adapter of a job on opened sources.
 

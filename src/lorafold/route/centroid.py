@@ -162,10 +162,7 @@ class CentroidRouter(Router):
             FileError: something is at `path`, and `overwrite` is False or it is no router.
         """
         record = {
-            "kind": KIND,
-            "names": list(self.names),
-            "encoder": self.encoder_name,
-            "calibration": None if self.calibration is None else self.calibration.record(),
+            **self.common_record(KIND),
             "confused": [[a, b, n] for (a, b), n in self._confused.items()],
             "counts": [[n] for n in self._counts],
         }

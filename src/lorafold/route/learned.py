@@ -106,7 +106,7 @@ class LearnedRouter(Router, nn.Module):
         self.register_buffer("shift", torch.zeros(self.width))
         self.register_buffer("spread", torch.ones(()))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # that of the other devices stays
             self.head = _head(self.width, self.hidden, len(self.names))
 
     def __repr__(self) -> str:
@@ -213,14 +213,11 @@ class LearnedRouter(Router, nn.Module):
             FileError: something is at `path`, and `overwrite` is False or it is no router.
         """
         record = {
-            "kind": KIND,
-            "names": list(self.names),
-            "encoder": self.encoder_name,
+            **self.common_record(KIND),
             "input_dim": self.width,
             "hidden": self.hidden,
             "temperature": self.temperature,
             "top_k": self.top_k,
-            "calibration": None if self.calibration is None else self.calibration.record(),
             "training": None if self.training_run is None else asdict(self.training_run),
         }
         store.write(path, record, self.state_dict(), overwrite)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..words import one_line
+from ..words import one_line, warn
 from .encoders import Encoder, encoder_of, vectors_of
 from .examples import Examples, checked_count, checked_error
 from .store import Fields
@@ -162,11 +161,10 @@ class Router(ABC):
         """The same, from the examples' best scores (n,) and whether they are right (n,)."""
         self.calibration = None if error is None else Calibration.of(score, right, error)
         if self.calibration is not None and not self.calibration.routed:
-            warnings.warn(
+            warn(
                 f"at no threshold are at most {error:g} of {len(right)} held-out examples routed "
                 "wrongly, so the router abstains from everything: give more examples, another "
-                "encoder, or allow a larger error",
-                stacklevel=3,
+                "encoder, or allow a larger error"
             )
         return self.calibration
 
@@ -210,6 +208,15 @@ class Router(ABC):
             Explanation(mix, score, self.threshold, nearest)
             for mix, score, nearest in zip(self._mixes(scores), top, near, strict=True)
         ]
+
+    def common_record(self, kind: str) -> dict[str, Any]:
+        """What is saved of a router of any kind."""
+        return {
+            "kind": kind,
+            "names": list(self.names),
+            "encoder": self.encoder_name,
+            "calibration": None if self.calibration is None else self.calibration.record(),
+        }
 
     @torch.no_grad()
     def _scored(self, batch: Any) -> Tensor:
