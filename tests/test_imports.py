@@ -473,4 +473,19 @@ def test_every_public_name_is_declared_for_type_checkers():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and n.test.id == "TYPE_CHECKING")
     declared = {alias.asname for node in block.body for alias in node.names}
-    assert declared == set(lorafold.__all__) - {"__version__"} | {"errors"}
+    assert declared == set(lorafold.__all__) - {"__version__"} | {"errors"} | leaves()
+
+
+def leaves():
+    """Names of the errors under `LorafoldError`."""
+    every = vars(lf.errors).values()
+    return {
+        e.__name__ for e in every if isinstance(e, type) and issubclass(e, lf.LorafoldError)
+    } - {"LorafoldError"}
+
+
+def test_errors_are_found_at_the_top_and_listed_in_their_own_module():
+    assert len(leaves()) == 6
+    assert not leaves() & set(dir(lf))
+    for name in leaves():
+        assert getattr(lf, name) is getattr(lf.errors, name)

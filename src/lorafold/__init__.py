@@ -34,6 +34,8 @@ _HOME = {
     "anatomy": "compare",
     "Anatomy": "compare",
     "shared_spectrum": "compare",
+    "transfer": "transfer",
+    "transfer_report": "transfer",
     "ArrowRouter": "route",
     "CentroidRouter": "route",
     "LearnedRouter": "route",
@@ -43,13 +45,13 @@ _HOME = {
     "report": "report",
     "plot": "report.plot",
     "LorafoldError": "errors",
-    "FileError": "errors",
-    "MismatchError": "errors",
-    "RefusedError": "errors",
-    "ToleranceError": "errors",
-    "UnknownNameError": "errors",
-    "MissingExtraError": "errors",
 }
+
+# The leaves of the tree of errors: found here, listed in `lorafold.errors`.
+_ERRORS = (
+    *("FileError", "MismatchError", "MissingExtraError", "RefusedError"),
+    *("ToleranceError", "UnknownNameError"),
+)
 
 if TYPE_CHECKING:
     from . import errors as errors
@@ -90,14 +92,16 @@ if TYPE_CHECKING:
     from .route import ArrowRouter as ArrowRouter
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter
+    from .transfer import transfer as transfer
+    from .transfer import transfer_report as transfer_report
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 (all of them are strings)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME and name != "errors":
+    if name not in _HOME and name not in _ERRORS and name != "errors":
         raise AttributeError(f"module 'lorafold' has no attribute {name!r}")
-    home = _HOME.get(name, name)
+    home = _HOME.get(name, "errors")
     module = importlib.import_module(f".{home}", __name__)
     # A package of that name is its verb (`_verb.py`), whatever has been imported before.
     value = module if home.rpartition(".")[2] == name else getattr(module, name)

@@ -1,0 +1,1 @@
+"""Ways from one base to another: each a function from a `Job` to what it `Moved`."""

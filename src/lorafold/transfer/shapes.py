@@ -1,0 +1,137 @@
+"""Where every module of an adapter goes, from shapes alone: given ones, or a base's own.
+
+Shapes are given by module path or by pattern, as in PEFT's `rank_pattern`: a regular expression
+that must match the end of the path, from a dot on. A base is read by its headers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+from ..adapter import Adapter
+from ..errors import MismatchError
+from ..files.base import read_base
+from ..lowrank import LowRank
+from ..naming import Base
+from ..parts import Layout
+from ..words import did_you_mean, one_line
+from .job import Place
+
+Shape = tuple[int, int]
+
+
+def shape_of(value: Any, what: str = "shape") -> Shape:
+    """(out, in), checked.
+
+    Raises:
+        MismatchError: no pair of whole numbers of at least 1.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        whole = (isinstance(n, Integral) and not isinstance(n, bool) for n in value)
+        if all(whole) and min(value) >= 1:
+            return int(value[0]), int(value[1])
+    raise MismatchError(f"{what} must be (out, in), whole numbers above 0, found {one_line(value)}")
+
+
+def places_given(adapter: Adapter, shape: Any) -> dict[str, Place]:
+    """Each module's place under the shapes that a user gave; those not named stay as they are.
+
+    Raises:
+        MismatchError: no {path or pattern: (out, in)}, one that names no module, or that doesn't
+            suit its layer.
+    """
+    if not isinstance(shape, Mapping) or not shape:
+        raise MismatchError(
+            f"shape must be {{module path or pattern: (out, in)}} for an adapter, found "
+            f"{one_line(shape)}; '.*' stands for every module"
+        )
+    shapes = {str(key): shape_of(value, f"shape of {key!r}") for key, value in shape.items()}
+    for pattern in shapes:
+        if not any(_matches(pattern, path) for path in adapter.modules):
+            hint = did_you_mean(pattern, adapter.modules)
+            raise MismatchError(f"shape: {pattern!r} matches none of the modules; {hint}")
+    places = {}
+    for path, u in adapter.modules.items():
+        named = [path] if path in shapes else [k for k in shapes if _matches(k, path)]
+        new = shapes[named[0]] if named else u.shape
+        places[path] = _place(path, path, u, adapter.layout(path), new)
+    return places
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return path == pattern or re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except re.error as e:
+        raise MismatchError(f"shape: {pattern!r} is no regular expression: {e}") from e
+
+
+def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str, str]]:
+    """Each module's place in a base, by its name, and why others have none.
+
+    Raises:
+        FileError: no base can be read there.
+        MismatchError: it is none, or no module has a place.
+    """
+    parts = adapter.parts
+    base = _base(target, parts.names())
+    places, without = {}, {}
+    for path, u in adapter.modules.items():
+        layout = adapter.layout(path)
+        held = base.find(layout.weight_name(path))
+        new = None if held is None else _shape_in(held.shape, u, layout, adapter)
+        if held is None:
+            without[path] = "not in the base"
+        elif new is None:
+            without[path] = f"the base stores it as {held.shape}"
+        else:
+            places[path] = _place(path, path, u, layout, new)
+    if not places:
+        first, why = next(iter(without.items()))
+        raise MismatchError(
+            f"none of the {len(without)} modules has a counterpart in the target, e.g. {first!r}: "
+            f"{why}"
+        )
+    return places, without
+
+
+def _base(target: Any, names: list[str]) -> Base:
+    if isinstance(target, str | os.PathLike):
+        return read_base(os.fspath(target)).named(names)
+    state = target if isinstance(target, Mapping) else getattr(target, "state_dict", lambda: None)()
+    if not isinstance(state, Mapping):
+        raise MismatchError(
+            f"a base is a folder, a model or a state dict, not {type(target).__name__}"
+        )
+    return Base.of_state(state, names)
+
+
+def _shape_in(weight: tuple[int, ...], u: LowRank, layout: Layout, adapter: Adapter) -> Any:
+    """(out, in) of an update of a weight; None where it is no weight of that kind."""
+    if layout.kind == "conv" and len(weight) == len(layout.kernel) + 1:
+        return weight[0], math.prod(weight[1:])
+    if len(weight) != (3 if layout.kind == "expert" else 2):
+        return None
+    turned = {
+        "embedding": True,
+        "expert": layout.transposed,
+        "linear": bool(adapter.config.get("fan_in_fan_out")),
+    }[layout.kind]
+    return weight[:-3:-1] if turned else weight[-2:]
+
+
+def _place(path: str, new: str, u: LowRank, layout: Layout, shape: Any) -> Place:
+    if layout.kind == "conv":
+        taps = math.prod(layout.kernel[1:])
+        if shape[1] % taps:
+            raise MismatchError(
+                f"{path!r} is a convolution of {taps} numbers an input channel: {shape[1]} columns "
+                "are no whole number of channels"
+            )
+        layout = replace(layout, kernel=(shape[1] // taps, *layout.kernel[1:]))
+    return Place(new, (int(shape[0]), int(shape[1])), layout)
