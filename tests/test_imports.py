@@ -22,7 +22,7 @@ ROOT = Path(lorafold.__file__).parent
 
 # Each unit may import those in its row, and itself. Verbs of one brace don't know each other.
 GROUND = {"errors", "words", "_verb"}
-NOUNS = GROUND | {"lowrank", "parts", "naming", "placing", "adapter"}
+NOUNS = GROUND | {"lowrank", "parts", "naming", "placing", "adapter", "roles"}
 MAY_IMPORT = {
     "errors": set(),
     "words": {"errors"},
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "parts": GROUND | {"lowrank"},
     "naming": GROUND | {"lowrank", "parts"},
     "placing": GROUND | {"lowrank", "parts", "naming"},
-    "adapter": NOUNS - {"adapter"},
+    "adapter": NOUNS - {"adapter", "roles"},
+    "roles": NOUNS - {"roles"},
     "files": NOUNS,
     "collection": NOUNS | {"files"},
     **{v: NOUNS | {"files", "collection"} for v in ("fold", "merge", "compare", "transfer")},

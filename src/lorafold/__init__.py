@@ -42,6 +42,7 @@ _HOME = {
     "fold": "fold",
     "Library": "fold",
     "Projection": "fold",
+    "roles": "roles",
     "report": "report",
     "plot": "report.plot",
     "LorafoldError": "errors",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .quantize import quantize_base as quantize_base
     from .report import plot as plot
     from .report import report as report
+    from .roles import roles as roles
     from .route import ArrowRouter as ArrowRouter
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter

@@ -1,0 +1,31 @@
+"""What a module does in its model: module paths to roles, and several projections in one weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._verb import make_face
+
+if TYPE_CHECKING:
+    from .fused import Heads as Heads
+    from .fused import Packing as Packing
+    from .fused import heads as heads
+    from .fused import packing as packing
+    from .role import Role as Role
+    from .roles import recognised as recognised
+    from .roles import roles as roles
+
+__all__ = ["Heads", "Packing", "Role", "heads", "packing", "recognised", "roles"]
+
+make_face(
+    __name__,
+    {
+        "roles": "roles",
+        "recognised": "roles",
+        "Role": "role",
+        "Heads": "fused",
+        "Packing": "fused",
+        "heads": "fused",
+        "packing": "fused",
+    },
+)

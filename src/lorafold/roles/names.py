@@ -1,0 +1,157 @@
+"""The paths of the modules that an update can go to: of a model, a state dict, a configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FileError, MismatchError, MissingExtraError
+from ..parts import PREFIX, plain_name
+from ..words import one_line
+
+_CONFIG_NAME, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_INDEX_END = ".safetensors.index.json"
+# What PEFT and lorafold put into a model for an adapter.
+_OF_ADAPTERS = {"lorafold", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+
+
+def names_in(x: Any) -> list[str]:
+    """The module paths that a model, a configuration, a folder or names stand for.
+
+    Raises:
+        FileError: a path that holds no base.
+        MismatchError: none of these.
+        MissingExtraError: a configuration, and transformers is not installed.
+    """
+    if isinstance(x, nn.Module):
+        return _of_tensors([*x.named_parameters(remove_duplicate=False), *x.named_buffers()])
+    if isinstance(x, str | os.PathLike):
+        return _of_path(Path(x))
+    if is_config(x):
+        return names_in(_built(x))
+    if isinstance(x, Mapping) and all(isinstance(value, Tensor) for value in x.values()):
+        return _of_tensors(x.items())
+    if isinstance(x, Iterable):
+        names = list(x)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise MismatchError(
+        "roles are told from a model, its configuration, a folder with its files, an adapter, or "
+        f"module paths; found {one_line(x)}"
+    )
+
+
+def is_config(x: Any) -> bool:
+    """Whether this is a model's configuration: transformers' or the content of a config.json."""
+    if isinstance(x, Mapping):
+        return isinstance(x.get("model_type"), str) if "model_type" in x else False
+    return hasattr(x, "model_type") and hasattr(x, "to_dict")
+
+
+def config_of(x: Any) -> Mapping[str, Any]:
+    """The configuration of a model, of a folder, or itself, as a mapping; {} where there is none.
+
+    Raises:
+        FileError: a config.json that is none.
+    """
+    if isinstance(x, str | os.PathLike):
+        folder = Path(x) if Path(x).is_dir() else Path(x).parent
+        return _read_config(folder / _CONFIG_NAME) if (folder / _CONFIG_NAME).is_file() else {}
+    found = x if is_config(x) else getattr(x, "config", None)
+    if not isinstance(found, Mapping):
+        to_dict = getattr(found, "to_dict", None)
+        # What transformers works out itself (`num_key_value_heads`) is an attribute alone.
+        found = {**to_dict(), **vars(found)} if to_dict is not None else {}
+    return {
+        key: config_of(value) if key.endswith("_config") and is_config(value) else value
+        for key, value in found.items()
+    }
+
+
+def plain_path(name: str) -> str:
+    """A path without what wraps a model, and without the end of a weight's name."""
+    name = plain_name(name.removeprefix(PREFIX))
+    name = ".".join(part for part in name.split(".") if part != "base_layer")
+    return name.removesuffix(".qweight").removesuffix(".weight")
+
+
+def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return list(_layers((name, t.ndim) for name, t in tensors))
+
+
+def _layers(tensors: Iterable[tuple[str, int]]) -> Iterator[str]:
+    """The paths whose tensor is a layer's weight or that of experts, by name and dimensions."""
+    for name, ndim in tensors:
+        words = name.split(".")
+        is_weight = words[-1] in ("weight", "qweight") and ndim >= 2
+        is_experts = ndim == 3 and words[-2:-1] == ["experts"]
+        if (is_weight or is_experts) and _OF_ADAPTERS.isdisjoint(words):
+            yield plain_path(name)
+
+
+def _built(config: Any) -> nn.Module:
+    """The model of a configuration, without any memory for its weights."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise MissingExtraError(
+            "to tell the modules of a configuration takes transformers: pip install transformers, "
+            "or give the model or its module paths"
+        ) from e
+    given = dict(config) if isinstance(config, Mapping) else config
+    try:
+        if isinstance(given, dict):
+            given = transformers.AutoConfig.for_model(**given)
+        named = getattr(transformers, (given.architectures or [""])[0] or "", None)
+        auto: tuple[Any, ...] = (
+            transformers.AutoModelForCausalLM,
+            transformers.AutoModelForSeq2SeqLM,
+            transformers.AutoModelForSpeechSeq2Seq,
+            transformers.AutoModelForMaskedLM,
+            transformers.AutoModel,
+        )
+        first: Any = next((a for a in auto if type(given) in a._model_mapping), auto[-1])
+        with torch.device("meta"):
+            made: nn.Module = named(given) if named is not None else first.from_config(given)
+    except (ValueError, KeyError, TypeError) as e:
+        raise MismatchError(f"transformers makes no model of this configuration: {e}") from e
+    return made
+
+
+def _of_path(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    if (path / _ADAPTER_CONFIG).is_file():
+        raise FileError(f"{path} is an adapter: give lorafold.load(path)")
+    if not path.exists():
+        raise FileError(f"no such folder: {str(path)!r}")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        if (path / _CONFIG_NAME).is_file():
+            return names_in(_read_config(path / _CONFIG_NAME))
+        raise FileError(f"{path} holds neither safetensors files nor a {_CONFIG_NAME}")
+    found: dict[str, None] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                ranks = [(key, len(f.get_slice(key).get_shape())) for key in f.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise FileError(f"{file}: can't be read as safetensors ({e})") from e
+        found |= dict.fromkeys(_layers(ranks))
+    return list(found)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise FileError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(found, dict):
+        raise FileError(f"{path}: must hold a JSON object")
+    return found
