@@ -1,4 +1,4 @@
-"""A base model seen through its safetensors headers: names, shapes, dtypes, and no weights."""
+"""A base model seen through its safetensors headers: names, shapes, dtypes; weights one by one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import FileError
 from ..naming import Base, is_head, is_shared, kind
-from .safetensors import Entry, read_entries
+from .safetensors import Entry, open_file, read_entries, read_tensors
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
@@ -139,6 +141,32 @@ class BaseFiles:
                 "part from it, under a name that is not known here: keep the adapter attached"
             )
         return None
+
+
+class Weights:
+    """A base's tensors, read one by one; the last one stays in memory."""
+
+    def __init__(self, files: BaseFiles) -> None:
+        self.files = files
+        self._at = {k: (f, e) for f in files.files for k, e in read_entries(f).items()}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._at
+
+    @property
+    def keys(self) -> list[str]:
+        """All tensors' names."""
+        return list(self._at)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in memory of its own; not to be written to."""
+        if self._last is None or self._last[0] != key:
+            file, entry = self._at[key]
+            with open_file(file) as f:
+                (t,) = read_tensors(f, [(key, entry)], file)
+            self._last = key, t
+        return self._last[1]
 
 
 def read_base(path: str) -> BaseFiles:

@@ -146,32 +146,6 @@ def out_of_range(key: str, dtype: torch.dtype) -> str:
     return f"{key!r} has numbers beyond the range of {name}: write bfloat16 or float32 instead"
 
 
-class Weights:
-    """A checkpoint whose tensors are read one by one; the last one stays."""
-
-    def __init__(self, files: BaseFiles) -> None:
-        self.files = files
-        self._at = {k: (f, e) for f in files.files for k, e in safetensors.read_entries(f).items()}
-        self._last: tuple[str, Tensor] | None = None
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._at
-
-    @property
-    def keys(self) -> list[str]:
-        """All tensors' names."""
-        return list(self._at)
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, in memory of its own; not to be written to."""
-        if self._last is None or self._last[0] != key:
-            file, entry = self._at[key]
-            with safetensors.open_file(file) as f:
-                (t,) = safetensors.read_tensors(f, [(key, entry)], file)
-            self._last = key, t
-        return self._last[1]
-
-
 # One file
 
 

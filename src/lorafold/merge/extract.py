@@ -22,12 +22,11 @@ from torch import Tensor
 from .. import __version__
 from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
-from ..files.base import read_base
+from ..files.base import Weights, read_base
 from ..lowrank import LowRank
 from ..parts import LINEAR, PREFIX, Layout
 from ..words import warn
 from .algebra.spaces import cut
-from .checkpoint import Weights
 
 Progress = Callable[[int, int, str], object]
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import MismatchError, RefusedError
 from ..files import load
-from ..files.base import read_base
+from ..files.base import Weights, read_base
 from ..lowrank import LowRank
 from ..placing import Placement, Spot, placed
-from .checkpoint import Weights
 
 Verdict = Literal["applied", "not applied", "wrong strength", "other change", "missing"]
 Progress = Callable[[int, int, str], object]

@@ -7,7 +7,6 @@ that must match the end of the path, from a dot on. A base is read by its header
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,10 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..errors import MismatchError
-from ..files.base import read_base
 from ..lowrank import LowRank
-from ..naming import Base
 from ..parts import Layout
 from ..words import did_you_mean, one_line
+from .bases import tensors_of
 from .job import Place
 
 Shape = tuple[int, int]
@@ -79,7 +77,7 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
         MismatchError: it is none, or no module has a place.
     """
     parts = adapter.parts
-    base = _base(target, parts.names())
+    base = tensors_of(target).named(parts.names())
     places, without = {}, {}
     for path, u in adapter.modules.items():
         layout = adapter.layout(path)
@@ -98,17 +96,6 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
             f"{why}"
         )
     return places, without
-
-
-def _base(target: Any, names: list[str]) -> Base:
-    if isinstance(target, str | os.PathLike):
-        return read_base(os.fspath(target)).named(names)
-    state = target if isinstance(target, Mapping) else getattr(target, "state_dict", lambda: None)()
-    if not isinstance(state, Mapping):
-        raise MismatchError(
-            f"a base is a folder, a model or a state dict, not {type(target).__name__}"
-        )
-    return Base.of_state(state, names)
 
 
 def _shape_in(weight: tuple[int, ...], u: LowRank, layout: Layout, adapter: Adapter) -> Any:

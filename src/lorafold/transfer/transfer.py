@@ -19,8 +19,10 @@ from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean, warn
+from .bases import name_of_base
 from .job import Job, Method, Moved, Progress, Transfer
 from .methods import plain
+from .methods.copy import copy
 from .report import report_of
 from .shapes import places_given, places_in, shape_of
 
@@ -47,6 +49,7 @@ METHODS: dict[str, Way] = {
     "truncate": Way(plain.truncate, {"rescale": False}, bases=False),
     "interpolate": Way(plain.interpolate, {"rescale": False}, bases=False),
     "svd": Way(plain.svd, {"rescale": False}, bases=False),
+    "copy": Way(copy, {"check": True}, bases=False),
 }
 
 
@@ -70,15 +73,16 @@ def transfer(
         adapter: an `Adapter` or a path; or one `LowRank`, with `shape=`.
         source, target: the base that it was trained on and the one that it is for: folders, models
             or state dicts. `target` alone is enough for the plain resizings, which need its shapes.
-        method: "truncate", "interpolate" or "svd". By default "svd" where only shapes are known.
+        method: "truncate", "interpolate", "svd" (the plain resizings) or "copy". By default "svd"
+            where only shapes are known.
         shape: instead of bases, (out, in) for a `LowRank`, {module path or pattern: (out, in)} for
             an adapter, patterns as in PEFT's `rank_pattern`; modules that none names keep theirs.
         texts, alignment: what the methods between two bases learn from.
         rank: of the result at most; one above min(out, in) is kept only where it is asked for here.
             energy: instead, the share of each result's ‖ΔW‖² to keep.
         progress: called with done, total, what.
-        options: the method's own: `rescale=True` (the plain ones) multiplies by √(d_s/d_t), with
-            d = √(out · in).
+        options: the method's own. Plain resizings: `rescale=True` multiplies by √(d_s/d_t), with
+            d = √(out · in). "copy": `check=False` doesn't compare the two bases' weights.
 
     Returns:
         A `Transfer`: `.adapter`, of the kind that was given, and `.report`.
@@ -208,7 +212,7 @@ def _transfer(job: Job, moved: Moved, method: str, one: bool) -> Transfer:
     )
     if one:
         return Transfer(moved.modules[_ONE], report)
-    name = job.target if isinstance(job.target, str) else None
+    name = name_of_base(job.target)
     facts: dict[str, Any] = {"lorafold": __version__, "method": method}
     facts |= {"from": before.base_model, "to": name}
     facts |= {"digest": before.digest, "without": dict(moved.without)}
