@@ -194,21 +194,24 @@ def report_of(
     sources, fits, distances = sources or {}, fits or {}, distances or {}
     made_of = {p: tuple(sources.get(p, (p,) if p in original else ())) for p in result}
     with threads(1):  # thin algebra on several waits more than it works
-        found = {p: _Pair(p, [original[s] for s in made_of[p]], result[p]) for p in result}
-        unused = [p for p in original if p not in {s for of in made_of.values() for s in of}]
-        lost = [original[p].norm() for p in unused]
-        whole = math.hypot(*(u.norm() for u in original.values()))
+        seen = {p: _seen(u) for p, u in original.items()}
+        pairs = [_Pair([seen[s] for s in made_of[p]], _seen(u)) for p, u in result.items()]
+        rows = tuple(
+            pair.row(p, made_of[p], fits.get(p), distances.get(p))
+            for p, pair in zip(result, pairs, strict=True)
+        )
+    used = {s for of in made_of.values() for s in of}
     if dropped is None and without is None:
-        without = dict.fromkeys(unused, "not in the result")
-    rows = tuple(pair.row(made_of[p], fits.get(p), distances.get(p)) for p, pair in found.items())
-    apart = [pair.distance for pair in found.values()]
+        without = {p: "not in the result" for p in original if p not in used}
+    whole = math.hypot(*(u.norm for u in seen.values()))
     after = math.hypot(*(m.norms[1] for m in rows))
     ranks = [sum(m.ranks[k] for m in rows) for k in (0, 1)]
-    known = [d for d in apart if d is not None]
-    error = _ratio(math.hypot(*known, *lost), whole) if len(known) == len(apart) else None
+    apart = [d for pair in pairs if (d := pair.distance) is not None]
+    apart += [u.norm for p, u in seen.items() if p not in used]
+    error = None if any(pair.distance is None for pair in pairs) else math.hypot(*apart)
     return TransferReport(
         rows,
-        error,
+        None if error is None else _ratio(error, whole),
         after / whole if whole > 0 else None,
         ranks[1] / ranks[0] if ranks[0] else None,
         _means(m.cosines_out for m in rows),
@@ -219,46 +222,58 @@ def report_of(
     )
 
 
-class _Pair:
-    """A module of the result and the updates that it was made of, in float64."""
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """An update, itself in float64, its norm, and U (out, k), S (k,), V (in, k) that are alive."""
 
-    def __init__(self, path: str, before: Sequence[LowRank], after: LowRank) -> None:
-        self._path, self._after = path, _exact(after)
-        self._before = [_exact(u) for u in before]
-        self._one = self._before[0] if len(before) == 1 else None
+    given: LowRank
+    exact: LowRank
+    norm: float
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def _seen(u: LowRank) -> _Seen:
+    exact = u.to("cpu", torch.float64)  # where small and half types lose nothing
+    U, S, Vh = exact.svd()
+    alive = RANK_TOLERANCE * S[:1] < S
+    return _Seen(u, exact, float(S.norm()), U[:, alive], S[alive], Vh[alive].T)
+
+
+class _Pair:
+    """A module of the result and the updates that it was made of."""
+
+    def __init__(self, before: Sequence[_Seen], after: _Seen) -> None:
+        self._before, self._after = before, after
+        self._one = before[0] if len(before) == 1 else None
         self.distance: float | None = None  # where there is a difference
         if not before:
-            self.distance = self._after.norm()
-        elif self._one is not None and self._one.shape == after.shape:
-            same = before[0].scale == after.scale and all(
-                map(torch.equal, (before[0].A, before[0].B), (after.A, after.B))
-            )
-            self.distance = 0.0 if same else (self._after - self._one).norm()
+            self.distance = after.norm
+        elif self._one is not None and self._one.exact.shape == after.exact.shape:
+            same = _identical(self._one.given, after.given)
+            self.distance = 0.0 if same else (after.exact - self._one.exact).norm()
 
     def row(
-        self, sources: tuple[str, ...], fit: float | None, distance: float | None
+        self, path: str, sources: tuple[str, ...], fit: float | None, distance: float | None
     ) -> ModuleReport:
         """What is reported of it."""
-        sides = [_alive(u) for u in self._before]
-        U, S, V = _alive(self._after)
+        shapes = [u.exact.shape for u in self._before] or [(0, 0)]
+        before = math.hypot(*(u.norm for u in self._before))
+        rank, after = sum(len(u.S) for u in self._before), self._after
         out = into = None
-        outs, ins = zip(*(u.shape for u in self._before), strict=True) if sides else ((0,), (0,))
         if self._one is not None:
-            X, _, Y = sides[0]
-            out = _cosines(X, U) if len(X) == len(U) else None
-            into = _cosines(Y, V) if len(Y) == len(V) else None
-        before = math.hypot(*(u.norm() for u in self._before))
-        after = self._after.norm()
-        rank = sum(len(s) for _, s, _ in sides)
+            out = _cosines(self._one.U, after.U)
+            into = _cosines(self._one.V, after.V)
         return ModuleReport(
-            self._path,
+            path,
             sources,
-            ((sum(outs), max(ins)), self._after.shape),
-            (before, after),
-            (rank, len(S)),
+            ((sum(out for out, _ in shapes), max(inner for _, inner in shapes)), after.exact.shape),
+            (before, after.norm),
+            (rank, len(after.S)),
             None if self.distance is None else _ratio(self.distance, before),
-            after / before if before > 0 else None,
-            len(S) / rank if rank else None,
+            after.norm / before if before > 0 else None,
+            len(after.S) / rank if rank else None,
             out,
             into,
             fit,
@@ -266,9 +281,9 @@ class _Pair:
         )
 
 
-def _exact(u: LowRank) -> LowRank:
-    """The update in float64, on the CPU, where small and half types lose nothing."""
-    return u.to("cpu", torch.float64)
+def _identical(u: LowRank, v: LowRank) -> bool:
+    alike = u.scale == v.scale and u.A.device == v.A.device and u.A.dtype == v.A.dtype
+    return alike and torch.equal(u.A, v.A) and torch.equal(u.B, v.B)
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -278,15 +293,10 @@ def _ratio(part: float, whole: float) -> float | None:
     return 0.0 if part == 0 else None
 
 
-def _alive(u: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,), V (in, k), without directions that are rounding alone."""
-    U, S, Vh = u.svd()
-    alive = RANK_TOLERANCE * S[:1] < S
-    return U[:, alive], S[alive], Vh[alive].T
-
-
-def _cosines(X: Tensor, Y: Tensor) -> tuple[float, ...]:
-    """Of the principal angles between the leading columns, descending."""
+def _cosines(X: Tensor, Y: Tensor) -> tuple[float, ...] | None:
+    """Of the principal angles between leading columns, descending; None if of two lengths."""
+    if len(X) != len(Y):
+        return None
     if 0 in X.shape or 0 in Y.shape:
         return ()
     found: list[float] = torch.linalg.svdvals(X[:, :LEADING].T @ Y[:, :LEADING]).tolist()

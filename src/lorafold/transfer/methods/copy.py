@@ -23,9 +23,9 @@ from ..job import Job, Moved
 _NEAR, _KIN = 0.2, 0.7
 _CHUNK = 1 << 22
 _EXPECT = {
-    "near": "one base and nearly the same weights: expect it to do what it did",
-    "kin": "trained on from one another, and far: expect a part of the effect, and measure it",
-    "strangers": "don't: the weights have nothing to do with each other, so neither has an update",
+    "near": "nearly the same weights: expect it to do what it did",
+    "kin": "one made from the other, and far: expect a part of the effect, and measure it",
+    "strangers": "don't: the weights have nothing to do with each other, nor will the update",
 }
 
 
