@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 16}, "Qwen3ForCausalLM"),
     "gemma": ("GemmaConfig", {**GROUPED, "head_dim": 16}, "GemmaForCausalLM"),
     "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16}, "Gemma2ForCausalLM"),
-    "phi3": ("Phi3Config", {**GROUPED, **HERE}, "Phi3ForCausalLM"),
+    "phi3": ("Phi3Config", {**GROUPED, **HERE, "rms_norm_eps": 1e-6}, "Phi3ForCausalLM"),
     "gpt2": ("GPT2Config", GPT, "GPT2LMHeadModel"),
     "gpt2 cross": ("GPT2Config", {**GPT, "add_cross_attention": True}, "GPT2LMHeadModel"),
     "gpt_neox": ("GPTNeoXConfig", {**PLAIN, **HERE}, "GPTNeoXForCausalLM"),
@@ -117,3 +117,30 @@ def model_of(name, device="cpu", seed=0):
         torch.manual_seed(seed)
         with torch.device(device):
             return getattr(transformers, ARCHITECTURES[name][2])(config_of(name)).eval()
+
+
+def inputs_of(name, seed=1):
+    """What the model of an architecture is run on."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (2, 7), generator=generator)
+    kind = name.split()[0]
+    if kind == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    if kind == "clip":
+        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    if kind == "whisper":
+        features = torch.randn(2, 80, 32, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids}
+    if kind == "t5":
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    if name in ("gpt2 cross", "bert decoder"):
+        states = torch.randn(2, 5, WIDTH, generator=generator)
+        return {"input_ids": ids, "encoder_hidden_states": states}
+    return {"input_ids": ids}
+
+
+def output_of(model, inputs):
+    """All floating-point tensors that a model gives, in one."""
+    with torch.no_grad():
+        found = model(**inputs)
+    return torch.cat([t.flatten() for t in found.values() if isinstance(t, torch.Tensor)])

@@ -15,6 +15,7 @@ VERBS = {
     "similar": "Find adapters that do the same, or nearly, and what could go.",
     "diff": "Compare two adapters by what they do to the weights.",
     "anatomy": "Measure every module of an adapter, and find those that stand out.",
+    "roles": "Show what the modules of a base or an adapter do.",
     "resize": "Write an adapter at another size, with the error it costs.",
     "check": "Check an adapter's names and shapes against its base.",
     "merge": "Merge adapters into one, of any ranks and targets.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from .formats.vlora import load_many as load_many
 from .peft import AdapterFile as AdapterFile
 from .peft import load as load
 from .peft import open_adapter as open_adapter
 from .save import save as save
-from .vlora import load_many as load_many
 
 __all__ = ["AdapterFile", "load", "load_many", "open_adapter", "save"]

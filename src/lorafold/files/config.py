@@ -15,6 +15,7 @@ from ..errors import FileError, MismatchError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+PORTABLE_NAME = "portable.safetensors"  # by roles, lorafold's own
 SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
 LIBRARY_NAME = "library.json"
 STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on

@@ -15,8 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
-from .config import CONFIG_NAME, LIBRARY_NAME, PICKLE_NAME, SUBSPACE_NAME, WEIGHTS_NAME
+from .config import (
+    CONFIG_NAME,
+    LIBRARY_NAME,
+    PICKLE_NAME,
+    PORTABLE_NAME,
+    SUBSPACE_NAME,
+    WEIGHTS_NAME,
+)
 from .hub import snapshot
+
+_FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class PickleError(FileError):
 
 def is_adapter(path: Path) -> bool:
     """Whether the directory itself holds an adapter's weights or config."""
-    return any((path / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME, CONFIG_NAME))
+    return any((path / name).is_file() for name in _FILES)
 
 
 def is_subspace(path: str | os.PathLike[str]) -> bool:
@@ -148,6 +157,8 @@ def _in_directory(path: Path, allow_pickle: bool) -> Location:
     config = folder / CONFIG_NAME if (folder / CONFIG_NAME).is_file() else None
     if (folder / WEIGHTS_NAME).is_file():
         return Location(path, folder / WEIGHTS_NAME, config)
+    if (folder / PORTABLE_NAME).is_file():
+        return Location(path, folder / PORTABLE_NAME, None)
     if not (folder / PICKLE_NAME).is_file():
         raise FileError(_none(folder))
     if not allow_pickle:

@@ -22,10 +22,14 @@ from ..adapter import ORIGIN, Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
+from ..roles.fused import Packing
+from ..roles.onto import onto
+from ..roles.roles import Tables
 from ..words import did_you_mean
 from . import safetensors
 from .config import checked, parsed, plain, read_text
 from .find import Location, locate
+from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
 from .safetensors import Entry
 
@@ -40,6 +44,7 @@ class _Record:
         self.slots = plan.slots
         self.entries = entries
         self.size = size
+        self.packings: Mapping[str, Packing] = {}
         self.extra_keys = plan.extra_keys
         self.refusal = refusal_reason(config, plan.extra_keys)
         self.shapes = MappingProxyType({p: (*s.shape, s.rank) for p, s in plan.slots.items()})
@@ -150,6 +155,11 @@ class AdapterFile:
         return self._record.refusal
 
     @property
+    def packings(self) -> Mapping[str, Packing]:
+        """How fused modules pack their parts, as far as a portable file says it."""
+        return self._record.packings
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """All keys of the file, in its order; the extras' only, for an adapter in memory."""
         return tuple(self._record.entries) or self.extra_keys
@@ -232,9 +242,9 @@ def open_adapter(
         return AdapterFile.of(source)
     place = locate(source, revision=revision, allow_pickle=allow_pickle)
     text = None if place.config is None else read_text(place.config)
-    _check_alpha(alpha, text is not None, str(place.weights))
     nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
     if place.weights.suffix != ".safetensors":
+        _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
         tensors, config = plain_keys(_unpickled(place.weights), config, str(place.weights))
         record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
@@ -251,6 +261,8 @@ def load(
     allow_pickle: bool = False,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    base: Any = None,
+    tables: Tables = (),
 ) -> Adapter:
     """Read an adapter.
 
@@ -264,6 +276,10 @@ def load(
         revision: a branch, tag or commit, for a Hub id.
         allow_pickle: read `adapter_model.bin` too (with `weights_only=True`).
         device, dtype: where the tensors go, and in what dtype the factors.
+        base: a base of the same shapes to put it on, by roles: a model, its configuration or
+            folder, or module paths. A file that was saved with `format="portable"` says how its
+            fused modules pack their parts; of others their own base's folder does.
+        tables: of modules whose roles are not known; see `lf.roles`.
 
     Returns:
         An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
@@ -271,6 +287,8 @@ def load(
     Raises:
         FileError: nothing there, or nothing that is read; naming file and key.
         MismatchError: the file contradicts itself, or holds NaN; naming file, module and tensor.
+            Or it does not fit the `base`.
+        RefusedError: it holds an extra tensor that has no place in the `base`.
 
     Example:
         >>> import tempfile, torch
@@ -288,11 +306,15 @@ def load(
         checked_config = None if config is None else checked(plain(config), where)
         tensors, checked_config = plain_keys(copies, checked_config, where)
         record = _record_of(tensors, checked_config, alpha, where)
-        return _assembled(tensors, record, where, device, dtype)
+        adapter = _assembled(tensors, record, where, device, dtype)
+        return adapter if base is None else onto(adapter, base, tables=tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
     opened = open_adapter(source, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
-    return opened.load(device, dtype)
+    adapter = opened.load(device, dtype)
+    if base is None:
+        return adapter
+    return onto(adapter, base, packings=opened.packings or None, tables=tables)
 
 
 def _open_safetensors(
@@ -306,14 +328,33 @@ def _open_safetensors(
     record = _records.get(digest.digest())
     if record is None:
         found, metadata = safetensors.parse_header(header, size, where)
-        config = None if text is None else parsed(text, str(place.config))
-        entries, config = plain_keys(found, config, where)
-        shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-        plan = make_plan(shapes, config, alpha, where)
-        record = _Record({**(config or {}), **_origin(metadata)}, plan, entries, size)
+        if is_portable(metadata):
+            record = _of_roles(found, metadata, size, alpha, where)
+        else:
+            _check_alpha(alpha, text is not None, where)
+            config = None if text is None else parsed(text, str(place.config))
+            entries, config = plain_keys(found, config, where)
+            shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+            plan = make_plan(shapes, config, alpha, where)
+            record = _Record({**(config or {}), **_origin(metadata)}, plan, entries, size)
         _check_something(record, where)
         _records[digest.digest()] = record
     return AdapterFile(place.path, record, nbytes, file=where)
+
+
+def _of_roles(
+    found: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    size: int,
+    alpha: float | None,
+    where: str,
+) -> _Record:
+    if alpha is not None:
+        raise MismatchError(f"{where}: a portable file has its scales; leave out alpha=")
+    told = portable_plan(found, metadata, where)
+    record = _Record(told.config, told.plan, told.entries, size)
+    record.packings = told.packings
+    return record
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -368,7 +409,7 @@ def _update(
     if layout.kind == "expert":
         assert layout.expert is not None
         e, count = layout.expert
-        if count > 1:
+        if count > 1 and len(A) > slot.rank:  # a portable file has each expert by itself
             # Contiguous copies, so that one expert does not keep all of them alive.
             A = A[e * slot.rank : (e + 1) * slot.rank].clone()
             B = B[:, e::count].contiguous()

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,9 +25,12 @@ from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
+from ..roles.roles import Tables
+from ..words import one_line
 from .atomic import new_directory
-from .config import CONFIG_NAME, STATE_NAME, WEIGHTS_NAME, plain
+from .config import CONFIG_NAME, PORTABLE_NAME, STATE_NAME, WEIGHTS_NAME, plain
 from .find import is_adapter
+from .formats.portable import portable_form
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
@@ -37,7 +40,7 @@ _CARD, _MARK = "README.md", "<!-- Written by lorafold, and replaced with the ada
 ADAPTER = Kind(
     "an adapter",
     is_adapter,
-    re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, STATE_NAME)))),
+    re.compile("|".join(map(re.escape, (CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, STATE_NAME)))),
     marked={_CARD: _MARK},
 )
 
@@ -78,16 +81,23 @@ def save(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
+    format: Literal["peft", "portable"] = "peft",  # noqa: A002
     pad: bool = False,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
+    base: Any = None,
+    tables: Tables = (),
 ) -> None:
-    """Write an adapter as a directory that PEFT reads, whole or not at all.
+    """Write an adapter as a directory, whole or not at all: as PEFT reads it, or by roles.
 
     An adapter as it was loaded comes out bit for bit, with every field of its config. One whose
     ranks or scales changed is written with the scale baked into B, α = r, and modules of other
     ranks named in `rank_pattern`.
+
+    `format="portable"` names the updates by what their modules do (`lf.roles`): `lf.load` gives
+    the adapter back bit for bit, and `lf.load(path, base=…)` puts it on another architecture of
+    the same shapes.
 
     Not for: a training run that is to go on (`Live.save`), many adapters in few bytes (`fold`), or
     a whole model (`merge_into_weights`).
@@ -95,17 +105,35 @@ def save(
     Args:
         adapter: what to write.
         path: the directory to make.
+        format: "peft", or "portable".
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.
         overwrite: replace the adapter at `path`; other files in its folder stay.
         dtype: of the factors; by default their own (float32 where baking the scale would round).
         base_model: name or path of the base; by default the adapter's.
+        base: for "portable", the base itself (a model, its configuration or folder), which says
+            how fused modules pack their parts; by default `base_model`, if that is a folder.
+        tables: for "portable", of modules whose roles are not known; see `lf.roles`.
 
     Raises:
         FileError: something is at `path` and `overwrite` is False, or it is no adapter.
         RefusedError: a change was asked of an adapter that ΔW algebra is refused for.
-        MismatchError: modules that can't be in one file.
+        MismatchError: modules that can't be in one file, an option of the other format, or modules
+            without a role.
     """
+    if format == "portable":
+        if pad:
+            raise MismatchError("pad= is for format='peft': a portable file has no patterns")
+        named, metadata = portable_form(
+            adapter, dtype=dtype, base_model=base_model, base=base, tables=tables
+        )
+        with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
+            save_file(_separate(named), staging / PORTABLE_NAME, metadata=metadata)
+        return
+    if format != "peft":
+        raise MismatchError(f"format must be 'peft' or 'portable', found {one_line(format)}")
+    if base is not None or tables:
+        raise MismatchError("base= and tables= are for format='portable'")
     tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, tensors, config)

@@ -11,11 +11,23 @@ if TYPE_CHECKING:
     from .fused import Packing as Packing
     from .fused import heads as heads
     from .fused import packing as packing
+    from .onto import known_packings as known_packings
+    from .onto import onto as onto
     from .role import Role as Role
     from .roles import recognised as recognised
     from .roles import roles as roles
 
-__all__ = ["Heads", "Packing", "Role", "heads", "packing", "recognised", "roles"]
+__all__ = [
+    "Heads",
+    "Packing",
+    "Role",
+    "heads",
+    "known_packings",
+    "onto",
+    "packing",
+    "recognised",
+    "roles",
+]
 
 make_face(
     __name__,
@@ -27,5 +39,7 @@ make_face(
         "Packing": "fused",
         "heads": "fused",
         "packing": "fused",
+        "onto": "onto",
+        "known_packings": "onto",
     },
 )

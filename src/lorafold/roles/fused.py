@@ -190,21 +190,21 @@ def packing(role: Role, model: Any = None) -> Packing | None:
 
     Args:
         role: of the module.
-        model: the model, its configuration or folder; it tells the heads and the order. Gate and
-            up take none.
+        model: the model, its configuration or folder; it tells the heads and the order. The gate
+            and up of a plain MLP take none.
 
     Raises:
-        MismatchError: the heads are needed and not told.
+        MismatchError: the model is needed, or its configuration does not tell its heads.
     """
     words = FUSED.get(role.kind.rpartition(".")[2])
     if words is None:
         return None
     model_type = config_of(model).get("model_type")
-    if words == FUSED["gate_up"]:
+    if words == FUSED["gate_up"] and (model is not None or role.kind.startswith("mlp.")):
         return Packing(words, (1, 1), 0 if model_type in _ALTERNATING else 1)
     if model is None:
         raise MismatchError(
-            f"how {str(role)!r} packs {', '.join(words)} depends on the model's heads: give the "
+            f"how {str(role)!r} packs {', '.join(words)} depends on the model: give the "
             "model, its configuration, or its folder"
         )
     found = heads(model, role.side)

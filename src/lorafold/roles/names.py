@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FileError, MismatchError, MissingExtraError
+from ..naming import Shape
 from ..parts import PREFIX, plain_name
 from ..words import one_line
 
 _CONFIG_NAME, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
-_INDEX_END = ".safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 # What PEFT and lorafold put into a model for an adapter.
 _OF_ADAPTERS = {"lorafold", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 
 
-def names_in(x: Any) -> list[str]:
-    """The module paths that a model, a configuration, a folder or names stand for.
+def weights_in(x: Any) -> dict[str, Shape | None]:
+    """The modules that a model, a configuration, a folder or names stand for.
+
+    Returns:
+        {module path: shape of its weight}; None where that is not known, or not what it computes
+        with (a quantised weight).
 
     Raises:
         FileError: a path that holds no base.
@@ -34,13 +39,13 @@ def names_in(x: Any) -> list[str]:
     if isinstance(x, str | os.PathLike):
         return _of_path(Path(x))
     if is_config(x):
-        return names_in(_built(x))
-    if isinstance(x, Mapping) and all(isinstance(value, Tensor) for value in x.values()):
+        return weights_in(_built(x))
+    if isinstance(x, Mapping) and x and all(isinstance(value, Tensor) for value in x.values()):
         return _of_tensors(x.items())
     if isinstance(x, Iterable):
         names = list(x)
         if all(isinstance(name, str) for name in names):
-            return names
+            return dict.fromkeys(names)
     raise MismatchError(
         "roles are told from a model, its configuration, a folder with its files, an adapter, or "
         f"module paths; found {one_line(x)}"
@@ -81,18 +86,25 @@ def plain_path(name: str) -> str:
     return name.removesuffix(".qweight").removesuffix(".weight")
 
 
-def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    return list(_layers((name, t.ndim) for name, t in tensors))
+def name_of(x: Any) -> str | None:
+    """What a base is called: its folder, or what its configuration says."""
+    if isinstance(x, str | os.PathLike):
+        return os.fspath(x)
+    return config_of(x).get("_name_or_path") or None
 
 
-def _layers(tensors: Iterable[tuple[str, int]]) -> Iterator[str]:
-    """The paths whose tensor is a layer's weight or that of experts, by name and dimensions."""
-    for name, ndim in tensors:
+def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Shape | None]:
+    return dict(_layers((n, tuple(t.shape), t.is_floating_point()) for n, t in tensors))
+
+
+def _layers(tensors: Iterable[tuple[str, Shape, bool]]) -> Iterator[tuple[str, Shape | None]]:
+    """Path and shape of what is a layer's weight or that of experts."""
+    for name, shape, is_float in tensors:
         words = name.split(".")
-        is_weight = words[-1] in ("weight", "qweight") and ndim >= 2
-        is_experts = ndim == 3 and words[-2:-1] == ["experts"]
+        is_weight = words[-1] in ("weight", "qweight") and len(shape) >= 2
+        is_experts = len(shape) == 3 and words[-2:-1] == ["experts"]
         if (is_weight or is_experts) and _OF_ADAPTERS.isdisjoint(words):
-            yield plain_path(name)
+            yield plain_path(name), shape if is_float else None
 
 
 def _built(config: Any) -> nn.Module:
@@ -124,27 +136,35 @@ def _built(config: Any) -> nn.Module:
     return made
 
 
-def _of_path(path: Path) -> list[str]:
+def _of_path(path: Path) -> dict[str, Shape | None]:
     from safetensors import SafetensorError, safe_open
 
     if (path / _ADAPTER_CONFIG).is_file():
-        raise FileError(f"{path} is an adapter: give lorafold.load(path)")
+        raise FileError(f"{path} is an adapter, not a base: lorafold.load(path) reads it")
     if not path.exists():
         raise FileError(f"no such folder: {str(path)!r}")
+    if config_of(path).get("model_type") is not None:
+        try:
+            return weights_in(_built(config_of(path)))
+        except (MissingExtraError, MismatchError):
+            pass  # the files' own names then
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        if (path / _CONFIG_NAME).is_file():
-            return names_in(_read_config(path / _CONFIG_NAME))
-        raise FileError(f"{path} holds neither safetensors files nor a {_CONFIG_NAME}")
-    found: dict[str, None] = {}
+        raise FileError(
+            f"{path} holds neither safetensors files nor a {_CONFIG_NAME} that transformers knows"
+        )
+    found: dict[str, Shape | None] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                ranks = [(key, len(f.get_slice(key).get_shape())) for key in f.keys()]  # noqa: SIM118
+                slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+                found |= _layers(
+                    (key, tuple(part.get_shape()), part.get_dtype() in _FLOATS)
+                    for key, part in slices.items()
+                )
         except (SafetensorError, OSError) as e:
             raise FileError(f"{file}: can't be read as safetensors ({e})") from e
-        found |= dict.fromkeys(_layers(ranks))
-    return list(found)
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

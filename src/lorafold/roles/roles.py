@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import MismatchError
 from ..naming import kind as kind_of
-from .names import config_of, names_in, plain_path
+from .names import config_of, plain_path, weights_in
 from .role import Role
 from .tables import combined, ends, side_of
 
@@ -49,7 +49,7 @@ def roles(x: Any, tables: Tables = ()) -> dict[str, Role]:
         >>> lf.roles(["net.7.wq"], {"wq": "attention.query"})["net.7.wq"].layer
         7
     """
-    names = names_in(x)
+    names = list(weights_in(x))
     found, unknown = recognised(names, tables, default_side(x))
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (", …" if len(unknown) > 5 else "")

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..errors import FileError, MismatchError, UnknownNameError
-from ..lowrank import LowRank
-from ..parts import PREFIX
-from ..words import did_you_mean
-from .config import SUBSPACE_NAME, read_text
-from .find import adapters_at, is_adapter, is_subspace, name_of
-from .peft import load
-from .peft_keys import plain_key
-from .safetensors import open_file, read_entries, read_tensors
+from ...adapter import Adapter
+from ...errors import FileError, MismatchError, UnknownNameError
+from ...lowrank import LowRank
+from ...parts import PREFIX
+from ...words import did_you_mean
+from ..config import SUBSPACE_NAME, read_text
+from ..find import adapters_at, is_adapter, is_subspace, name_of
+from ..peft import load
+from ..peft_keys import plain_key
+from ..safetensors import open_file, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
 _NF4 = (

@@ -1,0 +1,1 @@
+"""Formats besides PEFT's, one file each."""
