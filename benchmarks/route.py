@@ -162,6 +162,9 @@ def routers_of(examples: Mapping[str, list[str]], encoders: Mapping[str, Any]) -
             router = lf.LearnedRouter.fit(encoded, top_k=top_k)
             router.encode_with(encoder)
             found[f"learned, {name}, top {top_k}"] = router
+        router = lf.LearnedRouter.fit(encoded, hidden=None, top_k=1)
+        router.encode_with(encoder)
+        found[f"learned, {name}, no hidden layer, top 1"] = router
         router = lf.LearnedRouter.fit(encoded, top_k=1, error=0.01)
         router.encode_with(encoder)
         found[f"learned, {name}, error 0.01"] = router

@@ -223,7 +223,7 @@ def test_what_is_refused(net, three, x):
     live.use("a")
     mix = BySign("a", "b")
     refused(live, BySign("a", "d"), "no adapter 'd' is attached", lf.UnknownNameError)
-    refused(live, [mix, None], "a BySign weighs every token by itself")
+    refused(live, [mix, None], "BySign weighs every token by itself")
     refused(live, mix, "lengths= has one entry per row", lengths=[3])
     refused(live, mix, "c= has one entry per row", c=[1, 2])
     refused(live, mix, "rank 9 is above", rank=9)

@@ -42,11 +42,34 @@ def test_sources_of_every_kind(here, cli):
     assert ran.code == 0, ran.err
     assert ran.json["names"] == ["sql", "<b>"]
     texts = (here / "texts" / "sql.txt").read_text().splitlines()
-    assert ran.json["examples"] == -(-len(texts) // 2) + 2 + 1
+    assert ran.json["examples"] == -(-len(texts) // 2) + 2 + 1 + 1
     ran = cli("route", "ask", "router", "[red]")
     assert "<b>" in ran.out
     ran = cli("route", "ask", "router", "-", input="[red]\n\nSELECT 1 FROM a\n")
     assert len(ran.out.splitlines()) == 4
+
+
+def test_texts_hold_what_looks_like_the_end_of_a_line(here, cli):
+    odd = "x\u2028y\x0cz\x85"
+    record = {"name": "odd", "text": odd}
+    text = json.dumps(record, ensure_ascii=False)
+    (here / "odd.jsonl").write_text(f"{text}\r\n{text}\n", encoding="utf-8")
+    (here / "same.txt").write_text(f"{odd}\n{odd}\n", encoding="utf-8")
+    (here / "none.jsonl").write_text(json.dumps({"name": None, "text": "1 2"}) + "\n")
+    (here / "more.txt").write_text("3 4\n5 6\n")
+    line = ("route", "fit", "odd.jsonl", "same.txt", "none.jsonl", "-o", "r", "--json", "--always")
+    assert cli(*line, "--none", "more.txt").json["examples"] == 2 + 2 + 1 + 2
+    assert cli(*line, "--none", "none.jsonl", "--overwrite").json["examples"] == 2 + 2 + 1 + 1
+    asked = cli("route", "ask", "r", "-", "--json", input=f"{odd}\n{odd}\n").json
+    assert [row["text"] for row in asked] == [odd, odd]
+
+
+def test_an_empty_text_is_like_nothing(here, cli):
+    assert cli("route", "fit", "texts", "-o", "router").code == 0
+    (row,) = cli("route", "ask", "router", "", "--json").json
+    assert row["mix"] is None
+    assert row["score"] is None
+    assert cli("route", "ask", "router", "").code == 0
 
 
 def test_what_is_refused(here, cli):

@@ -174,6 +174,70 @@ def test_explain_says_who_gets_how_much(three):
     assert set(router.explain({"layers.0.up": torch.zeros(2, 3, 8)})["layers.0.up"]) == {"a", "c"}
     with pytest.raises(lf.MismatchError, match="knows no module 'nope'"):
         router.explain({"nope": v})
+    for inputs, says in [
+        ([v], "inputs are"),
+        ({"layers.0.q": v.tolist()}, "vectors are a tensor"),
+        ({"layers.0.q": torch.tensor(1.0)}, "vectors are a tensor"),
+        ({"layers.0.q": v[:-1]}, "numbers where the router has"),
+        ({"layers.0.q": v[None][:0]}, "no token"),
+    ]:
+        with pytest.raises(lf.MismatchError, match=says):
+            router.explain(inputs)
+    with pytest.raises(lf.MismatchError, match=r"of 'aa': .*did you mean 'a'"):
+        router.direction("aa", "layers.0.q")
+    with pytest.raises(lf.MismatchError, match="did you mean 'layers.0.q'"):
+        router.direction("a", "layers.0.qq")
+
+
+def test_gauges_and_orders_change_nothing(make_net, three, x):
+    g = torch.Generator().manual_seed(3)
+
+    def turned(u):
+        G = torch.linalg.qr(torch.randn(u.rank, u.rank, generator=g).double())[0]
+        G = G * torch.linspace(0.5, 2.0, u.rank).double()
+        return lf.LowRank(torch.linalg.solve(G, u.A), u.B @ G, u.scale)
+
+    other = {
+        n: lf.Adapter({p: turned(u) for p, u in three[n].modules.items()}) for n in reversed("abc")
+    }
+    found = []
+    for adapters in (three, other):
+        net = make_net()
+        live = lf.attach(net, adapters)
+        with live.use(lf.ArrowRouter(adapters)), torch.no_grad():
+            found.append(net(x))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_that_train_leave_no_graph(three, net, x):
+    grown = {
+        n: lf.Adapter(
+            {
+                p: lf.LowRank(u.A.clone().requires_grad_(), u.B.clone().requires_grad_(), u.scale)
+                for p, u in a.modules.items()
+            }
+        )
+        for n, a in three.items()
+    }
+    router = lf.ArrowRouter(grown)
+    assert not router.direction("a", "layers.0.q").requires_grad
+    live = lf.attach(net, three)
+    with live.use(router):
+        found = net(x)
+    with live.use(lf.ArrowRouter(three)):
+        assert torch.equal(found, net(x))
+
+
+def test_more_than_there_are(three, net, x):
+    live = lf.attach(net, three)
+    with live.use(lf.ArrowRouter(three, top_k=3)):
+        wanted = net(x)
+    with live.use(lf.ArrowRouter(three, top_k=10**30)):
+        assert torch.equal(net(x), wanted)
+    with live.use(lf.ArrowRouter({"a": three["a"]})):
+        found = net(x)
+    with live.use("a"):
+        torch.testing.assert_close(found, net(x), **CLOSE)
 
 
 def test_what_is_refused(three, net, make_adapter, shapes_of):
@@ -222,6 +286,11 @@ def test_damage_is_told(three, tmp_path):
         {"members": [[7]] * len(record["members"])},
         {"modules": [3] * len(record["modules"])},
         {"top_k": "2"},
+        {"top_k": 0},
+        {"temperature": 0},
+        {"temperature": 10**400},
+        {"modules": record["modules"][:1] * len(record["modules"])},
+        {"members": [[0] * len(own) for own in record["members"]]},
         {"names": ["a", "a", "b"]},
     ):
         file.write_text(json.dumps({**record, **change}))

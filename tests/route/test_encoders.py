@@ -8,7 +8,7 @@ import torch
 
 import lorafold as lf
 from lorafold.demo.model import data_dir
-from lorafold.route import ngrams
+from lorafold.route import encoders, ngrams
 from lorafold.route.encoders import encoder_of, vectors_of
 
 
@@ -49,6 +49,42 @@ def test_whatever_an_encoder_gives(give):
     found = vectors_of(["a", "b"], lambda texts: give(len(texts)))
     assert found.tolist() == [[1.0] * 3] * 2
     assert found.dtype in (torch.float32, torch.float64)
+
+
+def test_sparse_matrices_and_arrays_of_texts():
+    """What scikit-learn's vectorisers give, and what a column of a table is."""
+    sparse = pytest.importorskip("scipy.sparse")
+    data = {"a": ["xx", "xy", "xz"], "b": ["qq", "qr", "qs"]}
+    wanted = lf.CentroidRouter.fit(data, ngrams)
+
+    def encode(texts):
+        return sparse.csr_matrix(ngrams(texts).numpy())
+
+    for own, encoder in [
+        (data, encode),
+        (data, lambda texts: ngrams(texts).to_sparse()),
+        ({n: np.array(texts) for n, texts in data.items()}, ngrams),
+        ({n: np.array(texts, dtype=object) for n, texts in data.items()}, ngrams),
+        ({n: encode(texts) for n, texts in data.items()}, None),
+    ]:
+        router = lf.CentroidRouter.fit(own, encoder)
+        assert torch.equal(router.centroids, wanted.centroids)
+        router.encode_with(ngrams)
+        assert router(np.array(["xx", "qq"])) == [{"a": 1.0}, {"b": 1.0}]
+
+
+def test_long_texts_are_counted_in_blocks(monkeypatch):
+    texts = ["SELECT a " * 50, "", "b" * 300, "ccc", "d" * 3000, "e"]
+    whole = ngrams(texts)
+    sizes = []
+    monkeypatch.setattr(encoders, "_AT_ONCE", 8192)
+    counted = encoders._counted
+    monkeypatch.setattr(encoders, "_counted", lambda t: sizes.append(len(t)) or counted(t))
+    assert torch.equal(ngrams(texts), whole)
+    assert sum(sizes) == len(texts)
+    assert max(sizes) <= 2
+    with pytest.raises(lf.MismatchError, match="found one text"):
+        ngrams("text")
 
 
 def test_what_an_encoder_must_not_give():

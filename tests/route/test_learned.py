@@ -144,6 +144,32 @@ def test_few_examples_are_trained_on_all_the_same():
     assert torch.isfinite(same.weights(torch.ones(1, 1))).all()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_in_whatever_mode_it_is_called(make_clusters, names, mode):
+    data = make_clusters(names, 20)
+    wanted = lf.LearnedRouter.fit(data, epochs=3, error=0.1)
+    with mode():
+        router = lf.LearnedRouter.fit({n: x.clone() for n, x in data.items()}, epochs=3, error=0.1)
+        assert router(data["sql"]) == wanted(data["sql"])
+    assert router.calibration == wanted.calibration
+    router.weights(data["sql"]).sum().backward()  # it goes on training
+
+
+def test_what_is_abstained_from_is_the_bases_share(make_clusters, names):
+    data = make_clusters(names, 30)
+    router = lf.LearnedRouter.fit(data, error=0.05)
+    strange = make_clusters(names, 40, spread=3.0, seed=1, centers=7)["sql"]
+    rows = router(strange)
+    share = sum(row is not None for row in rows) / len(rows)
+    assert 0 < share < 1
+    blend = router.blend(strange)
+    assert list(blend) == names
+    assert sum(blend.values()) == pytest.approx(share, abs=1e-5)
+    for name, weight in blend.items():
+        own = sum(row[name] for row in rows if row is not None) / len(rows)
+        assert weight == pytest.approx(own, abs=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_size_means_nothing(make_clusters, names, size):
     data = {n: x * size for n, x in make_clusters(names, 20).items()}
@@ -161,16 +187,31 @@ def test_saved_and_loaded_equal(make_clusters, names, tmp_path):
         assert again.training_run == router.training_run
         assert again.calibration == router.calibration
         assert (again.top_k, again.hidden, again.temperature) == (2, 7, 0.7)
-    untrained = lf.LearnedRouter(names, 16, None)
-    untrained.save(tmp_path / "untrained")
-    again = lf.LearnedRouter.load(tmp_path / "untrained")
-    assert torch.equal(again.weights(data["sql"]), untrained.weights(data["sql"]))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        untrained = lf.LearnedRouter(names, 16, None).to(dtype)
+        untrained.save(tmp_path / "untrained", overwrite=True)
+        again = lf.LearnedRouter.load(tmp_path / "untrained")
+        assert torch.equal(again.weights(data["sql"]), untrained.weights(data["sql"]))
+        assert again.head.weight.dtype == dtype
+        again.weights(data["sql"]).log().mean().backward()  # and can be trained on
+        assert again.head.weight.grad.any()
     file = tmp_path / "router" / "router.json"
     record = json.loads(file.read_text())
-    for change in ({"hidden": 8}, {"temperature": 0}, {"top_k": -1}, {"training": {"epochs": 1}}):
+    before = torch.get_rng_state()
+    for change in (
+        {"hidden": 8},
+        {"hidden": 10**15},
+        {"hidden": 10**40},
+        {"input_dim": 10**12},
+        {"temperature": 0},
+        {"temperature": 10**400},
+        {"top_k": -1},
+        {"training": {"epochs": 1}},
+    ):
         file.write_text(json.dumps({**record, **change}))
         with pytest.raises(lf.FileError, match=r"router\.json"):
             load(tmp_path / "router")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_encoder_that_is_a_module_is_no_part_of_it(tmp_path):
@@ -218,6 +259,8 @@ def test_rows_and_blends_run(net, three, x, make_clusters):
         ({"temperature": math.inf}, "temperature must be"),
         ({"top_k": 0}, "top_k must be"),
         ({"encoder": 3}, "encoder must be"),
+        ({"seed": "x"}, "seed must be"),
+        ({"seed": 2**70}, "seed must be"),
     ],
 )
 def test_bad_options(options, says):
@@ -234,8 +277,23 @@ def test_bad_options(options, says):
         ({"heldout": 1.0}, "heldout must be"),
         ({"heldout": "x"}, "heldout must be"),
         ({"error": 2}, "error must be"),
+        ({"seed": None}, "seed must be"),
     ],
 )
 def test_bad_options_of_fit(options, says):
     with pytest.raises(lf.MismatchError, match=says):
         lf.LearnedRouter.fit({"a": [[1.0], [2.0]]}, **options)
+
+
+@pytest.mark.parametrize("vectors", [[[0.0, 0.0]], None, torch.ones(2, 3), torch.tensor(1.0)])
+def test_bad_vectors_of_a_bare_loop(vectors):
+    with pytest.raises(lf.MismatchError, match="vectors"):
+        lf.LearnedRouter(["a", "b"], 2).weights(vectors)
+
+
+def test_vectors_beyond_the_heads_dtype():
+    huge = {n: torch.full((4, 2), x, dtype=torch.float64) for n, x in (("a", 1e300), ("b", -1e300))}
+    with pytest.raises(lf.MismatchError, match="larger than torch.float32 holds"):
+        lf.LearnedRouter.fit(huge)
+    tiny = {n: x * 1e-300 * 1e-300 for n, x in huge.items()}
+    assert lf.LearnedRouter.fit(tiny, epochs=2).weights(tiny["a"]).isfinite().all()

@@ -203,11 +203,11 @@ def _row(what: Any, c: Any, rank: Any, known: Collection[str]) -> Row:
         names = () if what is None else (what,)
     elif isinstance(what, TokenMix):
         raise MismatchError(
-            f"a {type(what).__name__} weighs every token by itself: give it alone, not in a list"
+            f"{type(what).__name__} weighs every token by itself: give it alone, not in a list"
         )
     elif callable(what):
         raise MismatchError(
-            f"use takes what a {type(what).__name__} gives for a batch: call it on that first"
+            f"use takes what {type(what).__name__} gives for a batch: call it on that first"
         )
     else:
         raise MismatchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,9 @@ def fit(
     for source in sources:
         _read(examples, Path(source), lines)
     if nothing is not None:
-        examples[None] = list(_examples(Path(nothing), lines))
+        of_nothing: dict[str | None, list[str]] = {}
+        _read(of_nothing, Path(nothing), lines)
+        examples.setdefault(None, []).extend(itertools.chain(*of_nothing.values()))
     share = None if always else error
     router: Any
     with output.progress("fitting") as advance:
@@ -140,7 +143,7 @@ def _read(examples: dict[str | None, list[str]], path: Path, lines: int) -> None
 
 def _examples(path: Path, lines: int) -> Iterator[str]:
     """The examples of a text file: so many lines each, none of them empty."""
-    found = _text(path).splitlines()
+    found = _lines(_text(path))
     for k in range(0, len(found), lines):
         text = "\n".join(found[k : k + lines]).strip()
         if text:
@@ -148,7 +151,7 @@ def _examples(path: Path, lines: int) -> Iterator[str]:
 
 
 def _records(path: Path) -> Iterator[tuple[str | None, str]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(_text(path)), 1):
         if not line.strip():
             continue
         record: Any = None
@@ -171,7 +174,12 @@ def _text(path: Path) -> str:
 
 
 def _stdin() -> list[str]:
-    return [line for line in sys.stdin.read().splitlines() if line.strip()]
+    return [line for line in _lines(sys.stdin.read()) if line.strip()]
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text; a form feed and the like, which a text may hold, ends none."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 # Reports

@@ -22,8 +22,9 @@ from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import Layout
-from ..words import did_you_mean
+from ..words import did_you_mean, one_line
 from . import store
+from .encoders import check_width
 from .examples import checked_count, checked_temperature
 
 KIND = "arrow"
@@ -121,9 +122,11 @@ class ArrowRouter(TokenMix):
         """
         i = self._row.get((module, name))
         if i is None:
+            other = name not in self.names
+            near = did_you_mean(*((name, self.names) if other else (module, self.modules)))
             raise MismatchError(
                 f"this router knows no module {module!r} of {name!r}: make it of the adapters "
-                f"that are attached ({did_you_mean(name, self.names)})"
+                f"that are attached ({near})"
             )
         return self._directions[module][1][i]
 
@@ -144,7 +147,8 @@ class ArrowRouter(TokenMix):
                     f"and {inner} where it is attached"
                 )
             V[i] = v
-        return V, V.any(1), torch.tensor(self.top_k), torch.tensor(self.temperature)
+        top_k = torch.tensor(min(self.top_k, width))
+        return V, V.any(1), top_k, torch.tensor(self.temperature)
 
     @staticmethod
     def weights(x: Tensor, *numbers: Tensor) -> Tensor:
@@ -167,15 +171,21 @@ class ArrowRouter(TokenMix):
             {module: {name: its mean weight over the tokens}}, of the adapters that have the module.
 
         Raises:
-            MismatchError: a module that the router does not know, or inputs of another size.
+            MismatchError: a module that the router does not know, or inputs that are none or of
+                another size.
         """
+        if not isinstance(inputs, Mapping):
+            raise MismatchError(f"inputs are {{module: tensor}}, found {one_line(inputs)}")
         found = {}
         for module, x in inputs.items():
             if module not in self._directions:
                 raise MismatchError(
                     f"this router knows no module {module!r}; {did_you_mean(module, self.modules)}"
                 )
-            own, _ = self._directions[module]
+            own, V = self._directions[module]
+            check_width(x, V.shape[1])
+            if not x.numel():
+                raise MismatchError(f"module {module!r} is given no token to explain")
             numbers = self.numbers([(name, module) for name in own], len(own), x.shape[-1])
             tokens = x.detach().reshape(-1, x.shape[-1])
             mean = self.weights(tokens, *(t.to(x.device) for t in numbers)).mean(0)
@@ -209,7 +219,7 @@ class ArrowRouter(TokenMix):
         """
         f, tensors = store.read(path, KIND)
         names = f.names()
-        found = {}
+        found: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         modules, members = f.get("modules", list), f.get("members", list)
         if len(modules) != len(members):
             raise FileError(f"{f.where}: 'modules' and 'members' differ in length")
@@ -218,14 +228,18 @@ class ArrowRouter(TokenMix):
             known = isinstance(own, list) and all(
                 type(k) is int and 0 <= k < len(names) for k in own
             )
-            if not known or not isinstance(module, str) or V is None or V.ndim != 2:
+            once = isinstance(module, str) and module not in found and known
+            if not once or len(set(own)) < len(own) or V is None or V.ndim != 2:
                 raise FileError(f"{f.where}: module {i} is damaged")
             if len(V) != len(own):
                 raise FileError(f"{f.where}: module {i} has {len(V)} directions for {len(own)}")
             found[module] = tuple(names[k] for k in own), V
         router = cls.__new__(cls)
-        top_k = checked_count(f.get("top_k", int), "top_k")
-        temperature = checked_temperature(f.get("temperature", float, int))
+        try:
+            top_k = checked_count(f.get("top_k", int), "top_k")
+            temperature = checked_temperature(f.number("temperature"))
+        except MismatchError as e:
+            raise FileError(f"{f.where}: {e}") from e
         router._settle(names, found, top_k, temperature)
         return router
 
@@ -240,7 +254,8 @@ def leading_directions(updates: Sequence[LowRank]) -> Tensor:
 
     Where the largest singular value is there twice, it is one of the plane. Zero for a zero update.
     """
-    parts = [_leading(updates[k : k + _AT_ONCE]) for k in range(0, len(updates), _AT_ONCE)]
+    with torch.no_grad():  # of adapters that train too, what is known never changes
+        parts = [_leading(updates[k : k + _AT_ONCE]) for k in range(0, len(updates), _AT_ONCE)]
     return torch.cat([V.to(_widest(parts)) for V in parts])
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FileError, MismatchError
+from ..words import one_line
 from . import store
-from .encoders import encoder_of, unit
+from .encoders import check_width, encoder_of, unit
 from .examples import NOWHERE, Examples, checked_error, checked_names
 from .router import Calibration, Router
 
@@ -77,10 +78,13 @@ class CentroidRouter(Router):
         confused: Mapping[tuple[int, int], int] | None = None,
         counts: Sequence[int] = (),
     ) -> None:
-        self.names, self.centroids = checked_names(names), centroids
+        self.names, self.centroids = checked_names(names), _checked(centroids, len(names))
         self.width, self.calibration = centroids.shape[1], calibration
         self._confused, self._counts = dict(confused or {}), list(counts) or [0] * len(self.names)
         self.encode_with(encoder)
+
+    def __repr__(self) -> str:
+        return f"CentroidRouter({len(self.names)} adapters, vectors of {self.width} numbers)"
 
     @classmethod
     def fit(
@@ -135,6 +139,7 @@ class CentroidRouter(Router):
 
     def scores(self, vectors: Tensor) -> Tensor:
         """The cosine (B, N) of vectors (B, D) to every centroid; -inf for zeros, like nothing."""
+        check_width(vectors, self.width)
         return _cosines(unit(vectors).to(self.centroids), self.centroids)
 
     def overlaps(self, threshold: float = 0.9) -> list[DomainOverlap]:
@@ -188,7 +193,25 @@ class CentroidRouter(Router):
         if len(counts) != len(names) or any(max(p) >= len(names) for p in confused):
             raise FileError(f"{f.where}: the counts are not those of {len(names)} names")
         encoder = f.get("encoder", str, type(None)) if encoder is None else encoder
-        return cls(names, centroids, encoder, Calibration.read(f), confused, counts)
+        calibration = Calibration.read(f)
+        try:
+            router = cls(names, centroids, None, calibration, confused, counts)
+        except MismatchError as e:
+            raise FileError(f"{f.where}: {e}") from e
+        router.encode_with(encoder)
+        return router
+
+
+def _checked(centroids: Any, count: int) -> Tensor:
+    fits = isinstance(centroids, Tensor) and centroids.is_floating_point() and centroids.ndim == 2
+    if not fits or len(centroids) != count or not centroids.shape[1]:
+        shape = tuple(centroids.shape) if isinstance(centroids, Tensor) else one_line(centroids)
+        raise MismatchError(f"centroids of {count} names are a tensor ({count}, D), found {shape}")
+    length = centroids.double().norm(dim=1)
+    if not bool(((length - 1).abs().minimum(length) < 1e-2).all()):  # half types round
+        raise MismatchError("a centroid has length 1, or is zero: give unit vectors")
+    found: Tensor = centroids
+    return found
 
 
 def _left_out(x: Tensor, labels: Tensor, sums: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

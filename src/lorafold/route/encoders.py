@@ -8,7 +8,8 @@ router.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,7 +24,8 @@ Encoder: TypeAlias = Callable[[list[str]], Any]
 NGRAMS = "ngrams"
 _WIDTH = 2048  # numbers of a vector; a power of two
 _SIZES = (1, 2, 3)  # bytes of a gram
-_AT_ONCE = 1024  # texts
+_AT_ONCE = 1 << 22  # bytes of texts
+_EACH = 4096  # bytes that a text counts for beside its own: its row of counts
 
 
 def ngrams(texts: Sequence[str]) -> Tensor:
@@ -45,7 +47,11 @@ def ngrams(texts: Sequence[str]) -> Tensor:
         >>> bool(v[0] @ v[1] > 0.5), bool(v[0] @ v[2] < 0.3)
         (True, True)
     """
-    parts = [_counted(texts[k : k + _AT_ONCE]) for k in range(0, len(texts), _AT_ONCE)]
+    if isinstance(texts, str):
+        raise MismatchError("texts are a list, found one text: give [text]")
+    ends = itertools.accumulate(len(text) + _EACH for text in texts)
+    blocks = itertools.groupby(zip(ends, texts, strict=True), lambda pair: pair[0] // _AT_ONCE)
+    parts = [_counted([text for _, text in block]) for _, block in blocks]
     counts = torch.cat(parts) if parts else torch.zeros(0, _WIDTH)
     return torch.nn.functional.normalize(counts.sqrt(), dim=1)
 
@@ -116,11 +122,48 @@ def _model(name: str) -> Any:
         raise MismatchError(f"encoder {name!r} can't be loaded: {text[0]}") from e
 
 
-def vectors_of(batch: Any, encoder: Encoder | None, width: int | None = None) -> Tensor:
+def plain(batch: Any) -> Any:
+    """A batch as a list, or as vectors in a dense tensor or array; None where it is neither.
+
+    Sets have no order and mappings are something else; a sparse matrix is what many encoders give.
+    """
+    if isinstance(batch, Tensor):
+        batch = batch if batch.layout == torch.strided else batch.to_dense()
+    elif hasattr(batch, "toarray"):
+        batch = batch.toarray()
+    elif hasattr(batch, "__array__"):
+        batch = np.asarray(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "OSTU":
+        return batch.tolist()  # texts, for one
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch if batch.ndim else None
+    listed = isinstance(batch, Iterable) and not isinstance(batch, str | bytes | Mapping | Set)
+    return list(batch) if listed else None
+
+
+def check_width(x: Any, width: int) -> None:
+    """Check that something is vectors (…, width).
+
+    Raises:
+        MismatchError: it is not.
+    """
+    if not isinstance(x, Tensor) or not x.ndim:
+        raise MismatchError(f"vectors are a tensor (B, D), found {one_line(x)}")
+    if x.shape[-1] != width:
+        raise MismatchError(f"vectors have {x.shape[-1]} numbers where the router has {width}")
+
+
+def vectors_of(
+    batch: Any,
+    encoder: Encoder | None,
+    width: int | None = None,
+    owners: Sequence[Any] | None = None,
+) -> Tensor:
     """The vectors (B, D) of a batch of texts, or the ones that it already is; float32 at least.
 
     Args:
         batch: texts, or vectors in whatever form. width: D, where it is known.
+        owners: the name that each is an example of, where that is known.
 
     Raises:
         MismatchError: texts without an encoder, a vector that is not finite (naming which), or of
@@ -128,10 +171,10 @@ def vectors_of(batch: Any, encoder: Encoder | None, width: int | None = None) ->
     """
     if isinstance(batch, str):
         raise MismatchError("a batch is a list of texts, found one text: give [text]")
-    if not isinstance(batch, Tensor | np.ndarray):
-        if not isinstance(batch, Iterable):
-            raise MismatchError(f"a batch is texts or vectors, found {one_line(batch)}")
-        batch = list(batch)
+    given, batch = batch, plain(batch)
+    if batch is None:
+        raise MismatchError(f"a batch is a list of texts or vectors, found {one_line(given)}")
+    if isinstance(batch, list):
         texts = [isinstance(item, str) for item in batch]
         if batch and all(texts):
             batch = _encoded(batch, encoder)
@@ -143,11 +186,13 @@ def vectors_of(batch: Any, encoder: Encoder | None, width: int | None = None) ->
     if x.ndim != 2 or x.is_complex():
         raise MismatchError(f"a batch of vectors is (B, D), found {tuple(x.shape)} {x.dtype}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if width is not None and x.shape[1] != width:
-        raise MismatchError(f"vectors have {x.shape[1]} numbers where the router has {width}")
+    if width is not None:
+        check_width(x, width)
     bad = ~x.detach().isfinite().all(1)
     if bool(bad.any()):
-        raise MismatchError(f"vector {int(bad.nonzero()[0])} of the batch is not finite")
+        i = int(bad.nonzero()[0])
+        whose = "" if owners is None else f" (an example of {owners[i]!r})"
+        raise MismatchError(f"vector {i} of the batch is not finite{whose}")
     return x
 
 
@@ -163,6 +208,8 @@ def _encoded(texts: list[str], encoder: Encoder | None) -> Tensor:
 
 
 def _tensor(x: Any) -> Tensor:
+    found = plain(x)
+    x = x if found is None else found
     if isinstance(x, Tensor):
         return x
     if isinstance(x, Sequence) and x and all(isinstance(item, Tensor) for item in x):

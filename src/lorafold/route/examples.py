@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import MismatchError
 from ..words import one_line
-from .encoders import Encoder, vectors_of
+from .encoders import Encoder, plain, vectors_of
 
 NOWHERE = -1  # the label of an example that no name is right for
 
@@ -51,18 +50,26 @@ class Examples:
             raise MismatchError(
                 f"examples are {{name: texts or vectors}}, found a {type(data).__name__}"
             )
-        own = checked_names(name for name in data if name is not None)
-        names = own if names is None else tuple(names)
+        if not data and names is not None:
+            raise MismatchError("there are no held-out examples at all")
+        own = [name for name in data if name is not None]
+        names = checked_names(own) if names is None else tuple(names)
         for name in own:
             if name not in names:
                 raise MismatchError(f"there are held-out examples of {name!r}, and no others")
         groups = {name: _listed(name, batch) for name, batch in data.items()}
+        owners = [name for name, group in groups.items() for _ in range(len(group))]
         if all(isinstance(item, str) for group in groups.values() for item in group[:1]):
-            x = vectors_of([item for group in groups.values() for item in group], encoder, width)
+            texts = [item for group in groups.values() for item in group]
+            x = vectors_of(texts, encoder, width, owners)
         else:
-            x = _joined([vectors_of(group, encoder, width) for group in groups.values()])
+            x = _joined(
+                [vectors_of(g, encoder, width, [name] * len(g)) for name, g in groups.items()]
+            )
+        if not x.shape[1]:
+            raise MismatchError("the vectors of the examples hold no number")
         place = {name: i for i, name in enumerate(names)}
-        labels = [place.get(name, NOWHERE) for name, group in groups.items() for _ in group]
+        labels = [place.get(name, NOWHERE) for name in owners]
         return cls(names, x.detach(), torch.tensor(labels, device=x.device))
 
     def take(self, index: Tensor) -> Examples:
@@ -75,9 +82,9 @@ class Examples:
 
 def _listed(name: Any, batch: Any) -> Any:
     """The examples of a name, which are at least one."""
-    if isinstance(batch, str) or not isinstance(batch, Iterable):
+    found = plain(batch)
+    if found is None:
         raise MismatchError(f"the examples of {name!r} must be a list, found {one_line(batch)}")
-    found = batch if isinstance(batch, Tensor | np.ndarray) else list(batch)
     if not len(found):
         raise MismatchError(f"there are no examples of {name!r}")
     return found
@@ -162,4 +169,15 @@ def checked_count(value: Any, label: str) -> int:
     """
     if type(value) is not int or value < 1:
         raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")
+    return value
+
+
+def checked_seed(value: Any) -> int:
+    """A whole number that a generator takes.
+
+    Raises:
+        MismatchError: anything else.
+    """
+    if type(value) is not int or not -(2**63) <= value < 2**64:
+        raise MismatchError(f"seed must be a whole number of 64 bits, found {one_line(value)}")
     return value

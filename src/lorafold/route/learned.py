@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import FileError, MismatchError
 from . import store
-from .encoders import Encoder, encoder_of
+from .encoders import Encoder, check_width, encoder_of
 from .examples import (
     NOWHERE,
     Examples,
@@ -23,6 +23,7 @@ from .examples import (
     checked_error,
     checked_names,
     checked_number,
+    checked_seed,
     checked_temperature,
 )
 from .router import Calibration, Router
@@ -105,6 +106,7 @@ class LearnedRouter(Router, nn.Module):
         self.encode_with(encoder)
         self.register_buffer("shift", torch.zeros(self.width))
         self.register_buffer("spread", torch.ones(()))
+        seed = checked_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # that of the other devices stays
             self.head = _head(self.width, self.hidden, len(self.names))
@@ -119,12 +121,17 @@ class LearnedRouter(Router, nn.Module):
 
     def logits(self, vectors: Tensor) -> Tensor:
         """What the softmax is taken of, (B, N), temperature included."""
+        check_width(vectors, self.width)
         x = (vectors.to(self.shift) - self.shift) / self.spread
         found: Tensor = self.head(x) / self.temperature
         return found
 
     def weights(self, vectors: Tensor) -> Tensor:
-        """The weights (B, N) of all names for vectors (B, D): each row sums to 1."""
+        """The weights (B, N) of all names for vectors (B, D): each row sums to 1.
+
+        Raises:
+            MismatchError: no tensor, or of another D.
+        """
         return self.logits(vectors).softmax(-1)
 
     def scores(self, vectors: Tensor) -> Tensor:
@@ -136,15 +143,19 @@ class LearnedRouter(Router, nn.Module):
     def blend(self, batch: Any) -> dict[str, float]:
         """One mix for a whole batch: {name: its mean weight}, of all names.
 
+        Inputs that the router abstains from are the base's share: with them it sums to less than 1.
+
         Args:
             batch: texts, or vectors (B, D).
         """
         weights = self._scored(batch)
         if not len(weights):
             raise MismatchError("blend needs a batch of at least one input")
+        weights = torch.where(self.routed(weights)[:, None], weights, 0.0)
         return dict(zip(self.names, weights.mean(0).tolist(), strict=True))
 
     @classmethod
+    @torch.inference_mode(False)  # and with gradients, whatever the caller's mode is
     def fit(
         cls,
         examples: Mapping[str | None, Any],
@@ -180,7 +191,7 @@ class LearnedRouter(Router, nn.Module):
         """
         error = checked_error(error)
         epochs, patience = checked_count(epochs, "epochs"), checked_count(patience, "patience")
-        lr = checked_number(lr, "lr")
+        lr, seed = checked_number(lr, "lr"), checked_seed(seed)
         train, held = _split(examples, heldout, encoder_of(encoder)[0], seed)
         if error is not None and not len(held):
             raise MismatchError(
@@ -200,10 +211,16 @@ class LearnedRouter(Router, nn.Module):
 
     @torch.no_grad()
     def center_on(self, vectors: Tensor) -> None:
-        """Have the head see vectors less the mean of these, at their mean square of 1."""
+        """Have the head see vectors less the mean of these, at their mean square of 1.
+
+        Raises:
+            MismatchError: they are larger than the head's dtype holds.
+        """
         x = vectors.double()  # in which no square of a float32 overflows
         self.shift.copy_(x.mean(0))
-        spread = (x - x.mean(0)).square().mean().sqrt()
+        spread = (x - x.mean(0)).square().mean().sqrt().to(self.spread)
+        if not bool(vectors.to(self.shift).isfinite().all() & spread.isfinite()):
+            raise MismatchError(f"vectors are larger than {self.shift.dtype} holds: scale them")
         self.spread.copy_(torch.where(spread > 0, spread, 1.0))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -235,23 +252,23 @@ class LearnedRouter(Router, nn.Module):
         f, tensors = store.read(path, KIND)
         none = type(None)
         try:
-            router = cls(
-                f.names(),
-                f.get("input_dim", int),
-                f.get("hidden", int, none),
-                f.get("temperature", float, int),
-                f.get("top_k", int, none),
-                encoder=f.get("encoder", str, none) if encoder is None else encoder,
-            )
-            router.load_state_dict(tensors)
-        except (MismatchError, RuntimeError) as e:
+            with torch.device("meta"):  # nothing of a size that the file merely claims
+                router = cls(
+                    f.names(),
+                    f.get("input_dim", int),
+                    f.get("hidden", int, none),
+                    f.number("temperature"),
+                    f.get("top_k", int, none),
+                )
+            router.load_state_dict(tensors, assign=True)  # in the dtypes that were saved
+        except (MismatchError, RuntimeError, TypeError, ValueError, OverflowError) as e:
             raise FileError(f"{f.where}: {' '.join(str(e).split())}") from e
+        router.encode_with(f.get("encoder", str, none) if encoder is None else encoder)
         router.calibration = Calibration.read(f)
         run = f.inner("training")
         if run is not None:
             counts = run.get("epochs", int), run.get("best", int)
-            measured = run.get("loss", float, int), run.get("accuracy", float, int)
-            router.training_run = Training(*counts, *map(float, measured))
+            router.training_run = Training(*counts, run.number("loss"), run.number("accuracy"))
         return router
 
 

@@ -3,6 +3,8 @@
 A router gives every input a score for each name. It abstains (None, which `live.use` takes for the
 base) where the best score is below a threshold, which is calibrated: of the held-out examples that
 are routed, no more than a given share may go to a wrong name, and as many as possible are routed.
+One more wrong one is counted than there is, as the threshold is the best of many on these examples
+and other inputs are not so kind; where none is wrong they say nothing against routing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Calibration:
 
     @classmethod
     def of(cls, score: Tensor, right: Tensor, error: float) -> Calibration:
-        """The lowest threshold at which no more than `error` of the routed are wrong.
+        """The lowest threshold at which none of the routed is wrong, or no more than `error`.
+
+        Of the wrong, one more is counted than there is.
 
         Args:
             score: (n,) of the best name of each held-out example. right: (n,) whether it is its.
@@ -51,15 +55,16 @@ class Calibration:
         order = score.argsort(descending=True)
         score, right = score[order].double(), right[order]
         count = torch.arange(1, len(score) + 1, device=score.device)
-        wrong = (~right).cumsum(0).double() / count
+        wrong = (~right).cumsum(0).double()
         ends = score.isfinite()
         ends[:-1] &= score[1:] < score[:-1]  # equal scores go together
-        fine = (ends & (wrong <= error)).nonzero()
+        fine = (ends & ((wrong == 0) | ((wrong + 1) / (count + 1) <= error))).nonzero()
         if not len(fine):
             return cls(error, math.inf, len(score), 0.0, 0.0)
         last = int(fine[-1])
-        share = (last + 1) / len(score)
-        return cls(error, float(score[last]), len(score), share, float(wrong[last]))
+        routed = last + 1
+        wrong_share = float(wrong[last]) / routed
+        return cls(error, float(score[last]), len(score), routed / len(score), wrong_share)
 
     def record(self) -> dict[str, Any]:
         """The same as JSON has it, where no number is infinite."""
@@ -78,11 +83,11 @@ class Calibration:
             return None
         threshold = own.get("threshold", float, int, type(None))
         return cls(
-            float(own.get("error", float, int)),
-            math.inf if threshold is None else float(threshold),
+            own.number("error"),
+            math.inf if threshold is None else own.number("threshold"),
             own.get("heldout", int),
-            float(own.get("routed", float, int)),
-            float(own.get("wrong", float, int)),
+            own.number("routed"),
+            own.number("wrong"),
         )
 
 
@@ -226,9 +231,13 @@ class Router(ABC):
         k = len(self.names) if self.top_k is None else min(self.top_k, len(self.names))
         best, index = scores.topk(k, dim=1)
         weights = torch.ones_like(best) if k == 1 else best / best.sum(1, keepdim=True)
-        top = best[:, 0].double()
-        routed = (top.isfinite() & (top >= self.threshold)).tolist()
+        routed = self.routed(scores).tolist()
         return [
             {self.names[i]: w for i, w in zip(own, values, strict=True)} if on else None
             for on, own, values in zip(routed, index.tolist(), weights.tolist(), strict=True)
         ]
+
+    def routed(self, scores: Tensor) -> Tensor:
+        """Of which scores (B, N) something is routed, (B,) bool."""
+        top = scores.amax(1).double()
+        return top.isfinite() & (top >= self.threshold)

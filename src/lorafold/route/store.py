@@ -114,6 +114,18 @@ class Fields:
             raise FileError(f"{self.where}: {name!r} is not finite")
         return value
 
+    def number(self, name: str) -> float:
+        """A field that is a number, whole or not.
+
+        Raises:
+            FileError: it is not there, or none that a float can be.
+        """
+        value = self.get(name, float, int)
+        try:
+            return float(value)
+        except OverflowError:
+            raise FileError(f"{self.where}: {name!r} is too large a number") from None
+
     def inner(self, name: str) -> Fields | None:
         """The fields of an object in it; None where it is null."""
         value = self.get(name, dict, type(None))
