@@ -116,25 +116,39 @@ def decompose(B: Tensor, A: Tensor, most: int | None = None) -> tuple[Tensor, Te
         U (n, out, m), S (n, k) float64 descending, V (n, in, m) with k = min(r, out, in), and m the
         smaller of k and `most`.
     """
-    G_A, G_B = gram(A.mT), gram(B)
-    lam, W = _eigh(G_A)
-    top = lam[:, -1:].clamp_min(torch.finfo(lam.dtype).tiny)
-    alive = lam > 1e-14 * top
-    root = torch.where(alive, lam, 0.0).clamp_min(0).sqrt()
-    inverse = torch.where(alive, 1 / root.clamp_min(1e-300), 0.0)
-    WR = W * root[:, None, :]
-    square, Z = _eigh(WR.mT @ G_B @ WR)
+    root, inverse, bad = _roots(gram(A.mT))
+    square, Z = torch.linalg.eigh(root.mT @ gram(B) @ root)
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
     S = torch.where((_NOISE * S[:, :1] < S) & (S > _VANISHED), S, 0.0)
     Z, wanted = Z.flip(2)[:, :, :k][:, :, :most], S[:, :most]
     S_inverse = torch.where(wanted > 0, 1 / wanted.clamp_min(1e-300), 0.0)
-    to_U = WR @ Z * S_inverse[:, None, :]
-    to_V = (W * inverse[:, None, :]) @ Z * (wanted > 0)[:, None, :]
-    if bool((alive & (lam < _BAD_GAUGE * top)).any()):
+    to_U = root @ Z * S_inverse[:, None, :]
+    to_V = inverse @ Z * (wanted > 0)[:, None, :]
+    if bad:
         # The columns of A (or B) nearly cancel here: float32 products would lose them.
         return (B.double() @ to_U).to(B.dtype), S, (A.mT.double() @ to_V).to(A.dtype)
     return B @ to_U.to(B.dtype), S, A.mT @ to_V.to(A.dtype)
+
+
+def _roots(G: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """R with R Rᵀ = G, the transpose of its (pseudo-)inverse, and whether any of G is badly
+    conditioned; batched. Cholesky's factor where it is good: a tenth of the eigenvectors' time.
+    """
+    L, failed = torch.linalg.cholesky_ex(G)
+    if not bool(failed.any()):
+        one = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        inverse = torch.linalg.solve_triangular(L, one.expand_as(L), upper=False)
+        condition = torch.linalg.matrix_norm(G) * torch.linalg.matrix_norm(inverse.mT @ inverse)
+        if bool((condition < 1 / _BAD_GAUGE).all()):
+            return L, inverse.mT, False
+    lam, W = torch.linalg.eigh(G)
+    top = lam[:, -1:].clamp_min(torch.finfo(lam.dtype).tiny)
+    alive = lam > 1e-14 * top
+    root = torch.where(alive, lam, 0.0).clamp_min(0).sqrt()
+    inverse = torch.where(alive, 1 / root.clamp_min(1e-300), 0.0)
+    bad = bool((alive & (lam < _BAD_GAUGE * top)).any())
+    return W * root[:, None, :], W * inverse[:, None, :], bad
 
 
 def gram(X: Tensor) -> Tensor:
@@ -243,13 +257,11 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
     size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
     if not exact and not _float32_grams_suffice(size, largest, factors):
         return singular_values(factors)
-    lam, W = _eigh(G_A)
-    WR = W * lam.clamp_min(0).sqrt()[:, None, :]
-    squares = torch.linalg.eigvalsh(WR.mT @ G_B @ WR)
+    root, failed = torch.linalg.cholesky_ex(G_A)
+    if bool(failed.any()):
+        lam, W = torch.linalg.eigh(G_A)
+        root = W * lam.clamp_min(0).sqrt()[:, None, :]
+    squares = torch.linalg.eigvalsh(root.mT @ G_B @ root)
     S = squares.clamp_min(0).sqrt().flip(1)
     return torch.where(S > _VANISHED, S, 0.0)
 
-
-def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(G)
-    return values, vectors

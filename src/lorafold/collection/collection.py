@@ -17,7 +17,8 @@ from .sources import Handle
 from .stack import Stack
 
 _FEW = 16_000_000  # numbers in a collection that one thread is enough for, whatever is done
-_HASHED_AT_ONCE = 64  # tensors that wait for their digest
+_HASHED_TOGETHER = 1 << 20  # numbers: handing fewer to another thread costs more than hashing them
+_AT_ONCE = 8  # so many of these that wait for their digests
 _KEPT = 64  # a collection of no more blocks, a quarter of the memory limit, is read once and kept
 
 
@@ -78,7 +79,9 @@ class Collection:
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
         self._pool = ThreadPoolExecutor(2, "digest")
-        self._hashing: deque[tuple[int, str, Future[bytes]]] = deque()
+        self._read: list[tuple[int, str, LowRank]] = []
+        self._numbers = 0  # in these
+        self._hashing: deque[Future[None]] = deque()
 
     def check_layouts(self) -> None:
         """Refuse one module that is of two kinds.
@@ -144,22 +147,31 @@ class Collection:
         u = self.update(i, path)
         if path not in self._digests[i]:
             self._digests[i][path] = b""  # to come
-            layout = self.handles[i].layouts.get(path, Layout())
-            self._hashing.append((i, path, self._pool.submit(module_digest, path, u, layout)))
-            self._collect(_HASHED_AT_ONCE)
+            self._read.append((i, path, u))
+            self._numbers += u.num_parameters
+            if self._numbers >= _HASHED_TOGETHER:
+                self._hashing.append(self._pool.submit(self._hash, self._read))
+                self._read, self._numbers = [], 0
+                self._collect(_AT_ONCE)
         return u
 
+    def _hash(self, updates: list[tuple[int, str, LowRank]]) -> None:
+        for i, path, u in updates:
+            layout = self.handles[i].layouts.get(path, Layout())
+            self._digests[i][path] = module_digest(path, u, layout)
+
     def _collect(self, left: int = 0) -> None:
-        """Take in digests that are done, waiting until no more than `left` are under way."""
+        """Wait until no more than `left` of what is hashed together is under way."""
         while len(self._hashing) > left:
-            i, path, future = self._hashing.popleft()
-            self._digests[i][path] = future.result()
+            self._hashing.popleft().result()
 
     def digest(self, i: int, extras: Mapping[str, Tensor]) -> str:
         """Adapter i's digest, from what `read` has seen of it (the rest is read now)."""
         for path in self.handles[i].shapes:
             if path not in self._digests[i]:
                 self.read(i, path)
+        self._hash(self._read)
+        self._read, self._numbers = [], 0
         self._collect()
         return combined_digest(
             [*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())]

@@ -25,6 +25,7 @@ from ...lowrank import LowRank
 
 # Directions of the stack below this share of the largest hold what float32 factors are rounded by.
 NOISE = 1e-6
+_CANCEL = 100.0  # so many times the result may the parts of a float32 product be
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +125,17 @@ class Joint:
         size = float(torch.linalg.matrix_norm(M))
         even = math.sqrt(size / math.sqrt(min(p, q))) if size > 0 else 1.0  # B and A of one size
         M = M / even
+        B, A, T_U, T_V = self.B, self.A, self.T_U, self.T_V
         if p <= q:
-            return LowRank((M @ self.T_V.T @ self.A).float(), self.U.float().mul_(even))
-        return LowRank(self.V.T.float().mul_(even), (self.B @ (self.T_U @ M)).float())
+            parts = ((B, T_U * M.norm(dim=1)), (A, T_V := T_V @ M.T))
+        else:
+            parts = ((B, T_U := T_U @ M), (A, T_V * M.norm(dim=0)))
+        # Products in float32, unless parts that are far larger than the result cancel in them.
+        if all(bool(X.norm() * T.norm() <= _CANCEL * M.norm()) for X, T in parts):
+            B, A, T_U, T_V = B.float(), A.float(), T_U.float(), T_V.float()
+        left, right = (B @ T_U).float(), (T_V.T @ A).float()
+        (left if p <= q else right).mul_(even)
+        return LowRank(right, left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,12 +217,15 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     Args:
         G: BᵀB. G_other: A Aᵀ, of which H is the part within each update.
     """
-    root = torch.zeros_like(G)
+    within = torch.zeros_like(G)
     for span in spans:
         if span is not None:
-            values, W = torch.linalg.eigh(G_other[span, span])
-            root[span, span] = W * values.clamp_min(0).sqrt() @ W.T
-    values, W = torch.linalg.eigh(root @ G @ root)
+            within[span, span] = G_other[span, span]
+    root, failed = torch.linalg.cholesky_ex(within)  # any root of H does; this one is quick
+    if bool(failed):
+        values, W = torch.linalg.eigh(within)
+        root = W * values.clamp_min(0).sqrt()
+    values, W = torch.linalg.eigh(root.T @ G @ root)
     values, W = values.flip(0).clamp_min(0), W.flip(1)
     kept = max(1, int((values > NOISE**2 * values[0]).sum()))
     values = values[:kept]
