@@ -264,4 +264,3 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
     squares = torch.linalg.eigvalsh(root.mT @ G_B @ root)
     S = squares.clamp_min(0).sqrt().flip(1)
     return torch.where(S > _VANISHED, S, 0.0)
-
