@@ -118,6 +118,14 @@ def test_zero_updates_and_dead_directions(make_adapter):
     assert nothing.distance == pytest.approx(math.sqrt(2) * a.norm(), rel=0.5)
 
 
+def test_one_module_of_two_kinds(make_adapter):
+    a = make_adapter({"m": (8, 27)}, 2)
+    conv = lf.Adapter(a.modules, layouts={"m": lf.Layout("conv", (3, 3, 3))})
+    with pytest.raises(lf.MismatchError, match="'m' is of kind linear in one adapter and conv in"):
+        lf.overlap(a, conv)
+    assert lf.overlap(conv, conv).cosine == pytest.approx(1)
+
+
 def test_what_is_refused(pair, make_adapter, tmp_path):
     a, b = pair
     lf.save(a, tmp_path / "a")

@@ -122,6 +122,24 @@ def test_edges(make_adapter, tmp_path):
     assert lf.shared_spectrum(mixed, space="factors").share(1) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("space", ["delta", "factors"])
+def test_sizes_far_apart_in_any_order(make_adapter, space):
+    """Of other ranks each, so that they come one after another: the largest has the energy."""
+    shapes = {"q": (24, 40), "wide": (6, 5)}
+    tiny, huge = 1e-20 * make_adapter(shapes, 2, seed=1), 1e20 * make_adapter(shapes, 4, seed=2)
+    mid = make_adapter(shapes, 8, seed=3)
+    for sources in ({"t": tiny, "h": huge, "m": mid}, {"h": huge, "m": mid, "t": tiny}):
+        found = lf.shared_spectrum(sources, space=space)
+        for row in found.rows:
+            assert np.isfinite(row.energy).all()
+            assert np.isfinite(row.control).all()
+            if space == "delta":
+                assert row.size == pytest.approx(huge[row.path].norm() ** 2, rel=1e-5)
+                S = huge[row.path].spectrum().double().numpy() ** 2
+                wanted = (S.cumsum() / S.sum())[:4]
+                np.testing.assert_allclose(row.energy[: len(wanted)], wanted, rtol=1e-4)
+
+
 def test_what_is_refused(make_adapter):
     a = make_adapter(SHAPES, 2)
     with pytest.raises(lf.MismatchError, match="space must be 'delta' or 'factors', found 'core'"):

@@ -162,6 +162,25 @@ def test_modules_far_apart_in_size_are_not_lost(make_adapter, dense_cosines, alw
     assert found.matrix[0, 2] > 0.8
 
 
+@pytest.mark.parametrize(("of_A", "of_B"), [(1e-42, 1e30), (1.0, 1e-40), (1e25, 1e-44)])
+def test_factors_at_the_end_of_float32(make_adapter, of_A, of_B):
+    """1 over the least of its numbers is more than it holds."""
+    a = make_adapter(SHAPES, 1, seed=1)
+    odd = {p: lf.LowRank(of_A * u.A, of_B * u.B) for p, u in a.modules.items()}
+    found = lf.similarity({"a": a, "odd": lf.Adapter(odd)})
+    assert found.matrix[0, 1] == pytest.approx(1, abs=0.05)  # what so few bits hold of it
+    assert (found.norms > 0).all()
+
+
+def test_at_threshold_one_rounding_hides_no_copy(make_adapter, regauged):
+    a = make_adapter(SHAPES, 4, seed=1)
+    found = lf.similarity({"a": a, "copy": regauged(a, 1), "nested": a.nested(), "minus": -1 * a})
+    assert found.clusters(1) == [["a", "copy", "nested"], ["minus"]]
+    assert len(found.duplicates(1)) == 3
+    near = a + 5e-3 * make_adapter(SHAPES, 4, seed=2)
+    assert lf.similarity({"a": a, "near": near}).duplicates(1) == []
+
+
 # Sketches
 
 
@@ -231,6 +250,44 @@ def test_few_pairs_just_above_the_threshold_among_many_duplicates(
     found, wanted = lf.similarity(sources), dense_cosines(list(sources.values()))
     assert found.known[wanted >= 0.9].all()
     np.testing.assert_allclose(found.matrix[found.known], wanted[found.known], atol=3e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.98])
+def test_pairs_that_differ_in_one_direction_are_found(
+    make_adapter, blend, dense_cosines, always_sketched, threshold
+):
+    """Their sketches are several times farther off than those that tell the error of most pairs."""
+    shapes = {f"layers.{n}.q": (96, 112) for n in range(12)}
+    sources, c = {}, threshold + 0.002
+    for k in range(40):
+        path = f"layers.{k % 12}.q"
+        broad = make_adapter(shapes, 6, seed=k)
+        odd = make_adapter({path: shapes[path]}, 1, seed=100 + k)
+        sources |= {f"broad{k}": broad, f"near{k}": blend(broad, odd, c)}
+        # Two that have nothing else, and the same inputs.
+        kin = lf.Adapter({path: lf.LowRank(odd[path].A, torch.randn(96, 1))})
+        sources |= {f"odd{k}": odd, f"kin{k}": blend(odd, kin, c)}
+    found, wanted = lf.similarity(sources, threshold=threshold), dense_cosines([*sources.values()])
+    assert (np.triu(wanted, 1) >= threshold).sum() >= 80
+    assert found.known[wanted >= threshold].all()
+    np.testing.assert_allclose(found.matrix[found.known], wanted[found.known], atol=3e-6)
+    assert found.known.mean() < 0.1, "or it would be simpler to compute all"
+    unknown = ~found.known
+    real = np.sqrt(np.mean((found.matrix - wanted)[unknown] ** 2))
+    assert real / 2 < found.error < 2 * real
+
+
+def test_the_focus_bounds_what_a_sketch_is_off(make_adapter, dense):
+    """‖ΔW ΔWᵀ‖ over ‖ΔW‖², of the modules that are wide enough for something to be lost."""
+    shapes = {"q": (96, 112), "v": (64, 50), "narrow": (12, 30)}
+    a = make_adapter(shapes, 3, seed=1)
+    one = make_adapter({"q": (96, 112)}, 1, seed=2)
+    sources = {"a": a, "one": 1e30 * one, "small": make_adapter({"narrow": (12, 30)}, 2, seed=3)}
+    focus = sketched({**sources, "zero": 0 * a})[1].focus
+    S = {p: torch.linalg.svdvals(dense(u)) for p, u in a.items()}
+    fourth = sum(float((S[p] ** 4).sum()) for p in ("q", "v"))
+    square = sum(float((s**2).sum()) for s in S.values())
+    np.testing.assert_allclose(focus, [fourth**0.5 / square, 1, 0, 0], rtol=1e-5)
 
 
 def test_narrow_modules_are_sketched_without_loss(make_adapter, dense_cosines):

@@ -125,6 +125,12 @@ def test_what_is_no_adapter():
         lf.plot.anatomy(1)
 
 
+def test_where_all_are_refused_it_says_why(make_adapter, shapes):
+    dora = make_adapter(shapes(1), config={"use_dora": True})
+    with pytest.raises(lf.RefusedError, match="nothing to measure: 'd': this is a DoRA"):
+        lf.plot.rank_curve({"d": dora})
+
+
 def test_without_matplotlib_it_says_what_to_install(make_adapter, monkeypatch, shapes):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     monkeypatch.delitem(__import__("sys").modules, "matplotlib.pyplot", raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ import torch
 
 import lorafold as lf
 from lorafold.report.page import page
-from lorafold.report.section import Section, evenly, numbers, shortened, shown
+from lorafold.report.section import Section, distinct, evenly, numbers, shortened, shown
 
 plotly = pytest.importorskip("plotly", reason="plotly is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
@@ -154,6 +155,7 @@ def test_energy_is_that_of_a_dense_svd(make_adapter, tmp_path, dense, shapes):
 def test_one_adapter_has_no_pairs(make_adapter, tmp_path, shapes):
     written = lf.report({"a": make_adapter(shapes(2))}, tmp_path / "one.html")
     assert set(written.sections) == set(SECTIONS) - {"similarity", "starts", "shared"}
+    assert "<title>1 adapter</title>" in written.path.read_text(encoding="utf-8")
 
 
 def test_two_adapters_of_other_modules_and_dtypes(make_adapter, tmp_path):
@@ -170,6 +172,12 @@ def test_sizes_of_every_kind(make_adapter, tmp_path, size, shapes):
     a, b = (make_adapter(shapes(3), 2, seed=s) for s in (1, 2))
     written = lf.report({"a": a, "b": b, "odd": size * b}, tmp_path / "page.html")
     assert Page(written.path).pictures["energy"]["data"]
+
+
+def test_sizes_far_apart(make_adapter, tmp_path, shapes):
+    a, b, c = (make_adapter(shapes(3), 2 + s, seed=s) for s in range(3))
+    written = lf.report({"tiny": 1e-20 * a, "huge": 1e20 * b, "c": c}, tmp_path / "page.html")
+    assert set(written.sections) == set(SECTIONS)
 
 
 def test_all_zero(make_adapter, tmp_path, shapes):
@@ -229,11 +237,15 @@ def test_places_that_are_none(make_adapter, tmp_path, shapes):
     sources = {"a": make_adapter(shapes(1))}
     with pytest.raises(lf.FileError, match="is a folder; name the file"):
         lf.report(sources, tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(lf.FileError, match="is no plain file"):
+            lf.report(sources, tmp_path / "pipe", overwrite=True)
     with pytest.raises(lf.FileError, match="is no folder: make it first"):
         lf.report(sources, tmp_path / "no" / "page.html")
 
 
-@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
+@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan"), "high", None, True])
 def test_a_threshold_out_of_range(make_adapter, tmp_path, threshold, shapes):
     with pytest.raises(lf.MismatchError, match=r"threshold must lie in \(0, 1\]"):
         lf.report({"a": make_adapter(shapes(1))}, tmp_path / "p.html", threshold=threshold)
@@ -268,6 +280,14 @@ def test_text_is_shown_as_text():
     assert shortened("a\nb\udc80") == "a\\nb\\udc80"
     assert shortened("abcdefghijk", 7) == "ab…hijk"
     assert len(shortened("x" * 99, 22)) == 22
+
+
+def test_names_that_are_shown_alike_are_two(make_adapter, tmp_path, shapes):
+    names = ["a\nb", "a\\nb", "a\\nb (2)"]
+    assert distinct(map(shown, names)) == ["a\\nb", "a\\nb (2)", "a\\nb (2) (2)"]
+    adapters = {n: make_adapter(shapes(1), 2, seed=k) for k, n in enumerate(names)}
+    drawn = Page(lf.report(adapters, tmp_path / "p.html").path).pictures["similarity"]["data"][0]
+    assert len(set(drawn["x"])) == len(set(drawn["y"])) == len(drawn["z"]) == 3
 
 
 def test_numbers_are_json():

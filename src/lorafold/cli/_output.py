@@ -142,7 +142,7 @@ def digits(number: float | None, wanted: int = 3) -> str:
         return NOTHING
     if abs(number) >= 10 ** (wanted - 1):
         return f"{number:,.0f}"
-    return f"{number:#.{wanted}g}"
+    return f"{number:#.{wanted}g}".removesuffix(".")  # 99.96 is 100 of three digits
 
 
 def size(number: float) -> str:

@@ -38,13 +38,15 @@ class Units:
 
     Args:
         members: (n,) positions of the adapters in the collection.
-        scales: (n,) float64. norms: (n,) float64 ‖ΔW_i‖.
+        scales: (n,) float64. norms: (n,) float64 ‖ΔW_i‖. squares: (n,) ‖ΔW_i ΔW_iᵀ‖, which is
+            ‖ΔW_i‖² for a single direction, and less the more directions there are.
         B: (out, n·r), A: (n·r, in), float32: the factors side by side.
     """
 
     members: np.ndarray
     scales: np.ndarray
     norms: np.ndarray
+    squares: np.ndarray
     B: Tensor
     A: Tensor
 
@@ -93,11 +95,14 @@ def _side_by_side(found: Sequence[tuple[int, LowRank]], path: str) -> Units:
         if not bool(torch.isfinite(b + a).all()):
             raise MismatchError(f"module {path!r} has an update that is too large for float32")
         scales = scales * (a * b).cpu().numpy()
-        f = Factors(members, f.B * _inverse(b), f.A * _inverse(a))
+        B_root, A_root = _inverse_root(b), _inverse_root(a)
+        f = Factors(members, f.B * B_root * B_root, f.A * A_root * A_root)
         f, G_B, G_A, _ = even_gauge(f)
         B, A = f.B.permute(1, 0, 2).flatten(1), f.A.flatten(0, 1)
     norms = (G_B * G_A).sum((1, 2)).clamp_min(0).sqrt().cpu().numpy()
-    return Units(members, scales, norms * np.abs(scales), B, A)
+    M = G_B @ G_A  # M's eigenvalues are σ²
+    squares = (M * M.mT).sum((1, 2)).clamp_min(0).sqrt().cpu().numpy()
+    return Units(members, scales, norms * np.abs(scales), squares * scales**2, B, A)
 
 
 def _batch(members: np.ndarray, B: Tensor, A: Tensor) -> Factors:
@@ -114,9 +119,9 @@ def _served(G_B: Tensor, G_A: Tensor) -> bool:
     return bool((good & (a * b <= _CANCELS * (G_B * G_A).sum((1, 2)))).all())
 
 
-def _inverse(x: Tensor) -> Tensor:
-    """1/x (0 of 0) in float32, to be multiplied with a batch."""
-    inverse = torch.where(x > 0, 1 / x.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+def _inverse_root(x: Tensor) -> Tensor:
+    """1/√x (0 of 0) in float32, to be multiplied with a batch; float32 lacks 1/x of the least x."""
+    inverse = torch.where(x > 0, x.clamp_min(torch.finfo(x.dtype).tiny).rsqrt(), 0.0)
     return inverse.float()[:, None, None]
 
 
@@ -159,6 +164,7 @@ class Sketch:
         digest = hashlib.sha256(f"{seed}\0{path}".encode("utf-8", "surrogatepass")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self._left, self._right = (_projection(d, generator) for d in shape)
+        self.drawn = sum(d > WIDTH for d in shape)  # sides on which something is lost
 
     @property
     def size(self) -> int:

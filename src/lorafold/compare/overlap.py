@@ -105,7 +105,7 @@ def overlap(
         An `Overlap`.
 
     Raises:
-        MismatchError: they belong to different bases, or a module has two shapes.
+        MismatchError: they belong to different bases, or a module has two shapes or kinds.
         RefusedError: ΔW algebra would be wrong for one.
 
     Not for: configs and heads (`lorafold diff` shows those too).
@@ -142,6 +142,12 @@ def compared(
 ) -> Overlap:
     """`overlap` of two adapters, whatever their bases are called."""
     both = [p for p in a.modules if p in b.modules]
+    for path in both:
+        mine, theirs = ((x.kind, x.kernel) for x in (a.layout(path), b.layout(path)))
+        if mine != theirs:
+            raise MismatchError(
+                f"module {path!r} is of kind {mine[0]} in one adapter and {theirs[0]} in the other"
+            )
     found = []
     with threads(1):  # thin algebra on several waits more than it works
         for k, path in enumerate(both):

@@ -16,12 +16,14 @@ from ..collection.batch import Factors, joined_factors
 from ..collection.collection import Collection
 from ..collection.limits import memory_bytes
 from ..collection.sources import Handle
-from ..collection.units import Sketch, Units, add_inner_products, units_of
+from ..collection.units import WIDTH, Sketch, Units, add_inner_products, units_of
 from ..errors import RefusedError
 from .clusters import components
 
 Progress = Callable[[int, int, str], object]
 
+_SAME = 2e-6  # 1 − |c| that float32 products of factors leave of copies
+_UNLIKE = 0.5  # cosines below tell the error of those near 0
 _ROUNDING = 1e-3  # 1 − c² below which two sketches disagree in float32's rounding
 _SHARE = 8  # of the memory limit: float32 factors of one block, of which copies are made
 
@@ -32,12 +34,33 @@ class Cosines:
 
     Args:
         matrix: (N, N) float64, 0 where a norm is. norms: (N,).
-        error: rms of a sketched cosine near 0; of a cosine c it is (1 − c²) of that.
+        error: rms of a sketched cosine near 0.
+        focus: (N,) ‖ΔW ΔWᵀ‖ / ‖ΔW‖² over what is sketched: 1 for one direction of one module, near
+            0 where many hold the energy.
     """
 
     matrix: np.ndarray
     norms: np.ndarray
     error: float
+    focus: np.ndarray
+
+
+def off_at(cosine: float, error: float, focus: np.ndarray) -> np.ndarray:
+    """(N, N) how far off, as an rms, the sketched cosine of a pair may be that really has `cosine`.
+
+    With ΔW_a = c ΔW_b + √(1 − c²) Z, all of norm 1, it is off by 1 − c² of what the sketches of
+    ‖ΔW_b‖ and ‖Z‖ are, which is at most focus / √w (of two, w wide). Z may be one direction where
+    the two have many: they nearly cancel. But √focus is a norm (Schatten's, of σ⁴), so that
+    √(1 − c²) times Z's is at most (1 + c) times the larger of theirs.
+
+    Args:
+        error, focus: as in `Cosines`; the error holds for most pairs, and so is the least.
+    """
+    c = max(cosine, 0.0)
+    larger = np.maximum.outer(focus, focus)
+    found = np.minimum(1 - c**2, (1 + c) ** 2 * larger) / WIDTH**0.5
+    most: np.ndarray = np.maximum(error, found)
+    return most
 
 
 class Pairs:
@@ -125,6 +148,7 @@ class Pairs:
         count = len(self)
         grams = torch.zeros(2, count, count)
         squares = np.zeros(count)
+        fourth = np.zeros(count)
         unit = np.zeros(count)  # the first norm of each, in which its others are told
         for path in self.modules():
             sketch = Sketch(self.collection.shapes[path], path, seed)
@@ -133,6 +157,10 @@ class Pairs:
                 squares[x.members] += x.norms**2
                 unit[x.members] = np.where(unit[x.members] > 0, unit[x.members], x.norms)
                 scales = np.divide(x.scales, unit[x.members], out=0 * x.norms, where=x.norms > 0)
+                ratio = np.divide(
+                    x.squares, unit[x.members] ** 2, out=0 * x.norms, where=scales != 0
+                )
+                fourth[x.members] += sketch.drawn / 2 * ratio**2
                 for whole, found in zip(sketches, sketch.of(x), strict=True):
                     whole[x.members] = found.to(whole) * torch.from_numpy(scales).to(whole)[:, None]
             for gram, whole in zip(grams, sketches, strict=True):
@@ -144,9 +172,13 @@ class Pairs:
         matrix = _with_diagonal((first + second) / 2, norms)
         # Half of what they disagree in is how far their mean is off.
         off = (first - second) / 2 / (1 - matrix**2 + _ROUNDING)
-        np.fill_diagonal(off, 0)
-        error = float(np.sqrt((off**2).sum() / (count * (count - 1)))) if count > 1 else 0.0
-        return Cosines(matrix, norms, error)
+        others = np.logical_and.outer(norms > 0, norms > 0) & ~np.eye(count, dtype=bool)
+        unlike = others & (abs(matrix) < _UNLIKE)
+        told = off[unlike if unlike.any() else others]
+        error = float(np.sqrt(np.mean(told**2))) if len(told) else 0.0
+        size = np.divide(norms, unit, out=np.zeros(count), where=unit > 0) ** 2
+        focus = np.divide(np.sqrt(fourth), size, out=np.zeros(count), where=size > 0)
+        return Cosines(matrix, norms, error, focus)
 
     def exact(self, wanted: np.ndarray | None = None) -> Cosines:
         """Every pair exactly, or those that are wanted (and some beside: not all of the rest).
@@ -165,7 +197,7 @@ class Pairs:
         for path in self.modules():
             self._add(total, path, order, wanted)
         norms = np.sqrt(total.diagonal().clip(0))
-        return Cosines(_with_diagonal(_normalised(total), norms), norms, 0.0)
+        return Cosines(_with_diagonal(_normalised(total), norms), norms, 0.0, np.zeros(count))
 
     def module(self, path: str) -> np.ndarray:
         """(N, N) cosines at one module, 0 where one of the two lacks it."""
@@ -194,7 +226,8 @@ def _normalised(gram: np.ndarray) -> np.ndarray:
 
 
 def _with_diagonal(cosines: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Rounding taken off: symmetric, within ±1, and 1 with oneself, but 0 for a zero update."""
-    cosines = ((cosines + cosines.T) / 2).clip(-1, 1)
+    """Rounding taken off: symmetric, ±1 where nearly, 1 with oneself, but 0 for a zero update."""
+    cosines = (cosines + cosines.T) / 2
+    cosines = np.where(abs(cosines) > 1 - _SAME, np.sign(cosines), cosines)
     np.fill_diagonal(cosines, (norms > 0).astype(float))
     return cosines

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class SharedSpectrum:
         return self._mean(k, "control")
 
     def _mean(self, k: int, which: str) -> float:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
             raise MismatchError(f"k must be a whole number of at least 1, found {k!r}")
         weights = np.array([row.size for row in self.rows])
         if not weights.sum() > 0:
@@ -148,7 +149,11 @@ def _delta_rows(pairs: Pairs, path: str, seed: int) -> Iterator[SharedSide]:
     for x in pairs.units(path):
         f = x.factors()
         U, S, V = decompose(f.B, f.A)
-        unit = unit or float(x.norms.max())  # so that squares are float32's
+        largest = float(x.norms.max())
+        if largest > unit:  # the largest so far has norm 1, so that all squares are float32's
+            for one in (*real, *random):
+                one.shrink(unit / largest)
+            unit = largest
         S = S * torch.as_tensor(abs(x.scales) / (unit or 1.0), device=S.device)[:, None]
         adapters, size = adapters + len(x.members), size + float((x.norms**2).sum())
         for k, vectors in enumerate((U, V)):
@@ -164,7 +169,7 @@ def _factor_rows(pairs: Pairs, path: str, seed: int) -> Iterator[SharedSide]:
     generator = _generator(seed, path)
     f = pairs.factors(path)
     for side, X in (("B", f.B), ("A", f.A)):
-        flat = X.flatten(1)
+        flat = X.flatten(1).double()
         random = torch.randn(flat.shape, generator=generator).to(flat)
         random *= flat.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
         spectra = [_variances(t) for t in (flat, random)]
@@ -184,7 +189,7 @@ def _factor_rows(pairs: Pairs, path: str, seed: int) -> Iterator[SharedSide]:
 
 def _variances(flat: Tensor) -> np.ndarray:
     """Eigenvalues, descending, of the Gram of rows less their mean."""
-    centred = flat.double() - flat.double().mean(0)
+    centred = flat - flat.mean(0)
     values: np.ndarray = torch.linalg.eigvalsh(centred @ centred.T).flip(0).clamp_min(0).numpy()
     return values
 
@@ -207,6 +212,12 @@ class _Gram:
             self._pieces.append(X)
         else:
             self._whole += X.T @ X
+
+    def shrink(self, factor: float) -> None:
+        """Multiply all columns so far."""
+        self._pieces = [factor * piece for piece in self._pieces]
+        if self._whole is not None:
+            self._whole *= factor**2
 
     def energy(self, size: float, generator: torch.Generator) -> np.ndarray:
         """Cumulative share of `size` of the leading eigenvalues."""

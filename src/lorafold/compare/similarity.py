@@ -4,9 +4,10 @@ The cosine of two adapters is ⟨a, b⟩ / (‖a‖ ‖b‖) with ⟨a, b⟩ = �
 ranks and scales play no part, and a start that two adapters have in common is no likeness. (In
 the space of factors two unrelated adapters from one A have a cosine near 1.)
 
-Where all pairs are too many, sketches tell which could matter, and those are computed exactly. The
-cosine c from a sketch is off by about (1 − c²) times what one of unrelated adapters is, so four
-times that error leaves a wide margin for those that are near.
+Where all pairs are too many, sketches tell which could matter, and those are computed exactly:
+those above the threshold less four times what a sketch may be off there. That is the error of most
+pairs, or more (`pairs.off_at`) where an adapter, or what two differ in, has few directions: narrow
+things are sketched worse than broad ones, and most pairs of a collection tell nothing of them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from ..collection.sources import named_handles
 from ..errors import MismatchError, MissingExtraError, UnknownNameError
 from ..words import did_you_mean, html_table
 from .clusters import linked
-from .pairs import Pairs, Progress
+from .pairs import Pairs, Progress, off_at
 
 DUPLICATES = 0.999
-_MARGIN = 4  # errors below the threshold from which on pairs are computed exactly
+_MARGIN = 4  # deviations of a sketch below the threshold from which on pairs are exact
 _CHEAP = 2e11  # operations that are done exactly rather than sketched: seconds
 _MAD = 1.4826  # of a normal distribution: its deviation over its median absolute deviation
 _SHOWN = 20  # adapters in a notebook's table
@@ -58,9 +59,10 @@ class Similarity:
     Args:
         names: N names. matrix: (N, N) float64 cosines of ΔW; 1 with oneself, and 0 with everything
             for a zero update.
-        error: rms error of sketched cosines near 0, estimated from the data (a cosine c has about
-            1 − c² of it); 0 where nothing is sketched.
-        threshold: every pair above threshold − 4·error is exact.
+        error: rms error of sketched cosines near 0, estimated from the data; 0 where nothing is
+            sketched.
+        threshold: every pair above threshold − 4·error is exact, and those farther below whose
+            sketches could be off by that.
         known: (N, N), which entries are exact.
         norms: (N,) ‖ΔW‖. nbytes: (N,) bytes of their files.
         missing: module → the names that lack it, which counts as zero there.
@@ -75,6 +77,7 @@ class Similarity:
     nbytes: np.ndarray
     missing: Mapping[str, tuple[str, ...]]
     pairs: Pairs = field(repr=False)
+    focus: np.ndarray = field(repr=False)  # of `pairs.off_at`
 
     def __repr__(self) -> str:
         known = f"exact above {self.threshold:g}" if self.error else "exact"
@@ -114,7 +117,8 @@ class Similarity:
         _check_threshold(threshold)
         if threshold >= self.threshold or not self.error:
             return self
-        wanted = (self.matrix > threshold - _MARGIN * self.error) & ~self.known
+        off = off_at(threshold, self.error, self.focus)
+        wanted = (self.matrix > threshold - _MARGIN * off) & ~self.known
         matrix = np.where(wanted, self.pairs.exact(wanted).matrix, self.matrix)
         return replace(self, matrix=matrix, threshold=threshold, known=self.known | wanted)
 
@@ -274,6 +278,7 @@ def similarity(
         np.array([h.nbytes for h in c.handles]),
         c.missing,
         pairs,
+        found.focus,
     )
     return result.at(threshold)
 

@@ -18,6 +18,7 @@ from ..collection.groups import init_groups
 from ..collection.limits import block_bytes, threads
 from ..collection.sources import Handle
 from ..compare.anatomy import families_of
+from ..errors import RefusedError
 from ..words import warn
 
 Advance = Callable[[int, int, str], None]
@@ -91,9 +92,13 @@ def measured(
 
     Raises:
         MismatchError: adapters that disagree on a shape or on the base.
+        RefusedError: all of them are refused.
     """
     refused = {n: str(h.refusal) for n, h in handles.items() if h.refusal is not None}
     used = {n: h for n, h in handles.items() if n not in refused}
+    if not used:
+        name, reason = next(iter(refused.items()))
+        raise RefusedError(f"there is nothing to measure: {name!r}: {reason}")
     c = Collection(used, exact=(), block_bytes=block_bytes(memory))
     for name, reason in refused.items():
         warn(f"{name!r} is left out: {reason}")

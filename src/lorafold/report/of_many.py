@@ -10,7 +10,7 @@ from ..compare import SharedSpectrum, Similarity
 from .costs import Costs
 from .measured import Measured
 from .order import cluster_order, nearest, sample
-from .section import Section, layout, numbers, shortened, shown
+from .section import Section, counted, distinct, layout, numbers, shortened, shown
 
 _MAP = 256  # adapters on the map, at most: 65,536 cells
 _NAMED = 60  # names along its sides, at most
@@ -26,7 +26,7 @@ def similarity_map(s: Similarity, threshold: float) -> Section:
     """Cosines of ΔW of all pairs, like beside like."""
     rows = sample(nearest(s.matrix)[1], _MAP)
     rows = rows[cluster_order(s.matrix[np.ix_(rows, rows)])]
-    names = [shown(s.names[i]) for i in rows]
+    names = distinct(shown(s.names[i]) for i in rows)
     near = _nearest_pairs(s)
     note = ""
     if len(rows) < len(s.names):
@@ -86,8 +86,8 @@ def _said_of_pairs(s: Similarity, near: list[tuple[int, int]], threshold: float)
     i, j = near[0]
     says = "Cosine of ΔW of every pair. "
     says += (
-        f"{_count(pairs, 'pair')} of adapters at {threshold:g} or above make "
-        f"{_count(clusters, 'cluster')}. "
+        f"{counted(pairs, 'pair')} of adapters at {threshold:g} or above make "
+        f"{counted(clusters, 'cluster')}. "
         if pairs
         else f"No pair reaches {threshold:g}; the nearest are {shortened(s.names[i], 40)} and "
         f"{shortened(s.names[j], 40)}, {s.matrix[i, j]:.2f}. "
@@ -281,7 +281,3 @@ def bytes_against_error(c: Costs, total: int) -> Section:
         ("form", "tolerance", "error", "bytes", "of float16"),
         rows,
     )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -86,7 +86,8 @@ def rank_curve(sources: Any, ax: Axes | None = None) -> Axes:
         The axes: a line an adapter, beyond 24 quantiles instead; the median is thick.
 
     Raises:
-        MismatchError: no sources, or adapters that disagree.
+        MismatchError: no sources, or adapters that disagree. RefusedError: ΔW algebra would be
+            wrong for every source.
         MissingExtraError: matplotlib is not installed.
 
     Not for: choosing a rank for one adapter by an error: `Adapter.resize(tolerance=…)`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from ..collection.sources import Handle, named_handles
 from ..compare import Anatomy, Similarity, anatomy, shared_spectrum, similarity
-from ..errors import FileError, MismatchError, RefusedError
+from ..errors import FileError, MismatchError
 from ..files.atomic import replace_file
 from ..files.replacing import check_apart
 from .costs import costs
@@ -26,7 +27,7 @@ from .of_many import bytes_against_error, shared, similarity_map, starts
 from .of_modules import anomalies, energy, norms, spectra
 from .order import nearest, sample
 from .page import page, plotly_js
-from .section import Section, evenly
+from .section import Section, counted, evenly
 
 Advance = Callable[[int, int, str], None]
 
@@ -101,13 +102,14 @@ def report(
         (('sql', 'law'), True)
     """
     check_writable(path, overwrite)
-    if not 0 < threshold <= 1:
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not (number and 0 < threshold <= 1):
         raise MismatchError(f"threshold must lie in (0, 1], found {threshold!r}")
     plotly = len(plotly_js().encode())
     handles = named_handles(sources)
     check_apart(path, (getattr(handle, "path", None) for handle in handles.values()))
     survey = _surveyed(handles, threshold, memory, progress or (lambda done, total, stage: None))
-    title = title or f"{len(survey.measured.names):,} adapters"
+    title = title or counted(len(survey.measured.names), "adapter")
     text = page(title, survey.facts(), survey.sections, COLUMNS, survey.rows(), survey.notes())
     data = text.encode("utf-8")
     replace_file(path, data)
@@ -132,6 +134,8 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool) -> None:
     place = Path(path)
     if place.is_dir():
         raise FileError(f"{place} is a folder; name the file to write, such as {place}/report.html")
+    if os.path.lexists(place) and not place.is_file():
+        raise FileError(f"{place} is no plain file, and can't be replaced: write elsewhere")
     if os.path.lexists(place) and not overwrite:
         raise FileError(f"{place} exists already; give overwrite=True to replace it")
     if not place.absolute().parent.is_dir():
@@ -237,9 +241,6 @@ class _Survey:
 def _surveyed(
     handles: Mapping[str, Handle], threshold: float, memory: str | int, progress: Advance
 ) -> _Survey:
-    if all(h.refusal is not None for h in handles.values()):
-        name, handle = next(iter(handles.items()))
-        raise RefusedError(f"there is nothing to report on: {name!r}: {handle.refusal}")
     m = measured(handles, memory, progress)
     used = {name: handles[name] for name in m.names}
     alike: Similarity | None = None

@@ -45,6 +45,17 @@ def shown(text: str, most: int | None = None) -> str:
     return html.escape(shortened(text, most), quote=False)
 
 
+def distinct(texts: Iterable[str]) -> list[str]:
+    """The texts, with a number after those that are there already: two names may be shown alike."""
+    found: dict[str, None] = {}
+    for text in texts:
+        n, one = 1, text
+        while one in found:
+            n, one = n + 1, f"{text} ({n + 1})"
+        found[one] = None
+    return list(found)
+
+
 def shortened(text: str, most: int | None = None) -> str:
     """Text on one line, with its middle left out where it is longer than `most`."""
     text = escaped(text)
@@ -60,6 +71,11 @@ def numbers(values: Iterable[float] | np.ndarray) -> list[Any]:
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def counted(n: int, noun: str) -> str:
+    """1 adapter, 2 adapters."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def evenly(count: int, most: int) -> list[int]:
