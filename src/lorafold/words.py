@@ -71,6 +71,13 @@ def one_of(values: Iterable[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def some_of(values: Iterable[object], most: int = 4) -> str:
+    """'a', 'b' and 3 more."""
+    every = list(map(repr, values))
+    rest = len(every) - most
+    return ", ".join(every) if rest <= 0 else f"{', '.join(every[:most])} and {rest:,} more"
+
+
 def one_line(value: object, most: int = 80) -> str:
     """What was found, in one line that is not too long."""
     text = " ".join(repr(value).split())

@@ -63,3 +63,14 @@ def test_digests_are_those_of_the_adapters_however_much_was_read(pair):
 def test_adapters_of_different_bases_are_told_apart(pair, make_adapter):
     with pytest.raises(MismatchError, match="'a' is .* different bases"):
         collected({**pair, "three": make_adapter({"a": (5, 8)}, 2, seed=3)})
+    others = {f"o{k}": make_adapter({"a": (5, 8), "b": (3, 3)}, 2, seed=k) for k in range(6)}
+    listed = "'a', 'b' in 'o0', 'o1', 'o2', 'o3' and 2 more"
+    with pytest.raises(MismatchError, match=f"different bases; of other shapes .* {listed}"):
+        collected({**pair, **others})
+
+
+def test_all_bases_are_told(make_adapter):
+    named = {"a": "llama", "b": None, "c": "qwen", "d": "llama", "e": "qwen"}
+    made = {n: make_adapter({"q": (5, 8)}, 2, base_model=base) for n, base in named.items()}
+    with pytest.raises(MismatchError, match="bases: 'a', 'd' to 'llama'; 'c', 'e' to 'qwen'$"):
+        collected(made)

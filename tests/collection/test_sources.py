@@ -176,6 +176,7 @@ def test_libraries_go_into_one_another(shelf, make_adapter):
         (["adapters", "adapters/sql"], MismatchError, "both named 'sql'"),
         (["lib:sql", "adapters"], MismatchError, "both named 'sql'"),
         (["lib", "lib"], MismatchError, "both named 'sql'"),
+        (["adapters", "adapters"], MismatchError, ", and so with 'sql': give names"),
         ("lib:sqk", UnknownNameError, "did you mean 'sql'"),
         ("lib:", UnknownNameError, "there are 3"),
         ("lib:C", UnknownNameError, "'C'"),

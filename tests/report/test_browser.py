@@ -159,6 +159,15 @@ def test_hover_names_the_pair(opened, size, nasty):
     assert "cosine 1.000" in text
 
 
+def test_counts_and_spectra_have_ticks_that_tell(opened):
+    page = opened(24)
+    ticks = "all => all.map(t => t.textContent)"
+    counts = page.eval_on_selector_all("#picture-starts .xtick text", ticks)
+    assert counts == [str(k) for k in range(len(counts))]
+    assert len(counts) > 2
+    assert len(page.eval_on_selector_all("#picture-spectra .ytick text", ticks)) > 2
+
+
 def test_no_button_leads_out(opened):
     page = opened(24)
     led_out = []

@@ -13,7 +13,16 @@ import torch
 
 import lorafold as lf
 from lorafold.report.page import page
-from lorafold.report.section import Section, distinct, evenly, numbers, shortened, shown
+from lorafold.report.section import (
+    Section,
+    distinct,
+    evenly,
+    layout,
+    numbers,
+    shortened,
+    shown,
+    whole_ticks,
+)
 
 plotly = pytest.importorskip("plotly", reason="plotly is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
@@ -155,7 +164,9 @@ def test_energy_is_that_of_a_dense_svd(make_adapter, tmp_path, dense, shapes):
 def test_one_adapter_has_no_pairs(make_adapter, tmp_path, shapes):
     written = lf.report({"a": make_adapter(shapes(2))}, tmp_path / "one.html")
     assert set(written.sections) == set(SECTIONS) - {"similarity", "starts", "shared"}
-    assert "<title>1 adapter</title>" in written.path.read_text(encoding="utf-8")
+    text = written.path.read_text(encoding="utf-8")
+    assert "<title>1 adapter</title>" in text
+    assert "No module of 1 adapter stands out" in text
 
 
 def test_two_adapters_of_other_modules_and_dtypes(make_adapter, tmp_path):
@@ -288,6 +299,12 @@ def test_names_that_are_shown_alike_are_two(make_adapter, tmp_path, shapes):
     adapters = {n: make_adapter(shapes(1), 2, seed=k) for k, n in enumerate(names)}
     drawn = Page(lf.report(adapters, tmp_path / "p.html").path).pictures["similarity"]["data"][0]
     assert len(set(drawn["x"])) == len(set(drawn["y"])) == len(drawn["z"]) == 3
+
+
+@pytest.mark.parametrize(("most", "axis"), [(2, {"dtick": 1}), (900, {"nticks": 8})])
+def test_counts_are_marked_at_whole_numbers(most, axis):
+    """Halves would be shown as the whole numbers beside them."""
+    assert axis.items() <= layout("x", "y", **whole_ticks("xaxis", most))["xaxis"].items()
 
 
 def test_numbers_are_json():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapter import Layout, combined_digest, module_digest, tensor_digest
 from ..errors import MismatchError
 from ..lowrank import LowRank
+from ..words import some_of
 from .sources import Handle
 from .stack import Stack
 
@@ -55,15 +56,7 @@ class Collection:
         self.folded = len(handles) - len(refused)
         self.handles = [handles[name] for name in self.names]
         self.base_model = _common_base(self.names, self.handles)
-        first: dict[str, int] = {}
-        for i, h in enumerate(self.handles):
-            for path, shape in h.shapes.items():
-                other = self.handles[first.setdefault(path, i)].shapes[path]
-                if shape[:2] != other[:2]:
-                    raise MismatchError(
-                        f"module {path!r} is {other[:2]} in {self.names[first[path]]!r} and "
-                        f"{shape[:2]} in {self.names[i]!r}: they belong to different bases"
-                    )
+        first = self._first_with_each()
         self.paths = [*before, *(p for p in sorted(first) if p not in before)]
         self.shapes = {**before, **{p: self.handles[i].shapes[p][:2] for p, i in first.items()}}
         self.layouts = {
@@ -82,6 +75,34 @@ class Collection:
         self._read: list[tuple[int, str, LowRank]] = []
         self._numbers = 0  # in these
         self._hashing: deque[Future[None]] = deque()
+
+    def _first_with_each(self) -> dict[str, int]:
+        """Path → position of the first that has it; all others have it in the same shape."""
+        first: dict[str, int] = {}
+        odd: dict[tuple[str, int], None] = {}
+        for i, h in enumerate(self.handles):
+            for path, shape in h.shapes.items():
+                other = self.handles[first.setdefault(path, i)].shapes[path]
+                if shape[:2] != other[:2]:
+                    odd[path, i] = None
+        if odd:
+            path, i = next(iter(odd))
+            one, two = (
+                f"{self.handles[k].shapes[path][:2]} in {self.names[k]!r}" for k in (first[path], i)
+            )
+            raise MismatchError(
+                f"module {path!r} is {one} and {two}: they belong to different bases"
+                f"{self._odd_ones(odd)}"
+            )
+        return first
+
+    def _odd_ones(self, odd: Iterable[tuple[str, int]]) -> str:
+        """Which modules of which adapters are not of the first one's shape, if several."""
+        paths = dict.fromkeys(path for path, _ in odd)
+        names = dict.fromkeys(self.names[i] for _, i in odd)
+        if len(paths) == len(names) == 1:
+            return ""
+        return f"; of other shapes than the first are {some_of(paths)} in {some_of(names)}"
 
     def check_layouts(self) -> None:
         """Refuse one module that is of two kinds.
@@ -179,13 +200,12 @@ class Collection:
 
 
 def _common_base(names: list[str], handles: list[Handle]) -> str | None:
-    base, owner = None, ""
+    bases: dict[str, list[str]] = {}
     for name, h in zip(names, handles, strict=True):
-        if h.base_model and base and h.base_model != base:
-            raise MismatchError(
-                f"the adapters belong to different bases: {owner!r} to {base!r}, "
-                f"{name!r} to {h.base_model!r}"
-            )
-        if h.base_model and not base:
-            base, owner = h.base_model, name
-    return base
+        if h.base_model:
+            bases.setdefault(h.base_model, []).append(name)
+    if len(bases) > 1:
+        found = "; ".join(f"{some_of(who)} to {base!r}" for base, who in list(bases.items())[:4])
+        rest = f"; {len(bases) - 4:,} more" if len(bases) > 4 else ""
+        raise MismatchError(f"the adapters belong to different bases: {found}{rest}")
+    return next(iter(bases), None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,7 @@ from ..files.find import (
     name_of,
 )
 from ..lowrank import LowRank
+from ..words import some_of
 
 _LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
@@ -79,10 +80,12 @@ class Shelf(Protocol):
 
 
 class TwiceNamedError(MismatchError):
-    """Two sources of one name."""
+    """Two sources of one name, or several such."""
 
-    def __init__(self, name: str) -> None:
-        self.found = f"two sources are both named {name!r}"
+    def __init__(self, names: Sequence[str]) -> None:
+        self.found = f"two sources are both named {names[0]!r}"
+        if names[1:]:
+            self.found += f", and so with {some_of(names[1:])}"
         super().__init__(f"{self.found}: give names, {{name: source}}, to tell them apart")
 
 
@@ -109,10 +112,13 @@ def named_handles(
     """
     opener = _Opener(alpha, revision, allow_pickle)
     handles: dict[str, Handle] = {}
+    twice: dict[str, None] = {}
     for name, handle in opener.opened(sources):
         if name in handles:
-            raise TwiceNamedError(name)
+            twice[name] = None
         handles[name] = handle
+    if twice:
+        raise TwiceNamedError(list(twice))
     if not handles:
         raise MismatchError("there are no adapters: the list of sources is empty")
     return handles

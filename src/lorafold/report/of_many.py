@@ -10,7 +10,7 @@ from ..compare import SharedSpectrum, Similarity
 from .costs import Costs
 from .measured import Measured
 from .order import cluster_order, nearest, sample
-from .section import Section, counted, distinct, layout, numbers, shortened, shown
+from .section import Section, counted, distinct, layout, numbers, shortened, shown, whole_ticks
 
 _MAP = 256  # adapters on the map, at most: 65,536 cells
 _NAMED = 60  # names along its sides, at most
@@ -138,8 +138,7 @@ def starts(m: Measured) -> Section:
                 "",
                 yaxis_autorange="reversed",
                 yaxis_type="category",
-                xaxis_tickformat=",d",
-                xaxis_nticks=6,
+                **whole_ticks("xaxis", max(len(members) for _, members in kept)),
                 bargap=0.4,
                 height=120 + 26 * len(kept),
             ),

@@ -9,7 +9,18 @@ import numpy as np
 
 from ..compare import Anatomy, Anomaly
 from .measured import Measured, by_family
-from .section import BAND, Section, evenly, layout, numbers, shortened, shown
+from .section import (
+    BAND,
+    Section,
+    counted,
+    evenly,
+    layout,
+    numbers,
+    shortened,
+    shown,
+    span,
+    whole_ticks,
+)
 
 _FAMILIES = 12  # of modules, drawn at most
 _LAYERS = 16  # a family's lines, at most
@@ -25,7 +36,8 @@ def spectra(m: Measured) -> Section:
     families = _drawn_families(m)
     columns = min(4, len(families))
     rows = -(-len(families) // max(columns, 1))
-    data, titles, table = [], [], []
+    data: list[dict[str, Any]] = []
+    titles, table = [], []
     for n, (name, modules) in enumerate(families.items()):
         axis = "" if n == 0 else str(n + 1)
         titles.append(_title(name, axis))
@@ -53,18 +65,13 @@ def spectra(m: Measured) -> Section:
                 }
             )
             table.append((path, len(S), f"{S[(len(S) - 1) // 2]:.3f}", f"{S[-1]:.3f}"))
-    axes: dict[str, Any] = {}
-    for n in range(len(families)):
-        axis = "" if n == 0 else str(n + 1)
-        axes[f"xaxis{axis}"] = {"nticks": 5}
-        axes[f"yaxis{axis}"] = {"type": "log", "dtick": 1, **({"matches": "y"} if n else {})}
     drawn = {
         "grid": {"rows": rows, "columns": columns, "pattern": "independent", "ygap": 0.35},
         "annotations": titles,
         "margin": {"l": 50, "r": 20, "t": 40, "b": 40},
         "height": 60 + 230 * rows,
         "hovermode": "closest",
-        **axes,
+        **_spectra_axes(len(families), data),
     }
     return Section(
         "spectra",
@@ -79,6 +86,20 @@ def spectra(m: Measured) -> Section:
     )
 
 
+def _spectra_axes(count: int, data: list[dict[str, Any]]) -> dict[str, Any]:
+    """Axes of so many small pictures: whole numbers along them, and ticks that tell upwards."""
+    longest = max((len(trace["y"]) for trace in data), default=0)
+    # Powers of ten; of less than a decade and a half they would be a tick or two.
+    least = min((y for trace in data for y in trace["y"]), default=1.0)
+    ticks: dict[str, Any] = {"dtick": 1} if least < 0.03 else {}
+    axes: dict[str, Any] = {}
+    for n in range(count):
+        axis = "" if n == 0 else str(n + 1)
+        axes[f"xaxis{axis}"] = {"nticks": 5} if longest > 5 else {"dtick": 1}
+        axes[f"yaxis{axis}"] = {"type": "log", **ticks, **({"matches": "y"} if n else {})}
+    return axes
+
+
 def energy(m: Measured) -> Section:
     """What share of ‖ΔW‖² the best k directions of each module keep."""
     alive = m.norm() > 0
@@ -91,7 +112,7 @@ def energy(m: Measured) -> Section:
     ninety = m.rank_for(0.9)[alive]
     says = (
         f"The best {int(np.median(ninety))} directions of each module keep 90 % of ‖ΔW‖² in the "
-        f"median ({ninety.min()} to {ninety.max()}), of ranks {m.ranks.min()} to {m.ranks.max()}."
+        f"median ({span(ninety)}), of rank {span(m.ranks)}."
     )
     drawn = layout(
         "rank kept in each module",
@@ -100,6 +121,7 @@ def energy(m: Measured) -> Section:
         yaxis_rangemode="tozero",
         xaxis_rangemode="tozero",
         height=420,
+        **whole_ticks("xaxis", len(ks)),
     )
     rows = [
         (k, f"{kept[:, k - 1].min():.1%}", f"{middle[k - 1]:.1%}", f"{kept[:, k - 1].max():.1%}")
@@ -225,11 +247,12 @@ def anomalies(found: Mapping[str, Anatomy], total: int) -> Section:
     flagged.sort(key=lambda pair: -abs(pair[1].z))
     layers = {m.path: m.depth for anatomy in found.values() for m in anatomy.modules}
     owners = len({name for name, _ in flagged})
+    looked_at = counted(len(found), "adapter")
     says = (
-        f"{len(flagged):,} values in {owners} of {len(found)} adapters stand out from the same "
+        f"{counted(len(flagged), 'value')} in {owners} of {looked_at} stand out from the same "
         "kind of module in the other layers, by a robust z."
         if flagged
-        else f"No module of {len(found)} adapters stands out from its kind in the other layers."
+        else f"No module of {looked_at} stands out from its kind in the other layers."
     )
     note = ""
     if len(found) < total:

@@ -27,7 +27,7 @@ from .of_many import bytes_against_error, shared, similarity_map, starts
 from .of_modules import anomalies, energy, norms, spectra
 from .order import nearest, sample
 from .page import page, plotly_js
-from .section import Section, counted, evenly
+from .section import Section, counted, evenly, span
 
 Advance = Callable[[int, int, str], None]
 
@@ -177,7 +177,7 @@ class _Survey:
             ("adapters", f"{len(m.names):,}"),
             ("base", ", ".join(sorted(base)) or "not said"),
             ("modules", f"{len(m.paths):,}"),
-            ("ranks", _span(m.ranks)),
+            ("ranks", span(m.ranks)),
             ("‖ΔW‖", low if low == high else f"{low}–{high}"),
             ("parameters", f"{m.parameters.sum():,}"),
             ("files", _size(sum(h.nbytes for h in self.handles.values()))),
@@ -267,11 +267,6 @@ def _anatomies(
         progress(k, len(chosen), f"anatomy of {names[i]}")
         found[names[i]] = anatomy(handles[names[i]], threshold=_ODD)
     return found
-
-
-def _span(values: np.ndarray) -> str:
-    low, high = int(values.min()), int(values.max())
-    return str(low) if low == high else f"{low}–{high}"
 
 
 def _size(nbytes: float) -> str:

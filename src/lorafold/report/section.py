@@ -78,11 +78,22 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def span(values: np.ndarray) -> str:
+    """4, or 4–16."""
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low}–{high}"
+
+
 def evenly(count: int, most: int) -> list[int]:
     """At most `most` evenly spaced numbers out of 0 … count − 1, the first and last with them."""
     if count <= most:
         return list(range(count))
     return sorted({round(k * (count - 1) / max(most - 1, 1)) for k in range(most)})
+
+
+def whole_ticks(axis: str, most: int) -> dict[str, Any]:
+    """For `layout`: ticks at whole numbers of 0 … most alone, and a few of them."""
+    return {f"{axis}_dtick": 1} if most <= 8 else {f"{axis}_nticks": 8, f"{axis}_tickformat": ",d"}
 
 
 def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
