@@ -404,6 +404,13 @@ def test_moving_changes_dtype_and_device_and_nothing_else(make_update):
         u.to(dtype=torch.long)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-19, 1e19, 1e30])
+def test_products_in_any_gauge(make_update, size):
+    u, v = make_update(6, 8, 3), make_update(6, 8, 2, seed=1)
+    moved = [LowRank(x.A * size, x.B / size, x.scale) for x in (u, v)]
+    assert moved[0].inner(moved[1]) == pytest.approx(u.inner(v), abs=1e-5 * u.norm() * v.norm())
+
+
 def test_trainable_factors_can_be_measured(make_update):
     u = make_update(4, 3, 2)
     p = LowRank(torch.nn.Parameter(u.A.clone()), torch.nn.Parameter(u.B.clone()))

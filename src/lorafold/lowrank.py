@@ -119,8 +119,7 @@ class LowRank:
         """
         _same_shape(self, other)
         dtype = torch.promote_types(self._work_dtype, other._work_dtype)
-        BB = (self.B.to(dtype).T @ other.B.to(dtype)).double()
-        AA = (self.A.to(dtype) @ other.A.to(dtype).T).double()
+        BB, AA = _product(self.B.T, other.B, dtype), _product(self.A, other.A.T, dtype)
         return self.scale * other.scale * float((BB * AA).sum().item())
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,6 +252,15 @@ class LowRank:
 
     def __neg__(self) -> LowRank:
         return self * -1.0
+
+
+def _product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """X Y in float64, from a product in `dtype` where that holds it: a gauge may be of any size."""
+    product = (X.to(dtype) @ Y.to(dtype)).double()
+    largest = product.detach().abs().max().item()
+    if 1e-20 < largest < 1e30 or dtype == torch.float64:
+        return product
+    return X.double() @ Y.double()
 
 
 def _is_finite(t: Tensor) -> bool:

@@ -231,3 +231,20 @@ def test_another_class_can_be_a_shelf(make_adapter):
             return named_handles({"mine": make_adapter({"q": (3, 4)}, 2)})
 
     assert names([Mine()]) == ["mine"]
+
+
+@pytest.mark.parametrize("text", ["", "./sql", "sql/", "a\0b", "x" * 5000, "lib:" + "x" * 5000])
+def test_what_is_no_path_is_no_other_either(text, tmp_path, monkeypatch, make_adapter):
+    """Not the working directory, not an id on the Hub, and no error of the system's own."""
+    asked = []
+
+    def snapshot(name, *_):
+        asked.append(name)
+        raise FileError("no such adapter")
+
+    monkeypatch.setattr("lorafold.files.find.snapshot", snapshot)
+    lf.save(make_adapter({"q": (6, 4)}, {"q": 2}), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError):
+        named_handles(text)
+    assert not asked or text[0] in "axl"  # what an id looks like is said elsewhere

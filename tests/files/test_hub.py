@@ -113,3 +113,34 @@ def test_without_huggingface_hub_the_hint_says_what_to_install(tmp_path):
     )
     assert "no such file or directory: 'org/sql'" in done.stdout
     assert "pip install 'lorafold[hub]'" in done.stdout
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_pickle": True}])
+def test_a_hub_that_cannot_be_reached_is_asked_once(offline, options, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def nobody(url, *args, **kwargs):
+        asked.append(url)
+        raise RuntimeError("name or service not known\nsecond line")
+
+    def never(*args, **kwargs):
+        raise AssertionError("a download asks again and again")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", nobody)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
+    with pytest.raises(FileError, match="no such file or directory: 'nope'.* not known") as caught:
+        lf.load("nope", **options)
+    assert len(asked) == 1 + len(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_in_the_cache_is_not_asked_for_first(offline, monkeypatch):
+    import huggingface_hub
+
+    def never(*args, **kwargs):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", never)
+    assert value(lf.load("org/sql")) == 3.0

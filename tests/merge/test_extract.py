@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from lorafold.merge import verify_merge
 from lorafold.merge.extract import facts
 
 SHAPES = {
@@ -191,3 +192,50 @@ def test_bad_input(state, tmp_path):
     broken = {**state, key: state[key] * float("nan")}
     with pytest.raises(lf.MismatchError, match=f"'{key}' holds numbers that are not finite"):
         lf.extract(base, written(tmp_path / "broken", broken), rank=2)
+
+
+@pytest.mark.parametrize("stored", [(False, False), (False, True), (True, False)])
+def test_a_tied_head_changes_with_its_embedding(state, tmp_path, stored):
+    """Merged back, the embedding's update alone would leave the output layer as it was."""
+    key, g = "model.embed_tokens.weight", torch.Generator().manual_seed(1)
+    tuned = {**state, key: state[key] + torch.randn(50, 2, generator=g) @ torch.ones(2, 32)}
+    words = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    for name, s, has in zip(("base", "tuned"), (state, tuned), stored, strict=True):
+        written(tmp_path / name, {**s, "lm_head.weight": s[key].clone()} if has else s, words)
+    found = lf.extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert set(found) == {"model.embed_tokens", "lm_head"}
+    out = tmp_path / "out"
+    lf.merge_into_weights(tmp_path / "base", found, out)
+    again = load_file(out / "model.safetensors")
+    for head in (key, "lm_head.weight"):
+        assert torch.allclose(again[head], tuned[key], atol=1e-5)
+    assert verify_merge(tmp_path / "base", found, tmp_path / "tuned").ok
+
+
+def test_a_head_that_parted_from_its_embedding(state, tmp_path):
+    head = state["model.embed_tokens.weight"] + torch.ones(50, 1) @ torch.ones(1, 32)
+    words = {"architectures": ["LlamaForCausalLM"]}
+    base = written(tmp_path / "base", state, {**words, "tie_word_embeddings": True})
+    apart = {**words, "tie_word_embeddings": False}
+    tuned = written(tmp_path / "tuned", {**state, "lm_head.weight": head}, apart)
+    assert set(lf.extract(base, tuned, rank=1)) == {"lm_head"}
+
+
+def test_numbers_of_eight_bits_have_no_difference(state, tmp_path):
+    base = written(tmp_path / "base", state)
+    key = "model.layers.0.q.weight"
+    codes = {**state, key: (2 * state[key]).to(torch.float8_e4m3fn)}
+    with pytest.raises(lf.RefusedError, match=f"{key!r} is torch.float8"):
+        lf.extract(base, written(tmp_path / "tuned", codes), rank=1)
+    both = {"base8": codes, "tuned8": {**codes, "model.norm.weight": torch.zeros(32)}}
+    paths = [written(tmp_path / name, s) for name, s in both.items()]
+    with pytest.warns(UserWarning, match="kept whole"):
+        assert not lf.extract(*paths, rank=1).modules
+
+
+def test_a_difference_beyond_float32_is_told_by_name(state, tmp_path):
+    key = "model.layers.0.q.weight"
+    near, far = ({**state, key: x * torch.ones(32, 40)} for x in (3e38, -3e38))
+    base, tuned = written(tmp_path / "base", near), written(tmp_path / "tuned", far)
+    with pytest.raises(lf.MismatchError, match=key):
+        lf.extract(base, tuned, rank=1)

@@ -26,6 +26,11 @@ PLAIN = [m for m in METHODS if m not in ("slerp", "lorahub", "regmean")]
 ENTRYWISE = ["magnitude", "ties", "dare", "dare_ties", "della", "breadcrumbs"]
 
 
+def grams(of_one):
+    """The same for each of `three`."""
+    return {"sql": of_one, "law": of_one, "art": of_one}
+
+
 def quietly(*args, **kwargs):
     """`lf.merge`, where modules that are missing are meant to be."""
     with warnings.catch_warnings():
@@ -394,12 +399,43 @@ def test_a_bad_gauge_changes_nothing(make_adapter, method):
     assert lf.merge(skewed, method).distance(merged) < 1e-5 * merged.norm()
 
 
+@pytest.mark.parametrize("space", ["core", "delta"])
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
-def test_opposite_updates_elect_one_sign_in_any_gauge(make_adapter, regauged, method):
+def test_opposite_updates_elect_one_sign_in_any_gauge(make_adapter, regauged, method, space):
     a = make_adapter(SHAPE, 4, seed=1)
-    merged = lf.merge({"a": a, "b": -a}, method, density=0.8)
-    again = lf.merge({"b": regauged(-a, 1), "a": regauged(a, 2)}, method, density=0.8)
+    options = {"density": 0.8, "space": space} | ({"rank": 24} if space == "delta" else {})
+    merged = lf.merge({"a": a, "b": -a}, method, **options)
+    again = lf.merge({"b": regauged(-a, 1), "a": regauged(a, 2)}, method, **options)
     assert again.distance(merged) < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("others", [[], [2]])
+def test_opposite_pieces_are_clustered_alike_in_any_gauge_and_order(make_adapter, regauged, others):
+    """Every piece has a twin at the same distance from all that is taken."""
+    a = make_adapter(SHAPE, 4, seed=1)
+    given = {"a": a, "b": -a, **{f"o{r}": make_adapter(SHAPE, r, seed=r) for r in others}}
+    merged = lf.merge(given, "lego")
+    again = lf.merge({n: regauged(given[n], i) for i, n in enumerate(reversed(given))}, "lego")
+    assert again.distance(merged) < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize("method", ["linear", "magnitude", "ctm", "slerp"])
+def test_pico_blows_up_no_rounding(make_adapter, regauged, method):
+    a = make_adapter(SHAPE, 4, seed=1)
+    merged = lf.merge({"a": a, "b": regauged(-a, 1)}, method, pico=True)
+    assert merged.norm() < 1e-5 * a.norm()
+
+
+@pytest.mark.parametrize(("size_a", "size_b"), [(1e-30, 1e30), (1e30, 1e-30), (1e19, 1e-19)])
+def test_slerp_in_any_gauge(make_adapter, size_a, size_b):
+    """A gauge whose products in float32 are infinite, or nothing."""
+    a, b = make_adapter(SHAPE, 4, seed=1), make_adapter(SHAPE, 2, seed=2)
+    moved = [
+        lf.Adapter({p: lf.LowRank(u.A * size_a, u.B * size_b, u.scale) for p, u in x.items()})
+        for x in (a, b)
+    ]
+    wanted = lf.merge([a, b], "slerp")
+    assert lf.merge(moved, "slerp").distance(wanted) < 1e-5 * wanted.norm()
 
 
 def test_gauge_matters_in_factors(three, regauged):
@@ -613,6 +649,32 @@ def test_weights_that_are_wrong(three, weights, what):
         ("lorahub", {"score": lambda a: float("nan")}, "number"),
         ("regmean", {}, "needs grams"),
         ("regmean", {"grams": {"sql": {}}}, "lack 'law', 'art'"),
+        ("regmean", {"grams": grams([1])}, "grams lack 'sql'"),
+        ("regmean", {"grams": grams({})}, "has none for module"),
+        (
+            "regmean",
+            {"grams": grams({"layers.0.q": np.eye(40)})},
+            "a ndarray, which is no tensor",
+        ),
+        (
+            "regmean",
+            {"grams": grams({"layers.0.q": torch.eye(40) / 0})},
+            "not finite",
+        ),
+        ("lorahub", {"score": lambda a: "1"}, "number"),
+        ("lorahub", {"score": lambda a: torch.ones(2)}, "number"),
+        ("linear", {"drop_rate": 0.5}, "takes no drop_rate"),
+        ("ties", {"density": True}, "density|densities"),
+        ("ties", {"density": 10**400}, "finite"),
+        ("ties", {"density": [0.5]}, "1 densities for 3"),
+        ("linear", {"lambda_": 10**400}, "lambda_"),
+        ("linear", {"pico": "no"}, "True or False"),
+        ("linear", {"progress": 3}, "progress must be a function"),
+        ("linear", {"space": None}, "no space"),
+        ("knots", {"rule": ["ties"]}, "no rule"),
+        ("knots", {"rule": 3}, "no rule"),
+        ("linear", {"weights": [1e308] * 3}, "module 'layers.0.q'"),
+        ("linear", {"weights": [10**400, 1, 1]}, "finite"),
     ],
 )
 def test_options_that_are_wrong(three, method, options, what):
@@ -841,3 +903,23 @@ def test_factors_that_train_merge_like_others(method, space):
     found, wanted = (lf.merge(x, method, **options)["q"] for x in (trained, still))
     assert not found.A.requires_grad
     assert torch.equal(found.dense(), wanted.dense())
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_none_is_as_if_nothing_were_given(three, method):
+    if method in ("slerp", "lorahub", "regmean"):
+        three = {"sql": three["sql"]}
+    needs = {"lorahub": {"score": lambda a: 0.0}, "regmean": {"grams": {"sql": {}}}}
+    own = needs.get(method, {})
+    none = {**dict.fromkeys(METHODS[method].takes), **dict.fromkeys(("lambda_", "pico", "heads"))}
+    merged = quietly(three, method, **own)
+    again = quietly(three, method, **{**none, **own})
+    assert again.distance(merged) < 1e-5 * merged.norm()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.array, torch.tensor, lambda x: torch.tensor([x])])
+def test_a_score_is_any_number(make_adapter, kind):
+    two = {"a": make_adapter(SHAPE, 2, seed=1), "b": make_adapter(SHAPE, 2, seed=2)}
+    merged = lf.merge(two, "lorahub", score=lambda a: kind(-a.norm()), budget=3)
+    wanted = lf.merge(two, "lorahub", score=lambda a: -a.norm(), budget=3)
+    assert merged.distance(wanted) < 1e-5 * wanted.norm()

@@ -105,6 +105,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*takes no notice of 'density'")
 @pytest.mark.parametrize("given", ["", "normalize: true", "normalize: false, lambda: 0.5"])
 @pytest.mark.parametrize("weights", [(0.5, 0.3, 1.0), (1.0, -0.4, 0.6)])
 @pytest.mark.parametrize("method", METHODS)
@@ -222,6 +223,8 @@ def test_it_says_what_it_was_asked_for(models, recipe):
 
 
 ONE = "models: [{{model: {sql}, parameters: {{weight: 1}}}}]\n"
+BARE = "models: [{{model: {sql}}}]\n"
+BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "bc", "cd"))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +232,33 @@ ONE = "models: [{{model: {sql}, parameters: {{weight: 1}}}}]\n"
     [
         ("merge_method: ties\nmodels: [\n  - x: {{\n", "line 3"),
         ("a: b: c\n", "line 1"),
+        ("merge_method: ties\n\nfoo: 1\n" + ONE, "line 3: 'foo'"),
+        (ONE + "merge_method: ties\nparameters:\n  foo: 1\n", "line 4: parameter 'foo'"),
+        ("merge_method: ties\n" + ONE + ONE, "line 3: 'models' is there twice"),
+        (
+            "merge_method: ties\nmodels:\n- model: {sql}\n"
+            "  parameters:\n    weight: 1\n    weight: 2\n",
+            "line 6: 'weight' is there twice",
+        ),
+        ("merge_method: t\0es\n" + ONE, "line 1: unacceptable"),
+        ("merge_method: [ties]\n" + ONE, "merge_method must be a name"),
+        ("merge_method: ties\ndtype: [bfloat16]\n" + ONE, "line 2: dtype"),
+        ("merge_method: ties\ndtype: int8\nout_dtype: bfloat16\n" + ONE, "line 2: dtype"),
+        ("merge_method: ties\nmodels: &m\n- *m\n", "line 2: .*recursive"),
+        ("merge_method: ties\nparameters: {{weight: &w {{value: *w}}}}\n" + ONE, "recursive"),
+        ("models: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + BOMB, "line 1: .*more than 10,000"),
+        ("merge_method: ties\nparameters: {{weight: 1" + "0" * 400 + "}}\n" + BARE, "number"),
+        ("merge_method: ties\nparameters: {{weight: [1, true]}}\n" + BARE, "numbers or filters"),
+        (
+            "merge_method: ties\nparameters: {{weight: [{{filter: 3, value: 1}}]}}\n" + BARE,
+            "filter must be a part of a name",
+        ),
+        ("merge_method: ties\nparameters: {{int8_mask: maybe}}\n" + ONE, "int8_mask"),
+        ("merge_method: ties\nparameters: {{normalize: 2}}\n" + ONE, "normalize"),
+        ("merge_method: breadcrumbs\nparameters: {{gamma: 5}}\n" + ONE, "gamma must lie"),
+        ("merge_method: della\nparameters: {{epsilon: -1}}\n" + ONE, "epsilon must lie"),
+        ("merge_method: ties\nmodels: [{{model: ./no, parameters: {{weight: 1}}}}]\n", "no such"),
         ("- 1\n", "no merge_method"),
         ("models: []\n", "no merge_method"),
         ("merge_method: slerp\n" + ONE, "'slerp' acts on whole weights"),
@@ -283,3 +313,21 @@ def test_recipes_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(lf.MissingExtraError, match=r"lorafold\[merge\]"):
         Recipe.read(tmp_path / "nothing.yaml")
+
+
+def test_what_the_method_takes_no_notice_of_is_told(models, recipe):
+    text = "merge_method: linear\nparameters: {{density: 0.4, lambda: 2}}\n" + ONE
+    with pytest.warns(UserWarning, match="linear takes no notice of 'density', 'lambda'"):
+        merged = Recipe.read(recipe(text)).merge()
+    assert merged.distance(lf.load(models[0] / "sql")) < 1e-5 * merged.norm()
+
+
+def test_an_alias_and_a_merge_key_say_what_they_stand_for(models, recipe):
+    path = recipe(
+        "merge_method: task_arithmetic\nmodels:\n"
+        "- model: {sql}\n  parameters: &p {{weight: 0.5}}\n"
+        "- model: {law}\n  parameters:\n    <<: *p\n    weight: 0.25\n"
+    )
+    merged = Recipe.read(path).merge()
+    sql, law = (lf.load(models[0] / name) for name in ("sql", "law"))
+    assert merged.distance(0.5 * sql + 0.25 * law) < 1e-4 * merged.norm()

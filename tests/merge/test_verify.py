@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold.merge import verify_merge
+from lorafold.parts import Layout
 
 SHAPES = {
     f"model.layers.{i}.{m}": s for i in range(3) for m, s in (("q", (32, 32)), ("up", (48, 32)))
@@ -237,3 +240,104 @@ def test_shards_and_conv_and_embeddings(tmp_path, make_update):
     lf.merge_into_weights(base, adapter, tmp_path / "out")
     assert verify_merge(base, adapter, tmp_path / "out").ok
     assert verdicts(verify_merge(base, 2 * adapter, tmp_path / "out")) == {"wrong strength"}
+
+
+def tied(folder, said=True):
+    """A base that says that its output layer is its embedding."""
+    words = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": said}
+    (folder / "config.json").write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
+def test_an_output_layer_that_parted_from_the_embedding(world, tmp_path, make_update, part):
+    """`merge_into_weights` writes a tensor that the base does not have."""
+    base, _ = world()
+    tied(base)
+    head = part == "lm_head"
+    u = make_update(50, 32, 2) if head else make_update(32, 50, 2)
+    layouts = {} if head else {part: Layout("embedding")}
+    adapter = lf.Adapter({part: u}, layouts=layouts)
+    lf.merge_into_weights(base, adapter, tmp_path / "out")
+    assert "lm_head.weight" in load_file(tmp_path / "out" / FILE)
+    found = verify_merge(base, adapter, tmp_path / "out")
+    assert found.ok, found
+    half = verify_merge(base, 0.5 * adapter, tmp_path / "out")
+    assert half.counts == {"wrong strength": 1}
+
+
+def test_an_output_layer_that_changed_with_the_embedding(world, tmp_path, make_update):
+    """What merging into a running model whose layers share a weight comes to."""
+    base, _ = world()
+    tied(base)
+    u = make_update(32, 50, 2)
+    adapter = lf.Adapter(
+        {"model.embed_tokens": u}, layouts={"model.embed_tokens": Layout("embedding")}
+    )
+    D = u.dense().T
+    out = rewritten(
+        base, tmp_path / "out", lambda k, W: W + D if k.endswith("tokens.weight") else W
+    )
+    tied(out)
+    found = verify_merge(base, adapter, out)
+    assert verdicts(found) == {"applied"}
+    assert found.others == {"lm_head.weight": "changed"}
+
+
+def test_an_output_layer_that_went_missing(world, tmp_path):
+    base, adapter = world()
+    state = load_file(base / FILE)
+    save_file({**state, "lm_head.weight": torch.ones(50, 32)}, base / FILE)
+    tied(base, said=False)
+    out = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    save_file({k: t for k, t in load_file(out / FILE).items() if "head" not in k}, out / FILE)
+    tied(out)  # the reader takes the embedding in its place
+    assert verify_merge(base, adapter, out).others == {"lm_head.weight": "changed"}
+
+
+def test_merged_twice_and_rounded_each_time(world, tmp_path):
+    base, adapter = world(torch.bfloat16, scale=0.01)
+    once = rewritten(base, tmp_path / "once", plus(adapter, 1.0))
+    twice = rewritten(once, tmp_path / "twice", plus(adapter, 1.0))
+    found = verify_merge(base, adapter, twice)
+    assert verdicts(found) == {"wrong strength"}
+    assert "merged twice" in found.says
+
+
+def test_a_zero_update_in_another_dtype(world, tmp_path):
+    base, adapter = world()
+    out = rewritten(base, tmp_path / "out", plus(adapter, 0.0, torch.bfloat16))
+    found = verify_merge(base, 0 * adapter, out)
+    assert found.ok
+    assert {f.why for f in found.parts.values()} == {"the update is zero"}
+
+
+def test_a_strength_that_rounding_hides_is_said(world, tmp_path):
+    base, adapter = world(torch.bfloat16, scale=0.0005)
+    out = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    found = verify_merge(base, adapter, out)
+    assert verdicts(found) == {"applied"}
+    assert all("too coarse to tell" in f.why for f in found.parts.values())
+
+
+def test_numbers_of_eight_bits_are_refused_and_untouched_ones_compared(world, tmp_path):
+    base, adapter = world()
+    key = next(iter(adapter)) + ".weight"
+    out = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    state = load_file(out / FILE)
+    save_file({**state, key: state[key].to(torch.float8_e4m3fn)}, out / FILE)
+    with pytest.raises(lf.RefusedError, match="quantised"):
+        verify_merge(base, adapter, out)
+    codes = torch.ones(3).to(torch.float8_e4m3fn)
+    save_file({**load_file(base / FILE), "codes": codes}, base / FILE)
+    save_file({**state, "codes": codes}, out / FILE)
+    assert verify_merge(base, adapter, out).ok
+
+
+def test_nan_where_the_base_has_it_is_no_change(world, tmp_path):
+    base, adapter = world()
+    mask = torch.tensor([0.0, float("nan"), float("-inf")])
+    save_file({**load_file(base / FILE), "mask": mask}, base / FILE)
+    out = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    assert verify_merge(base, adapter, out).ok
+    save_file({**load_file(out / FILE), "mask": mask.nan_to_num()}, out / FILE)
+    assert verify_merge(base, adapter, out).others == {"mask": "changed"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -109,9 +110,9 @@ def _check_no_slip(text: str, options: Mapping[str, Any]) -> None:
     """
     from glob import has_magic
 
-    if options.get("revision") or has_magic(text) or Path(text).exists():
+    if options.get("revision") or has_magic(text) or os.path.exists(text):
         return
-    if library_of(text) is None and Path(text).parent.exists():
+    if library_of(text) is None and os.path.exists(Path(text).parent):
         asks = "revision" in options and text.count("/") == 1
         hint = " (for an id on the Hub, give --revision main)" if asks else ""
         raise FileError(f"no such file or directory: {text!r}{hint}")

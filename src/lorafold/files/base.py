@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import FileError
@@ -144,15 +145,34 @@ class BaseFiles:
 
 
 class Weights:
-    """A base's tensors, read one by one; the last one stays in memory."""
+    """A base's tensors, read one by one; the last one stays in memory.
 
-    def __init__(self, files: BaseFiles) -> None:
-        self.files = files
+    An output layer that shares the embedding's weight is there as well, whether it is stored or
+    not: of two writers of one model one may have parted them.
+
+    Args:
+        files: the base's. asked: names of tensors that an adapter has to do with.
+    """
+
+    def __init__(self, files: BaseFiles, asked: Iterable[str] = ()) -> None:
+        self.files, self.named = files, files.named(asked)
         self._at = {k: (f, e) for f in files.files for k, e in read_entries(f).items()}
+        bias = self.named.tied_bias
+        for key in [self.named.tied and self.named.tied[0], bias and bias[0]]:
+            if key:  # "" is one whose name is not known
+                self._at.setdefault(key, self._at[self.named.source(key)])
         self._last: tuple[str, Tensor] | None = None
 
     def __contains__(self, key: str) -> bool:
         return key in self._at
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor, as it is stored."""
+        return self._at[key][1].dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._at[key][1].shape
 
     @property
     def keys(self) -> list[str]:

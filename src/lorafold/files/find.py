@@ -50,17 +50,17 @@ class PickleError(FileError):
 
 def is_adapter(path: Path) -> bool:
     """Whether the directory itself holds an adapter's weights or config."""
-    return any((path / name).is_file() for name in _FILES)
+    return any(os.path.isfile(path / name) for name in _FILES)
 
 
 def is_subspace(path: str | os.PathLike[str]) -> bool:
     """Whether the directory is one of vLoRA's, of many adapters."""
-    return Path(path, SUBSPACE_NAME).is_file()
+    return os.path.isfile(Path(path, SUBSPACE_NAME))
 
 
 def is_library(path: str | os.PathLike[str]) -> bool:
     """Whether the directory holds a library."""
-    return Path(path, LIBRARY_NAME).is_file()
+    return os.path.isfile(Path(path, LIBRARY_NAME))
 
 
 def in_library(text: str) -> tuple[str, str] | None:
@@ -68,7 +68,7 @@ def in_library(text: str) -> tuple[str, str] | None:
 
     A path that exists is a path, whatever colons are in it.
     """
-    if Path(text).exists():
+    if os.path.exists(text):  # of what is no path (too long, a NUL in it) it says no
         return None
     colons = (at for at, letter in enumerate(text) if letter == ":")
     return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
@@ -78,10 +78,13 @@ def matches(text: str | os.PathLike[str]) -> list[Path]:
     """The path itself, or what a glob matches, sorted.
 
     Raises:
-        FileError: a glob that matches nothing.
+        FileError: a glob that matches nothing, or a path that only is one and is not there.
     """
     path = os.fspath(text)
     if os.path.lexists(path) or not glob.has_magic(path):
+        if not os.path.lexists(path) and str(Path(path)) != path:
+            # "" would become the working directory, and "./sql" an id on the Hub.
+            raise FileError(f"no such file or directory: {path!r}")
         return [Path(path)]
     found = [Path(p) for p in sorted(glob.glob(path))]
     if not found:

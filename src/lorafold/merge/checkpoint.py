@@ -146,6 +146,20 @@ def out_of_range(key: str, dtype: torch.dtype) -> str:
     return f"{key!r} has numbers beyond the range of {name}: write bfloat16 or float32 instead"
 
 
+def same(W: Tensor, W1: Tensor) -> bool:
+    """Whether W1 is W, in its own dtype; NaN is NaN."""
+    if W.shape != W1.shape:
+        return False
+    W = W.to(W1.dtype)
+    if W.dtype not in FLOATS:  # not every kind of code can be compared
+        one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (W, W1))
+        return torch.equal(one, other)
+    holes = W.isnan()
+    if not bool(holes.any()):
+        return torch.equal(W, W1)
+    return bool(((W == W1) | (holes & W1.isnan())).all())
+
+
 # One file
 
 

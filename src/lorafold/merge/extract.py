@@ -27,6 +27,7 @@ from ..lowrank import LowRank
 from ..parts import LINEAR, PREFIX, Layout
 from ..words import warn
 from .algebra.spaces import cut
+from .checkpoint import FLOATS, same
 
 Progress = Callable[[int, int, str], object]
 
@@ -70,8 +71,10 @@ def extract(
         progress: called with done, total and the tensor.
 
     Returns:
-        An `Adapter` with an update for every matrix that changed. Its config tells the error and
-        the rounding floor, relative to all of D, under `lorafold_origin`; `facts` reads them.
+        An `Adapter` with an update for every matrix that changed; where an output layer shares the
+        embedding's weight, one for either, as merging the embedding's alone parts them. Its config
+        tells the error and the rounding floor, relative to all of D, under `lorafold_origin`;
+        `facts` reads them.
 
     Raises:
         FileError: no safetensors there.
@@ -93,10 +96,11 @@ def extract(
         if progress is not None:
             progress(k, len(keys), key)
         W, W1 = before.read(key), after.read(key)
-        if torch.equal(W.to(W1.dtype), W1):
+        if same(W, W1):
             continue
-        if not (W.is_floating_point() and W1.is_floating_point()):
-            raise RefusedError(f"{key!r} is {W1.dtype}: quantised weights have no difference")
+        codes = next((t.dtype for t in (W, W1) if t.dtype not in FLOATS), None)
+        if codes is not None:
+            raise RefusedError(f"{key!r} is {codes}: quantised weights have no difference")
         path = key.removesuffix(".weight")
         layout = _layout(path, W) if path != key else None
         if layout is None:
@@ -107,7 +111,10 @@ def extract(
             raise MismatchError(f"{key!r} holds numbers that are not finite: there is no update")
         conv1d = turned and path.rpartition(".")[2] in _CONV1D
         flat = D.T if layout.kind == "embedding" or conv1d else D.flatten(1)
-        modules[path] = _within(flat, rank, tolerance, sums)
+        try:
+            modules[path] = _within(flat, rank, tolerance, sums)
+        except MismatchError as e:
+            raise MismatchError(f"{key!r}: its difference is beyond float32's range ({e})") from e
         sums.floor += _rounding(W) + _rounding(W1)
         if layout != LINEAR:
             layouts[path] = layout
@@ -133,8 +140,7 @@ def _check(rank: int | None, tolerance: float | None) -> None:
 
 def _check_same(before: Weights, after: Weights) -> None:
     """Refuse checkpoints of other names or shapes."""
-    tied = set(before.files.named().tied or ()) | set(after.files.named().tied or ())
-    one = [k for k in {*before.keys} ^ {*after.keys} if k not in tied]
+    one = {*before.keys} ^ {*after.keys}
     if one:
         raise MismatchError(
             f"{len(one)} tensors are in one checkpoint only, e.g. {min(one)!r}: extract needs two "
@@ -142,7 +148,7 @@ def _check_same(before: Weights, after: Weights) -> None:
         )
     for key in before.keys:
         if key in after:
-            a, b = (w.files.entries[key].shape for w in (before, after))
+            a, b = (w.shape(key) for w in (before, after))
             if a != b:
                 raise MismatchError(f"{key!r} is {a} in the base and {b} in the tuned checkpoint")
 

@@ -174,11 +174,15 @@ class _Run:
             for k, path in enumerate(self._paths):
                 if progress is not None:
                     progress(k, len(self._paths), path)
-                found = _merged(job, self._members(path), len(self._names))
-                if isinstance(found, Cut):
-                    lost, size = lost + found.lost, size + found.size
-                    found = found.update
-                modules[path] = found * job.options["lambda_"]
+                try:
+                    found = _merged(job, self._members(path), len(self._names))
+                    if isinstance(found, Cut):
+                        lost, size = lost + found.lost, size + found.size
+                        found = found.update
+                    modules[path] = found * job.options["lambda_"]
+                except MismatchError as e:  # what says nothing of where has it said here
+                    named = repr(path) in str(e)
+                    raise MismatchError(f"{e}" if named else f"module {path!r}: {e}") from e
         return modules, math.sqrt(lost / size) if size > 0 else None
 
     def _members(self, path: str) -> Members:

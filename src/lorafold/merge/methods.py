@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from ..errors import MismatchError, UnknownNameError
 from ..words import did_you_mean
 from .algebra.rules import RULES, Rule
-from .weights import PerAdapter, densities, per_adapter
+from .weights import PerAdapter, densities, is_number, per_adapter
 
 SPACES = ("core", "delta", "factors")
 _ALIASES = {
@@ -111,19 +111,21 @@ def job_of(
     method = _method(method)
     kind = METHODS[method]
     if space not in SPACES:
-        raise UnknownNameError(f"no space {space!r}; {did_you_mean(space, SPACES)}")
+        raise UnknownNameError(f"no space {space!r}; {did_you_mean(str(space), SPACES)}")
     if space not in kind.spaces:
         raise MismatchError(f"{method} works in space='core' only, found {space!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise MismatchError(f"seed must be a whole number, found {seed!r}")
-    given = _without_drop_rate(dict(options or {}))
     takes = _takes(method, space)
-    unknown = [name for name in given if name not in takes]
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    rate = {"drop_rate"} if "density" in takes else set()
+    unknown = [name for name in options or {} if name not in {*takes, *rate}]
     if unknown:
         known = {**takes, "weights": None, "space": None, "seed": None}
         raise UnknownNameError(
             f"{method} takes no {unknown[0]}=; {did_you_mean(unknown[0], known)}"
         )
+    given = _without_drop_rate(given)
     filled = {**takes, **given}
     _check(method, filled, names)
     rule = _rule(method, filled)
@@ -162,17 +164,17 @@ def _without_drop_rate(given: dict[str, Any]) -> dict[str, Any]:
     """`drop_rate=d` said as `density=1-d`."""
     if "drop_rate" not in given:
         return given
-    if given.get("density") is not None:
+    if "density" in given:
         raise MismatchError("give density= or drop_rate=, which is 1 - density, not both")
     rate = given.pop("drop_rate")
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < 1:
+    if not is_number(rate) or not 0 <= rate < 1:
         raise MismatchError(f"drop_rate must lie in [0, 1), found {rate!r}")
     return {**given, "density": 1 - float(rate)}
 
 
 def _rule(method: str, options: Mapping[str, Any]) -> Rule:
     name = options.get("rule", method)
-    if "rule" in options and name not in RULES:
+    if not isinstance(name, str) or ("rule" in options and name not in RULES):
         raise UnknownNameError(f"no rule {name!r}; {did_you_mean(str(name), RULES)}")
     rule = RULES.get(name, Rule())
     tuned = {k: options[k] for k in ("gamma", "epsilon") if options.get(k) is not None}
@@ -205,7 +207,7 @@ def _check(method: str, options: Mapping[str, Any], names: Sequence[str]) -> Non
         ("bound", 0, math.inf),
     ):
         value = options.get(name)
-        if value is not None and not _is_number(value, low, high):
+        if value is not None and not (is_number(value) and low <= value <= high):
             bounds = "be a finite number" if low == -math.inf else f"lie in [{low}, {high}]"
             raise MismatchError(f"{name} must {bounds}, found {value!r}")
     for name in ("rank", "budget"):
@@ -214,6 +216,11 @@ def _check(method: str, options: Mapping[str, Any], names: Sequence[str]) -> Non
             isinstance(value, bool) or not isinstance(value, Integral) or value < 1
         ):
             raise MismatchError(f"{name} must be a whole number of at least 1, found {value!r}")
+    for name, fits in (("pico", _is_flag), ("progress", _is_function), ("score", _is_function)):
+        value = options.get(name)
+        if value is not None and not fits(value):
+            what = "True or False" if name == "pico" else "a function"
+            raise MismatchError(f"{name} must be {what}, found {value!r}")
     heads = options["heads"]
     if heads is not None and heads not in names:
         raise UnknownNameError(f"heads={heads!r} is no source; {did_you_mean(str(heads), names)}")
@@ -221,15 +228,16 @@ def _check(method: str, options: Mapping[str, Any], names: Sequence[str]) -> Non
     for name, what in needed.items():
         if name in options and options[name] is None:
             raise MismatchError(f"{method} needs {name}=, {what}")
-    if "score" in options and not isinstance(options["score"], Callable):  # type: ignore[arg-type]
-        raise MismatchError(f"score must be a function of an Adapter, found {options['score']!r}")
     if method == "slerp" and len(names) > 2:
         raise MismatchError(f"slerp is between two adapters, found {len(names)}")
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value)
 
 
 def _tellable(value: Any) -> bool:

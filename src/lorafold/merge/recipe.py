@@ -9,24 +9,24 @@ The entries are those of ΔW, as mergekit's are: the result has full rank, and i
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
 from ..collection.sources import named_handles
-from ..errors import FileError, MismatchError, MissingExtraError, UnknownNameError
+from ..errors import MismatchError, UnknownNameError
 from ..files.find import in_library
-from ..words import did_you_mean
+from ..words import did_you_mean, warn
 from .algebra.rules import Rule
 from .merge import run
 from .methods import Job, job_of
-from .weights import PerAdapter, densities
+from .weights import PerAdapter, densities, is_number
+from .yaml_tables import Table, tables_in
 
 _DTYPES = {
     "float32": "float32",
@@ -110,7 +110,7 @@ class Recipe:
             FileError: it can't be read or is no YAML; naming the line.
             MismatchError: a field, method or parameter that can't be honoured; naming it.
         """
-        return _recipe(_yaml(Path(path)), str(path))
+        return _recipe(tables_in(Path(path)), str(path))
 
     def merge(self, *, rank: int | None = None, seed: int = 0, **options: Any) -> Adapter:
         """The adapter of which base + ΔW is what mergekit would write.
@@ -121,7 +121,7 @@ class Recipe:
             options: `heads=`, `progress=`, as `merge` takes them.
         """
         handles = named_handles({name: path for name, (path, _) in self.models.items()})
-        if self.base is not None and not Path(self.base).exists():
+        if self.base is not None and not os.path.exists(self.base):
             # A local folder may have any name; of two names on the Hub, the last part is enough.
             for name, handle in handles.items():
                 if handle.base_model and Path(handle.base_model).name != Path(self.base).name:
@@ -141,6 +141,7 @@ class Recipe:
         options: Mapping[str, Any],
     ) -> Job:
         known = _METHODS[self.method]
+        self._flag("int8_mask", False)  # how mergekit stores its masks: nothing comes of it here
         own = [parameters for _, parameters in self.models.values()]
         places = _Places(paths, self.base)
         weights = {p: self._weights(own, p, places) for p in paths}
@@ -151,8 +152,8 @@ class Recipe:
             known.rule,
             divide="signed" if self._normalizes and self.method != "linear" else "no",
             rescale="sum" if self._flag("rescale", known.rescale) else "no",
-            gamma=self._constant("gamma", own, known.rule.gamma),
-            epsilon=self._constant("epsilon", own, known.rule.epsilon),
+            gamma=self._share("gamma", own, known.rule.gamma),
+            epsilon=self._share("epsilon", own, known.rule.epsilon),
         )
         job = replace(
             plain,
@@ -227,10 +228,16 @@ class Recipe:
             raise MismatchError(f"{name} differs between models, which can't be honoured")
         return _number(next(iter(found.values())), name) if found else default
 
+    def _share(self, name: str, own: Sequence[Mapping[str, Any]], default: float) -> float:
+        found = self._constant(name, own, default)
+        if not 0 <= found <= 1:
+            raise MismatchError(f"{name} must lie in [0, 1], found {found:g}")
+        return found
+
     def _flag(self, name: str, default: bool) -> bool:
         found = self.parameters.get(name, default)
-        if not isinstance(found, bool | int):
-            raise MismatchError(f"{name} must be true or false everywhere, found {found!r}")
+        if not isinstance(found, bool | int) or found not in (0, 1):
+            raise MismatchError(f"{name} must be true or false everywhere, found {_shown(found)}")
         return bool(found)
 
 
@@ -267,23 +274,27 @@ def _evaluated(setting: Any, tensor: str, place: float) -> Any:
         setting = [setting]
     if not isinstance(setting, list):
         return setting
-    if setting and all(isinstance(x, Real) for x in setting):
+    if setting and all(map(is_number, setting)):
         at = place * (len(setting) - 1)
         low = int(at)
         high = min(len(setting) - 1, low + 1)
         return (1 - (at - low)) * setting[low] + (at - low) * setting[high]
     for condition in setting:
         if not isinstance(condition, Mapping) or set(condition) - {"filter", "value"}:
-            raise MismatchError(f"a parameter must be numbers or filters, found {condition!r}")
+            raise MismatchError(
+                f"a parameter must be numbers or filters, found {_shown(condition)}"
+            )
         wanted = condition.get("filter")
+        if not isinstance(wanted, str | None):
+            raise MismatchError(f"a filter must be a part of a name, found {_shown(wanted)}")
         if wanted is None or wanted == "*" or wanted in tensor:
             return _evaluated(condition.get("value"), tensor, place)
     return None
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise MismatchError(f"parameter {name!r} must be a number, found {value!r}")
+    if not is_number(value):
+        raise MismatchError(f"parameter {name!r} must be a number, found {_shown(value)}")
     return float(value)
 
 
@@ -296,33 +307,17 @@ def _by_path(values: Mapping[str, Sequence[float]], count: int) -> PerAdapter:
     return PerAdapter(tuple(given), 0.0)
 
 
-def _yaml(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingExtraError(
-            "recipes are YAML, and pyyaml is not there: pip install 'lorafold[merge]'"
-        ) from None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise FileError(f"{path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise FileError(f"{path}: it is no text: {e}") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise FileError(f"{path}: {where}{getattr(e, 'problem', None) or e}") from e
-
-
 def _recipe(found: Any, where: str) -> Recipe:
-    if not isinstance(found, Mapping) or "merge_method" not in found:
+    if not isinstance(found, Table) or "merge_method" not in found:
         raise MismatchError(f"{where} is no recipe: it has no merge_method")
-    unknown = [f"{name}" for name in found if name not in _FIELDS]
-    if unknown:
-        hint = "use models:" if unknown[0] in ("slices", "modules") else "leave it out"
-        raise MismatchError(f"{where}: {unknown[0]!r} can't be honoured for adapters; {hint}")
-    method = str(found["merge_method"])
+    for name in found:
+        if name not in _FIELDS:
+            hint = "use models:" if name in ("slices", "modules") else "leave it out"
+            line = found.at(name)
+            raise MismatchError(f"{where}: {line}{name!r} can't be honoured for adapters; {hint}")
+    method = found["merge_method"]
+    if not isinstance(method, str):
+        raise MismatchError(f"{where}: merge_method must be a name, found {_shown(method)}")
     if method in _ON_WEIGHTS:
         raise MismatchError(
             f"{where}: merge_method {method!r} acts on whole weights, not on what adapters change"
@@ -331,15 +326,41 @@ def _recipe(found: Any, where: str) -> Recipe:
         hint = did_you_mean(method, _METHODS)
         raise UnknownNameError(f"{where}: no merge_method {method!r}; {hint}")
     parameters = _parameters(found.get("parameters"), (*_GLOBAL, *_EACH), where)
+    for name in ("dtype", "out_dtype"):
+        given = found.get(name)
+        if given is not None and not (isinstance(given, str) and given in _DTYPES):
+            known = f"one of {sorted(_DTYPES)}"
+            raise MismatchError(
+                f"{where}: {found.at(name)}{name} must be {known}, found {_shown(given)}"
+            )
     written = found.get("out_dtype") or found.get("dtype")
-    if written is not None and written not in _DTYPES:
-        raise MismatchError(f"{where}: dtype must be one of {sorted(_DTYPES)}, found {written!r}")
     base = found.get("base_model")
     if base is not None and not isinstance(base, str):
-        raise MismatchError(f"{where}: base_model must be a name or path, found {base!r}")
+        raise MismatchError(f"{where}: base_model must be a name or path, found {_shown(base)}")
     models, bare = _models(found.get("models"), base, where)
     dtype = None if written is None else _DTYPES[written]
+    _tell_unused(method, [parameters, *(own for _, own in models.values())], where)
     return Recipe(method, base, models, parameters, dtype, bare)
+
+
+def _tell_unused(method: str, given: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Warn of parameters that mergekit's method takes no notice of either."""
+    keep = _METHODS[method].rule.keep
+    unused = {
+        "density": keep == "all",
+        "gamma": keep != "middle",
+        "epsilon": keep != "ranked",
+        "lambda": method == "linear",
+        "rescale": method == "linear",
+    }
+    names = sorted({name for parameters in given for name in parameters if unused.get(name)})
+    if names:
+        warn(f"{where}: {method} takes no notice of {', '.join(map(repr, names))}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    return reprlib.repr(value)
 
 
 def _models(
@@ -354,14 +375,15 @@ def _models(
         name = entry.get("model") if isinstance(entry, Mapping) else None
         if not isinstance(name, str) or set(entry) - {"model", "parameters"}:
             raise MismatchError(
-                f"{where}: an entry of models must be model: PATH with parameters, found {entry!r}"
+                f"{where}: an entry of models must be model: PATH with parameters, found "
+                f"{_shown(entry)}"
             )
         own = _parameters(entry.get("parameters"), _EACH, where)
         if name == base:
             bare.append(own)
             continue
         first, plus, adapter = name.partition("+")
-        if plus and not Path(name).exists() and in_library(name) is None:
+        if plus and not os.path.exists(name) and in_library(name) is None:
             if base is not None and first != base:
                 raise MismatchError(f"{where}: {name!r} is over another base than {base!r}")
             name = adapter
@@ -378,10 +400,11 @@ def _models(
 def _parameters(given: Any, known: Sequence[str], where: str) -> Mapping[str, Any]:
     if given is None:
         return {}
-    if not isinstance(given, Mapping):
-        raise MismatchError(f"{where}: parameters must be names and values, found {given!r}")
+    if not isinstance(given, Table):
+        raise MismatchError(f"{where}: parameters must be names and values, found {_shown(given)}")
     for name in given:
         if name not in known:
             hint = did_you_mean(str(name), known)
-            raise UnknownNameError(f"{where}: parameter {name!r} can't be honoured; {hint}")
+            line = given.at(name)
+            raise UnknownNameError(f"{where}: {line}parameter {name!r} can't be honoured; {hint}")
     return given

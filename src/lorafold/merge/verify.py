@@ -24,6 +24,7 @@ from ..files import load
 from ..files.base import Weights, read_base
 from ..lowrank import LowRank
 from ..placing import Placement, Spot, placed
+from .checkpoint import FLOATS, same
 
 Verdict = Literal["applied", "not applied", "wrong strength", "other change", "missing"]
 Progress = Callable[[int, int, str], object]
@@ -32,6 +33,8 @@ Progress = Callable[[int, int, str], object]
 _ARITHMETIC = 0.01
 _ROUNDING = 1.2
 _ALIKE = 0.9
+_NEAR = 0.03  # or a tenth of the rounding, which moves c as well
+_HIDES = 0.5  # rounding, as a share of ‖ΔW‖, from which other strengths look the same
 _CHUNK = 1 << 21  # numbers
 
 
@@ -123,8 +126,10 @@ def verify_merge(
         adapter = load(adapter)
     if adapter.refusal is not None:
         raise RefusedError(adapter.refusal)
-    before, after = (Weights(read_base(os.fspath(path))) for path in (base, merged))
-    plans = [placed(adapter.parts, w.files.named(adapter.parts.names())) for w in (before, after)]
+    before, after = (
+        Weights(read_base(os.fspath(path)), adapter.parts.names()) for path in (base, merged)
+    )
+    plans = [placed(adapter.parts, w.named) for w in (before, after)]
     if not plans[0].spots:
         raise MismatchError(f"nothing of the adapter has a place in {base}: is it the base?")
     there = {spot.part: spot for spot in plans[1].spots}
@@ -149,15 +154,15 @@ def _without_place(plan: Placement) -> dict[str, Finding]:
 
 
 def _found(adapter: Adapter, spot: Spot, other: Spot, before: Weights, after: Weights) -> Finding:
-    keys = [(before.files, p.key) for p in spot.pieces] + [
-        (after.files, p.key) for p in other.pieces
-    ]
-    for files, key in keys:
-        if not files.entries[key].dtype.is_floating_point:
-            raise RefusedError(
-                f"{files.path} is quantised: {key!r} is {files.entries[key].dtype}, and what a "
-                "merge did to it can't be told from rounding"
-            )
+    counter = spot.what != "update" and not adapter.extras[spot.part].is_floating_point()
+    for weights, place in () if counter else ((before, spot), (after, other)):
+        for piece in place.pieces:
+            dtype = weights.dtype(piece.key)
+            if dtype not in FLOATS:
+                raise RefusedError(
+                    f"{weights.files.path} is quantised: {piece.key!r} is {dtype}, and what a "
+                    "merge did to it can't be told from rounding"
+                )
     if len(spot.pieces) != len(other.pieces):
         return Finding("missing", why="the merged checkpoint stores it in another form")
     value = adapter.value_at(spot)
@@ -166,10 +171,10 @@ def _found(adapter: Adapter, spot: Spot, other: Spot, before: Weights, after: We
     verdicts = set()
     for piece, twin in zip(spot.pieces, other.pieces, strict=True):
         W, W1 = before.read(piece.key), after.read(twin.key)
-        if torch.equal(spot.replaced(W, piece, value).to(W1.dtype), W1):
+        if same(spot.replaced(W, piece, value), W1):
             verdicts.add("applied")
         else:
-            verdicts.add("not applied" if torch.equal(W.to(W1.dtype), W1) else "other change")
+            verdicts.add("not applied" if same(W, W1) else "other change")
     verdict: Verdict = "applied" if verdicts == {"applied"} else "other change"
     return Finding("not applied" if verdicts == {"not applied"} else verdict)
 
@@ -190,7 +195,7 @@ def _of_update(u: LowRank, spot: Spot, other: Spot, before: Weights, after: Weig
     sums = [_products(W, W1, delta) for W, W1, delta in pairs]
     along, size = (math.fsum(x[i] for x in sums) for i in (0, 1))
     if size == 0:
-        still = all(_misses(*pair, 0.0)[0] == 0 for pair in pairs)
+        still = all(same(W, W1) for W, W1, _ in pairs)
         return Finding("applied" if still else "other change", why="the update is zero")
     c = along / size
 
@@ -201,10 +206,15 @@ def _of_update(u: LowRank, spot: Spot, other: Spot, before: Weights, after: Weig
     )
     for verdict, strength in tried:
         miss, rounding = _shares(pairs, strength, size)
+        if abs(strength) > 1.5:  # merged n times, it was rounded n times, much the same way
+            rounding = max(rounding, abs(strength) * _shares(pairs, 1.0, size)[1])
         if miss <= _ROUNDING * rounding + _ARITHMETIC * abs(strength) + 1e-6:
-            why = _why_strength(c, u) if verdict == "wrong strength" else ""
-            if verdict == "applied" and _shares(pairs, 0.0, size)[0] == 0:
-                why = "the dtype is too coarse to hold it"
+            near = max(_NEAR, rounding / 10)
+            why = _why_strength(c, u, near) if verdict == "wrong strength" else ""
+            if verdict == "applied" and rounding > _HIDES:
+                untouched = _shares(pairs, 0.0, size)[0] == 0
+                hold = "hold it" if untouched else "tell: rounding hides most of it"
+                why = f"the dtype is too coarse to {hold}"
             return Finding(verdict, c, rounding, miss, why)
     miss, rounding = _shares(pairs, c, size)
     turned = all(_is_turned(*pair) for pair in pairs)
@@ -255,7 +265,8 @@ def _is_turned(W: Tensor, W1: Tensor, delta: Tensor) -> bool:
     return size > 0 and float((D * turned).sum()) / size > _ALIKE
 
 
-def _why_strength(c: float, u: LowRank) -> str:
+def _why_strength(c: float, u: LowRank, near: float) -> str:
+    """What makes such a c, within a share of it."""
     root = math.sqrt(u.rank)
     known = (
         (2.0, "it was merged twice"),
@@ -265,25 +276,23 @@ def _why_strength(c: float, u: LowRank) -> str:
         (1 / root, "it was scaled as without use_rslora, by √r too little"),
         (1 / u.scale if u.scale else 0.0, "it was merged without its scale α/r"),
     )
-    return ", or ".join(why for value, why in known if value and abs(c / value - 1) < 0.03)
+    return ", or ".join(why for value, why in known if value and abs(c / value - 1) < near)
 
 
 def _others(before: Weights, after: Weights, touched: set[str]) -> tuple[dict[str, str], int]:
     """How the tensors that the adapter leaves alone differ, and how many they are."""
-    tied = set(before.files.named().tied or ()) | set(after.files.named().tied or ())
-    found, compared = {}, 0
-    for key in before.keys:
+    found, compared, both = {}, 0, (before, after)
+    for key in dict.fromkeys([*before.keys, *after.keys]):
         if key in touched:
             continue
         if key not in after:
-            if key not in tied:
-                found[key] = "not in the merged checkpoint"
-            continue
-        compared += 1
-        W, W1 = before.read(key), after.read(key)
-        if W.shape != W1.shape or not torch.equal(W.to(W1.dtype), W1):
-            found[key] = "changed"
-    for key in after.keys:
-        if key not in before and key not in touched | tied:
+            found[key] = "not in the merged checkpoint"
+        elif key not in before:
             found[key] = "only in the merged checkpoint"
+        elif all(key not in w.named.tensors and w.named.source(key) not in touched for w in both):
+            pass  # the embedding, which is compared itself
+        else:
+            compared += 1
+            if not same(before.read(key), after.read(key)):
+                found[key] = "changed"
     return found, compared

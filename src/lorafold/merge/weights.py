@@ -105,9 +105,9 @@ def densities(given: Any, names: Sequence[str]) -> PerAdapter:
     Raises:
         MismatchError: one out of range, or what `per_adapter` says.
     """
-    if isinstance(given, Real):
-        given = [float(given)] * len(names)
-    found = per_adapter(given, names, 1.0, "density")
+    if isinstance(given, Real) and not isinstance(given, bool):
+        given = [given] * len(names)
+    found = per_adapter(given, names, 1.0, "densities")
     values = [v for g in found.given for v in (g.values() if isinstance(g, Mapping) else (g,))]
     for value in values:
         if not 0 < value <= 1:
@@ -127,9 +127,19 @@ def _checked(value: Any, what: str) -> float | Patterns:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value):
         raise MismatchError(f"{what} must be a finite number, found {value!r}")
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, and finite as a float (10**400 is none)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -233,12 +233,17 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     return values, root @ W[:, :kept] * inverse
 
 
+def along(X: Tensor) -> Tensor:
+    """How far each column of X (n, k) goes along (sin 1, sin 2, …), (k,)."""
+    return torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin() @ X
+
+
 def column_signs(X: Tensor, T: Tensor | None = None) -> Tensor:
     """±1 for each column of X, or of X T, −1 where it points against (sin 1, sin 2, …): it and
     its opposite become one.
     """
-    along = torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin() @ X
-    return torch.where((along if T is None else along @ T) < 0, -1.0, 1.0).to(X)
+    far = along(X) if T is None else along(X) @ T
+    return torch.where(far < 0, -1.0, 1.0).to(X)
 
 
 def thin_svd(M: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,13 +106,15 @@ def combined(
         kept = list(kept)
     for w, x in kept:
         total = w * x if total is None else total.add_(x, alpha=w)
-        if rule.elect and x.dtype == torch.float64:
+        if rule.elect:
             one = x.abs()
             size = one.mul_(abs(w)) if size is None else size.add_(one, alpha=abs(w))
     if total is None:
         return None
     if rule.elect:
-        plus = total >= 0 if size is None else total >= -NOISE * size  # rounding elects no sign
+        assert size is not None
+        # Rounding elects no sign: neither an entry's own, nor that of the sums it came from.
+        plus = total >= size.add_(size.mean()).mul_(-NOISE)
         if not isinstance(entries, list):
             kept = _kept(rule, entries, weights, densities, draw)
         return _elected(rule.divide, kept, plus)

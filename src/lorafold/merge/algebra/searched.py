@@ -46,9 +46,13 @@ def searched_weights(
 
     def value(w: Tensor) -> float:
         found = score(w.tolist())
-        if not isinstance(found, int | float) or math.isnan(found):
+        try:  # a tensor or an array of one number is one as well
+            number = math.nan if isinstance(found, str) else float(found)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if math.isnan(number):
             raise MismatchError(f"score must return a number, it returned {found!r}")
-        return float(found) - penalty * float(w.abs().mean())
+        return number - penalty * float(w.abs().mean())
 
     best = torch.full((count,), 1 / count, dtype=torch.float64)
     top, step = value(best), _FIRST_STEP
@@ -99,16 +103,19 @@ def regmean(
     return LowRank(solved.T.float().contiguous(), torch.cat(parts, 1).float())
 
 
-def _gram(grams: Mapping[str, Any], name: str, path: str, inner: int) -> Tensor:
-    found = grams.get(name, {}).get(path) if isinstance(grams, Mapping) else None
+def _gram(grams: Mapping[str, Mapping[str, Any]], name: str, path: str, inner: int) -> Tensor:
+    found = grams[name].get(path)
     if not isinstance(found, Tensor):
+        has = "none" if found is None else f"a {type(found).__name__}, which is no tensor,"
         raise MismatchError(
-            f"grams has none for module {path!r} of {name!r}: give {{name: {{module: Σ x xᵀ}}}}"
+            f"grams has {has} for module {path!r} of {name!r}: give {{name: {{module: Σ x xᵀ}}}}"
         )
     if tuple(found.shape) != (inner, inner):
         raise MismatchError(
             f"grams[{name!r}][{path!r}] must be ({inner}, {inner}), found {tuple(found.shape)}"
         )
+    if not bool(torch.isfinite(found).all()):
+        raise MismatchError(f"grams[{name!r}][{path!r}] holds numbers that are not finite")
     return found
 
 
@@ -118,6 +125,7 @@ def check_grams(grams: Any, names: Sequence[str]) -> None:
     Raises:
         MismatchError: naming what is missing.
     """
-    missing = [n for n in names if not isinstance(grams, Mapping) or n not in grams]
+    given = grams if isinstance(grams, Mapping) else {}
+    missing = [n for n in names if not isinstance(given.get(n), Mapping)]
     if missing:
         raise MismatchError(f"grams lack {', '.join(map(repr, missing))}: give one for each source")

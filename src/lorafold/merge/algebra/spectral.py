@@ -19,7 +19,7 @@ from torch import Tensor
 from ...collection.batch import decompose
 from ...errors import MismatchError
 from ...lowrank import LowRank, from_svd
-from .core import NOISE, Cut, Joint, Members, column_signs, thin_svd
+from .core import NOISE, Cut, Joint, Members, along, column_signs, thin_svd
 from .rules import Rule, combined
 
 _ALIKE = 0.9995  # cosine from which a great circle is taken for a line
@@ -192,11 +192,13 @@ def lego(members: Members, rank: int | None) -> LowRank:
             weights += [abs(w)] * len(S)
     if not weights:
         return joint.lifted(joint.zero)
-    pool = torch.cat(units)
+    p, pool = joint.U.shape[1], torch.cat(units)
+    # In an order of their own: of two that are as far from all the same one must come first.
+    order = ((pool[:, :p] @ along(joint.U)) * (pool[:, p:] @ along(joint.V))).argsort()
+    pool, shares = pool[order], pool.new_tensor(weights)[order]
     r = max(members.ranks)
     k = min(rank or r, len(pool))
-    centres = _centroids(pool, pool.new_tensor(weights), k) * (r / k) ** 0.25
-    p = joint.U.shape[1]
+    centres = _centroids(pool, shares, k) * (r / k) ** 0.25
     B, A = joint.U @ centres[:, :p].T, centres[:, p:] @ joint.V.T
     return LowRank(A.float().contiguous(), B.float().contiguous())
 
@@ -205,16 +207,16 @@ def _centroids(pool: Tensor, weights: Tensor, k: int) -> Tensor:
     """k centroids (k, d) of pieces (n, d) up to their sign, each of its pieces' mean norm.
 
     Lloyd's algorithm from the largest piece, then always the one farthest from all taken: nothing
-    is drawn, and the order of the pieces changes nothing.
+    is drawn. Of those that are alike but for rounding the first is taken.
     """
     norms = torch.linalg.vector_norm(pool, dim=1)
-    chosen = [int(norms.argmax())]
+    chosen = [int(_first_largest(norms[None]))]
     distance = _distances(pool, pool[chosen])[:, 0]
     while len(chosen) < k:
-        chosen.append(int(distance.argmax()))
+        chosen.append(int(_first_largest(distance[None])))
         distance = torch.minimum(distance, _distances(pool, pool[chosen[-1:]])[:, 0])
     centres = pool[chosen]
-    nearest = _distances(pool, centres).argmin(1)
+    nearest = _first_largest(-_distances(pool, centres), norms.max().square())
     shares, totals = _shares(nearest, weights, k)
     for _ in range(_ROUNDS):
         products = (pool * centres[nearest]).sum(1)
@@ -224,7 +226,8 @@ def _centroids(pool: Tensor, weights: Tensor, k: int) -> Tensor:
         # A cluster that lost all of its pieces keeps its centre.
         means = (shares * signs) @ pool / totals.clamp_min(1e-300)
         centres = torch.where(totals > 0, means, centres)
-        before, nearest = nearest, _distances(pool, centres).argmin(1)
+        before = nearest
+        nearest = _first_largest(-_distances(pool, centres), norms.max().square())
         shares, totals = _shares(nearest, weights, k)
         if torch.equal(nearest, before):
             break
@@ -232,6 +235,17 @@ def _centroids(pool: Tensor, weights: Tensor, k: int) -> Tensor:
     wanted = torch.where(totals > 0, shares @ norms[:, None] / totals.clamp_min(1e-300), sizes)
     scaled: Tensor = centres * (wanted / sizes.clamp_min(1e-300))
     return scaled
+
+
+def _first_largest(values: Tensor, size: Tensor | None = None) -> Tensor:
+    """Of each row (n, k) the place of the first entry that is its largest, but for rounding.
+
+    Args:
+        size: of what the entries come from; the largest of each row where None.
+    """
+    largest = values.amax(1, keepdim=True)
+    slack = NOISE * (largest if size is None else size)
+    return (values >= largest - slack).to(torch.uint8).argmax(1)
 
 
 def _shares(nearest: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -272,9 +286,10 @@ def recalibrated(update: LowRank, members: Members) -> LowRank:
         if u is not None
     ]
     total, size = sum(w for w, _ in pairs), update.norm()
-    if len(pairs) < 2 or total == 0 or size == 0:
+    summed = sum(w * norm for w, norm in pairs)
+    if len(pairs) < 2 or size <= NOISE * summed:  # rounding of what cancels is not blown up
         return update
-    return update * (sum(w * norm for w, norm in pairs) / total / size)
+    return update * (summed / total / size)
 
 
 def _side_by_side(parts: list[_Triples]) -> _Triples:
