@@ -22,15 +22,9 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     if not _ID.fullmatch(name):
         raise FileError(f"no such file or directory: {name!r}")
     try:
-        from huggingface_hub import (
-            get_hf_file_metadata,
-            hf_hub_download,
-            hf_hub_url,
-            try_to_load_from_cache,
-        )
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
         )
@@ -40,24 +34,8 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
             "pip install 'lorafold[hub]')"
         ) from None
 
-    def check_reachable(filename: str) -> None:
-        """Ask once: of a Hub that is out of reach the download asks six times, for half a minute.
-
-        Raises:
-            LocalEntryNotFoundError: no connection.
-        """
-        if try_to_load_from_cache(name, filename, revision=revision) is not None:
-            return
-        url = hf_hub_url(name, filename, revision=revision)
-        try:
-            get_hf_file_metadata(url)
-        except HfHubHTTPError:
-            pass  # it answers: the download tells what
-        except Exception as e:  # what its HTTP library raises, which is one or another
-            raise LocalEntryNotFoundError(f"it can't be reached ({e})") from e
-
     def fetched(filename: str) -> Path:
-        check_reachable(filename)
+        _check_reachable(name, filename, revision)
         return Path(hf_hub_download(name, filename, revision=revision))
 
     weights = [WEIGHTS_NAME, PICKLE_NAME] if allow_pickle else [WEIGHTS_NAME]
@@ -84,3 +62,23 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
         f"no such file or directory: {name!r}, and the Hub has no adapter of that id "
         f"to give: {reason}"
     ) from missing
+
+
+def _check_reachable(name: str, filename: str, revision: str | None) -> None:
+    """Ask once: of a Hub that is out of reach the download asks six times, for half a minute.
+
+    Raises:
+        LocalEntryNotFoundError: no connection, and it is not in the cache.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if try_to_load_from_cache(name, filename, revision=revision) is not None:
+        return
+    url = hf_hub_url(name, filename, revision=revision)
+    try:
+        get_hf_file_metadata(url)
+    except HfHubHTTPError:
+        pass  # it answers: the download tells what
+    except Exception as e:  # what its HTTP library raises, which is one or another
+        raise LocalEntryNotFoundError(f"it can't be reached ({e})") from e
