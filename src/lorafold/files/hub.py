@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..errors import FileError
 from .config import CONFIG_NAME
@@ -22,7 +23,7 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     if not _ID.fullmatch(name):
         raise FileError(f"no such file or directory: {name!r}")
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub as hub
         from huggingface_hub.errors import (
             EntryNotFoundError,
             HFValidationError,
@@ -35,8 +36,8 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
         ) from None
 
     def fetched(filename: str) -> Path:
-        _check_reachable(name, filename, revision)
-        return Path(hf_hub_download(name, filename, revision=revision))
+        _check_reachable(hub, name, filename, revision)
+        return Path(hub.hf_hub_download(name, filename, revision=revision))
 
     weights = [WEIGHTS_NAME, PICKLE_NAME] if allow_pickle else [WEIGHTS_NAME]
     missing: Exception | None = None
@@ -64,21 +65,21 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     ) from missing
 
 
-def _check_reachable(name: str, filename: str, revision: str | None) -> None:
+def _check_reachable(hub: Any, name: str, filename: str, revision: str | None) -> None:
     """Ask once: of a Hub that is out of reach the download asks six times, for half a minute.
+
+    Args:
+        hub: the client. name, filename, revision: of what is asked for.
 
     Raises:
         LocalEntryNotFoundError: no connection, and it is not in the cache.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if try_to_load_from_cache(name, filename, revision=revision) is not None:
+    if hub.try_to_load_from_cache(name, filename, revision=revision) is not None:
         return
-    url = hf_hub_url(name, filename, revision=revision)
+    url = hub.hf_hub_url(name, filename, revision=revision)
     try:
-        get_hf_file_metadata(url)
-    except HfHubHTTPError:
+        hub.get_hf_file_metadata(url)
+    except hub.errors.HfHubHTTPError:
         pass  # it answers: the download tells what
     except Exception as e:  # what its HTTP library raises, which is one or another
-        raise LocalEntryNotFoundError(f"it can't be reached ({e})") from e
+        raise hub.errors.LocalEntryNotFoundError(f"it can't be reached ({e})") from e
