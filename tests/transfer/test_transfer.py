@@ -176,7 +176,7 @@ def test_copy_without_a_check_reads_no_weights(adapter):
     bad = {k: W * torch.nan for k, W in weights(shapes).items()}
     with pytest.raises(lf.MismatchError, match=r"q_proj.weight' holds NaN"):
         lf.transfer(adapter, weights(shapes), bad, method="copy")
-    moved = lf.transfer(adapter, weights(shapes), bad, method="copy", check=False)
+    moved = lf.transfer(adapter, weights(shapes), bad, method="copy", unchecked=True)
     assert moved.report.said == {}
     assert lf.transfer(adapter, target=weights(shapes), method="copy").report.said == {}
 

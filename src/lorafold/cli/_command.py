@@ -27,7 +27,8 @@ CHECK_FAILED, BAD_INPUT = 1, 2
 # What messages call as the Python API does, and the command line has as a flag.
 _KEYWORDS = re.compile(
     r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
-    r"|base_model|form|name|heads|density|drop_rate|encoder|error|top_k)=(True\b|'?…'?|(?=[\s;,:)]|$))"
+    r"|base_model|form|name|heads|density|drop_rate|encoder|error|top_k|shape|texts"
+    r"|alignment|unchecked|output|layers|resume)=(True\b|'?…'?|(?=[\s;,:)]|$))"
 )
 
 F = TypeVar("F", bound=Callable[..., Any])

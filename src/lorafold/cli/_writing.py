@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,19 @@ def known_names(folder: Path) -> dict[str, str]:
     ):
         raise FileError(f"{path} is no list of unfolded adapters: move it, or write elsewhere")
     return known
+
+
+def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
+    """Add {folder: name} to what names.json says of other folders that are still there.
+
+    Args:
+        known: as `known_names` gave it.
+    """
+    from ..files.atomic import replace_file
+
+    kept = {k: v for k, v in known.items() if (folder / k).is_dir()}
+    text = json.dumps({**kept, **renamed}, indent=2) + "\n"
+    replace_file(folder / NAMES_FILE, text.encode())
 
 
 def _letters_and_digest(name: str) -> tuple[str, str]:

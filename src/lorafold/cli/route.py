@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import click
 from ..errors import FileError, MismatchError
 from . import _output as output
 from ._command import Command, group
+from ._texts import examples_of, lines_of, named_texts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,51 +135,14 @@ def _read(examples: dict[str | None, list[str]], path: Path, lines: int) -> None
         for file in files:
             _read(examples, file, lines)
     elif path.suffix == ".jsonl":
-        for name, text in _records(path):
+        for name, text in named_texts(path):
             examples.setdefault(name, []).append(text)
     else:
-        examples.setdefault(path.stem, []).extend(_examples(path, lines))
-
-
-def _examples(path: Path, lines: int) -> Iterator[str]:
-    """The examples of a text file: so many lines each, none of them empty."""
-    found = _lines(_text(path))
-    for k in range(0, len(found), lines):
-        text = "\n".join(found[k : k + lines]).strip()
-        if text:
-            yield text
-
-
-def _records(path: Path) -> Iterator[tuple[str | None, str]]:
-    for number, line in enumerate(_lines(_text(path)), 1):
-        if not line.strip():
-            continue
-        record: Any = None
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise FileError(f"{path}: line {number}: not valid JSON ({e})") from e
-        named = isinstance(record, dict) and isinstance(record.get("name", 0), str | None)
-        if not named or not isinstance(record.get("text"), str):
-            raise FileError(f'{path}: line {number}: must have a "name" and a "text"')
-        yield record["name"], record["text"]
-
-
-def _text(path: Path) -> str:
-    from ..files.config import read_text
-
-    if not path.exists():
-        raise FileError(f"no such file or directory: {str(path)!r}")
-    return read_text(path)
+        examples.setdefault(path.stem, []).extend(examples_of(path, lines))
 
 
 def _stdin() -> list[str]:
-    return [line for line in _lines(sys.stdin.read()) if line.strip()]
-
-
-def _lines(text: str) -> list[str]:
-    """The lines of a text; a form feed and the like, which a text may hold, ends none."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return [line for line in lines_of(sys.stdin.read()) if line.strip()]
 
 
 # Reports

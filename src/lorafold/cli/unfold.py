@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._writing import NAMES_FILE, dtype_option, folder_names, known_names, torch_dtype
+from ._writing import NAMES_FILE, dtype_option, folder_names, known_names, torch_dtype, write_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +73,7 @@ def unfold(
                 row = {"name": name, "path": str(path), "error": entry["error"]}
                 written.append({**row, "rounding": rounding})
     if renamed:
-        _write_names(Path(folder), known, renamed)
+        write_names(Path(folder), known, renamed)
     found = {"path": folder, "dtype": dtype, "adapters": written}
     output.report(found, lambda out: _show(out, found, renamed))
 
@@ -88,15 +87,6 @@ def _rounding(adapter: Adapter, path: Path) -> float | None:
     norm, written = adapter.norm(), load(path)
     distance = math.hypot(*((u - written[p]).norm() for p, u in adapter.modules.items()))
     return distance / norm if norm > 0 else 0.0
-
-
-def _write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
-    """Add {folder: name} to what names.json says of other folders that are still there."""
-    from ..files.atomic import replace_file
-
-    kept = {k: v for k, v in known.items() if (folder / k).is_dir()}
-    text = json.dumps({**kept, **renamed}, indent=2) + "\n"
-    replace_file(folder / NAMES_FILE, text.encode())
 
 
 def _show(out: Console, d: Mapping[str, Any], renamed: Mapping[str, str]) -> None:

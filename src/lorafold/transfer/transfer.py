@@ -49,7 +49,7 @@ METHODS: dict[str, Way] = {
     "truncate": Way(plain.truncate, {"rescale": False}, bases=False),
     "interpolate": Way(plain.interpolate, {"rescale": False}, bases=False),
     "svd": Way(plain.svd, {"rescale": False}, bases=False),
-    "copy": Way(copy, {"check": True}, bases=False),
+    "copy": Way(copy, {"unchecked": False}, bases=False),
 }
 
 
@@ -82,7 +82,7 @@ def transfer(
             energy: instead, the share of each result's ‖ΔW‖² to keep.
         progress: called with done, total, what.
         options: the method's own. Plain resizings: `rescale=True` multiplies by √(d_s/d_t), with
-            d = √(out · in). "copy": `check=False` doesn't compare the two bases' weights.
+            d = √(out · in). "copy": `unchecked=True` doesn't compare the two bases' weights.
 
     Returns:
         A `Transfer`: `.adapter`, of the kind that was given, and `.report`.

@@ -41,7 +41,7 @@ def copy(job: Job) -> Moved:
     if not modules:
         first, why = next(iter(without.items()))
         raise MismatchError(f"copy needs equal shapes: {first!r} is {why}; use another method")
-    if job.source is None or not job.options["check"]:
+    if job.source is None or job.options["unchecked"]:
         return Moved(modules, {}, layouts, without=without)
     found = _compared(job, list(modules))
     return Moved(modules, {}, layouts, without=without, distances=found.modules, said=found.said())
@@ -98,7 +98,7 @@ def _compared(job: Job, paths: list[str]) -> _Apart:
     if not found.compared:
         raise MismatchError(
             f"no weight of the two bases can be compared: {len(found.missed)} tensors, e.g. "
-            f"{found.missed[0]!r}; check=False copies without"
+            f"{found.missed[0]!r}; unchecked=True copies without"
         )
     return found
 

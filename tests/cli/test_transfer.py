@@ -1,0 +1,146 @@
+"""`transfer`: one adapter or many, by shapes or by a base; what is told, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafold as lf
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+
+
+@pytest.fixture
+def wide(here):
+    """The base's names with twice the width in and three times out, at `wide`."""
+    state = load_file("base/model.safetensors")
+    for key, W in state.items():
+        if W.ndim == 2:
+            state[key] = torch.zeros(3 * W.shape[0], 2 * W.shape[1])
+    Path("wide").mkdir()
+    save_file(state, "wide/model.safetensors")
+    return "wide"
+
+
+def test_by_shapes(here, cli):
+    ran = cli("transfer", "adapters/sql", "--shape", "q_proj=30x20", "--shape", ".*=6x5", "-o", "o")
+    assert (ran.code, ran.err) == (0, "")
+    assert "method svd" in " ".join(ran.out.split())
+    moved = lf.load("o")
+    assert {moved[Q].shape, moved[V].shape} == {(30, 20), (6, 5)}
+    same = lf.transfer("adapters/sql", shape={"q_proj": (30, 20), ".*": (6, 5)}).adapter
+    assert same.distance(moved) < 1e-6 * same.norm()
+
+
+def test_by_a_base_alone(here, wide, cli):
+    found = cli("transfer", "adapters/sql", "--to", wide, "-o", "o", "--json").json
+    (row,) = found["adapters"]
+    sql, moved = lf.load("adapters/sql"), lf.load("o")
+    assert {p: u.shape for p, u in moved.items()} == {
+        p: (3 * u.shape[0], 2 * u.shape[1]) for p, u in sql.items()
+    }
+    assert moved.base_model == row["base_model"] == wide
+    assert row["report"]["method"] == "svd"
+    assert row["report"]["error"] is None
+    assert row["report"]["norm_ratio"] == pytest.approx(1)
+    assert row["rounding"] < 1e-6
+    assert found["failed"] == {}
+
+
+def test_copy_tells_how_far_the_bases_are_apart(here, cli):
+    ran = cli(
+        *("transfer", "adapters/sql", "--from", "base", "--to", "base"),
+        *("--method", "copy", "-o", "o", "--base-model", "org/new"),
+    )
+    assert ran.code == 0
+    assert "base distance" in ran.out
+    assert "nearly the same weights" in ran.out
+    assert lf.load("o").base_model == "org/new"
+
+
+@pytest.mark.parametrize("source", ["adapters", "lib"])
+def test_many_at_once(here, wide, cli, source):
+    names = [p.name for p in sorted(Path("adapters").iterdir())]
+    ran = cli("transfer", source, "--to", wide, "-o", "moved", "--method", "truncate")
+    assert (ran.code, ran.err) == (0, "")
+    for name in names:
+        moved = lf.load(f"moved/{name}")
+        assert {u.shape for u in moved.values()} <= {(72, 32), (24, 32)}
+        assert name in ran.out
+
+
+def test_what_can_not_be_moved_is_told_and_the_rest_is(here, wide, cli):
+    config = json.loads(Path("adapters/sql/adapter_config.json").read_text())
+    Path("adapters/sql/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    ran = cli("transfer", "adapters", "--to", wide, "-o", "moved")
+    assert ran.code == 1
+    assert "not moved: sql: the adapter can't be transferred: this is a DoRA adapter" in ran.out
+    assert "1 of" in ran.err
+    assert not Path("moved/sql").exists()
+    assert Path("moved/poems").is_dir()
+    alone = cli("transfer", "adapters/sql", "--to", wide, "-o", "o")
+    assert alone.code == 2
+    assert "DoRA" in alone.err
+
+
+def test_names_are_data(here, cli):
+    a = lf.load("adapters/sql")
+    lf.fold({"../x": a, "[red]b": a}, "odd")
+    ran = cli("transfer", "odd", "--shape", ".*=8x8", "-o", "moved")
+    assert ran.code == 0
+    assert "[red]b" in ran.out
+    known = json.loads(Path("moved/names.json").read_text())
+    assert set(known.values()) == {"../x", "[red]b"}
+    for folder in known:
+        assert lf.load(f"moved/{folder}")[Q].shape == (8, 8)
+
+
+def test_options_reach_the_method(here, cli):
+    line = ("transfer", "adapters/sql", "--shape", ".*=4x4", "--overwrite", "-o", "o")
+    cli(*line)
+    plain = lf.load("o")
+    cli(*line, "--rescale")
+    assert lf.load("o").norm() > 1.5 * plain.norm()
+    cli(*line, "--rank", "1", "--dtype", "float16")
+    assert lf.load("o").rank == 1
+    found = cli(*line, "--energy", "0.5", "--json").json["adapters"][0]
+    assert found["ranks"][-1] < 4
+
+
+def test_every_module_with_verbose(here, cli):
+    ran = cli("transfer", "adapters/sql", "--shape", "q_proj=30x20", "-o", "o", "--verbose")
+    assert "24×16" in ran.out
+    assert "30×20" in ran.out
+    assert V in ran.out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("adapters/sql -o o", "give --to, the base that it is for, or --shape"),
+        ("adapters/sql -o o --shape 3x3", "'3x3' is not PATTERN=OUTxIN"),
+        ("adapters/sql -o o --shape a=3x3 --shape a=4x4", "'a' is given twice"),
+        ("adapters/sql -o o --shape q_proj=0x3", "whole numbers above 0"),
+        ("adapters/sql -o o --shape w=3x3", "'w' matches none of the modules"),
+        ("adapters/sql -o o --shape q=3x3 --to base", "give --shape, or bases; not both"),
+        ("adapters/sql -o o --to nowhere", "no such folder: 'nowhere'"),
+        ("adapters/sql -o o --to base --method svdd", "did you mean 'svd'?"),
+        ("adapters/sql -o o --to base --rank 0", "rank must be a whole number"),
+        ("adapters/sql -o o --to base --rank 1 --energy 1", "give rank or energy, not both"),
+        ("adapters/sql -o lib --to base", "it is not an adapter"),
+        ("adapters/sql -o adapters/sql --to base", "is the source"),
+        ("nowhere -o o --to base", "no such file or directory"),
+        ("adapters/sql -o o --to base --texts nowhere.txt", "no such file or directory"),
+        ("adapters/sql -o o --to base --unchecked", "has no option 'unchecked'"),
+    ],
+)
+def test_what_is_refused(here, cli, line, says):
+    ran = cli("transfer", *line.split())
+    assert ran.code == 2
+    assert says in ran.err
+    assert ran.err.count("\n") == 1
+    assert not Path("o").exists()
