@@ -2,6 +2,9 @@
 
 A message names the thing (file, key, module, name), says what was expected and found, and what to
 do about it. The command line prints that line and exits with status 2.
+
+They lie here, `lorafold.errors.MismatchError`. `lorafold.MismatchError` is the same class, for
+short; of those, `dir(lorafold)` and `from lorafold import *` have the root alone.
 """
 
 from __future__ import annotations
