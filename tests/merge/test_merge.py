@@ -686,7 +686,7 @@ def test_sources_that_do_not_fit(make_adapter, tmp_path):
     a = make_adapter(SHAPE, 2, base_model="one")
     with pytest.raises(lf.MismatchError, match="list of sources is empty"):
         lf.merge([])
-    with pytest.raises(lf.MismatchError, match="'a' to 'one', 'b' to 'two'"):
+    with pytest.raises(lf.MismatchError, match="'a' to 'one'; 'b' to 'two'"):
         lf.merge({"a": a, "b": make_adapter(SHAPE, 2, base_model="two")})
     with pytest.raises(lf.MismatchError, match=r"'l.q' is \(24, 40\) in 'a' and \(8, 40\) in 'b'"):
         lf.merge({"a": a, "b": make_adapter({"l.q": (8, 40)}, 2)})
