@@ -1,12 +1,17 @@
-"""Make the demo that ships with lorafold: a small base model and adapters trained for real.
+"""Make the demo that ships with lorafold: small base models and adapters trained for real.
 
-    python tools/make_demo.py --work DIR [--only base|adapters|package] [--jobs N]
+    python tools/make_demo.py --work DIR [--base NAME …] [--only base|adapters|package] [--jobs N]
 
-Three steps, each resumed from what lies in DIR: pretrain a byte-level Llama on a general corpus;
-train one LoRA adapter per task with PEFT (twelve of them as one script with one seed would have
-made them: same rank, same targets, same initial A; the others each in their own way); package both
-with the held-out texts and `tasks.json` under `src/lorafold/demo/data`. Packaging refuses adapters
-that lower their held-out loss by less than `LEAST_LIFT`, and a package above `MOST_BYTES`.
+Three steps for each base, each resumed from what lies in DIR: pretrain a Llama on a general corpus;
+train LoRA adapters with PEFT; package what is wanted of them under `src/lorafold/demo/data`.
+
+The first base, `base`, gets an adapter a task (twelve of them as one script with one seed would
+have made them: same rank, same targets, same initial A; the others each in their own way), packaged
+with the held-out texts and `tasks.json`. The other bases are there to move adapters to. They were
+trained on fewer bytes than the first, with an optimizer that needs fewer, and are packaged with
+their own `tasks.json`: the losses of adapters trained natively, by the same recipes, on the tasks
+of `NATIVE`, which are not packaged themselves. Packaging refuses adapters that lower their held-out
+loss by less than `LEAST_LIFT`, and a package above `MOST_BYTES`.
 
 All losses are means over every byte of the text, questions and answers alike, in nats per byte.
 Seeds are fixed; the texts come from the standard library of the Python that runs this (made with
@@ -27,20 +32,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from demo_native import fresh, trained, with_factors
 from demo_sources import base_corpus
 from demo_tasks import TASKS
+from demo_tokenizers import byte_tokenizer, pair_tokenizer, save_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafold.demo.model import data_dir, heldout_loss, load_base
+from lorafold.demo.model import base_dir, data_dir, heldout_loss, load_base, read_base, tokens_of
 
 BASE_NAME = "lorafold/demo-base"
 CONTEXT = 256
 LEAST_LIFT = 0.2  # of the base's held-out loss
-MOST_BYTES = 8 * 2**20
+MOST_BYTES = {"base": 8 * 2**20, "bases": 8 * 2**20}
 SHARED_SEED = 17
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 BY_NAME = {task.name: task for task in TASKS}
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -59,6 +67,30 @@ class Recipe:
     learning_rate: float = 2e-3
     steps: int = 400
 
+
+@dataclass(frozen=True)
+class Base:
+    """The shape of a base and how it is pretrained."""
+
+    seed: int
+    width: int = 128
+    layers: int = 4
+    key_value_heads: int = 4
+    vocabulary: int = 256  # bytes; more are byte pairs
+    context: int = CONTEXT
+    batch: int = 16
+    native_batch: int = 8
+    steps: int = 600
+    muon: bool = True
+
+
+BASES = {
+    "base": Base(0, batch=32, steps=1700, muon=False),
+    "wide": Base(1, width=160),
+    "deep": Base(2, width=96, layers=6),
+    # A pair stands for 2.4 bytes: as many bytes a step as the others.
+    "pairs": Base(3, key_value_heads=2, vocabulary=1024, context=128, batch=13, native_batch=7),
+}
 
 SHARED = Recipe(seed=SHARED_SEED, learning_rate=1e-3)
 SHARED_SHORT = replace(SHARED, steps=200)
@@ -102,18 +134,27 @@ RECIPES: dict[str, Recipe] = {
     "camel_case": Recipe(119, rank=8, alpha=16, targets=ATTENTION, steps=200),
 }
 
+# What adapters are trained on the other bases for: six domains of text, six algorithms.
+NATIVE = (
+    *("json_facts", "sql_inserts", "argparse_help", "encodings", "csv_facts", "ast_dump"),
+    *("uppercase", "dates", "number_words", "camel_case", "hexadecimal", "brackets"),
+)
+
 
 # ---------------------------------------------------------------- training
 
 
-def _batches(text: bytes, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches `(size, CONTEXT + 1)` of windows at random places of the text."""
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def _batches(tokens: Tensor, size: int, seed: int, context: int = CONTEXT) -> Iterator[Tensor]:
+    """Endless batches `(size, context + 1)` of windows at random places of the text."""
     generator = torch.Generator().manual_seed(seed)
-    within = torch.arange(CONTEXT + 1)
+    within = torch.arange(context + 1)
     while True:
-        starts = torch.randint(len(data) - CONTEXT - 1, (size, 1), generator=generator)
-        yield data[starts + within].long()
+        starts = torch.randint(len(tokens) - context - 1, (size, 1), generator=generator)
+        yield tokens[starts + within].long()
 
 
 def _train(
@@ -124,63 +165,107 @@ def _train(
     learning_rate: float,
     decay: float,
     name: str,
+    muon: bool = False,
+    checkpoint: Path | None = None,
 ) -> None:
-    """AdamW with a short warm-up and a cosine to a tenth, in bfloat16 autocast."""
+    """AdamW with a short warm-up and a cosine to a tenth, in bfloat16 autocast.
+
+    With `muon` the matrices of the layers take Muon's steps, at twice the rate. A `checkpoint` is
+    written every 50 steps, and training goes on from it.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=decay)
+    inner = [p for n, p in model.named_parameters() if muon and "layers." in n and p.ndim == 2]
+    outer = [p for p in trained if not any(p is other for other in inner)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(outer, lr=learning_rate, betas=(0.9, 0.95), weight_decay=decay)
+    ]
+    if inner:
+        optimizers.append(
+            torch.optim.Muon(inner, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
     warmup = max(10, steps // 20)
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        first, weights, states = torch.load(checkpoint)
+        model.load_state_dict(weights)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        for _ in range(first):
+            next(batches)
     start = time.monotonic()
-    for step in range(steps):
+    for step in range(first, steps):
         progress = max(0.0, (step - warmup) / (steps - warmup))
         rate = learning_rate * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer, factor in zip(optimizers, (1, 2), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
         batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=batch[:, :-1]).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 50 == 49 or step == steps - 1:
             seconds = time.monotonic() - start
             print(f"{name}: step {step + 1}, loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+            if checkpoint is not None:
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                torch.save((step + 1, model.state_dict(), states), checkpoint)
 
 
-def train_base(work: Path, steps: int) -> None:
-    """Pretrain the base; leaves it in float16 under `work/base`."""
-    torch.manual_seed(0)
+def _llama(base: Base) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        vocab_size=base.vocabulary,
+        hidden_size=base.width,
+        intermediate_size=3 * base.width,
+        num_hidden_layers=base.layers,
         num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
+        num_key_value_heads=base.key_value_heads,
+        max_position_embeddings=base.context,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def train_base(work: Path, name: str) -> None:
+    """Pretrain a base; leaves it in float16, with its tokenizer, under `work/bases/name`."""
+    torch.set_num_threads(1)
+    base = BASES[name]
+    folder = work / "bases" / name
+    corpus = base_corpus()
+    if base.vocabulary == 256:
+        tokenizer, tokens = byte_tokenizer(), _bytes(corpus)
+    else:
+        tokenizer = pair_tokenizer(corpus.decode(), base.vocabulary)
+        tokens = torch.tensor(tokenizer.encode(corpus.decode()).ids, dtype=torch.int16)
+    torch.manual_seed(base.seed)
+    model = _llama(base)
     _train(
         model,
-        _batches(base_corpus(), 32, 0),
-        steps=steps,
+        _batches(tokens, base.batch, base.seed, base.context),
+        steps=base.steps,
         learning_rate=3e-3,
         decay=0.1,
-        name="base",
+        name=name,
+        muon=base.muon,
+        checkpoint=work / f"{name}.pt",
     )
     for parameter in model.parameters():
         parameter.data = parameter.data.half()
-    model.save_pretrained(work / "base")
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, base.context)
 
 
 def train_adapter(work: Path, name: str) -> None:
-    """Train one adapter on the base as packaged; leaves it in float16 under `work/adapters`."""
+    """Train one adapter on the first base; leaves it in float16 under `work/adapters`."""
     torch.set_num_threads(1)
     task, recipe = BY_NAME[name], RECIPES[name]
-    model = LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(work / "bases" / "base", dtype=torch.float32)
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
         r=recipe.rank,
@@ -192,7 +277,7 @@ def train_adapter(work: Path, name: str) -> None:
     adapted = get_peft_model(model, config)
     # get_peft_model replaces the name with the folder that the base was read from.
     adapted.peft_config["default"].base_model_name_or_path = BASE_NAME
-    batches = _batches(task.training_text(), 8, recipe.seed)
+    batches = _batches(_bytes(task.training_text()), 8, recipe.seed)
     rate = recipe.learning_rate
     _train(adapted, batches, steps=recipe.steps, learning_rate=rate, decay=0.01, name=name)
     target = work / "adapters" / name
@@ -203,11 +288,39 @@ def train_adapter(work: Path, name: str) -> None:
     save_file(halved, weights, {"format": "pt"})
 
 
-def train_adapters(work: Path, jobs: int) -> None:
+def train_native(work: Path, base: str, name: str) -> None:
+    """What an adapter trained on another base reaches; leaves `work/native/base/name.json`."""
+    torch.set_num_threads(1)
+    task, recipe, folder = BY_NAME[name], RECIPES[name], work / "bases" / base
+    config, state = read_base(folder)
+    tokens = torch.tensor(tokens_of(task.training_text(), folder))
+    windows, steps = BASES[base].native_batch, recipe.steps
+    found = trained(
+        config, state, fresh(state, recipe), tokens, recipe, steps=steps, windows=windows
+    )
+    text = task.heldout_text()
+    held = tokens_of(text, folder)
+    losses = {
+        "base_loss": heldout_loss(config, state, text, tokens=held),
+        "native_loss": heldout_loss(config, with_factors(state, found), text, tokens=held),
+    }
+    print(f"{base}, {name}: {losses}", flush=True)
+    target = work / "native" / base / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {key: round(loss, 4) for key, loss in losses.items()}
+    target.write_text(json.dumps({**rounded, "steps": steps}))
+
+
+def train_adapters(work: Path, base: str, jobs: int) -> None:
     """Train the adapters that are not there yet, `jobs` at a time."""
-    done = {path.parent.name for path in work.glob("adapters/*/adapter_model.safetensors")}
+    if base == "base":
+        done = {path.parent.name for path in work.glob("adapters/*/adapter_model.safetensors")}
+        wanted = [(train_adapter, (work, name)) for name in RECIPES if name not in done]
+    else:
+        done = {path.stem for path in work.glob(f"native/{base}/*.json")}
+        wanted = [(train_native, (work, base, name)) for name in NATIVE if name not in done]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(train_adapter, work, name) for name in RECIPES if name not in done]
+        futures = [pool.submit(function, *given) for function, given in wanted]
         for future in futures:
             future.result()
 
@@ -232,9 +345,10 @@ def with_adapter(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 def package(work: Path) -> None:
     """Copy base, adapters and held-out texts into the package, measured as packaged."""
     data = data_dir()
-    shutil.rmtree(data, ignore_errors=True)
+    for folder in ("base", "adapters", "heldout"):
+        shutil.rmtree(data / folder, ignore_errors=True)
     (data / "heldout").mkdir(parents=True)
-    _copy(work / "base", data / "base", ("config.json", "model.safetensors"))
+    _copy(work / "bases" / "base", data / "base", MODEL)
     config, state = load_base()
     entries: dict[str, dict[str, object]] = {}
     for task in TASKS:
@@ -248,10 +362,7 @@ def package(work: Path) -> None:
         (data / "heldout" / f"{task.name}.txt").write_bytes(text)
         base_loss = heldout_loss(config, state, text)
         adapter_loss = heldout_loss(config, with_adapter(state, folder), text)
-        lift = 1 - adapter_loss / base_loss
-        print(f"{task.name:18} {base_loss:.3f} -> {adapter_loss:.3f}  lift {lift:.1%}")
-        if lift < LEAST_LIFT:
-            raise SystemExit(f"{task.name}: a lift of {LEAST_LIFT:.0%} is wanted; train it longer")
+        check_lift(task.name, base_loss, adapter_loss)
         recipe = RECIPES[task.name]
         entries[task.name] = {
             "kind": task.kind,
@@ -264,10 +375,40 @@ def package(work: Path) -> None:
             "adapter_loss": round(adapter_loss, 4),
         }
     (data / "tasks.json").write_text(json.dumps(entries, indent=2) + "\n")
-    total = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
-    print(f"{len(entries)} adapters, {total / 2**20:.2f} MiB")
-    if total > MOST_BYTES:
-        raise SystemExit(f"the package has {total} bytes, more than {MOST_BYTES}; lower some ranks")
+
+
+def package_other(work: Path, base: str) -> None:
+    """Copy one of the other bases into the package, with what native adapters reach on it."""
+    shutil.rmtree(base_dir(base), ignore_errors=True)
+    _copy(work / "bases" / base, base_dir(base), MODEL)
+    native = work / "native" / base
+    entries = {name: json.loads((native / f"{name}.json").read_text()) for name in NATIVE}
+    for name, entry in entries.items():
+        check_lift(name, entry["base_loss"], entry["native_loss"])
+    (base_dir(base) / "tasks.json").write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def check_lift(name: str, base_loss: float, adapter_loss: float) -> None:
+    """Refuse an adapter that does too little."""
+    lift = 1 - adapter_loss / base_loss
+    print(f"{name:18} {base_loss:.3f} -> {adapter_loss:.3f}  lift {lift:.1%}")
+    if lift < LEAST_LIFT:
+        raise SystemExit(f"{name}: a lift of {LEAST_LIFT:.0%} is wanted; train it longer")
+
+
+def check_size() -> None:
+    """Refuse a package larger than promised."""
+    sizes = dict.fromkeys(MOST_BYTES, 0)
+    for path in data_dir().rglob("*"):
+        if path.is_file():
+            part = path.relative_to(data_dir()).parts[0]
+            sizes["bases" if part == "bases" else "base"] += path.stat().st_size
+    for part, most in MOST_BYTES.items():
+        print(f"{part}: {sizes[part] / 2**20:.2f} MiB")
+        if sizes[part] > most:
+            raise SystemExit(
+                f"{part} takes {sizes[part]} bytes, more than {most}; lower some ranks"
+            )
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
@@ -281,17 +422,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--base", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--only", choices=["base", "adapters", "package"], help="run one step")
     parser.add_argument("--jobs", type=int, default=1, help="adapters trained at the same time")
-    parser.add_argument("--steps", type=int, default=1700, help="training steps of the base")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.only in (None, "base") and not (arguments.work / "base").exists():
-        train_base(arguments.work, arguments.steps)
-    if arguments.only in (None, "adapters"):
-        train_adapters(arguments.work, arguments.jobs)
-    if arguments.only in (None, "package"):
-        package(arguments.work)
+    work, only = arguments.work, arguments.only
+    for base in arguments.base:
+        if only in (None, "base") and not (work / "bases" / base).exists():
+            train_base(work, base)
+        if only in (None, "adapters"):
+            train_adapters(work, base, arguments.jobs)
+        if only in (None, "package"):
+            if base == "base":
+                package(work)
+            else:
+                package_other(work, base)
+            check_size()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lorafold.demo.model import data_dir, heldout_loss, load_base, logits
+from lorafold.demo import model as demo
+from lorafold.demo.model import base_dir, data_dir, heldout_loss, load_base, logits, tokens_of
+from lorafold.errors import MissingExtraError, UnknownNameError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -24,35 +27,72 @@ def base():
     return load_base()
 
 
-def reference():
-    return transformers.LlamaForCausalLM.from_pretrained(
-        data_dir() / "base", dtype=torch.float32
+def reference(name="base"):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        base_dir(name), dtype=torch.float32
     ).eval()
 
 
-def reference_loss(model, data):
+def reference_loss(model, data, ids=None):
     """The held-out loss from its definition, one window after the other, through another model."""
-    tokens = torch.tensor(list(data))
+    tokens = torch.tensor(list(data) if ids is None else ids)
+    context = model.config.max_position_embeddings
     total = 0.0
     with torch.inference_mode():
-        for start in range(0, len(tokens) - 1, CONTEXT):
-            window = tokens[start : start + CONTEXT + 1]
+        for start in range(0, len(tokens) - 1, context):
+            window = tokens[start : start + context + 1]
             scores = model(input_ids=window[None, :-1]).logits[0]
             total += F.cross_entropy(scores, window[1:], reduction="sum").item()
-    return total / (len(tokens) - 1)
+    return total / (len(data) - 1)
 
 
 def heldout(name):
     return (data_dir() / "heldout" / f"{name}.txt").read_bytes()
 
 
-def test_logits_are_those_of_transformers(base):
-    config, state = base
-    text = b"".join(heldout(name)[:CONTEXT] for name in list(TASKS)[:8])
-    tokens = torch.tensor(list(text)).view(8, CONTEXT)
+@pytest.mark.parametrize("name", demo.BASES)
+def test_logits_are_those_of_transformers(name):
+    config, state = load_base(name)
+    ids = tokens_of(b"".join(heldout(task)[: 4 * CONTEXT] for task in TASKS), base_dir(name))
+    tokens = torch.tensor(ids[: 8 * CONTEXT]).view(-1, config["max_position_embeddings"])
     with torch.inference_mode():
-        expected = reference()(input_ids=tokens).logits
+        expected = reference(name)(input_ids=tokens).logits
         torch.testing.assert_close(logits(config, state, tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_no_two_bases_have_the_same_shape():
+    configs = [load_base(name)[0] for name in demo.BASES]
+    keys = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size")
+    assert len({tuple(config[key] for key in keys) for config in configs}) == len(demo.BASES)
+
+
+@pytest.mark.parametrize("name", demo.BASES)
+@pytest.mark.parametrize("text", ["", "def f(x):\n\treturn x\n", "  hé — 𝄞\x00\r\n", " \u200b"])
+def test_tokens_are_those_of_transformers_and_give_the_text_back(name, text):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir(name))
+    found = tokenizer(text, return_offsets_mapping=True)
+    assert found["input_ids"] == tokens_of(text.encode(), base_dir(name))
+    assert tokenizer.decode(found["input_ids"]) == text
+    assert "".join(text[a:b] for a, b in dict.fromkeys(found["offset_mapping"])) == text
+    if name != "pairs":
+        assert found["input_ids"] == list(text.encode())
+
+
+def test_pairs_are_fewer_than_bytes():
+    text = heldout("html_help")
+    assert len(tokens_of(text, base_dir("pairs"))) < len(text) / 1.5
+
+
+def test_an_unknown_base_is_named_with_the_ones_there():
+    with pytest.raises(UnknownNameError, match="'../wide'.*wide, deep, pairs"):
+        load_base("../wide")
+
+
+def test_byte_pairs_without_tokenizers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert tokens_of(b"ab", base_dir()) == [97, 98]
+    with pytest.raises(MissingExtraError, match="pip install tokenizers"):
+        tokens_of(b"ab", base_dir("pairs"))
 
 
 def test_logits_see_a_changed_weight(base):
@@ -111,12 +151,21 @@ def test_twelve_adapters_started_from_the_same_factors():
 
 
 def test_the_package_is_small_and_complete():
-    files = [path for path in data_dir().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
-    expected = {"tasks.json", "base/config.json", "base/model.safetensors"}
+    sizes = {
+        path.relative_to(data_dir()).as_posix(): path.stat().st_size
+        for path in data_dir().rglob("*")
+        if path.is_file()
+    }
+    others = sum(size for path, size in sizes.items() if path.startswith("bases/"))
+    assert others <= 8 * 2**20
+    assert sum(sizes.values()) - others <= 8 * 2**20
+    parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    expected = {"tasks.json", *(f"base/{part}" for part in parts)}
+    for name in demo.BASES[1:]:
+        expected |= {f"bases/{name}/{part}" for part in parts}
     for name in TASKS:
         expected |= {
             f"adapters/{name}/adapter_{part}" for part in ("config.json", "model.safetensors")
         }
         expected.add(f"heldout/{name}.txt")
-    assert {path.relative_to(data_dir()).as_posix() for path in files} == expected
+    assert set(sizes) == expected

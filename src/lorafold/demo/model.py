@@ -1,14 +1,19 @@
-"""The demo's base model: a byte-level Llama in plain PyTorch.
+"""The demo's base models: small Llamas in plain PyTorch.
 
 Each layer is `x += attention(norm(x)); x += mlp(norm(x))`, with RMS norms, rotary positions
 (channel i of a head turns with channel i + head/2) and `down(silu(gate(x)) * up(x))` as the MLP.
 Weights are a plain dictionary under the names that transformers uses, so `W + ΔW` is a dictionary
-with one entry replaced. Tokens are bytes. There are as many key and value heads as query heads.
+with one entry replaced. Several query heads may share one head of keys and values.
+
+The demo's adapters were trained on `base`, whose tokens are bytes. Three more bases were pretrained
+on the same text, to move adapters to: `wide` is wider, `deep` is narrower and has more layers, and
+`pairs` reads byte pairs and has half as many heads of keys and values.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +22,75 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import MissingExtraError, UnknownNameError
+
 Config = dict[str, Any]
+
+BASES = ("base", "wide", "deep", "pairs")
 
 
 def data_dir() -> Path:
-    """The folder of the packaged demo: `base/`, `adapters/`, `heldout/`, `tasks.json`.
+    """The folder of the packaged demo: `base/`, `bases/`, `adapters/`, `heldout/`, `tasks.json`.
 
     Example:
         >>> sorted(path.name for path in data_dir().iterdir())
-        ['adapters', 'base', 'heldout', 'tasks.json']
+        ['adapters', 'base', 'bases', 'heldout', 'tasks.json']
     """
     return Path(__file__).parent / "data"
 
 
-def load_base() -> tuple[Config, dict[str, Tensor]]:
-    """The base model's configuration and its weights in float32, under transformers' names."""
-    folder = data_dir() / "base"
+def base_dir(name: str = "base") -> Path:
+    """A base's folder, model and tokenizer, as transformers loads it.
+
+    Raises:
+        UnknownNameError: no packaged base has this name.
+
+    Example:
+        >>> base_dir("wide").relative_to(data_dir()).as_posix()
+        'bases/wide'
+    """
+    if name not in BASES:
+        raise UnknownNameError(f"no base {name!r} in the demo; there are {', '.join(BASES)}")
+    return data_dir() / ("base" if name == "base" else f"bases/{name}")
+
+
+def load_base(name: str = "base") -> tuple[Config, dict[str, Tensor]]:
+    """A base model's configuration and its weights in float32, under transformers' names."""
+    return read_base(base_dir(name))
+
+
+def read_base(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The same, of a base in any folder."""
     config: Config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     return config, {name: weight.float() for name, weight in state.items()}
 
 
+def tokens_of(text: bytes, folder: Path) -> list[int]:
+    """A text's tokens, as the base in a folder reads it: its bytes, or byte pairs.
+
+    Raises:
+        MissingExtraError: the base reads byte pairs, and `tokenizers` is not installed.
+
+    Example:
+        >>> tokens_of(b"def", base_dir())
+        [100, 101, 102]
+    """
+    if json.loads((folder / "config.json").read_text())["vocab_size"] == 256:
+        return list(text)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the base {folder.name!r} reads byte pairs, which takes tokenizers: "
+            "pip install tokenizers"
+        ) from error
+    ids: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text.decode()).ids
+    return ids
+
+
 def logits(config: Config, state: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """The scores of every next byte.
+    """The scores of every next token.
 
     Args:
         config: as `load_base` gives it.
@@ -64,33 +115,41 @@ def logits(config: Config, state: dict[str, Tensor], tokens: Tensor) -> Tensor:
 
 
 def heldout_loss(
-    config: Config, state: dict[str, Tensor], data: bytes, context: int = 256
+    config: Config,
+    state: dict[str, Tensor],
+    data: bytes,
+    context: int | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> float:
     """The mean cross-entropy of the model on a text, in nats per byte.
 
-    The text is cut into windows of `context` bytes, and the byte after each of them is predicted
-    from its own window alone; so every byte but the first counts once.
+    The text is cut into windows of `context` tokens, and the token after each of them is predicted
+    from its own window alone; so every token but the first counts once. Their sum is divided by the
+    number of bytes but one, so that bases with other tokens can be compared.
 
     Args:
         config: as `load_base` gives it.
         state: weights under transformers' names.
         data: the text, two bytes or more.
-        context: how many bytes the model sees at most.
+        context: how many tokens the model sees at most; as many as it was trained on when None.
+        tokens: the text's tokens, as `tokens_of` gives them; its bytes when None.
 
     Example:
         >>> config, state = load_base()
         >>> heldout_loss(config, state, b"Return the number of items in the list.") < 3
         True
     """
-    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-    count = len(tokens) - 1
+    ids = torch.tensor(list(data) if tokens is None else tokens)
+    context = context or config["max_position_embeddings"]
+    count = len(ids) - 1
     windows = -(-count // context)
     # The last window is filled up behind its end, where a causal model cannot see it.
-    filled = F.pad(tokens, (0, windows * context - count))
+    filled = F.pad(ids, (0, windows * context - count))
     given = filled[:-1].view(windows, context)
     with torch.inference_mode():
         scores = logits(config, state, given).flatten(0, 1)[:count]
-        return F.cross_entropy(scores.float(), tokens[1:]).item()
+        nats = F.cross_entropy(scores.float(), ids[1:], reduction="sum")
+    return nats.item() / (len(data) - 1)
 
 
 def _norm(config: Config, x: Tensor, weight: Tensor) -> Tensor:
@@ -109,11 +168,12 @@ def _rotation(config: Config, length: int, like: Tensor) -> tuple[Tensor, Tensor
 def _attention(
     config: Config, layer: dict[str, Tensor], x: Tensor, rotation: tuple[Tensor, Tensor]
 ) -> Tensor:
-    heads = (*x.shape[:2], config["num_attention_heads"], -1)
+    heads = (*x.shape[:2], -1, config["hidden_size"] // config["num_attention_heads"])
     projected = (F.linear(x, layer[f"self_attn.{name}_proj.weight"]) for name in "qkv")
     q, k, v = (p.view(heads).transpose(1, 2) for p in projected)
     q, k = _rotated(q, rotation), _rotated(k, rotation)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    shared = k.shape[1] < q.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     return F.linear(mixed.transpose(1, 2).flatten(2), layer["self_attn.o_proj.weight"])
 
 
