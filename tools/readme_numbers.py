@@ -141,6 +141,17 @@ def _lowrank_svd(r: Result) -> list[Cells]:
     ]
 
 
+def _resize(r: Result) -> list[Cells]:
+    return [
+        (
+            "a 4096×4096 update of rank 16, moved to another width",
+            f"{1e3 * r['seconds_factored']:.0f} ms",
+            f"by dense SVD: {r['seconds_dense']:.0f} s",
+            r["times_faster"],
+        )
+    ]
+
+
 def _qlora(r: Result) -> list[Cells]:
     four, peer = r["formats"]["nf4, 64"], r["against PEFT"]
     ms = peer["training step ms"]
@@ -272,6 +283,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_memory": _fold_memory,
     "library_ops": _library_ops,
     "lowrank_svd": _lowrank_svd,
+    "resize": _resize,
     "attach": _attach,
     "attach_library": _attach_library,
     "packed": _packed,
