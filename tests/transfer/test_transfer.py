@@ -120,7 +120,7 @@ def test_a_target_is_enough_for_plain_resizings(adapter, form, tmp_path):
 def test_what_has_no_counterpart_is_listed(adapter):
     moved = lf.transfer(adapter, target=weights({Q: (12, 24)}))
     assert set(moved.adapter) == {Q}
-    assert moved.report.without == {K: "not in the base", UP: "not in the base"}
+    assert moved.report.without == dict.fromkeys((K, UP), "not in the base, nor its role")
     with pytest.raises(lf.MismatchError, match="none of the 3 modules has a counterpart"):
         lf.transfer(adapter, target=weights({"else": (12, 24)}))
 
@@ -136,6 +136,16 @@ def test_the_names_of_the_target_may_have_another_prefix(adapter, tmp_path):
     state = weights({f"language_model.{p}": NEW[p] for p in inner})
     moved = lf.transfer(lf.Adapter(inner), target=saved(state, tmp_path / "base"))
     assert moved.report.without == {}
+
+
+def test_a_target_with_other_names_is_matched_by_roles():
+    a = lf.Adapter({Q: update(), "model.layers.1.mlp.down_proj": update(seed=1)})
+    fc = "decoder.layers.1.fc2"
+    there = weights({"decoder.layers.0.self_attn.q_proj": (8, 16), f"model.{fc}": (12, 24)})
+    moved = lf.transfer(a, target=there)
+    assert moved.adapter[f"model.{fc}"].shape == (12, 24)
+    (row,) = (m for m in moved.report.modules if m.path == f"model.{fc}")
+    assert row.sources == ("model.layers.1.mlp.down_proj",)
 
 
 # Copy

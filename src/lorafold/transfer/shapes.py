@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -17,11 +17,15 @@ from ..adapter import Adapter
 from ..errors import MismatchError
 from ..lowrank import LowRank
 from ..parts import Layout
+from ..roles import recognised
+from ..roles.names import config_of
 from ..words import did_you_mean, one_line
 from .bases import tensors_of
 from .job import Place
 
 Shape = tuple[int, int]
+
+_TURNED = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}  # weights are (in, out)
 
 
 def shape_of(value: Any, what: str = "shape") -> Shape:
@@ -70,25 +74,29 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str, str]]:
-    """Each module's place in a base, by its name, and why others have none.
+    """Each module's place in a base, by its name or else by its role, and why others have none.
 
     Raises:
         FileError: no base can be read there.
         MismatchError: it is none, or no module has a place.
     """
-    parts = adapter.parts
-    base = tensors_of(target).named(parts.names())
+    tensors = tensors_of(target)
+    base = tensors.named(adapter.parts.names())
+    others = _by_role(adapter, target, tensors.keys)
     places, without = {}, {}
     for path, u in adapter.modules.items():
-        layout = adapter.layout(path)
+        layout, new = adapter.layout(path), path
         held = base.find(layout.weight_name(path))
-        new = None if held is None else _shape_in(held.shape, u, layout, adapter)
+        if held is None and path in others:
+            new = others[path]
+            held = base.find(f"{new}.weight")
+        shape = None if held is None else _shape_in(held.shape, u, layout, adapter)
         if held is None:
-            without[path] = "not in the base"
-        elif new is None:
+            without[path] = "not in the base, nor its role"
+        elif shape is None:
             without[path] = f"the base stores it as {held.shape}"
         else:
-            places[path] = _place(path, path, u, layout, new)
+            places[path] = _place(path, new, u, layout, shape)
     if not places:
         first, why = next(iter(without.items()))
         raise MismatchError(
@@ -96,6 +104,20 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
             f"{why}"
         )
     return places, without
+
+
+def _by_role(adapter: Adapter, target: Any, keys: Iterable[str]) -> dict[str, str]:
+    """{path: that of its role in the target}, of linear layers of models of two kinds.
+
+    Fused weights have no counterpart in split ones: only the effect, which plain resizings don't
+    keep, would tell which part goes where. Nor have those that are stored transposed.
+    """
+    if adapter.config.get("fan_in_fan_out") or config_of(target).get("model_type") in _TURNED:
+        return {}
+    mine, _ = recognised(p for p in adapter.modules if adapter.layout(p).kind == "linear")
+    paths = (key.removesuffix(".weight") for key in keys if key.endswith(".weight"))
+    theirs = {role: path for path, role in recognised(paths)[0].items()}
+    return {path: theirs[role] for path, role in mine.items() if role in theirs}
 
 
 def _shape_in(weight: tuple[int, ...], u: LowRank, layout: Layout, adapter: Adapter) -> Any:
