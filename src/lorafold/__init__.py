@@ -34,6 +34,8 @@ _HOME = {
     "anatomy": "compare",
     "Anatomy": "compare",
     "shared_spectrum": "compare",
+    "align": "transfer",
+    "Alignment": "transfer",
     "transfer": "transfer",
     "transfer_report": "transfer",
     "ArrowRouter": "route",
@@ -94,6 +96,8 @@ if TYPE_CHECKING:
     from .route import ArrowRouter as ArrowRouter
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter
+    from .transfer import Alignment as Alignment
+    from .transfer import align as align
     from .transfer import transfer as transfer
     from .transfer import transfer_report as transfer_report
 

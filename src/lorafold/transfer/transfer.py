@@ -21,7 +21,7 @@ from ..lowrank import LowRank
 from ..words import did_you_mean, warn
 from .bases import name_of_base
 from .job import Job, Method, Moved, Progress, Transfer
-from .methods import plain
+from .methods import aligned, plain
 from .methods.copy import copy
 from .report import report_of
 from .shapes import places_given, places_in, shape_of
@@ -50,6 +50,10 @@ METHODS: dict[str, Way] = {
     "interpolate": Way(plain.interpolate, {"rescale": False}, bases=False),
     "svd": Way(plain.svd, {"rescale": False}, bases=False),
     "copy": Way(copy, {"unchecked": False}, bases=False),
+    "procrustes": Way(aligned.procrustes, {"centre": False, "whiten": 0.0, "scale": True}),
+    "functional": Way(
+        aligned.functional, {"centre": False, "whiten": 0.0, "scale": True, "after": None}
+    ),
 }
 
 
