@@ -8,9 +8,9 @@ With x_s and x_t what a pair of maps sees, T_in and T_out the maps of their two 
 
 D has the columns of B_t and so the source's rank: the reduced-rank ridge (S = HᵀH + λI,
 K = S^{-1/2} HᵀD = P Λ Qᵀ, A = PᵀS^{-1/2}, B = QΛ) is A_t = A_s C_st S^{-1} with that same B_t. It
-takes sums and no texts. After procrustes it is fitted to D − H ΔW_pᵀ, which has these columns too: the
-ridge then pulls towards procrustes instead of zero. In the end a number multiplies the update, so
-that its effect is the nearest to D.
+takes sums and no texts. After procrustes it is fitted to D − H ΔW_pᵀ, which has these columns too:
+the ridge then pulls towards procrustes instead of zero. In the end a number multiplies the update,
+so that its effect is the nearest to D.
 
 Source: Izenman, Reduced-rank regression for the multivariate linear model (1975).
 """
