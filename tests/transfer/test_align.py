@@ -312,7 +312,7 @@ def test_layers_by_depth_and_by_likeness():
     assert depth.proportional(4, 2) == [1, 3]
     assert depth.proportional(2, 4) == [0, 0, 1, 1]
     assert depth.proportional(12, 6) == [1, 3, 5, 7, 9, 11]
-    alike = torch.tensor([[0.9, 0.1, 0.1], [0.8, 0.1, 0.7], [0.9, 0.3, 0.8]])
+    alike = torch.tensor([[0.9, 0.1, 0.1], [0.6, 0.1, 0.7], [0.2, 0.3, 0.8]])
     assert depth.monotone(alike) == [0, 2, 2]
     best = max(
         float(alike[0, a] + alike[1, b] + alike[2, c])

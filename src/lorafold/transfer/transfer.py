@@ -22,7 +22,10 @@ from ..words import did_you_mean, warn
 from .bases import name_of_base
 from .job import Job, Method, Moved, Progress, Transfer
 from .methods import aligned, plain
+from .methods.auto import auto
 from .methods.copy import copy
+from .methods.distill import distill
+from .methods.vocabulary import vocabulary
 from .report import report_of
 from .shapes import places_given, places_in, shape_of
 
@@ -45,15 +48,19 @@ class Way:
     bases: bool = True
 
 
+_RUN: dict[str, Any] = {"tokenizers": None, "roles": ()}
+_MAPS: dict[str, Any] = {"centre": False, "whiten": 0.0, "scale": True}
+
 METHODS: dict[str, Way] = {
     "truncate": Way(plain.truncate, {"rescale": False}, bases=False),
     "interpolate": Way(plain.interpolate, {"rescale": False}, bases=False),
     "svd": Way(plain.svd, {"rescale": False}, bases=False),
     "copy": Way(copy, {"unchecked": False}, bases=False),
-    "procrustes": Way(aligned.procrustes, {"centre": False, "whiten": 0.0, "scale": True}),
-    "functional": Way(
-        aligned.functional, {"centre": False, "whiten": 0.0, "scale": True, "after": None}
-    ),
+    "procrustes": Way(aligned.procrustes, {**_RUN, **_MAPS}),
+    "functional": Way(aligned.functional, {**_RUN, **_MAPS, "after": None}),
+    "vocabulary": Way(vocabulary, {**_RUN, "scale": True}),
+    "auto": Way(auto, _RUN),
+    "distill": Way(distill, {**_RUN, "rounds": 6, "damping": 0.1}),
 }
 
 
@@ -121,7 +128,7 @@ def transfer(
     way, own = _way(method, options)
     job = Job(given, source, target, {}, texts, alignment, rank, energy, own, progress)
     job, without = _placed(job, way, method, shape)
-    with threads(1):
+    with threads(None if way.bases else 1):  # thin algebra waits more on threads than it works
         moved = way.run(job)
         moved = replace(moved, modules={p: _cut(u, job) for p, u in moved.modules.items()})
     moved = replace(moved, without={**without, **moved.without})

@@ -24,7 +24,8 @@ from ...words import one_of
 from ..alignment import Alignment, Join
 from .bases import Base, base_of, evaluating
 from .batches import Batch, batches_of
-from .headings import with_heads
+from .heads import with_heads
+from .offsets import two
 from .pairing import joined, layers_of
 from .recording import readers
 from .summing import Progress, Runner, check_memory, summed, sums_of
@@ -94,7 +95,7 @@ def align(
         lorafold.errors.MismatchError: there are no texts to align on
     """
     texts = _checked(texts, output)
-    tokenizer_s, tokenizer_t = _two(tokenizers)
+    tokenizer_s, tokenizer_t = two(tokenizers)
     where = torch_device(device)
     s = base_of(source, "source", tokenizer_s, roles, where)
     t = base_of(target, "target", tokenizer_t, roles, where)
@@ -135,14 +136,6 @@ def _checked(texts: Any, output: str) -> list[Any]:
     if output not in OUTPUTS:
         raise MismatchError(f"output must be {one_of(OUTPUTS)}, found {output!r}")
     return found
-
-
-def _two(tokenizers: Any) -> tuple[Any, Any]:
-    if not isinstance(tokenizers, tuple | list):
-        return tokenizers, tokenizers
-    if len(tokenizers) != 2:
-        raise MismatchError(f"tokenizers must be one, or (source, target); found {len(tokenizers)}")
-    return tokenizers[0], tokenizers[1]
 
 
 def _sharing(base: Base, joins: dict[Role, Join], side: int, batch: Batch) -> dict[str, str]:

@@ -84,3 +84,16 @@ def paired(source: Sequence[int], target: Sequence[int]) -> tuple[Tensor, Tensor
     at_t = {end: k for k, end in enumerate(target) if end > 0}
     both = [end for end in at_s if end in at_t]
     return torch.tensor([at_s[e] for e in both]), torch.tensor([at_t[e] for e in both])
+
+
+def two(tokenizers: Any) -> tuple[Any, Any]:
+    """(of the source, of the target) from one for both, or two.
+
+    Raises:
+        MismatchError: another number of them.
+    """
+    if not isinstance(tokenizers, tuple | list):
+        return tokenizers, tokenizers
+    if len(tokenizers) != 2:
+        raise MismatchError(f"tokenizers must be one, or (source, target); found {len(tokenizers)}")
+    return tokenizers[0], tokenizers[1]

@@ -89,6 +89,17 @@ def adapted(model: nn.Module, modules: Mapping[str, LowRank]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def tracing(model: Any) -> Iterator[None]:
+    """Embeddings whose outputs ask for gradients, so that weights need not."""
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def run(model: nn.Module, ids: Tensor, mask: Tensor, sites: Iterable[Site] | None = None) -> Any:
     """The model's output for tokens (batch, length), of which the mask (batch, length) says which
     are there.

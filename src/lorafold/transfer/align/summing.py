@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..alignment import Alignment, Join, finished, read, write
 from .bases import Base, Part
 from .batches import Batch, Input
 from .covariances import Moments, moments_of
-from .recording import Site, recording, run
+from .recording import Site, recording, run, tracing
 
 Progress = Callable[[int, int, str], object]
 
@@ -109,24 +108,13 @@ class Runner:
             with torch.no_grad(), recording(base.model, sites, rows) as found:
                 run(base.model, ids, mask, sites)
             return found
-        with torch.enable_grad(), recording(base.model, sites, None) as found, _traced(base.model):
+        with torch.enable_grad(), recording(base.model, sites, None) as found, tracing(base.model):
             scores = run(base.model, ids, mask).logits
             outs = [site for site in sites if site[1] == "out"]
             loss = _next_loss(scores, ids, mask)
             slopes = torch.autograd.grad(loss, [found[site] for site in outs])
         found |= dict(zip(outs, slopes, strict=True))
         return {site: x.detach().reshape(-1, x.shape[-1])[rows] for site, x in found.items()}
-
-
-@contextmanager
-def _traced(model: Any) -> Iterator[None]:
-    """Embeddings whose outputs ask for gradients, so that frozen weights need not."""
-    embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _next_loss(scores: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -64,12 +64,17 @@ Fit = Callable[[Effect], Tensor]  # to A_t (r, in of the target)
 
 def procrustes(job: Job) -> Moved:
     """The update in the target's coordinates."""
-    return _each(job, lambda e: e.A @ e.inner.back.T)
+    return turned(job, alignment_of(job))
+
+
+def turned(job: Job, alignment: Alignment) -> Moved:
+    """`procrustes` by an alignment from wherever."""
+    return _each(job, alignment, lambda e: e.A @ e.inner.back.T)
 
 
 def functional(job: Job) -> Moved:
     """The update whose effect on the target's activations is nearest to the source's."""
-    return _each(job, _after_procrustes if job.options["after"] else _fitted)
+    return _each(job, alignment_of(job), _after_procrustes if job.options["after"] else _fitted)
 
 
 def _fitted(e: Effect) -> Tensor:
@@ -85,8 +90,7 @@ def _after_procrustes(e: Effect) -> Tensor:
     return found
 
 
-def _each(job: Job, fit: Fit) -> Moved:
-    alignment = alignment_of(job)
+def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
     given = parts_in(job.adapter, alignment)
     maps = _Maps(alignment, *_checked(job.options))
     found: dict[Part, LowRank] = {}

@@ -44,7 +44,14 @@ def alignment_of(job: Job) -> Alignment:
     if given is None:
         if job.texts is None:
             raise MismatchError("give texts= to align the bases on, or an alignment= of them")
-        return align(job.source, job.target, job.texts, progress=job.progress)
+        return align(
+            job.source,
+            job.target,
+            job.texts,
+            tokenizers=job.options["tokenizers"],
+            roles=job.options["roles"],
+            progress=job.progress,
+        )
     if not isinstance(given, Alignment):
         raise MismatchError(f"alignment must be an Alignment or its file, found {given!r:.80}")
     check_pair(given, (digest_of(job.source), digest_of(job.target)))

@@ -1,0 +1,157 @@
+"""Methods that run both bases, or look at their weights: what each finds, and says of itself."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorafold as lf
+from lorafold.demo.model import data_dir
+
+TEXT = (data_dir() / "heldout" / "sql_inserts.txt").read_text()
+TEXTS = [TEXT[k : k + 60] for k in range(0, 900, 60)]
+
+
+def small(seed=0, **config):
+    torch.manual_seed(seed)
+    kind = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 256}
+    kind |= {"num_hidden_layers": 2, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**{**kind, **config})).eval()
+
+
+def adapter_of(model, kinds=("q_proj", "o_proj", "up_proj", "down_proj"), size=0.3, rank=2):
+    g = torch.Generator().manual_seed(1)
+    made = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in kinds:
+            out, inner = module.weight.shape
+            A, B = torch.randn(rank, inner, generator=g), torch.randn(out, rank, generator=g)
+            made[path] = lf.LowRank(A, B, size / inner**0.5)
+    return lf.Adapter(made)
+
+
+def divergence(source, adapter, target, moved, texts):
+    """KL(source with the adapter ‖ target with the other), a token; straight from the logits."""
+
+    def said(model, modules, ids):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for path, u in modules.items():
+                other.get_submodule(path).weight += u.dense()
+            return other(ids).logits[0].log_softmax(-1)
+
+    total = count = 0
+    for text in texts:
+        ids = torch.tensor([list(text.encode())])
+        p, q = said(source, adapter, ids), said(target, moved, ids)
+        total, count = total + float((p.exp() * (p - q)).sum()), count + ids.numel()
+    return total / count
+
+
+def test_vocabulary_finds_other_coordinates_without_texts(ground_truth):
+    """Where they are the same everywhere, which embeddings alone can tell."""
+    source, target, adapter, truth = ground_truth()
+    moved = lf.transfer(adapter, source, target, method="vocabulary", tokenizers="bytes")
+    assert moved.adapter.cosine(truth) > 0.9
+    assert moved.report.said["tokens"] == 256
+
+
+def test_vocabulary_needs_tokens_in_common():
+    source, target = small(), small(1)
+    with pytest.raises(lf.errors.MismatchError, match="0 tokens in common"):
+        lf.transfer(adapter_of(source), source, target, method="vocabulary")
+
+
+def test_distill_takes_away_what_it_says():
+    source, target = small(), small(1, hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    adapter = adapter_of(source, size=2.0)
+    done = lf.transfer(
+        adapter, source, target, method="distill", texts=TEXTS, tokenizers="bytes", rounds=3
+    )
+    values = done.report.said["divergence"]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.8 * values[0]
+    fitted = [text for k, text in enumerate(TEXTS) if k % 5 != 4]
+    assert divergence(source, adapter, target, {}, fitted) == pytest.approx(values[0], rel=1e-3)
+    after = divergence(source, adapter, target, done.adapter, fitted)
+    assert after == pytest.approx(values[-1], rel=1e-3)
+    held = divergence(source, adapter, target, done.adapter, TEXTS[4::5])
+    assert done.report.said["held"][1] == pytest.approx(held, rel=1e-3)
+    assert {u.rank for u in done.adapter.values()} == {2}
+    assert not any(p.grad is not None for p in (*source.parameters(), *target.parameters()))
+
+
+def test_distill_is_the_same_every_time_and_touches_nothing():
+    source, target = small(), small(1)
+    before = copy.deepcopy(target.state_dict())
+    state = torch.get_rng_state()
+    one, two = (
+        lf.transfer(
+            adapter_of(source), source, target, method="distill", texts=TEXTS[:5],
+            tokenizers="bytes", rounds=1,
+        ).adapter
+        for _ in range(2)
+    )  # fmt: skip
+    assert one.digest == two.digest
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(w, before[k]) for k, w in target.state_dict().items())
+    assert all(not m._forward_hooks for m in (*source.modules(), *target.modules()))
+
+
+def test_distill_between_tokenizers_of_other_pieces():
+    """Pairs of bytes against bytes: predictions can't be compared, hidden states can."""
+
+    def pairs(text):
+        ids = [ord(text[k]) + ord(text[k + 1]) for k in range(0, len(text) - 1, 2)]
+        return ids, list(range(2, 2 * len(ids) + 1, 2))
+
+    source, target = small(), small(1, vocab_size=512, hidden_size=48, num_attention_heads=4)
+    done = lf.transfer(
+        adapter_of(source, size=2.0),
+        source,
+        target,
+        method="distill",
+        texts=TEXTS,
+        tokenizers=("bytes", pairs),
+        rounds=2,
+    )
+    values = done.report.said["divergence"]
+    assert values[-1] < values[0]
+
+
+def test_auto_keeps_the_best_and_says_by_how_much(ground_truth):
+    source, target, adapter, truth = ground_truth()
+    texts = [TEXT[k : k + 200] for k in range(0, 2000, 200)]
+    done = lf.transfer(adapter, source, target, method="auto", texts=texts, tokenizers="bytes")
+    said = done.report.said
+    assert said["scores"][said["chosen"]] == max(said["scores"].values()) > 0.9
+    assert said["advice"] == "use"
+    assert done.adapter.cosine(truth) > 0.9
+
+
+def test_auto_says_dont_where_nothing_works():
+    """Two bases of random numbers have nothing to tell each other in so few texts."""
+    source, target = small(), small(1)
+    with pytest.warns(UserWarning, match="don't use this adapter"):
+        done = lf.transfer(
+            adapter_of(source, size=0.5), source, target, method="auto",
+            texts=["abcd", "efgh", "ijkl", "mnop", "1234"], tokenizers="bytes",
+        )  # fmt: skip
+    assert done.report.said["advice"] == "don't"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "distill"}, "give texts="),
+        ({"method": "auto"}, "give texts="),
+        ({"method": "auto", "texts": TEXTS[:4]}, "give 5 texts or more"),
+        ({"method": "distill", "texts": TEXTS, "rounds": 0}, "rounds"),
+        ({"method": "distill", "texts": TEXTS, "damping": 0}, "damping"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    source = small()
+    with pytest.raises(lf.errors.MismatchError, match=message):
+        lf.transfer(adapter_of(source), source, small(1), tokenizers="bytes", **options)
