@@ -529,6 +529,13 @@ def test_one_huge_and_one_tiny_update(make_adapter, method):
 
 
 @pytest.mark.parametrize("method", PLAIN)
+@pytest.mark.parametrize("pico", [False, True])
+def test_weights_of_zero_are_no_error(make_adapter, method, pico):
+    two = {"a": make_adapter(SHAPE, 2, seed=1), "b": make_adapter(SHAPE, 4, seed=2)}
+    assert np.isfinite(lf.merge(two, method, weights=[0, 0], pico=pico).norm())
+
+
+@pytest.mark.parametrize("method", PLAIN)
 def test_an_adapter_and_its_negative_sum_to_nothing(make_adapter, method):
     a = make_adapter(SHAPE, 3, seed=1)
     merged = lf.merge({"a": a, "b": a}, method, weights=[1, -1])

@@ -287,7 +287,9 @@ def recalibrated(update: LowRank, members: Members) -> LowRank:
     ]
     total, size = sum(w for w, _ in pairs), update.norm()
     summed = sum(w * norm for w, norm in pairs)
-    if len(pairs) < 2 or size <= NOISE * summed:  # rounding of what cancels is not blown up
+    if (
+        len(pairs) < 2 or total == 0 or size <= NOISE * summed
+    ):  # rounding of what cancels is not blown up
         return update
     return update * (summed / total / size)
 
