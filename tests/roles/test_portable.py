@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -315,3 +316,42 @@ def test_names_of_a_user_are_data(tmp_path):
     assert lf.load(_saved(a, tmp_path / "p")).digest == a.digest
     assert lf.roles(a)[name] == Role("attention.query")
     assert Packing(("gate", "up"), (1, 1)).rows(2)["up"].tolist() == [1]
+
+
+def test_a_reader_written_from_the_page(tmp_path):
+    """docs/formats.md in plain numpy: both directions of a packing, and the scale."""
+    neox = models.model_of("gpt_neox")
+    a = adapter_of(neox)
+    path = _saved(a, tmp_path / "p", base=neox) / "portable.safetensors"
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    metadata = header.pop("__metadata__")
+    assert set(metadata) == {"format", "version", "modules", "config"}
+    assert (metadata["format"], metadata["version"]) == ("lorafold-portable", "1")
+    assert json.loads(metadata["config"]) == CONFIG
+
+    def array(key):
+        entry = header.pop(key)
+        assert entry["dtype"] == "F32"
+        start, stop = (8 + n + at for at in entry["data_offsets"])
+        return np.frombuffer(data[start:stop], "<f4").reshape(entry["shape"])
+
+    modules = json.loads(metadata["modules"])
+    assert [said["path"] for said in modules.values()] == list(a)
+    for role, said in modules.items():
+        A, B = array(f"{role}.A"), array(f"{role}.B")
+        u = a[said["path"]]
+        np.testing.assert_array_equal(A, u.A.numpy())
+        np.testing.assert_array_equal(B, u.B.numpy())
+        assert said["scale"] == u.scale
+        assert ("packing" in said) == role.endswith("qkv")
+        if "packing" in said:
+            packing = said["packing"]
+            assert packing["words"] == ["query", "key", "value"]
+            blocks = B.reshape(packing["groups"], sum(packing["shares"]), -1, B.shape[1])
+            at = packing["shares"][0]
+            keys = blocks[:, at : at + packing["shares"][1]].reshape(-1, B.shape[1])
+            parts = lf.roles.packing(Role.parse(role), neox).split(u)
+            np.testing.assert_array_equal(keys, parts["key"].B.numpy())
+    assert header == {}

@@ -37,15 +37,20 @@ def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
     one kind are shown in one row; with --verbose, and in --json, each has its own. A role is
     [side.][layer.]kind: decoder.3.attention.query.
     """
-    from ..roles import known_packings
-    from ..roles import roles as roles_of
+    from ..roles import known_packings, told
 
-    given = [_table(name) for name in tables]
-    if _is_base(Path(path)):
-        found, base = roles_of(path, given), path
-    else:
+    base: str | None = path
+    x: Any = path
+    if not _is_base(Path(path)):
         file = opened(path, **options)
-        found, base = roles_of(file.shapes, given), file.base_model or ""
+        x, base = list(file.shapes), file.base_model
+    found, unknown = told(x, [_table(name) for name in tables])
+    if unknown:
+        row = json.dumps({unknown[0].rpartition(".")[2]: "attention.query"})
+        raise MismatchError(
+            f"{path}: no role is known for {output.count(len(unknown), 'modules')}: "
+            f"{output.listed(unknown)}; give --table FILE, a JSON file such as {row}"
+        )
     packed = known_packings(found, base)
     d = {
         "path": path,
@@ -118,5 +123,5 @@ def _packed(how: Packing | None) -> str:
     """query, key, value as 4:1:1, 8 groups."""
     if how is None:
         return ""
-    groups = "" if how.groups == 1 else f", {how.groups} groups" if how.groups else ", row by row"
+    groups = "" if how.groups == 1 else f", {how.groups} groups"
     return f"{', '.join(how.words)} as {':'.join(map(str, how.shares))}{groups}"

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .role import Role as Role
     from .roles import recognised as recognised
     from .roles import roles as roles
+    from .roles import told as told
+    from .tables import ORDERS as ORDERS
 
 __all__ = [
+    "ORDERS",
     "Heads",
     "Packing",
     "Role",
@@ -27,6 +30,7 @@ __all__ = [
     "packing",
     "recognised",
     "roles",
+    "told",
 ]
 
 make_face(
@@ -34,7 +38,9 @@ make_face(
     {
         "roles": "roles",
         "recognised": "roles",
+        "told": "roles",
         "Role": "role",
+        "ORDERS": "tables",
         "Heads": "fused",
         "Packing": "fused",
         "heads": "fused",

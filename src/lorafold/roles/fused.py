@@ -19,13 +19,10 @@ from torch import Tensor
 
 from ..errors import MismatchError
 from ..lowrank import LowRank
+from ..words import one_line
 from .names import config_of
 from .role import FUSED, Role
-
-# Models whose query_key_value goes group by group, one group a key-value head.
-_INTERLEAVED = {"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "RefinedWeb", "RefinedWebModel"}
-# Models whose gate and up alternate row by row.
-_ALTERNATING = {"gpt_oss"}
+from .tables import ORDERS
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,12 @@ def heads(model: Any, side: str = "decoder") -> Heads:
         "decoder_attention_heads",
     )
     width = _first(config, "hidden_size", "n_embd", "d_model", "dim")
-    if query is None or (width is None and config.get("head_dim") is None):
+    dim = _first(config, "head_dim", "d_kv") or (width or 0) // (query or 1)
+    if not query or not dim:
         raise MismatchError(
             "the heads are not told by the model's configuration (num_attention_heads, "
             "hidden_size): give a model of transformers, its config, or its folder"
         )
-    dim = _first(config, "head_dim", "d_kv") or (width or 0) // query
     if config.get("model_type") in ("falcon", "RefinedWeb", "RefinedWebModel"):
         return Heads(query, _falcon_keys(config, query), dim)
     return Heads(query, _first(config, "num_key_value_heads") or query, dim)
@@ -94,7 +91,7 @@ class Packing:
     Args:
         words: the last word of each part's kind ("query", "key", "value"), in order.
         shares: how the rows of a group are shared among the parts, in whole numbers.
-        groups: how many groups; 0 for as many as there are rows for, one row a share.
+        groups: how many groups.
 
     Raises:
         MismatchError: shares or groups that are no counts.
@@ -112,10 +109,11 @@ class Packing:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.words) != len(self.shares) or min(self.shares) < 1 or self.groups < 0:
+        counts = (*self.shares, self.groups)
+        if len(self.words) != len(self.shares) or min(counts) < 1:
             raise MismatchError(
-                f"a packing has a share of at least 1 for each of {self.words}, and groups ≥ 0; "
-                f"found {self.shares} and {self.groups}"
+                f"a packing has a share of at least 1 for each of {self.words}, and at least 1 "
+                f"group; found {self.shares} and {self.groups}"
             )
 
     def split(self, u: LowRank) -> dict[str, LowRank]:
@@ -168,9 +166,8 @@ class Packing:
         Raises:
             MismatchError: out is no multiple of what the packing takes.
         """
-        total = sum(self.shares)
-        groups = self.groups or out // total
-        if not groups or out % (groups * total):
+        total, groups = sum(self.shares), self.groups
+        if out % (groups * total):
             raise MismatchError(
                 f"{out} rows can't be shared among {', '.join(self.words)} as "
                 f"{':'.join(map(str, self.shares))} in {groups} groups: another architecture or "
@@ -194,22 +191,26 @@ def packing(role: Role, model: Any = None) -> Packing | None:
             and up of a plain MLP take none.
 
     Raises:
-        MismatchError: the model is needed, or its configuration does not tell its heads.
+        MismatchError: the order of this type of model is not known, or not its heads.
     """
     words = FUSED.get(role.kind.rpartition(".")[2])
     if words is None:
         return None
+    if role.kind == "mlp.gate_up":
+        return Packing(words, (1, 1))
     model_type = config_of(model).get("model_type")
-    if words == FUSED["gate_up"] and (model is not None or role.kind.startswith("mlp.")):
-        return Packing(words, (1, 1), 0 if model_type in _ALTERNATING else 1)
-    if model is None:
+    if model_type not in ORDERS:
+        told = "is not told" if model_type is None else f"is not known of {one_line(model_type)}"
         raise MismatchError(
-            f"how {str(role)!r} packs {', '.join(words)} depends on the model: give the "
-            "model, its configuration, or its folder"
+            f"in what order {str(role)!r} packs {', '.join(words)} {told}: give a model of "
+            "transformers, its configuration, or its folder; of a type that is not known, set "
+            "lorafold.roles.ORDERS[type] to 'stacked' or 'grouped'"
         )
+    if words == FUSED["gate_up"]:
+        return Packing(words, (1, 1))
     found = heads(model, role.side)
     count = {"query": found.query, "key": found.key, "value": found.key}
-    if model_type in _INTERLEAVED:
+    if ORDERS[model_type] == "grouped":
         return Packing(words, tuple(count[w] // found.key for w in words), found.key)
     return Packing(words, tuple(count[w] for w in words))
 

@@ -19,7 +19,11 @@ from ..words import one_line
 _CONFIG_NAME, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # What PEFT and lorafold put into a model for an adapter.
-_OF_ADAPTERS = {"lorafold", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+_OF_ADAPTERS = {
+    *("lorafold", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+    *("lora_magnitude_vector", "modules_to_save", "token_adapter"),
+}
+_WRAPPERS = {"base_layer", "original_module"}
 
 
 def weights_in(x: Any) -> dict[str, Shape | None]:
@@ -82,7 +86,7 @@ def config_of(x: Any) -> Mapping[str, Any]:
 def plain_path(name: str) -> str:
     """A path without what wraps a model, and without the end of a weight's name."""
     name = plain_name(name.removeprefix(PREFIX))
-    name = ".".join(part for part in name.split(".") if part != "base_layer")
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     return name.removesuffix(".qweight").removesuffix(".weight")
 
 
@@ -122,9 +126,9 @@ def _built(config: Any) -> nn.Module:
             given = transformers.AutoConfig.for_model(**given)
         named = getattr(transformers, (given.architectures or [""])[0] or "", None)
         auto: tuple[Any, ...] = (
-            transformers.AutoModelForCausalLM,
-            transformers.AutoModelForSeq2SeqLM,
+            transformers.AutoModelForSeq2SeqLM,  # before the decoder of one by itself
             transformers.AutoModelForSpeechSeq2Seq,
+            transformers.AutoModelForCausalLM,
             transformers.AutoModelForMaskedLM,
             transformers.AutoModel,
         )

@@ -1,7 +1,7 @@
 """Module paths to roles: the longest end of a path that is in a table tells its kind.
 
-Everything else follows from the path: the layer is its first number that counts no experts, the
-side what its words say. A path that no table knows is listed and never guessed.
+Everything else follows from the path: the layer and the expert are its numbers, the side is what
+its words say. A path that no table knows is listed and never guessed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import MismatchError
 from ..naming import kind as kind_of
 from .names import config_of, plain_path, weights_in
 from .role import Role
-from .tables import combined, ends, side_of
+from .tables import combined, ends, numbers_in, side_of
 
 Tables = Mapping[str, str] | Sequence[Mapping[str, str]]
 
@@ -49,16 +49,25 @@ def roles(x: Any, tables: Tables = ()) -> dict[str, Role]:
         >>> lf.roles(["net.7.wq"], {"wq": "attention.query"})["net.7.wq"].layer
         7
     """
-    names = list(weights_in(x))
-    found, unknown = recognised(names, tables, default_side(x))
+    found, unknown = told(x, tables)
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (", …" if len(unknown) > 5 else "")
         last = unknown[0].rpartition(".")[2]
+        of = len(unknown) + len(found)
         raise MismatchError(
-            f"no role is known for {len(unknown)} of {len(names)} module paths: {shown}; give "
+            f"no role is known for {len(unknown)} of {of} module paths: {shown}; give "
             f"tables={{end of the path: kind}}, such as {{{last!r}: 'attention.query'}}"
         )
     return found
+
+
+def told(x: Any, tables: Tables = ()) -> tuple[dict[str, Role], list[str]]:
+    """The roles of the modules that a table knows, and the paths of the others.
+
+    Args:
+        x, tables: as in `roles`.
+    """
+    return recognised(weights_in(x), tables, default_side(x))
 
 
 def recognised(
@@ -103,10 +112,6 @@ def _role(path: str, tables: list[dict[str, tuple[str, str]]], otherwise: str) -
         return None
     said, kind = meant
     words = bare.split(".")
-    layers: list[int] = []
-    experts = [int(match[1])] if match else []
-    for before, word in zip(["", *words], words, strict=False):
-        if word.isascii() and word.isdigit():
-            (experts if before == "experts" else layers).append(int(word))
+    layer, expert = numbers_in(words)
     side = side_of(words, kind, said, otherwise)
-    return Role(kind, next(iter(layers), None), side, next(iter(experts), None))
+    return Role(kind, layer, side, int(match[1]) if match else expert)

@@ -1,9 +1,9 @@
 """Which ends of a module's path mean what: one table, read by the longest end that is in it.
 
-A row is a kind, with a side before it where the end itself tells the stack ("vision.projection"),
-and the ends of the paths of modules that are of it. Numbers in a path stand as "#". The layer is
-the first number of a path that is no expert's, the side what the path's other words say
-(`SIDE_WORDS`), else the row's, else "decoder".
+A row of `_ROWS` is a kind, with a side before it where the end itself tells the stack
+("vision.projection"), and the ends of the paths of modules that are of it. Numbers in a path stand
+as "#". The layer is the first number that counts layers (`_STACKS`), else the first that counts no
+experts. The side is what the path's other words say (`SIDE_WORDS`), else the row's, else "decoder".
 
 A user's table is the other way round, {end of a path: kind}, and goes before this one:
 
@@ -15,7 +15,7 @@ of names; a model that breaks it needs a table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..errors import MismatchError
 from ..words import one_line
@@ -76,6 +76,22 @@ _ROWS = {
     "text.projection": "text_projection",
 }
 
+# How a type of model (a configuration's model_type) orders the rows of a fused weight, which no
+# path tells: "stacked", part after part; "grouped", a key-value head after another, each as its
+# query heads, its key and its value.
+ORDERS = {
+    "gpt2": "stacked",
+    "phi3": "stacked",
+    "mixtral": "stacked",
+    "qwen2_moe": "stacked",
+    "qwen3_moe": "stacked",
+    "gpt_neox": "grouped",
+    "bloom": "grouped",
+    "falcon": "grouped",
+    "RefinedWeb": "grouped",  # Falcon's first names
+    "RefinedWebModel": "grouped",
+}
+
 # Words of a path that say which stack it is in; the first that is there counts.
 SIDE_WORDS = {
     "vision": ("vision_model", "vision_tower", "visual", "vit"),
@@ -87,6 +103,9 @@ SIDE_WORDS = {
 # Kinds that belong to no stack, by their first word or the whole of their path.
 _OF_NO_SIDE = {"head", "classifier", "pooler"}
 _BOTH = "shared"  # one embedding for an encoder and a decoder
+
+# Words before the number of a layer.
+_STACKS = {"layers", "layer", "h", "block", "blocks"}
 
 _Meaning = tuple[str, str]  # side, "" where the row says none; kind
 
@@ -117,7 +136,8 @@ def combined(tables: Mapping[str, str] | Iterable[Mapping[str, str]]) -> list[di
     Raises:
         MismatchError: something that is no table, or a row that says no kind.
     """
-    given = [tables] if isinstance(tables, Mapping) else list(tables)
+    is_one = isinstance(tables, Mapping) or not isinstance(tables, Iterable)
+    given = [tables] if is_one else list(tables)
     checked = []
     for table in given:
         if not isinstance(table, Mapping):
@@ -151,3 +171,12 @@ def side_of(words: Iterable[str], kind: str, said: str, otherwise: str) -> str:
         if not set(there).isdisjoint(marks):
             return side
     return said or otherwise
+
+
+def numbers_in(words: Sequence[str]) -> tuple[int | None, int | None]:
+    """The number of the layer, and that of the expert, in the words of a path."""
+    numbers = [(b, int(w)) for b, w in zip(["", *words], words, strict=False) if w.isdecimal()]
+    experts = [n for before, n in numbers if before == "experts"]
+    layers = [n for before, n in numbers if before in _STACKS]
+    others = [n for before, n in numbers if before != "experts"]
+    return next(iter([*layers, *others]), None), next(iter(experts), None)
