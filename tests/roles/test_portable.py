@@ -174,11 +174,13 @@ def test_encoders_stand_for_each_other(tmp_path):
     found = {
         "distilbert": "distilbert.transformer.layer.1.attention.q_lin",
         "mpnet": "mpnet.encoder.layer.1.attention.attn.q",
-        "vit": "vit.layers.1.attention.q_proj",  # another side, but either has one alone
+        "gptj": "transformer.h.1.attn.q_proj",  # another side, but either has one alone
     }
     for name, there in found.items():
         lf.save(a, tmp_path / name, format="portable")
         assert list(lf.load(tmp_path / name, base=models.model_of(name))) == [there]
+    with pytest.raises(lf.MismatchError, match=r"no counterpart.*encoder\.1\.attention\.query"):
+        lf.load(tmp_path / "gptj", base=models.model_of("vit"))
 
 
 def test_extras_and_config_go_along_or_are_refused(tmp_path):
@@ -257,6 +259,11 @@ def test_bad_input(tmp_path):
     twice = lf.Adapter(dict.fromkeys(["a.0.q_proj", "b.0.q_proj"], next(iter(a.values()))))
     with pytest.raises(lf.MismatchError, match="have one role"):
         lf.save(twice, tmp_path / "x", format="portable")
+    with pytest.raises(lf.MismatchError, match="have one role"):
+        lf.roles.onto(twice, llama)
+    path = _saved(lf.Adapter({"layers.0.q_proj": next(iter(a.values()))}), tmp_path / "two")
+    with pytest.raises(lf.MismatchError, match="several modules of the base"):
+        lf.load(path, base=["a.0.q_proj", "b.0.q_proj"])
     assert not (tmp_path / "x").exists()
     path = _saved(a, tmp_path / "p")
     with pytest.raises(lf.errors.FileError, match="overwrite"):
@@ -267,10 +274,10 @@ def test_bad_input(tmp_path):
     assert [p.name for p in path.iterdir()] == ["portable.safetensors"]
     with pytest.raises(lf.MismatchError, match="alpha"):
         lf.load(path, alpha=2)
-    with pytest.raises(
-        lf.MismatchError, match="is 32×32 in the base, and the adapter's update is 16×32"
-    ):
-        lf.load(path, base=models.model_of("opt"), tables={"mlp.gate_proj": "mlp.up"})
+    key = {p: u for p, u in a.items() if "k_proj" in p}
+    grouped = _saved(lf.Adapter(key), tmp_path / "k")
+    with pytest.raises(lf.MismatchError, match="is 32×32 in the base, and .* update is 16×32"):
+        lf.load(grouped, base=models.model_of("opt"))
     with pytest.raises(lf.MismatchError, match=r"no counterpart.*mlp\.gate"):
         lf.load(path, base=models.model_of("gptj"))
     fused = adapter_of(models.model_of("gpt_neox"))
@@ -355,3 +362,15 @@ def test_a_reader_written_from_the_page(tmp_path):
             parts = lf.roles.packing(Role.parse(role), neox).split(u)
             np.testing.assert_array_equal(keys, parts["key"].B.numpy())
     assert header == {}
+
+
+def test_what_is_there_twice_is_refused():
+    u = lf.LowRank(torch.ones(1, 8), torch.ones(24, 1))
+    q = lf.LowRank(torch.ones(1, 8), torch.ones(8, 1))
+    a = lf.Adapter({"h.0.attn.c_attn": u, "h.0.attn.q_proj": q})
+    stacked = {"h.0.attn.c_attn": Packing(("query", "key", "value"), (1, 1, 1))}
+    names = [f"layers.0.self_attn.{x}_proj" for x in "qkv"]
+    with pytest.raises(lf.MismatchError, match="twice"):
+        lf.roles.onto(a, names, packings=stacked)
+    alone = lf.Adapter({"h.0.attn.c_attn": u})
+    assert list(lf.roles.onto(alone, names, packings=stacked)) == names

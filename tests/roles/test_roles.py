@@ -180,3 +180,29 @@ def test_a_role_that_cannot_be():
         Role("experts.up", 2, "decoder", 1),
     )
     assert Role("mlp.up", 1).parts == ()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": -3},
+        {"architectures": [3]},
+        {"architectures": 5},
+        {"architectures": ["ViTModel"]},
+        {"num_attention_heads": 0},
+    ],
+)
+def test_a_damaged_configuration_is_refused_in_one_line(odd):
+    small = models.config_of("llama").to_dict()
+    with pytest.raises(lf.MismatchError, match="makes no model of this configuration") as e:
+        lf.roles({**small, **odd})
+    assert "\n" not in str(e.value)
+
+
+def test_only_models_are_made_and_no_random_number_is_drawn():
+    small = models.config_of("llama").to_dict()
+    state = torch.get_rng_state()
+    found = lf.roles({**small, "architectures": ["pipeline"]})
+    assert found == lf.roles(models.config_of("llama"))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -125,6 +125,8 @@ def _built(config: Any) -> nn.Module:
         if isinstance(given, dict):
             given = transformers.AutoConfig.for_model(**given)
         named = getattr(transformers, (given.architectures or [""])[0] or "", None)
+        if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+            named = None  # a file's text: no other name of the package is called
         auto: tuple[Any, ...] = (
             transformers.AutoModelForSeq2SeqLM,  # before the decoder of one by itself
             transformers.AutoModelForSpeechSeq2Seq,
@@ -135,8 +137,9 @@ def _built(config: Any) -> nn.Module:
         first: Any = next((a for a in auto if type(given) in a._model_mapping), auto[-1])
         with torch.device("meta"):
             made: nn.Module = named(given) if named is not None else first.from_config(given)
-    except (ValueError, KeyError, TypeError) as e:
-        raise MismatchError(f"transformers makes no model of this configuration: {e}") from e
+    except Exception as e:  # a damaged configuration can raise anything
+        why = " ".join(str(e).split())
+        raise MismatchError(f"transformers makes no model of this configuration: {why}") from e
     return made
 
 

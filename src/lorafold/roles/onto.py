@@ -6,7 +6,8 @@ weight. What is fused here and apart there is taken apart, and the other way rou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,28 @@ _OF_ITS_BASE = (
 )
 
 
+_OF_LANGUAGE = {"encoder", "decoder", "text"}
+
+
 @dataclass(frozen=True)
 class _Base:
-    """A base: {role: path}, {path: shape of its weight}, and what it was given as."""
+    """A base: {role: path}, roles that several of its modules have, and what it was given as."""
 
     paths: Mapping[Role, str]
-    shapes: Mapping[str, Shape | None]
+    twice: Collection[Role]
     given: Any
 
     def path(self, role: Role) -> str | None:
-        """Where a role is; of one expert, in the parameter of all of them too."""
+        """Where a role is; of one expert, in the parameter of all of them too.
+
+        Raises:
+            MismatchError: several modules have it.
+        """
+        if role in self.twice:
+            raise MismatchError(
+                f"several modules of the base are {str(role)!r}, {self.paths[role]!r} one of them: "
+                "tell them apart with tables={end of the path: kind}"
+            )
         if role in self.paths or role.expert is None:
             return self.paths.get(role)
         whole = self.paths.get(replace(role, expert=None))
@@ -92,11 +105,13 @@ def onto(
         >>> list(onto(a, ["transformer.h.0.attn.q_proj"]))
         ['transformer.h.0.attn.q_proj']
     """
-    mine = roles(adapter, tables)
+    mine = one_each(roles(adapter, tables))
     shapes = weights_in(base)
     theirs, _ = recognised(shapes, tables, default_side(base))
     mine = _on_its_side(mine, theirs.values())
-    there = _Base({role: path for path, role in theirs.items()}, shapes, base)
+    counts = Counter(theirs.values())
+    twice = {role for role, n in counts.items() if n > 1}
+    there = _Base({role: path for path, role in theirs.items()}, twice, base)
     known = dict(known_packings(mine, adapter.base_model) if packings is None else packings)
     placed = _placed(adapter, mine, there, known)
     for path, part in placed.items():
@@ -110,6 +125,23 @@ def onto(
         config,
         layouts={path: part.layout for path, part in placed.items() if part.layout != LINEAR},
     )
+
+
+def one_each(found: Mapping[str, Role]) -> Mapping[str, Role]:
+    """The roles of an adapter, no two of which are the same.
+
+    Raises:
+        MismatchError: two modules have one role.
+    """
+    paths: dict[Role, str] = {}
+    for path, role in found.items():
+        other = paths.setdefault(role, path)
+        if other != path:
+            raise MismatchError(
+                f"{other!r} and {path!r} have one role, {str(role)!r}: tell them apart with "
+                "tables={end of the path: kind}"
+            )
+    return found
 
 
 def known_packings(mine: Mapping[str, Role], base: Any) -> dict[str, Packing]:
@@ -135,10 +167,10 @@ def known_packings(mine: Mapping[str, Role], base: Any) -> dict[str, Packing]:
 
 
 def _on_its_side(mine: Mapping[str, Role], theirs: Iterable[Role]) -> dict[str, Role]:
-    """The roles; where either model has one stack, these stand for each other."""
+    """The roles; where either model has one stack, of language, these stand for each other."""
     ours = {role.side for role in mine.values()} - {""}
     others = {role.side for role in theirs} - {""}
-    if len(ours) != 1 or len(others) != 1:
+    if len(ours) != 1 or len(others) != 1 or not ours | others <= _OF_LANGUAGE:
         return dict(mine)
     (side,) = others
     return {path: replace(r, side=side) if r.side else r for path, r in mine.items()}
@@ -153,7 +185,7 @@ def _placed(
         MismatchError: no counterpart, or an unknown packing.
     """
     placed: dict[str, _Part] = {}
-    single: dict[Role, _Part] = {}
+    single: dict[Role, _Part] = {}  # what is still to go to a module of its own, or with others
     lost: list[str] = []
     for path, u in adapter.items():
         role, layout = mine[path], adapter.layout(path)
@@ -176,7 +208,10 @@ def _placed(
             )
         else:
             parts = zip(role.parts, known[path].split(u).values(), strict=True)
-            single |= {one: _Part(part, was=path) for one, part in parts}
+            for one, part in parts:
+                if one in mine.values():
+                    raise MismatchError(f"the adapter has {str(one)!r} twice, in {path!r} too")
+                single[one] = _Part(part, was=path)
     for fused, to in there.paths.items():
         for whole in _experts(fused, single):
             given = {p: single.pop(p).update for p in whole.parts if p in single}

@@ -20,7 +20,7 @@ from ...adapter import Adapter
 from ...errors import FileError, MismatchError
 from ...parts import Layout
 from ...roles.fused import Packing
-from ...roles.onto import known_packings
+from ...roles.onto import known_packings, one_each
 from ...roles.role import Role
 from ...roles.roles import Tables, roles
 from ..config import plain
@@ -45,20 +45,12 @@ def portable_form(
     Raises:
         MismatchError: modules without a role or with the same, or a config that is no JSON.
     """
-    found = roles(adapter, tables)
-    paths: dict[Role, str] = {}
-    for path, role in found.items():
-        if role in paths:
-            raise MismatchError(
-                f"{paths[role]!r} and {path!r} have one role, {str(role)!r}: tell them apart with "
-                "tables={end of the path: kind}"
-            )
-        paths[role] = path
+    found = one_each(roles(adapter, tables))
     name = base_model or adapter.base_model
     packings = known_packings(found, name if base is None else base)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
-    for role, path in paths.items():
+    for path, role in found.items():
         u, layout = adapter[path], adapter.layout(path)
         tensors[f"{role}.A"], tensors[f"{role}.B"] = (
             t if dtype is None else t.to(dtype) for t in (u.A, u.B)
