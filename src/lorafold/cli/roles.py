@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @adapter_options
 def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
-    """Show what the modules of a base or an adapter do, whatever they are called there.
+    """Show what the modules of a base or an adapter do.
 
     PATH is a base model's folder, or an adapter (a path, an id on the Hub, or LIB:NAME). Modules of
     one kind are shown in one row; with --verbose, and in --json, each has its own. A role is

@@ -208,10 +208,10 @@ def _placed(
             )
         else:
             parts = zip(role.parts, known[path].split(u).values(), strict=True)
-            for one, part in parts:
+            for one, cut in parts:
                 if one in mine.values():
                     raise MismatchError(f"the adapter has {str(one)!r} twice, in {path!r} too")
-                single[one] = _Part(part, was=path)
+                single[one] = _Part(cut, was=path)
     for fused, to in there.paths.items():
         for whole in _experts(fused, single):
             given = {p: single.pop(p).update for p in whole.parts if p in single}
