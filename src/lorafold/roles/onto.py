@@ -108,6 +108,8 @@ def onto(
     mine = one_each(roles(adapter, tables))
     shapes = weights_in(base)
     theirs, _ = recognised(shapes, tables, default_side(base))
+    # A path of the base's own is what it is there: a bare ViT's does not tell that it is one.
+    mine = {path: theirs.get(path, role) for path, role in mine.items()}
     mine = _on_its_side(mine, theirs.values())
     counts = Counter(theirs.values())
     twice = {role for role, n in counts.items() if n > 1}
