@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import lorafold
 from lorafold.cli import VERBS, main
 from lorafold.cli._command import Settings, as_flags, one_line
+from lorafold.demo.model import data_dir
 
 ROOT = Path(lorafold.__file__).parents[2]
 DOCS = ROOT / "docs" / "cli.md"
@@ -24,6 +26,12 @@ RUN = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from lorafold.cli
 
 def loaded(verb):
     return main.get_command(click.Context(main), verb)
+
+
+def demo_bases(here):
+    """Two of the demo's bases at base-s and base-t."""
+    shutil.copytree(data_dir() / "base", here / "base-s")
+    shutil.copytree(data_dir() / "bases" / "deep", here / "base-t")
 
 
 def options_of(command):
@@ -94,6 +102,9 @@ def test_the_example_runs(verb, here, cli):
         assert cli("route", "fit", "texts", "-o", "router").code == 0
     if verb == "add":
         assert cli("rm", "lib", "law").code == 0
+    if verb == "align":
+        pytest.importorskip("transformers")
+        demo_bases(here)
     line = [str(p) for word in line for p in (sorted(here.glob(word)) if "*" in word else [word])]
     ran = cli(*line)
     assert ran.code == 0, ran.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from lorafold.demo.model import data_dir
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
@@ -144,3 +146,48 @@ def test_what_is_refused(here, cli, line, says):
     assert says in ran.err
     assert ran.err.count("\n") == 1
     assert not Path("o").exists()
+
+
+@pytest.fixture
+def pair(here):
+    """Two of the demo's bases, base-s and base-t, an adapter of the first, and texts."""
+    pytest.importorskip("transformers")
+    shutil.copytree(data_dir() / "base", here / "base-s")
+    shutil.copytree(data_dir() / "bases" / "deep", here / "base-t")
+    shutil.copytree(data_dir() / "adapters" / "brackets", here / "brackets")
+    text = (data_dir() / "heldout" / "brackets.txt").read_text()
+    lines = [line for line in text.splitlines() if line.strip()][:20]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    return "--from", "base-s", "--to", "base-t"
+
+
+def test_an_alignment_is_made_once_and_serves_transfers(pair, cli):
+    line = ("align", "base-s", "base-t", "--texts", "texts.jsonl", "-o", "pair.safetensors")
+    told = cli(*line, "--json").json
+    assert told["texts"] == 20
+    assert told["maps"] > 7
+    again = cli(*line)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    by_file, by_texts = (
+        cli("transfer", "brackets", *pair, *how, "--method", "procrustes", "-o", out)
+        for out, how in {
+            "a": ("--alignment", "pair.safetensors"),
+            "b": ("--texts", "texts.jsonl"),
+        }.items()
+    )
+    assert by_file.code == by_texts.code == 0
+    assert "R² of the alignment" in by_file.out
+    a, b = lf.load("a"), lf.load("b")
+    assert a.base_model == b.base_model == "base-t"
+    assert a.distance(b) < 1e-2 * a.norm()  # the file keeps float32
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_with_two_bases_auto_chooses(pair, cli):
+    ran = cli("transfer", "brackets", *pair, "--texts", "texts.jsonl", "-o", "o", "--json")
+    assert ran.code == 0
+    report = ran.json["adapters"][0]["report"]
+    assert report["method"] == "auto"
+    assert report["said"]["chosen"] in report["said"]["scores"]
+    assert lf.load("o").base_model == "base-t"

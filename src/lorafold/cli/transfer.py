@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int, str], None]
 
+_ALIGNED = ("auto", "procrustes", "functional")
 _SHAPE = re.compile(r"(?P<pattern>.+)=(?P<out>\d+)[x×](?P<inner>\d+)")
 
 
@@ -77,6 +78,7 @@ def transfer(
     saving["base_model"] = base_model
     rows, failed = [], {}
     with output.progress("transferring") as advance:
+        given = _aligned(given, advance)
         for k, (name, place) in enumerate(places.items()):
             tell = _within(advance, k, len(places))
             try:
@@ -119,6 +121,19 @@ def _arguments(o: Mapping[str, Any]) -> dict[str, Any]:
         "energy": o["energy"],
     }
     return found | {key: True for key in ("rescale", "unchecked") if o[key]}
+
+
+def _aligned(given: dict[str, Any], advance: Advance) -> dict[str, Any]:
+    """The same with an alignment, made once, where a method between bases asks for one."""
+    from ..transfer import Alignment, align
+
+    found = given["alignment"]
+    if found is not None:
+        return {**given, "alignment": Alignment.load(found)}
+    bases = given["source"], given["target"]
+    if given["method"] not in _ALIGNED or given["texts"] is None or None in bases:
+        return given
+    return {**given, "alignment": align(*bases, given["texts"], progress=advance)}
 
 
 def _places(
@@ -237,6 +252,11 @@ def _show_one(out: Console, row: Mapping[str, Any]) -> None:
 
 
 def _value(value: Any) -> Any:
+    """What a method says, in a line; tables are for --json."""
+    if isinstance(value, Mapping):
+        numbers = {k: v for k, v in value.items() if isinstance(v, int | float)}
+        whole = len(numbers) == len(value)
+        return ", ".join(f"{k} {v:.3g}" for k, v in numbers.items()) if whole else None
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
