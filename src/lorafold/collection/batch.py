@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
-_VANISHED = 1e-30  # singular values below: a float32 product of factors may not hold them
+VANISHED = 1e-35  # singular values below count as zero: float32 factors may not hold them
+_LOW, _HIGH = 2.0**-60, 2.0**100  # squared norms between have good float32 Grams
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
 
@@ -120,7 +121,7 @@ def decompose(B: Tensor, A: Tensor, most: int | None = None) -> tuple[Tensor, Te
     square, Z = torch.linalg.eigh(root.mT @ gram(B) @ root)
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
-    S = torch.where((_NOISE * S[:, :1] < S) & (S > _VANISHED), S, 0.0)
+    S = torch.where((_NOISE * S[:, :1] < S) & (S > VANISHED), S, 0.0)
     Z, wanted = Z.flip(2)[:, :, :k][:, :, :most], S[:, :most]
     S_inverse = torch.where(wanted > 0, 1 / wanted.clamp_min(1e-300), 0.0)
     to_U = root @ Z * S_inverse[:, None, :]
@@ -158,6 +159,39 @@ def gram(X: Tensor) -> Tensor:
     return X.mT @ X
 
 
+def quick_gram(X: Tensor) -> Tensor:
+    """`gram` by float32 products: good to 1e-6, whatever the size of X."""
+    G = (X.mT @ X).double()
+    odd = torch.nonzero(~held_by_float32(_traces(G)))[:, 0]
+    top = X[odd].abs().amax((1, 2)).double()
+    if not bool(top.any()):  # zeros, if any, are held too
+        return G
+    unit = torch.ones(len(X), dtype=torch.float64, device=X.device)
+    unit[odd] = power_of_two(top)
+    Y = (X / unit[:, None, None]).to(X.dtype)
+    return (Y.mT @ Y).double() * unit[:, None, None] ** 2
+
+
+def held_by_float32(square: Tensor) -> Tensor:
+    """Whether vectors of these squared norms have good inner products in float32; not NaN's."""
+    return (square > _LOW) & (square < _HIGH)
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The power of two next above each size, 1 for 0. Division by it is exact."""
+    power: Tensor = torch.where(size > 0, size / torch.frexp(size)[0], 1.0)
+    return power
+
+
+def sizes(X: Tensor) -> Tensor:
+    """The norms of a batch, (n,) float64."""
+    size: Tensor = torch.linalg.vector_norm(X, dim=(1, 2)).double()
+    if bool(held_by_float32(size**2).all()):
+        return size
+    exact: Tensor = torch.linalg.vector_norm(X, dim=(1, 2), dtype=torch.float64)
+    return exact
+
+
 def squared_norms(B: Tensor, A: Tensor) -> Tensor:
     """‖B_i A_i‖² for a batch, (n,) float64; B (n, out, r), A (n, r, in)."""
     return (gram(B) * gram(A.mT)).sum((1, 2)).clamp_min(0)
@@ -188,14 +222,16 @@ def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Ten
     """‖B_i A_i − B̂_i Â_i‖² for factors in one gauge and of one rank, (n,) float64.
 
     B A − B̂ Â = (B − B̂) Â + B (A − Â): both parts are as small as the error, so that float32 Grams
-    do. Where the parts cancel, as in a bad gauge, `squared_differences` is asked.
+    do. Where the parts cancel, as in a bad gauge, `squared_differences` is asked; and where squares
+    may be lost.
     """
     E_B, E_A = B - B_hat, A - A_hat
     EE_B, BB, EB_B = E_B.mT @ E_B, B.mT @ B, E_B.mT @ B
     HH_A, EE_A, HE_A = A_hat @ A_hat.mT, E_A @ E_A.mT, A_hat @ E_A.mT
     square = _inner(EE_B, HH_A) + _inner(BB, EE_A) + 2 * _inner(EB_B, HE_A)
     parts = _traces(EE_B) * _traces(HH_A) + _traces(BB) * _traces(EE_A)
-    poor = torch.nonzero(~(square > 1e-4 * parts))[:, 0]  # as are those whose squares vanish
+    good = (square > 1e-4 * parts) & held_by_float32(_traces(BB)) & held_by_float32(_traces(HH_A))
+    poor = torch.nonzero(~good)[:, 0]
     if len(poor):
         square[poor] = squared_differences(B[poor], A[poor], B_hat[poor], A_hat[poor])
     return square.clamp_min(0)
@@ -210,8 +246,8 @@ def even_gauge(f: Factors, exact: bool = True) -> tuple[Factors, Tensor, Tensor,
     Returns:
         The factors, BᵀB and A Aᵀ (n, r, r) float64, and whether the factors are the given ones.
     """
-    G_B, G_A = (gram(X) if exact else (X.mT @ X).double() for X in (f.B, f.A.mT))
-    if _float32_grams_suffice(_inner(G_B, G_A), _traces(G_B) * _traces(G_A), f):
+    G_B, G_A = (gram(X) if exact else quick_gram(X) for X in (f.B, f.A.mT))
+    if _gauge_is_good(G_B, G_A):
         return f, G_B, G_A, True
     even = f.decomposed().factors()
     return even, gram(even.B), gram(even.A.mT), False
@@ -228,20 +264,16 @@ def _traces(G: Tensor) -> Tensor:
 
 def norms(factors: Factors) -> Tensor:
     """‖B_i A_i‖ of each member, (n, 1) float64, as `singular_values(exact=False)` would add up."""
-    G_A, G_B = (X.mT @ X for X in (factors.A.mT, factors.B))
-    size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
-    if _float32_grams_suffice(size, largest, factors):
-        return size.sqrt()[:, None]
+    G_A, G_B = (quick_gram(X) for X in (factors.A.mT, factors.B))
+    if _gauge_is_good(G_B, G_A):
+        return _inner(G_B, G_A).sqrt()[:, None]
     exact: Tensor = torch.linalg.vector_norm(singular_values(factors), dim=1, keepdim=True)
     return exact
 
 
-def _float32_grams_suffice(size: Tensor, largest: Tensor, f: Factors) -> bool:
-    """Whether float32 Grams hold ‖B A‖² = size, where ‖B‖² ‖A‖² = largest."""
-    small = torch.finfo(torch.float32).tiny ** 0.5
-    held = (largest <= 1e3 * size) & (size > small) & largest.isfinite()
-    rest = torch.nonzero(~held)[:, 0]  # zero, or only their squares are
-    return not len(rest) or not bool((f.B[rest].any(2).any(1) & f.A[rest].any(2).any(1)).any())
+def _gauge_is_good(G_B: Tensor, G_A: Tensor) -> bool:
+    """Whether Grams good to 1e-6 hold ‖B A‖²: the factors are not far larger than their product."""
+    return bool((_traces(G_B) * _traces(G_A) <= 1e3 * _inner(G_B, G_A)).all())
 
 
 def singular_values(factors: Factors, exact: bool = True) -> Tensor:
@@ -249,13 +281,12 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
 
     Args:
         exact: take the Grams in float64; in float32, half the work, values below 3e-4 of the
-            largest are lost in rounding. Factors far larger than their product (a bad gauge) or
-            than float32 squares may be are taken in float64 all the same.
+            largest are lost in rounding. Factors far larger than their product (a bad gauge) are
+            taken in float64 all the same.
     """
     right, left = factors.A.mT, factors.B
-    G_A, G_B = (gram(X) if exact else (X.mT @ X).double() for X in (right, left))
-    size, largest = _inner(G_B, G_A), _traces(G_B) * _traces(G_A)
-    if not exact and not _float32_grams_suffice(size, largest, factors):
+    G_A, G_B = (gram(X) if exact else quick_gram(X) for X in (right, left))
+    if not exact and not _gauge_is_good(G_B, G_A):
         return singular_values(factors)
     root, failed = torch.linalg.cholesky_ex(G_A)
     if bool(failed.any()):
@@ -263,4 +294,4 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
         root = W * lam.clamp_min(0).sqrt()[:, None, :]
     squares = torch.linalg.eigvalsh(root.mT @ G_B @ root)
     S = squares.clamp_min(0).sqrt().flip(1)
-    return torch.where(S > _VANISHED, S, 0.0)
+    return torch.where(S > VANISHED, S, 0.0)

@@ -34,7 +34,7 @@ from .survey import Survey
 
 _ATTEMPTS = 5  # more, to get a module within its bound, before it is stored exactly
 _FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
-_ROUNDING = 5e-8  # of ‖B‖ ‖A‖: what another order of the decoder's sums may change
+_ROUNDING = 5e-8  # of Σ ‖b_k‖ ‖a_k‖: what another order of the decoder's sums may change
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
@@ -210,7 +210,8 @@ class Builder:
             stored = decode(record, stack.shape, basis, stack.device)
             wide = [u.to(stack.device, torch.float64) for u in (source, stored)]
             lost = (wide[0] - wide[1]).norm()
-            rounded = _ROUNDING * float(stored.B.norm() * stored.A.norm()) if lost > 0 else 0.0
+            size = float((wide[1].B.norm(dim=0) * wide[1].A.norm(dim=1)).sum())
+            rounded = _ROUNDING * size if lost > 0 else 0.0
             error[k] = lost**2 + rounded**2
         return Coded(coded.records, error, coded.payload)
 
@@ -322,7 +323,7 @@ def code_as_planned(
             it only those that share nothing are decomposed, and those in a bad gauge.
     """
     if plan.flat is not None:
-        return _code_flat(f, rows, plan.flat, plan.fixed, target)
+        return _code_flat(f, rows, plan, plan.flat, target)
     result = Coded.nothing(len(rows))
     for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
@@ -334,17 +335,23 @@ def code_as_planned(
 
 
 def _code_flat(
-    f: Factors, rows: np.ndarray, flat: FlatBases, fixed: float, target: Target
+    f: Factors, rows: np.ndarray, plan: ModulePlan, flat: FlatBases, target: Target
 ) -> Coded:
     """Flat parts, and where these miss the target a residual of the adapter's own."""
     parts = code_parts(f, flat.A, flat.B, 0, flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    payload = np.array([fixed if record else 0.0 for record in parts.records])
+    # What is tiny beside the mean comes out worse than as nothing.
+    assert plan.squares is not None
+    nothing = plan.squares[rows]
+    parts.forget(np.flatnonzero(~(error <= nothing)))
+    error = np.where(error <= nothing, error, nothing)
+    payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
     coded = Coded(parts.records, error, payload)
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
     if len(over):
         B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
         rest = code(Factors(f.members[over], B, A), target.take(over))
         records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        coded = coded.replaced(over, Coded(records, rest.squared_error, rest.payload + fixed))
+        more = Coded(records, rest.squared_error, rest.payload + payload[over])
+        coded = coded.replaced(over, more)
     return coded

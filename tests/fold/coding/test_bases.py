@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lorafold.collection.batch import Block, decompose
-from lorafold.fold.coding.bases import basis_of, projected, read_basis, residual
+from lorafold.fold.coding import bases as module
+from lorafold.fold.coding.bases import bases_of, basis_of, projected, read_basis, residual
 from lorafold.fold.coding.bits import bits_for_error
 
 
@@ -46,6 +47,24 @@ def test_coordinates_on_a_coded_basis_are_least_squares(kin, dense, bits):
     expected = torch.linalg.lstsq(basis.columns.double().expand(7, -1, -1), X.double()).solution
     torch.testing.assert_close(basis.coordinates(X).double(), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(basis.columns.norm(dim=0), torch.ones(10), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("together", [1, 1 << 22])
+def test_bases_coded_together_are_those_coded_apart(together, monkeypatch):
+    monkeypatch.setattr(module, "_TOGETHER", together)
+    g = torch.Generator().manual_seed(0)
+    directions, levels = {}, {}
+    for group, bits in {3: [8, 4, 0], 0: [2], 7: [32, 16, 5, 5], 5: [0, 1]}.items():
+        directions[group] = torch.linalg.qr(torch.randn(28, len(bits), generator=g))[0]
+        levels[group] = np.array(bits)
+    found = bases_of(directions, levels, "V")
+    assert list(found) == list(directions)
+    for group, basis in found.items():
+        alone = basis_of(directions[group], levels[group], "V")
+        assert basis.record == alone.record
+        assert torch.equal(basis.columns, alone.columns)
+        assert torch.equal(basis.columns, read_basis(basis.record, 28, "V").columns)
+    assert bases_of({}, {}, "V") == {}
 
 
 @pytest.mark.parametrize("which", ["U", "V", "both"])

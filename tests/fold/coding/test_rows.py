@@ -163,3 +163,17 @@ def test_the_measure_is_of_the_updates_as_they_came(make_update):
     near = code(raw, Target("bits", np.full(1, 32.0)), block=block)
     norm = float((raw.B[0].double() @ raw.A[0].double()).square().sum())
     assert abs(np.sqrt(near.squared_error[0] / norm) - 0.01 / 1.01) < 1e-5
+
+
+@pytest.mark.parametrize("power", [-120, -30, 30, 120])
+def test_rows_of_any_size_have_the_same_codes(power):
+    X = torch.randn(4, 33, generator=torch.Generator().manual_seed(0))
+    bits = np.array([3, 8, 16, 32])
+    plain, sized = code_rows(X, bits, 0), code_rows(X * 2.0**power, bits, 0)
+    assert np.array_equal(plain.codes, sized.codes)
+    assert np.array_equal(plain.floats, sized.floats)
+    assert torch.equal(plain.scale * 2.0**power, sized.scale)
+    near = sized.hat.double() * sized.scale[:, None]
+    assert torch.equal(near[3].float(), X[3] * 2.0**power)
+    wanted = X[2].double() * 2.0**power
+    assert (near[2] - wanted).norm() < 3e-4 * wanted.norm()

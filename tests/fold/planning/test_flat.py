@@ -171,3 +171,24 @@ def test_factors_are_flattened_row_by_row():
     )
     assert flat_part.flattened(f, "A").tolist() == [list(range(8))]
     assert flat_part.flattened(f, "B").tolist() == [list(range(6))]
+
+
+@pytest.mark.parametrize("bits", [4, 16, 32])
+@pytest.mark.parametrize("power", [-100, -17, 17, 100])
+def test_a_size_is_one_number_of_a_side(updates, bits, power):
+    """Records are the same bit for bit, and a side is but for the one scale of its rows."""
+
+    def coded(size):
+        found = [LowRank(u.A * size, u.B / size, u.scale) for u in updates]
+        sides = {
+            s: flat.coded_side(flat.flat_spectrum(stack_of(found), s), s, count=3, bits=bits)
+            for s in "AB"
+        }
+        parts = flat_part.code_parts(factors(found), sides["A"], sides["B"], 0, bits > 8)
+        return sides, parts.records
+
+    (plain, records), (sized, others) = coded(1.0), coded(2.0**power)
+    assert others == records
+    for side in "AB":
+        here, there = plain[side].record, sized[side].record
+        assert here[:3] + here[7:] == there[:3] + there[7:]  # f32 t after u16 and u8

@@ -6,7 +6,7 @@ here they are coded as bases, and updates are put into the coordinates of what w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ...collection.batch import Factors
 from .rows import LEFT_SEED, RIGHT_SEED, code_rows, read_rows, rounded_coefficients, write_rows
 
 SEEDS = {"U": LEFT_SEED, "V": RIGHT_SEED}
+_TOGETHER = 1 << 22  # numbers of bases that are coded together
 
 
 class Basis:
@@ -101,13 +102,52 @@ Side = Basis | Bases | None  # the update's own where None
 
 def basis_of(directions: Tensor, levels: np.ndarray, side: str) -> Basis:
     """Code the columns of `directions` (d, K) at `levels` bits; those at 0 are dropped."""
-    rows = np.flatnonzero(levels > 0)
-    X = directions.T[torch.as_tensor(rows, device=directions.device)].contiguous()
-    coded = code_rows(X, np.asarray(levels)[rows], SEEDS[side])
-    norms = coded.hat.double().norm(dim=1).clamp_min(1e-300)
-    c = rounded_coefficients((1 / norms).cpu().numpy(), coded.bits)
-    record = write_rows([coded], np.arange(len(rows)), c)
-    return read_basis(record, directions.shape[0], side, directions.device)
+    return bases_of({0: directions}, {0: levels}, side)[0]
+
+
+def bases_of(
+    directions: Mapping[int, Tensor], levels: Mapping[int, np.ndarray], side: str
+) -> dict[int, Basis]:
+    """`basis_of` for each group; small ones are rotated and rounded together."""
+    found: dict[int, Basis] = {}
+    batch: list[int] = []
+    for g in directions:
+        batch.append(g)
+        if sum(directions[k].numel() for k in batch) >= _TOGETHER:
+            found |= _coded_bases(batch, directions, levels, side)
+            batch = []
+    return found | _coded_bases(batch, directions, levels, side)
+
+
+def _coded_bases(
+    groups: Sequence[int],
+    directions: Mapping[int, Tensor],
+    levels: Mapping[int, np.ndarray],
+    side: str,
+) -> dict[int, Basis]:
+    if not groups:
+        return {}
+    kept = [np.flatnonzero(levels[g] > 0) for g in groups]
+    X = torch.cat(
+        [
+            directions[g].T[torch.as_tensor(rows, device=directions[g].device)]
+            for g, rows in zip(groups, kept, strict=True)
+        ]
+    )
+    bits = np.concatenate(
+        [np.asarray(levels[g])[rows] for g, rows in zip(groups, kept, strict=True)]
+    )
+    coded = code_rows(X, bits, SEEDS[side])
+    lengths = (1 / coded.hat.double().norm(dim=1).clamp_min(1e-300)).cpu().numpy()
+    found, at = {}, 0
+    for g, rows in zip(groups, kept, strict=True):
+        here = np.arange(at, at + len(rows))
+        at += len(rows)
+        c = rounded_coefficients(lengths[here], bits[here])
+        columns = coded.hat[here] * torch.as_tensor(c, device=X.device).to(X.dtype)[:, None]
+        record = write_rows([coded], here, c)
+        found[g] = Basis(columns.T.contiguous(), record, len(rows), side)
+    return found
 
 
 def read_basis(record: bytes, d: int, side: str, device: torch.device | str | None = None) -> Basis:

@@ -1,7 +1,9 @@
 """One adapter's flat part: the loadings of its flattened factors on the mean and directions stored.
 
-A side is row 0, the mean, and k unit directions, all of length r·in (A) or out·r (B). A part holds
-k numbers a side, relative to the largest of them. The byte layout is described in docs/formats.md.
+A side is row 0, the mean, and k directions, all of length r·in (A) or out·r (B). A direction has
+about the norm of the flattened factors: so one scale does for all rows, and loadings are near 1,
+whatever the size of the factors. A part holds k numbers a side, relative to the largest of them.
+The byte layout is described in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Factors
+from ...collection.batch import VANISHED, Factors, power_of_two, sizes
 from ...errors import FileError
 from .rows import (
     code_rows,
@@ -37,7 +39,7 @@ class OtherLengthError(FileError):
 
 
 class FlatSide:
-    """One side as stored: row 0 the mean, then unit directions.
+    """One side as stored: row 0 the mean, then directions.
 
     Args:
         rows: (1 + k, D) float32 as decoded. record: the bytes, or none.
@@ -76,10 +78,12 @@ class FlatSide:
         D = self.rows[1:]
         if not len(D):
             return X.new_zeros(len(X), 0)
+        unit = power_of_two(D.abs().max().double())  # products of its multiples lose nothing
+        D = D / unit.to(D.dtype)
         wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
         # Rows of factors near the end of float32's range may vanish or be alike: not by `solve`.
         inverse = torch.linalg.pinv(wide, hermitian=True)
-        found: Tensor = ((X - self.rows[0]) @ D.T).double() @ inverse
+        found: Tensor = ((X - self.rows[0]) @ D.T).double() @ (inverse / unit)
         return found.to(X.dtype)
 
     def rebuilt(self, loadings: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class FlatSide:
 
 
 def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
-    """Code row 0 (the mean, at its own length) and unit rows; a dropped mean becomes zero."""
+    """Code row 0 (the mean) and directions, each at the norm it has."""
     levels = np.maximum(levels, 1)
     coded, lengths = [], []
     for at in range(0, len(rows), _ROWS):  # a few at a time: coding takes several times their size
@@ -140,6 +144,12 @@ class FlatParts:
     B: Tensor
     A: Tensor
 
+    def forget(self, rows: np.ndarray) -> None:
+        """Nothing for these rows; in place."""
+        for k in rows.tolist():
+            self.records[k] = b""
+            self.B[k] = self.A[k] = 0
+
 
 def code_parts(
     f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool, rows: np.ndarray | None = None
@@ -150,8 +160,7 @@ def code_parts(
         number: the basis's number at its module. wide: keep loadings in float32.
         rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
     """
-    heard = [torch.linalg.vector_norm(X, dim=(1, 2)) for X in (f.A, f.B)]
-    zero = heard[0] * heard[1] == 0
+    zero = sizes(f.A) * sizes(f.B) <= VANISHED
     if bool(zero.all()):  # and maybe of a lower rank
         return FlatParts([b""] * len(zero), torch.zeros_like(f.B), torch.zeros_like(f.A))
     kind = torch.float32 if wide else torch.float16
@@ -160,7 +169,7 @@ def code_parts(
     for side, name in ((A, "A"), (B, "B")):
         x = side.loadings(flattened(f, name), rows)
         top = x.abs().amax(1, keepdim=True) if side.count else x.new_zeros(len(x), 1)
-        relative = (x / top.clamp_min(1e-30)).to(kind)
+        relative = (x / torch.where(top > 0, top, 1.0)).to(kind)
         tops.append(top[:, 0].tolist())
         loads.append(relative.cpu().numpy())
         rebuilt.append(side.rebuilt(relative.to(x.dtype) * top))
@@ -170,10 +179,9 @@ def code_parts(
         + loads[1][i].tobytes()
         for i in range(len(f.members))
     ]
-    for k in torch.nonzero(zero)[:, 0].tolist():
-        records[k] = b""
-        rebuilt[0][k] = rebuilt[1][k] = 0
-    return FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
+    parts = FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
+    parts.forget(np.flatnonzero(zero.cpu().numpy()))
+    return parts
 
 
 def part_nbytes(A: FlatSide, B: FlatSide, wide: bool) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Block, Factors, decompose, even_gauge, squared_differences
+from ...collection.batch import Block, Factors, decompose, even_gauge, sizes, squared_differences
 from ...errors import FileError
 from ...lowrank import LowRank
 from .bases import Bases, Side, projected, residual, weighted_norms
@@ -239,7 +239,7 @@ def _measured_in_core(f: Factors, target: Target, part: _Part, total: np.ndarray
     """
     if part.U is None or part.V is None or (target.amount < _PLAIN * total).any():
         return False
-    size = f.A.norm(dim=(1, 2)) * f.B.norm(dim=(1, 2))
+    size = sizes(f.A) * sizes(f.B)
     return not bool((size.cpu().numpy() > 1e3 * np.sqrt(total)).any())
 
 

@@ -10,6 +10,7 @@ The byte layout is described in docs/formats.md.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...collection.batch import power_of_two
 from ...errors import FileError
 from .bits import LEVELS
 from .codebook import dequantise, quantise
@@ -77,12 +79,16 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
         if not len(rows):
             continue
         index = torch.as_tensor(rows, device=X.device)
-        q = X[index].half().to(X.dtype) if level == 16 else X[index]
+        # Their numbers are near 1, like a codebook's: half precision holds nothing far from it.
+        wide = X[index].double()
+        unit = power_of_two(wide.norm(dim=1) / math.sqrt(d))
+        q = (wide / unit[:, None]).to(X.dtype)
+        q = q.half().to(X.dtype) if level == 16 else q
         if floats is None:
             floats = np.zeros((m, d), np.float32)
         floats[rows] = q.cpu().numpy()
         hat[index] = q
-        scale[index] = 1.0
+        scale[index] = unit
     return CodedRows(bits, codes, floats, hat, scale)
 
 

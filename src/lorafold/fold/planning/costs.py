@@ -127,19 +127,25 @@ class Costs:
         """Loadings, and where the flat sides miss an update residuals."""
         fixed = part_nbytes(bases.A, bases.B, bases.wide)
         nbytes = len(bases.A.record) + len(bases.B.record) + float(fixed * len(stack))
+        squares = (S**2).sum(1)
         widths = np.full(S.shape[1], float(sum(stack.shape)))
         if self.options.tolerance is None:
-            return ModulePlan("flat", np.zeros_like(S), widths, nbytes, flat=bases, fixed=fixed)
+            nothing = np.zeros_like(S)
+            return ModulePlan(
+                "flat", nothing, widths, nbytes, flat=bases, fixed=fixed, squares=squares
+            )
         tails = []
         for f in stack.factors():
             parts = code_parts(f, bases.A, bases.B, 0, bases.wide)
             tails.append(squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy())
-        energy = np.repeat(np.concatenate(tails)[:, None] / S.shape[1], S.shape[1], 1)
+        missed = np.concatenate(tails)
+        missed = np.where(missed <= squares, missed, squares)  # at worst a part is left out
+        energy = np.repeat(missed[:, None] / S.shape[1], S.shape[1], 1)
         allowed = self.allowed(stack, S)
         over = energy.sum(1) > allowed
         if over.any():
             nbytes += float(predicted_nbytes(energy[over], widths, allowed[over]).sum())
-        return ModulePlan("flat", energy, widths, nbytes, flat=bases, fixed=fixed)
+        return ModulePlan("flat", energy, widths, nbytes, flat=bases, fixed=fixed, squares=squares)
 
 
 def _in_cores(energy: np.ndarray, U: Shared | None, V: Shared | None) -> np.ndarray:

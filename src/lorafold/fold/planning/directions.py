@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Factors, even_gauge
+from ...collection.batch import Factors, even_gauge, power_of_two
 from ...collection.stack import Stack
 from ..coding.bases import Basis
 
@@ -43,6 +43,7 @@ _DIAGONALISED = 2048  # coordinates or columns of which the widest sketch gives 
 _MARGIN = 16  # directions beyond those that are wanted
 _KEPT_BLOCKS = 16  # coordinates that take no more bytes than so many blocks are kept
 _SWEEPS = 4
+_FAR = 20  # powers of two from 1 where a factor's norm is far from it
 
 Key = tuple[str, int]  # side "U" or "V", and which partition of the adapters
 Groups = Mapping[int, Basis]
@@ -88,12 +89,48 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A block of the stack: factors whose float32 products are good, and their Grams."""
+    """A block of the stack: factors whose float32 products are good."""
 
     rows: np.ndarray
     factors: Factors
-    left: Tensor  # (n, r, r) float64: BᵀB
-    right: Tensor  # A Aᵀ
+    grams: _Grams
+
+
+@dataclass(frozen=True)
+class _Grams:
+    """Grams (n, r, r) float64 of a block's factors, each divided by a power of two that puts its
+    norm near 1 where it is far from it: products of three factors are held by float32 then.
+
+    Args:
+        left: BᵀB. right: A Aᵀ. as_read: whether they are those of the factors as read.
+        units: the powers of two (n,) of B and A; None where all are 1.
+    """
+
+    left: Tensor
+    right: Tensor
+    as_read: bool
+    units: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, as_read: bool) -> _Grams:
+        b, a = (power_of_two(G.diagonal(0, 1, 2).sum(1).sqrt()) for G in (left, right))
+        if not bool((torch.stack([b, a]).log2().abs() > _FAR).any()):
+            return cls(left, right, as_read)
+        b, a = (x.clamp(2.0**-126, 2.0**126) for x in (b, a))
+        left, right = (G / unit[:, None, None] ** 2 for G, unit in ((left, b), (right, a)))
+        return cls(left, right, as_read, (b, a))
+
+    def divided(self, f: Factors) -> Factors:
+        """The factors that these are the Grams of."""
+        if self.units is None:
+            return f
+        b, a = (unit.to(f.B.dtype)[:, None, None] for unit in self.units)
+        return Factors(f.members, f.B / b, f.A / a)
+
+    @property
+    def square(self) -> Tensor | float:
+        """(n,) by what squared norms were divided."""
+        return 1.0 if self.units is None else (self.units[0] * self.units[1]) ** 2
 
 
 @dataclass(frozen=True)
@@ -101,13 +138,12 @@ class Inside:
     """A block of the stack in the coordinates of the spans.
 
     Args:
-        rows: of the stack. left, right: (n, r, r) float64, BᵀB and A Aᵀ.
+        rows: of the stack. grams: of its factors.
         coordinates: (partition, group) → the block's rows in that group, and (n', r, w): BᵀQ, A Q.
     """
 
     rows: np.ndarray
-    left: Tensor
-    right: Tensor
+    grams: _Grams
     coordinates: Mapping[tuple[Key, int], tuple[np.ndarray, Tensor]]
 
 
@@ -133,7 +169,7 @@ class Spans:
         exact: bool = False,
     ) -> None:
         self._stack, self._weights, self._exact = stack, weights, exact
-        self._grams: list[tuple[Tensor, Tensor, bool]] = []
+        self._grams: list[_Grams] = []
         room = _KEPT_BLOCKS * stack.block_bytes
         self._keep_grams = 16 * len(stack) * int(stack.ranks.max()) ** 2 <= room
         self._searches = {
@@ -146,8 +182,9 @@ class Spans:
             for s in todo:
                 s.begin(left / len(todo))
             for piece in self._pieces():
+                w = self._weights_of(piece.rows, piece.grams)
                 for s in todo:
-                    s.use(piece, weights)
+                    s.use(piece, w)
             for s in todo:
                 s.advance()
         self.spectra: dict[Key, dict[int, Spectrum]] = {key: {} for key in wanted}
@@ -160,28 +197,33 @@ class Spans:
             rows = np.arange(start, start + len(read.members))
             start += len(rows)
             if k < len(self._grams):
-                left, right, good = self._grams[k]
-                yield _Piece(rows, read if good else even_gauge(read, self._exact)[0], left, right)
-                continue
-            f, left, right, good = even_gauge(read, self._exact)
-            if self._keep_grams:
-                self._grams.append((left, right, good))
-            yield _Piece(rows, f, left, right)
+                grams = self._grams[k]
+                f = read if grams.as_read else even_gauge(read, self._exact)[0]
+            else:
+                f, left, right, as_read = even_gauge(read, self._exact)
+                grams = _Grams.of(left, right, as_read)
+                if self._keep_grams:
+                    self._grams.append(grams)
+            yield _Piece(rows, grams.divided(f), grams)
+
+    def _weights_of(self, rows: np.ndarray, grams: _Grams) -> Tensor:
+        """(n,) weights of updates as their Grams have them."""
+        return torch.as_tensor(self._weights[rows], device=grams.left.device) * grams.square
 
     def inside(self, keys: Sequence[Key]) -> Iterator[Inside]:
         """The blocks in the coordinates of some partitions."""
         chosen = {k: s for k, s in self._searches.items() if k[0] in keys}
         if self._keep_grams and all(s.kept for s in chosen.values()):
             start = 0
-            for number, (left, right, _) in enumerate(self._grams):
-                rows = np.arange(start, start + len(left))
+            for number, grams in enumerate(self._grams):
+                rows = np.arange(start, start + len(grams.left))
                 start += len(rows)
                 found = {k: s.coordinates[number] for k, s in chosen.items()}
-                yield Inside(rows, left, right, found)
+                yield Inside(rows, grams, found)
             return
         for piece in self._pieces():
             found = {k: s.projected(piece) for k, s in chosen.items()}
-            yield Inside(piece.rows, piece.left, piece.right, found)
+            yield Inside(piece.rows, piece.grams, found)
 
     def tucker(self, keys: tuple[Key, Key], ranks: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
         """HOOI on one basis for everybody on either side, in the coordinates of their spans.
@@ -206,7 +248,7 @@ class Spans:
         for block, w, *both in self._weighted(keys):
             P, Q = ((X @ x).double() for X, x in zip(both, own, strict=True))
             kept += float((((P @ P.mT) * (Q @ Q.mT)).sum((1, 2)) * w).sum())
-            total += float(((block.left * block.right).sum((1, 2)) * w).sum())
+            total += float(((block.grams.left * block.grams.right).sum((1, 2)) * w).sum())
         U, V = (s.directions @ x for s, x in zip(spectra, own, strict=True))
         return U, V, kept / total if total > 0 else 1.0
 
@@ -223,7 +265,7 @@ class Spans:
     def _weighted(self, keys: tuple[Key, Key]) -> Iterator[tuple[Inside, Tensor, Tensor, Tensor]]:
         """The blocks, their weights, and the coordinates of everybody's left and right sides."""
         for block in self.inside(keys):
-            w = torch.as_tensor(self._weights[block.rows], device=block.left.device)
+            w = self._weights_of(block.rows, block.grams)
             (_, X), (_, Y) = (block.coordinates[key, 0] for key in keys)
             yield block, w, X, Y
 
@@ -244,8 +286,8 @@ class Spans:
         }
         tails = np.zeros(len(self._stack))
         for block in self.inside([key for key, _ in sides]):
-            grams = []
-            for side, own in ((U, block.left), (V, block.right)):
+            grams, of = [], block.grams
+            for side, own in ((U, of.left), (V, of.right)):
                 held = own.clone()
                 for g, basis in side[1].items() if side is not None else ():
                     assert side is not None
@@ -256,7 +298,7 @@ class Spans:
                     at = torch.as_tensor(index, device=held.device)
                     held[at] = K @ torch.linalg.solve(basis.gram(), K.mT)
                 grams.append(held)
-            lost = (block.left * block.right - grams[0] * grams[1]).sum((1, 2))
+            lost = (of.left * of.right - grams[0] * grams[1]).sum((1, 2)) * of.square
             tails[block.rows] = lost.clamp_min(0).cpu().numpy()
         return tails
 
@@ -315,20 +357,21 @@ class _Search:
             4 * width * self._ranks[0] * self._ranks[1] <= room
         )
 
-    def use(self, piece: _Piece, weights: np.ndarray) -> None:
-        """One block of the pass."""
+    def use(self, piece: _Piece, weights: Tensor) -> None:
+        """One block of the pass, and its weights (n,)."""
+        grams = piece.grams
         index = np.flatnonzero(self.mask[piece.rows])
         if not len(index):
             if self.kept:
-                self.coordinates.append((index, piece.left.new_zeros(0, 1, 1)))
+                self.coordinates.append((index, grams.left.new_zeros(0, 1, 1)))
             return
-        w = torch.as_tensor(weights[piece.rows[index]], device=piece.left.device)
-        at = torch.as_tensor(index, device=w.device)
-        both = (piece.left[at] * piece.right[at]).sum((1, 2))
+        at = torch.as_tensor(index, device=weights.device)
+        w = weights[at]
+        both = (grams.left[at] * grams.right[at]).sum((1, 2))
         self._total += float((both * w).sum())
         f = piece.factors.take(index)
         X = f.B.mT if self.side == "U" else f.A  # (n, r, d)
-        other = piece.right if self.side == "U" else piece.left
+        other = grams.right if self.side == "U" else grams.left
         self._at = index
         self._use(self, X, other[at] * w[:, None, None])
 

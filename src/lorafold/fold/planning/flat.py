@@ -12,12 +12,14 @@ which 10,000 adapters still allow (800 MB).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...collection.batch import Factors, held_by_float32, power_of_two
 from ...collection.stack import Stack
 from ..coding.bits import bits_for_error
 from ..coding.flat_part import FlatSide, code_flat_rows, flattened
@@ -32,6 +34,7 @@ class FlatSpectrum:
     Args:
         mean: (D,). directions: (K, D) orthonormal rows. energies: (K,) squared singular values.
         loadings: (N, K). total: Σ‖x_i‖² over the stack, mean included.
+        unit: a power of two; all the others are of the x_i divided by it.
     """
 
     mean: Tensor
@@ -39,6 +42,7 @@ class FlatSpectrum:
     energies: np.ndarray
     loadings: np.ndarray
     total: float
+    unit: float = 1.0
 
 
 def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpectrum:
@@ -48,9 +52,13 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
         most: directions wanted at most; all N − 1 when None.
     """
     n, rank = len(stack), int(stack.ranks.max())
+    unit = 1.0
     gram, center = _centred_gram(stack, side)
-    if not bool(gram.isfinite().all()):  # squares past float32's end: no directions are found
-        gram = torch.zeros_like(gram)
+    total = _total(gram, center)
+    if not bool(held_by_float32(total)):
+        unit = _unit(stack, side)
+        gram, center = _centred_gram(stack, side, unit)
+        total = _total(gram, center)
     values, vectors = (t.numpy()[..., ::-1] for t in torch.linalg.eigh(gram.cpu()))
     most = n - 1 if most is None else min(most, n - 1)
     values, vectors = values[:most], vectors[:, :most]
@@ -61,28 +69,46 @@ def flat_spectrum(stack: Stack, side: str, most: int | None = None) -> FlatSpect
     directions = center.new_zeros(len(values), len(center))
     at, work = 0, None
     for f in stack.factors():
-        X = flattened(f, side, rank)
+        X = _divided(flattened(f, side, rank), unit)
         if work is None or work.shape != X.shape:
             work = torch.empty_like(X)  # a fresh one for each block costs more than the product
         directions.addmm_(mix[:, at : at + len(X)], torch.sub(X, center, out=work))
         at += len(X)
-    total = float(gram.trace()) + n * float(center.double().square().sum())
-    return FlatSpectrum(center, directions, values.copy(), vectors * np.sqrt(values), total)
+    loadings = vectors * np.sqrt(values)
+    return FlatSpectrum(center, directions, values.copy(), loadings, float(total), unit)
 
 
-def _centred_gram(stack: Stack, side: str) -> tuple[Tensor, Tensor]:
+def _total(gram: Tensor, center: Tensor) -> Tensor:
+    return gram.trace() + len(gram) * center.double().square().sum()
+
+
+def _unit(stack: Stack, side: str) -> float:
+    """A power of two near the largest number of a side."""
+    top = torch.stack([flattened(f, side).abs().max() for f in stack.factors()]).max()
+    return float(power_of_two(top.double()).clamp(2.0**-126, 2.0**126))
+
+
+def _divided(X: Tensor, unit: float) -> Tensor:
+    return X if unit == 1 else X / unit
+
+
+def _centred_gram(stack: Stack, side: str, unit: float = 1.0) -> tuple[Tensor, Tensor]:
     """The N×N float64 Gram of the flattened factors less their mean, and the mean (D,)."""
     whole, rank = stack.in_memory(), int(stack.ranks.max())
     if whole is not None:
-        return _gram_by_columns([flattened(f, side, rank) for f in whole])
+        return _gram_by_columns([_divided(flattened(f, side, rank), unit) for f in whole])
     n, at = len(stack), 0
-    center = torch.stack([flattened(f, side, rank).sum(0) for f in stack.factors()]).sum(0) / n
+
+    def rows(f: Factors) -> Tensor:
+        return _divided(flattened(f, side, rank), unit)
+
+    center = torch.stack([rows(f).sum(0) for f in stack.factors()]).sum(0) / n
     gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
     for f in stack.factors():
-        X, there = flattened(f, side, rank) - center, 0
+        X, there = rows(f) - center, 0
         for g in stack.factors():
             if there >= at:
-                Y = X if there == at else flattened(g, side, rank) - center
+                Y = X if there == at else rows(g) - center
                 gram[at : at + len(X), there : there + len(Y)] = X @ Y.T
             there += len(g.members)
         at += len(X)
@@ -132,11 +158,15 @@ def coded_side(
         keep = len(s.energies) if count is None else min(count, len(s.energies))
         levels = np.where(np.arange(len(s.energies) + 1) <= keep, bits, 0)
     kept = np.flatnonzero(levels[1:] > 0) + 1
-    rows = torch.cat([s.mean[None], s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]])
+    # A direction is as long as a typical x_i: a power of two, so that 32 bits lose nothing.
+    length = 2.0 ** math.frexp(math.sqrt(s.total / len(s.loadings)))[1] if s.total > 0 else 1.0
+    directions = s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]
+    rows = torch.cat([s.mean[None] * s.unit, directions * (length * s.unit)])
     coded = code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
     if (levels[kept] < 32).any():
         return coded
-    known = torch.as_tensor(s.loadings[:, kept - 1], dtype=torch.float32, device=s.mean.device)
+    loadings = s.loadings[:, kept - 1] / length
+    known = torch.as_tensor(loadings, dtype=torch.float32, device=s.mean.device)
     return FlatSide(coded.rows, coded.record, known, side)
 
 

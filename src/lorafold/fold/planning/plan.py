@@ -43,7 +43,7 @@ class ModulePlan:
         energy: (N, K) squared norms of the components that may be coded; widths: (K,) numbers each.
         nbytes: predicted, bases and records.
         certificate: bounds of the squared error of the shared sides.
-        fixed: bytes an adapter pays whatever its bits.
+        fixed: bytes an adapter pays whatever its bits. squares: (N,) squared norms, for flat.
         rate: average bits of a number in the components, where bases take a part of the average.
     """
 
@@ -56,6 +56,7 @@ class ModulePlan:
     flat: FlatBases | None = None
     certificate: dict[str, Any] | None = None
     fixed: float = 0.0
+    squares: np.ndarray | None = None
     rate: float | None = None
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...collection.stack import Stack
-from ..coding.bases import basis_of
+from ..coding.bases import bases_of
 from ..coding.bits import bits_for_error
 from ..coding.codebook import DISTORTION
 from ..options import Options
@@ -27,7 +27,6 @@ from .plan import ModulePlan, Shared
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
 _SETTLED = 0.1  # of the smallest of these shares: what a sketch may miss unasked
 _FINE = 0.01  # tolerances below this need float64 Grams
-_UNHEARD = 1e-30  # squared norms below this have no say: float32 can't hold 1 / norm² times a Gram
 SIDES = {"input": "V", "output": "U", "shared": "UV"}  # form -> the sides that are shared
 
 Choice = int | None  # number of a partition; None for a side that is each adapter's own
@@ -52,13 +51,13 @@ class Sharing:
     ) -> None:
         self._costs, self._init_groups, self._stack, self._S = costs, init_groups, stack, S
         norms = (S**2).sum(1)
-        heard = norms > _UNHEARD
-        weights = np.where(heard, 1 / np.where(heard, norms, 1), 0)
+        weights = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
         self._groups: dict[Key, np.ndarray] = {
             (side, k): groups
             for side in sorted({side for form in forms for side in SIDES[form]})
             for k, groups in enumerate(self._partitions(side))
         }
+        self._side_bits: dict[tuple[Key | None, float], dict[int, np.ndarray]] = {}
         self._averages: dict[tuple[Choice, Choice], tuple[list[dict[int, np.ndarray]], float]] = {}
         shares = {1 / len(SIDES[form]) for form in forms}
         tolerance = costs.budgets[stack.members].min() ** 0.5
@@ -147,20 +146,40 @@ class Sharing:
             return self._averages[U, V]
         share = 1 / sum(key is not None for _, _, key, _ in sides)
         return [
-            {g: self._side_levels(s, d, theta * share) for g, s in spectra.items()}
-            for _, d, _, spectra in sides
+            self._side_levels(key, d, spectra, theta * share) for _, d, key, spectra in sides
         ], None
 
-    def _side_levels(self, spectrum: Spectrum, d: int, share: float) -> np.ndarray:
+    def _side_levels(
+        self, key: Key | None, d: int, spectra: dict[int, Spectrum], share: float
+    ) -> dict[int, np.ndarray]:
         """Bits of each direction of a side that may spend `share` of the squared tolerance."""
+        found = self._side_bits.get((key, share))
+        if found is None:
+            found = self._side_bits[key, share] = self._bits_of_directions(d, spectra, share)
+        return found
+
+    def _bits_of_directions(
+        self, d: int, spectra: dict[int, Spectrum], share: float
+    ) -> dict[int, np.ndarray]:
         o = self._costs.options
-        energies = spectrum.energies[: spectrum.directions.shape[1]]
-        if o.tolerance is not None:
-            budget = max(share * o.tolerance**2 - spectrum.tail(len(energies)), 0.0)
-            return bits_for_error(energies, d / 8, False, budget)
-        kept = len(energies) if o.energy is None else reaching(energies, o.energy)
-        bits = 32 if o.bits is None else int(o.bits)
-        return np.where(np.arange(len(energies)) < kept, bits, 0)
+        energies = {g: s.energies[: s.directions.shape[1]] for g, s in spectra.items()}
+        if o.tolerance is None:
+            bits = 32 if o.bits is None else int(o.bits)
+            kept = {
+                g: len(e) if o.energy is None else reaching(e, o.energy)
+                for g, e in energies.items()
+            }
+            return {g: np.where(np.arange(len(e)) < kept[g], bits, 0) for g, e in energies.items()}
+        alike: dict[int, list[int]] = {}  # there may be a group for every two adapters
+        for g, e in energies.items():
+            alike.setdefault(len(e), []).append(g)
+        found: dict[int, np.ndarray] = {}
+        for count, groups in alike.items():
+            missed = np.array([spectra[g].tail(count) for g in groups])
+            budgets = np.maximum(share * o.tolerance**2 - missed, 0.0)
+            rows = bits_for_error(np.stack([energies[g] for g in groups]), d / 8, False, budgets)
+            found |= dict(zip(groups, rows, strict=True))
+        return {g: found[g] for g in energies}
 
     def _averaged(self, sides: list[_Chosen]) -> tuple[list[dict[int, np.ndarray]], float]:
         """As `_levels`, where an average number of bits holds over bases and cores together."""
@@ -202,13 +221,12 @@ class Sharing:
                 plans.append(None)
                 bases.append(None)
                 continue
-            coded = {}
+            at_least = {}
             for g, X in found.items():
-                if not X.shape[1]:
-                    continue  # zero in all of the group: nothing to share
-                kept = np.arange(X.shape[1]) < max(1, (bits[g] > 0).sum())
-                at_least = np.where(kept, np.maximum(bits[g][: X.shape[1]], 1), 0)
-                coded[g] = basis_of(X, at_least, side)
+                if X.shape[1]:  # otherwise zero in all of the group: nothing to share
+                    kept = np.arange(X.shape[1]) < max(1, (bits[g] > 0).sum())
+                    at_least[g] = np.where(kept, np.maximum(bits[g][: X.shape[1]], 1), 0)
+            coded = bases_of({g: found[g] for g in at_least}, at_least, side)
             there = np.where(np.isin(self._groups[key], list(coded)), self._groups[key], -1)
             plans.append(Shared(there, coded) if coded else None)
             bases.append((key, coded))
