@@ -525,7 +525,7 @@ def test_shapes_and_bases_that_disagree_are_named(tmp_path, make_adapter):
         lf.fold({"one": one, "other": other}, tmp_path / "lib")
     a = make_adapter({"m": (16, 32)}, 2, base_model="llama")
     b = make_adapter({"m": (16, 32)}, 2, base_model="qwen")
-    with pytest.raises(MismatchError, match="'a' to 'llama', 'b' to 'qwen'"):
+    with pytest.raises(MismatchError, match="'a' to 'llama'; 'b' to 'qwen'"):
         lf.fold({"a": a, "b": b}, tmp_path / "lib")
     assert not os.listdir(tmp_path)
     assert lf.fold({"one": one, "a": a}, tolerance=0.1).base_model == "llama"
