@@ -47,6 +47,7 @@ def opened(browser, reports):
     def open_page(size, scheme="light"):
         context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 900})
         contexts.append(context)
+        context.set_default_timeout(600_000)  # a busy machine is no failure
         page = context.new_page()
         page.on(
             "console",
