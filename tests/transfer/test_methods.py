@@ -155,3 +155,17 @@ def test_bad_input_is_refused(options, message):
     source = small()
     with pytest.raises(lf.errors.MismatchError, match=message):
         lf.transfer(adapter_of(source), source, small(1), tokenizers="bytes", **options)
+
+
+def test_auto_of_an_alignment_alone_gives_no_advice_to_use_it(ground_truth):
+    source, target, adapter, truth = ground_truth()
+    texts = [TEXT[k : k + 200] for k in range(0, 2000, 200)]
+    alignment = lf.align(source, target, texts, tokenizers="bytes")
+    done = lf.transfer(adapter, method="auto", alignment=alignment)
+    said = done.report.said
+    assert said["scores"][said["chosen"]] > 0.99
+    assert said["advice"].startswith("measure")
+    assert done.adapter.cosine(truth) > 0.9
+    few = lf.align(source, target, texts[:2], tokenizers="bytes", modules=["query"])
+    with pytest.raises(lf.errors.MismatchError, match="holds none back"):
+        lf.transfer(adapter, method="auto", alignment=few)

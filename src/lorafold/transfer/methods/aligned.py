@@ -95,6 +95,7 @@ def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
     maps = _Maps(alignment, *_checked(job.options))
     found: dict[Part, LowRank] = {}
     fits: dict[str, float] = {}
+    effects = [0.0, 0.0]
     for k, (role, u) in enumerate(given.pairs):
         join = alignment.joins[role]
         if job.progress is not None:
@@ -103,6 +104,9 @@ def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
         A, B = fit(e), e.moved
         factor = _nearest(e, A, B) if job.options["scale"] else 1.0
         found[join.target] = LowRank(A.float(), B.float(), factor / join.shared)
+        seen = maps.effects(role, e, factor * A, B)
+        if seen is not None:
+            effects = [a + b for a, b in zip(effects, seen, strict=True)]
         if (r2 := maps.fit(role)) is not None:
             fits[join.target.path] = min(r2, fits.get(join.target.path, r2))
     modules, sources = assembled(found, given, alignment)
@@ -112,6 +116,7 @@ def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
         fits=fits,
         without=given.without,
         said={
+            "effect": 1 - effects[0] / effects[1] if effects[1] > 0 else None,
             "texts": alignment.texts,
             "tokens": alignment.tokens,
             "directions": maps.deficient(),
@@ -166,6 +171,16 @@ class _Maps:
             sums = [m.centred() for m in sums] if self._centre else sums
             self._made[names] = polar(together(sums), blocks, self._whiten)
         return self._made[names]
+
+    def effects(self, role: Role, e: Effect, A: Tensor, B: Tensor) -> tuple[float, float] | None:
+        """‖D − H AᵀBᵀ‖² and ‖D‖² on the held-out texts; None without any."""
+        m = self._alignment.held.get(self._alignment.joins[role].input)
+        if m is None:
+            return None
+        m, gram = m.to(A.device), B.T @ B
+        left = [(e.A @ m.ss @ e.A.T), (e.A @ m.st @ A.T), (A @ m.tt @ A.T)]
+        whole, both, own = (float((x * gram).sum()) for x in left)
+        return whole - 2 * both + own, whole
 
     def fit(self, role: Role) -> float | None:
         """R² of the worse of its two sides on the held-out texts; None without any."""

@@ -4,6 +4,10 @@ The score is the share of the divergence between the source with its adapter and
 (`judge.py`) that the update takes away on the held-out texts: 1 where the target says what the
 source says, 0 for no update, below it where the update does harm. It stands for the share of the
 adapter's lift that will be kept. Below `LEAST` the advice is "don't".
+
+Of an alignment alone, without bases or texts, only the effects of single modules can be judged, on
+the sums that were held out of it: how much of the source's the moved one explains. That says
+whether a module was understood, and not what becomes of the whole: there is no advice to use it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from .vocabulary import vocabulary
 
 LEAST = 0.2
 _PLAIN = {"centre": False, "whiten": 0.0, "scale": True}
+_OF_SUMS = ("procrustes", "functional", "functional after procrustes")
 _WAYS: dict[str, tuple[Callable[[Job], Moved], Mapping[str, Any]]] = {
     "procrustes": (procrustes, _PLAIN),
     "functional": (functional, {**_PLAIN, "after": None}),
@@ -36,6 +41,8 @@ _WAYS: dict[str, tuple[Callable[[Job], Moved], Mapping[str, Any]]] = {
 
 def auto(job: Job) -> Moved:
     """What predicts the source's effect best on held-out texts, of all that can be tried."""
+    if job.alignment is not None and None in (job.source, job.target, job.texts):
+        return _by_sums(job)
     with both_bases(job) as (source, target):
         batches = texts_of(job, source, target)
         held = [batch for batch in batches if batch.held]
@@ -61,23 +68,55 @@ def auto(job: Job) -> Moved:
                 continue
             left = judge.value(found[name].modules, held)
             scores[name] = 1 - left / bare if bare > 0 else 0.0
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
+    return _best(scores, found, skipped, whole=True)
+
+
+def _by_sums(job: Job) -> Moved:
+    """The best of the methods that an alignment is enough for, by its held-out sums."""
+    scores: dict[str, float] = {}
+    found: dict[str, Moved] = {}
+    for name in _OF_SUMS:
+        run, options = _WAYS[name]
+        found[name] = run(replace(job, options={**options, **_of(job)}))
+        fits = found[name].said["effect"]
+        if fits is None:
+            raise MismatchError(
+                f"auto judges on every {HELD}th text, and the alignment holds none back: make it "
+                f"of {HELD} texts or more, or name a method"
+            )
+        scores[name] = fits
+    return _best(scores, found, {}, whole=False)
+
+
+def _best(
+    scores: Mapping[str, float],
+    found: Mapping[str, Moved],
+    skipped: Mapping[str, str],
+    whole: bool,
+) -> Moved:
+    """The one with the highest score, and what is to be said of all.
+
+    Args:
+        whole: whether the scores are of the whole model's predictions.
+    """
+    ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
     if not ranked:
         raise MismatchError(f"no method can be tried: {next(iter(skipped.values()))}")
     best = ranked[0]
-    margin = scores[best] - scores[ranked[1]] if len(ranked) > 1 else None
-    worth = scores[best] >= LEAST
-    if not worth:
+    if scores[best] < LEAST:
+        advice = "don't"
         warn(
-            f"don't use this adapter: the best method, {best!r}, takes away {scores[best]:.0%} of "
-            f"what the target lacks on held-out texts, and {LEAST:.0%} is the least that is of use"
+            f"don't use this adapter: the best method, {best!r}, reaches {scores[best]:.0%} of the "
+            f"source's effect on held-out texts, and {LEAST:.0%} is the least that is of use"
         )
+    else:
+        advice = "use" if whole else "measure: give both bases and texts to have it judged"
     said = {
         "chosen": best,
-        "scores": scores,
-        "margin": margin,
-        "advice": "use" if worth else "don't",
-        "skipped": skipped,
+        "scores": dict(scores),
+        "margin": scores[best] - scores[ranked[1]] if len(ranked) > 1 else None,
+        "advice": advice,
+        "skipped": dict(skipped),
     }
     return replace(found[best], said={**found[best].said, **said})
 

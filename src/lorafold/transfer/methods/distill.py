@@ -197,15 +197,20 @@ def _curves(
         slopes = torch.autograd.grad(judge.distance(goal, said), outs, retain_graph=True)
         drawn = torch.autograd.grad(judge.drawn(said, generator), outs)
     rows = batch.target.mask.flatten().bool()
+    squares: dict[int, Tensor] = {}  # queries, keys and values see one tensor
     found = {}
     for path, *both in zip(paths, slopes, drawn, strict=True):
-        x, g, f = (_rows(v, rows) for v in (seen[path, "in"], *both))
-        found[path] = _Curve(x.T @ x, g.T @ x, f.T @ f)
+        x = seen[path, "in"]
+        inner, g, f = (_rows(v, rows) for v in (x, *both))
+        if id(x) not in squares:
+            squares[id(x)] = (inner.T @ inner).double()
+        found[path] = _Curve(squares[id(x)], (g.T @ inner).double(), (f.T @ f).double())
     return found
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    return x.detach().reshape(-1, x.shape[-1])[rows.to(x.device)].double()
+    """The tokens that are there; products of one batch in float32, which are added in float64."""
+    return x.detach().reshape(-1, x.shape[-1])[rows.to(x.device)].float()
 
 
 def _step(curve: _Curve, rank: int, damping: float, count: int) -> _Step:
