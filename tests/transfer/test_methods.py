@@ -99,23 +99,55 @@ def test_distill_is_the_same_every_time_and_touches_nothing():
     assert all(not m._forward_hooks for m in (*source.modules(), *target.modules()))
 
 
+def pairs(text):
+    """Tokens of two letters each, and where they end."""
+    ids = [ord(text[k]) + ord(text[k + 1]) for k in range(0, len(text) - 1, 2)]
+    return ids, list(range(2, 2 * len(ids) + 1, 2))
+
+
 def test_distill_between_tokenizers_of_other_pieces():
-    """Pairs of bytes against bytes: predictions can't be compared, hidden states can."""
-
-    def pairs(text):
-        ids = [ord(text[k]) + ord(text[k + 1]) for k in range(0, len(text) - 1, 2)]
-        return ids, list(range(2, 2 * len(ids) + 1, 2))
-
+    """Letters against pairs of letters: the chances of the same stretches of text are compared."""
     source, target = small(), small(1, vocab_size=512, hidden_size=48, num_attention_heads=4)
+    adapter = adapter_of(source, size=2.0)
     done = lf.transfer(
-        adapter_of(source, size=2.0),
-        source,
-        target,
-        method="distill",
-        texts=TEXTS,
+        adapter, source, target, method="distill", texts=TEXTS[:4], rounds=2,
         tokenizers=("bytes", pairs),
-        rounds=2,
-    )
+    )  # fmt: skip
+    assert done.report.said["by"] == "spans"
+    values = done.report.said["divergence"]
+    assert values[-1] < values[0]
+
+    def chances(model, modules, ids, size):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for path, u in modules.items():
+                other.get_submodule(path).weight += u.dense()
+            scores = other(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        each = [float(scores[k - 1, ids[k]]) for k in range(1, len(ids))]
+        return torch.tensor(each[size - 1 :]).view(-1, size).sum(1).exp()
+
+    total = count = 0.0
+    for text in TEXTS[:4]:
+        p = chances(source, adapter, list(text.encode()), 2)
+        q = chances(target, {}, pairs(text)[0], 1)
+        total += float((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum())
+        count += len(pairs(text)[0])
+    assert total / count == pytest.approx(values[0], rel=1e-3)
+
+
+def test_distill_of_models_without_a_head():
+    from transformers import BertConfig, BertModel
+
+    made = []
+    for seed, width in ((0, 32), (1, 48)):
+        torch.manual_seed(seed)
+        kind = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        made.append(BertModel(BertConfig(hidden_size=width, vocab_size=256, **kind)).eval())
+    done = lf.transfer(
+        adapter_of(made[0], ("query", "value")), *made, method="distill", texts=TEXTS[:4],
+        tokenizers="bytes", rounds=2,
+    )  # fmt: skip
+    assert done.report.said["by"] == "states"
     values = done.report.said["divergence"]
     assert values[-1] < values[0]
 

@@ -39,7 +39,7 @@ from .judge import Judge, Modules, judge_of
 from .running import both_bases, goals, texts_of
 
 _FIRST = 0.02  # η of the first step that is tried
-_HALVINGS = 4
+_TRIES = 12  # times that η is doubled or halved
 
 
 def distill(job: Job) -> Moved:
@@ -60,7 +60,11 @@ def distill(job: Job) -> Moved:
             damping=damping,
             progress=job.progress,
         )
-        said = {"divergence": values, "texts": sum(len(batch.source.ids) for batch in batches)}
+        said = {
+            "by": judge.by,
+            "divergence": values,
+            "texts": sum(len(batch.source.ids) for batch in batches),
+        }
         if held:
             said["held"] = [judge.value({}, held), judge.value(modules, held)]
     return Moved(modules, goes.sources, without=goes.without, said=said)
@@ -132,34 +136,21 @@ def steps(
         if progress is not None:
             progress(k, rounds, f"divergence {values[-1]:.3f}")
         found = _steps(judge, batches, ranks, now, damping, k)
-        best = values[-1]
-        kept = now
-        for _ in range(_HALVINGS):
-            tried, value = _tried(judge, batches, ranks, now, found, eta)
-            if value < best:
-                best, kept = value, tried
-                more, value = _tried(judge, batches, ranks, now, found, 2 * eta)
-                if value < best:
-                    best, kept, eta = value, more, 2 * eta
+        tried: dict[float, tuple[float, dict[str, LowRank]]] = {}
+        for _ in range(_TRIES):
+            for one in (eta, 2 * eta, eta / 2):
+                if one not in tried:
+                    modules = {p: s.taken(now.get(p), one, ranks[p]) for p, s in found.items()}
+                    tried[one] = judge.value(modules, batches), modules
+            best = min(tried, key=lambda one: tried[one][0])
+            if best == eta:
                 break
-            eta /= 2
-        if kept is now:
+            eta = best
+        if not tried[eta][0] < values[-1]:
             break
-        now = kept
-        values.append(best)
+        value, now = tried[eta]
+        values.append(value)
     return now, values
-
-
-def _tried(
-    judge: Judge,
-    batches: Sequence[Batch],
-    ranks: Mapping[str, int],
-    now: Modules,
-    found: Mapping[str, _Step],
-    eta: float,
-) -> tuple[dict[str, LowRank], float]:
-    tried = {p: step.taken(now.get(p), eta, ranks[p]) for p, step in found.items()}
-    return tried, judge.value(tried, batches)
 
 
 def _steps(
