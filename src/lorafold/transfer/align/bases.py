@@ -54,12 +54,14 @@ class Base:
 
     Args:
         side: "source" or "target", for messages. model: as it was given or read.
-        tokenize: None where ids are given. vocabulary: {token: id}, where it is known.
+        tokenizer: as it was given or read. tokenize: of it; None where ids are given.
+        vocabulary: {token: id}, where it is known.
         parts: {role: its map}. digest: of its weights; see `digest_of`.
     """
 
     side: str
     model: nn.Module
+    tokenizer: Any
     tokenize: Tokenize | None
     vocabulary: Mapping[str, int]
     parts: Mapping[Role, Part]
@@ -113,6 +115,7 @@ def base_of(given: Any, side: str, tokenizer: Any, tables: Any, device: Any) -> 
     return Base(
         side,
         model,
+        tokenizer,
         None if tokenizer is None else tokenize_of(tokenizer, side),
         _vocabulary(tokenizer),
         parts_of(model, side, tables),

@@ -116,7 +116,7 @@ def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
         fits=fits,
         without=given.without,
         said={
-            "effect": 1 - effects[0] / effects[1] if effects[1] > 0 else None,
+            "effect": effects[0] / effects[1] if effects[1] > 0 else None,
             "texts": alignment.texts,
             "tokens": alignment.tokens,
             "directions": maps.deficient(),
@@ -173,14 +173,20 @@ class _Maps:
         return self._made[names]
 
     def effects(self, role: Role, e: Effect, A: Tensor, B: Tensor) -> tuple[float, float] | None:
-        """‖D − H AᵀBᵀ‖² and ‖D‖² on the held-out texts; None without any."""
-        m = self._alignment.held.get(self._alignment.joins[role].input)
-        if m is None:
+        """How much of ‖D‖² the update explains on the held-out texts, and ‖D‖²; None without any.
+
+        D is in the target's coordinates only as far as the map of the outputs is right, so what is
+        explained counts by that map's R².
+        """
+        join = self._alignment.joins[role]
+        m, out = (self._alignment.held.get(name) for name in (join.input, join.output))
+        if m is None or out is None:
             return None
+        right = explained(out, self._made[self._alignment.space(role, "output")].forward.to(out.st))
         m, gram = m.to(A.device), B.T @ B
         left = [(e.A @ m.ss @ e.A.T), (e.A @ m.st @ A.T), (A @ m.tt @ A.T)]
         whole, both, own = (float((x * gram).sum()) for x in left)
-        return whole - 2 * both + own, whole
+        return min(max(right or 0.0, 0.0), 1.0) * (2 * both - own), whole
 
     def fit(self, role: Role) -> float | None:
         """R² of the worse of its two sides on the held-out texts; None without any."""

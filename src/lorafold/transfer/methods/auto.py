@@ -55,14 +55,15 @@ def auto(job: Job) -> Moved:
             source, target, job.adapter.modules, [batch for batch in batches if not batch.held]
         )
         bare = judge.value({}, held)
-        shared = replace(job, source=source.model, target=target.model, options=_of(job))
+        own = {"tokenizers": (source.tokenizer, target.tokenizer), "roles": job.options["roles"]}
+        shared = replace(job, source=source.model, target=target.model, options=own)
         shared = replace(shared, alignment=alignment_of(shared))
         scores: dict[str, float] = {}
         found: dict[str, Moved] = {}
         skipped: dict[str, str] = {}
         for name, (run, options) in _WAYS.items():
             try:
-                found[name] = run(replace(shared, options={**options, **_of(job)}))
+                found[name] = run(replace(shared, options={**options, **own}))
             except LorafoldError as e:
                 skipped[name] = str(e)
                 continue
@@ -77,7 +78,7 @@ def _by_sums(job: Job) -> Moved:
     found: dict[str, Moved] = {}
     for name in _OF_SUMS:
         run, options = _WAYS[name]
-        found[name] = run(replace(job, options={**options, **_of(job)}))
+        found[name] = run(replace(job, options={**options, **job.options}))
         fits = found[name].said["effect"]
         if fits is None:
             raise MismatchError(
@@ -119,7 +120,3 @@ def _best(
         "skipped": dict(skipped),
     }
     return replace(found[best], said={**found[best].said, **said})
-
-
-def _of(job: Job) -> dict[str, Any]:
-    return {name: job.options[name] for name in ("tokenizers", "roles")}
