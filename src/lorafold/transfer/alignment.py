@@ -225,15 +225,6 @@ def read(path: str | os.PathLike[str]) -> Alignment:
         raise FileError(f"{where}: no alignment can be read from it ({e})") from e
 
 
-def is_unfinished(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is the state of an alignment that was interrupted.
-
-    Raises:
-        FileError: it is no alignment at all.
-    """
-    return read(path).settings.get("batches") is not None
-
-
 def _pair(values: Iterable[Any]) -> tuple[Any, Any]:
     first, second = values
     return first, second

@@ -52,8 +52,8 @@ def tokenize_of(tokenizer: Any, side: str) -> Tokenize:
 
         def tokenize(text: str) -> tuple[list[int], list[int]]:
             found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-            # A special token covers nothing: no end.
-            ends = [end if end > start else 0 for start, end in found["offset_mapping"]]
+            # A special token ends at 0; one of blanks alone may seem empty, at its end.
+            ends = [end for _, end in found["offset_mapping"]]
             return list(found["input_ids"]), ends
 
         return tokenize

@@ -38,7 +38,7 @@ from ..job import Job, Moved
 from .judge import Judge, Modules, judge_of
 from .running import both_bases, goals, texts_of
 
-_FIRST = 0.02  # η of the first step that is tried
+_SHARE = 0.25  # of the divergence, that the first step tried would take away were it linear
 _TRIES = 12  # times that η is doubled or halved
 
 
@@ -60,6 +60,11 @@ def distill(job: Job) -> Moved:
             damping=damping,
             progress=job.progress,
         )
+        if not modules:
+            raise MismatchError(
+                f"no step lowers the divergence {values[0]:.3g} between source and target on these "
+                "texts: does the adapter do anything on them?"
+            )
         said = {
             "by": judge.by,
             "divergence": values,
@@ -93,10 +98,13 @@ class _Curve:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A module's direction, B A, and the square roots of its metric and their inverses."""
+    """A module's direction, B A, what a unit of it takes from the summed divergence to first order,
+    and the square roots of its metric and their inverses.
+    """
 
     A: Tensor
     B: Tensor
+    gain: float
     roots: tuple[Tensor, Tensor]
     inverse: tuple[Tensor, Tensor]
 
@@ -130,12 +138,17 @@ def steps(
     Args:
         batches: to fit on. ranks: {path in the target: rank}. start: updates to begin with, or {}.
     """
-    now, eta = dict(start), _FIRST
+    now = dict(start)
+    count = sum(batch.count for batch in batches)
     values = [judge.value(now, batches)]
     for k in range(rounds):
         if progress is not None:
             progress(k, rounds, f"divergence {values[-1]:.3f}")
         found = _steps(judge, batches, ranks, now, damping, k)
+        gain = sum(step.gain for step in found.values())
+        if not gain > 0:
+            break
+        eta = _SHARE * values[-1] * count / gain
         tried: dict[float, tuple[float, dict[str, LowRank]]] = {}
         for _ in range(_TRIES):
             for one in (eta, 2 * eta, eta / 2):
@@ -209,7 +222,8 @@ def _step(curve: _Curve, rank: int, damping: float, count: int) -> _Step:
     root_F, inverse_F = _roots(curve.F / count, damping)
     U, values, V = torch.linalg.svd(inverse_F @ curve.C @ inverse_S, full_matrices=False)
     B = -inverse_F @ (U[:, :rank] * values[:rank])
-    return _Step(V[:rank] @ inverse_S, B, (root_S, root_F), (inverse_S, inverse_F))
+    gain = float(values[:rank].square().sum())
+    return _Step(V[:rank] @ inverse_S, B, gain, (root_S, root_F), (inverse_S, inverse_F))
 
 
 def _roots(C: Tensor, damping: float) -> tuple[Tensor, Tensor]:
