@@ -186,8 +186,17 @@ def test_an_alignment_is_made_once_and_serves_transfers(pair, cli):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_with_two_bases_auto_chooses(pair, cli):
     ran = cli("transfer", "brackets", *pair, "--texts", "texts.jsonl", "-o", "o", "--json")
-    assert ran.code == 0
     report = ran.json["adapters"][0]["report"]
+    assert ran.code == (1 if report["said"]["advice"] == "don't" else 0)
     assert report["method"] == "auto"
     assert report["said"]["chosen"] in report["said"]["scores"]
+    assert lf.load("o").base_model == "base-t"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_auto_that_says_dont_is_exit_status_1(pair, cli, monkeypatch):
+    monkeypatch.setattr("lorafold.transfer.methods.auto.LEAST", 2.0)
+    ran = cli("transfer", "brackets", *pair, "--texts", "texts.jsonl", "-o", "o")
+    assert ran.code == 1
+    assert "don't use brackets" in ran.err
     assert lf.load("o").base_model == "base-t"

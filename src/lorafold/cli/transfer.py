@@ -66,7 +66,7 @@ def transfer(
     ADAPTER may be a folder of adapters, a glob or a library: each goes to OUT/NAME then. Shapes,
     or --to alone, are enough for the plain resizings (truncate, interpolate, svd); the methods that
     keep the effect learn from --texts run through both bases, or from an --alignment of them. Exit
-    status 1 where some of many adapters could not be moved.
+    status 1 where some of many adapters could not be moved, or 'auto' advises against one.
     """
     reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
     given = _arguments(options)
@@ -93,6 +93,9 @@ def transfer(
     output.report(found, lambda out: _show(out, found))
     if failed:
         raise CheckFailed(f"{len(failed)} of {output.count(len(places), 'adapter')} were not moved")
+    useless = [row["name"] for row in rows if row["report"]["said"].get("advice") == "don't"]
+    if useless:
+        raise CheckFailed(f"don't use {output.listed(useless)}: next to nothing of it arrived")
 
 
 def _arguments(o: Mapping[str, Any]) -> dict[str, Any]:
