@@ -414,3 +414,20 @@ def test_a_zero_update_stays_one():
             lf.transfer(zero, source, target, method=method, alignment=alignment).adapter.norm()
             == 0
         )
+
+
+def test_modules_whose_alignment_explains_too_little_are_dropped(known):
+    source, target, alignment, adapter, _ = known
+    whole = lf.transfer(adapter, source, target, method="procrustes", alignment=alignment)
+    least = sorted(row.fit for row in whole.report.modules)[10]
+    done = lf.transfer(
+        adapter, source, target, method="procrustes", alignment=alignment, threshold=least
+    )
+    kept = {row.path: row.fit for row in done.report.modules}
+    assert len(done.report.dropped) == 10
+    assert all(fit >= least for fit in kept.values())
+    assert set(kept) | set(done.report.dropped) == set(adapter)
+    with pytest.raises(lf.errors.MismatchError, match="threshold must be an R²"):
+        lf.transfer(
+            adapter, source, target, method="procrustes", alignment=alignment, threshold="high"
+        )

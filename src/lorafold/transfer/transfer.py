@@ -49,7 +49,7 @@ class Way:
 
 
 _RUN: dict[str, Any] = {"tokenizers": None, "roles": ()}
-_MAPS: dict[str, Any] = {"centre": False, "whiten": 0.0, "scale": True}
+_MAPS: dict[str, Any] = {"centre": False, "whiten": 0.0, "scale": True, "threshold": None}
 
 METHODS: dict[str, Way] = {
     "truncate": Way(plain.truncate, {"rescale": False}, bases=False),
@@ -84,8 +84,9 @@ def transfer(
         adapter: an `Adapter` or a path; or one `LowRank`, with `shape=`.
         source, target: the base that it was trained on and the one that it is for: folders, models
             or state dicts. `target` alone is enough for the plain resizings, which need its shapes.
-        method: "truncate", "interpolate", "svd" (the plain resizings) or "copy". By default "svd"
-            where only shapes are known.
+        method: "truncate", "interpolate", "svd" (the plain resizings) or "copy"; between two bases
+            "procrustes", "functional", "vocabulary", "distill", or "auto", which tries these. By
+            default "svd" where only shapes are known, else "procrustes".
         shape: instead of bases, (out, in) for a `LowRank`, {module path or pattern: (out, in)} for
             an adapter, patterns as in PEFT's `rank_pattern`; modules that none names keep theirs.
         texts, alignment: what the methods between two bases learn from.
@@ -94,6 +95,10 @@ def transfer(
         progress: called with done, total, what.
         options: the method's own. Plain resizings: `rescale=True` multiplies by √(d_s/d_t), with
             d = √(out · in). "copy": `unchecked=True` doesn't compare the two bases' weights.
+            Between bases: `tokenizers=`, `roles=` as in `lf.align`; "procrustes", "functional":
+            `centre=True`, `whiten=` 0 … 1, `scale=False` (no least-squares factor), `threshold=`
+            (modules of less R² are dropped), "functional" alone `after="procrustes"`; "distill":
+            `rounds=`, `damping=`.
 
     Returns:
         A `Transfer`: `.adapter`, of the kind that was given, and `.report`.

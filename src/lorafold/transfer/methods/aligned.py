@@ -95,25 +95,31 @@ def _each(job: Job, alignment: Alignment, fit: Fit) -> Moved:
     maps = _Maps(alignment, *_checked(job.options))
     found: dict[Part, LowRank] = {}
     fits: dict[str, float] = {}
+    dropped: dict[str, str] = {}
     effects = [0.0, 0.0]
     for k, (role, u) in enumerate(given.pairs):
         join = alignment.joins[role]
         if job.progress is not None:
             job.progress(k, len(given.pairs), join.target.path)
         e = maps.effect(role, u)
+        r2, least = maps.fit(role), job.options["threshold"]
+        if least is not None and r2 is not None and r2 < least:
+            dropped[join.source.path] = f"R² {r2:.2f} of its alignment, below {least:g}"
+            continue
         A, B = fit(e), e.moved
         factor = _nearest(e, A, B) if job.options["scale"] else 1.0
         found[join.target] = LowRank(A.float(), B.float(), factor / join.shared)
         seen = maps.effects(role, e, factor * A, B)
         if seen is not None:
             effects = [a + b for a, b in zip(effects, seen, strict=True)]
-        if (r2 := maps.fit(role)) is not None:
+        if r2 is not None:
             fits[join.target.path] = min(r2, fits.get(join.target.path, r2))
     modules, sources = assembled(found, given, alignment)
     return Moved(
         modules,
         sources,
         fits=fits,
+        dropped=dropped,
         without=given.without,
         said={
             "effect": effects[0] / effects[1] if effects[1] > 0 else None,
@@ -129,6 +135,9 @@ def _checked(options: Mapping[str, Any]) -> tuple[bool, float]:
     whiten = options["whiten"]
     if isinstance(whiten, bool) or not isinstance(whiten, Real) or not 0 <= float(whiten) <= 1:
         raise MismatchError(f"whiten must lie in [0, 1], found {whiten!r}")
+    least = options["threshold"]
+    if least is not None and (isinstance(least, bool) or not isinstance(least, Real)):
+        raise MismatchError(f"threshold must be an R² or None, found {least!r}")
     if options.get("after") not in (None, "procrustes"):
         raise MismatchError(f"after must be 'procrustes' or None, found {options['after']!r}")
     return bool(options["centre"]), float(whiten)

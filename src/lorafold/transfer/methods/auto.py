@@ -28,7 +28,7 @@ from .running import both_bases, goals, texts_of
 from .vocabulary import vocabulary
 
 LEAST = 0.2
-_PLAIN = {"centre": False, "whiten": 0.0, "scale": True}
+_PLAIN = {"centre": False, "whiten": 0.0, "scale": True, "threshold": None}
 _OF_SUMS = ("procrustes", "functional", "functional after procrustes")
 _WAYS: dict[str, tuple[Callable[[Job], Moved], Mapping[str, Any]]] = {
     "procrustes": (procrustes, _PLAIN),

@@ -39,7 +39,7 @@ def vocabulary(job: Job) -> Moved:
     """The update in the target's coordinates, as far as its vocabulary tells."""
     with both_bases(job) as (source, target):
         alignment = alignment_of_weights(source, target)
-    options = {"centre": False, "whiten": 0.0, **job.options}
+    options = {"centre": False, "whiten": 0.0, "threshold": None, **job.options}
     moved = turned(replace(job, options=options), alignment)
     tokens = alignment.fitted[_STREAM].count
     return replace(moved, said={**moved.said, "tokens": tokens, "texts": 0})
