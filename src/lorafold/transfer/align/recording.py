@@ -76,8 +76,9 @@ def adapted(model: nn.Module, modules: Mapping[str, LowRank]) -> Iterator[None]:
         modules: {module path: update}, of linear layers.
     """
     with ExitStack() as stack:
-        for path, u in modules.items():
+        for path, given in modules.items():
             module = model.get_submodule(path)
+            u = given.to(device=next(module.parameters()).device)
 
             def add(
                 module: nn.Module, args: Any, kwargs: Any, output: Tensor, u: LowRank = u

@@ -175,7 +175,7 @@ def _steps(
     seed: int,
 ) -> dict[str, _Step]:
     """Each module's direction from where it is."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(judge.target.device).manual_seed(seed)
     sums: dict[str, _Curve] = {}
     for batch in batches:
         for path, curve in _curves(judge, batch, list(ranks), now, generator).items():

@@ -88,10 +88,10 @@ class Judge:
     def drawn(self, said: Tensor, generator: torch.Generator) -> Tensor:
         """A number whose gradients are, in square, the curvature of `distance` on average."""
         if self.by == "states":
-            return (said * torch.randn(said.shape, generator=generator).to(said)).sum()
+            noise = torch.randn(said.shape, generator=generator, device=said.device)
+            return (said * noise).sum()
         said = _both(said) if self.by == "spans" else said
-        chance = said.detach().exp().cpu()
-        token = torch.multinomial(chance, 1, generator=generator)[:, 0].to(said.device)
+        token = torch.multinomial(said.detach().exp(), 1, generator=generator)[:, 0]
         return torch.nn.functional.nll_loss(said, token, reduction="sum")
 
     def value(self, modules: Modules, batches: Sequence[Batch]) -> float:
