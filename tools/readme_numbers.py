@@ -152,6 +152,20 @@ def _resize(r: Result) -> list[Cells]:
     ]
 
 
+def _copy_distance(r: Result) -> list[Cells]:
+    rows = {row["the base is moved by"]: row for row in r["rows"]}
+    near, far = rows["noise, 0.2 of every matrix"], rows["noise, 0.7 of every matrix"]
+    kept = near["mean of the lift"]
+    return [
+        (
+            f"an adapter copied to a base whose weights are {near['distance']:.0%} off",
+            f"{kept:.0%} of its lift is left",
+            f"{far['distance']:.0%} off: {far['mean of the lift']:.0%}",
+            kept,
+        )
+    ]
+
+
 def _qlora(r: Result) -> list[Cells]:
     four, peer = r["formats"]["nf4, 64"], r["against PEFT"]
     ms = peer["training step ms"]
@@ -284,6 +298,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "library_ops": _library_ops,
     "lowrank_svd": _lowrank_svd,
     "resize": _resize,
+    "copy_distance": _copy_distance,
     "attach": _attach,
     "attach_library": _attach_library,
     "packed": _packed,

@@ -39,7 +39,9 @@ def test_table_and_commands_to_try(quick, cli):
     assert all(len(line) <= 80 for line in lines if not line.startswith("  lorafold"))
     assert "Written to lorafold-demo." in ran.out
     nexts = [line.strip() for line in lines if line.startswith("  lorafold ")]
-    assert len(nexts) == 3
+    assert len(nexts) == 4
+    assert nexts[-1].startswith("lorafold transfer ")
+    pytest.importorskip("transformers")
     for line in nexts:
         again = cli(*shlex.split(line)[1:])
         assert again.code == 0, f"{line}: {again.err}"

@@ -29,18 +29,19 @@ from ..files import load, save
 from ..files.atomic import new_directory
 from ..files.replacing import Kind
 from ..fold import Library, fold
-from .model import data_dir, heldout_loss, load_base
+from .model import base_dir, data_dir, heldout_loss, load_base
 from .truncation import svd_of, truncated
 
 TOLERANCES = (0.05, 0.1, 0.2)
 DEFAULT = 0.1  # fold's own; this library is called `lib`, and is unfolded
 RETENTION = 0.98
+PAIR = ("base", "wide")  # an adapter of the first may be moved to the second
 REPORT = "report.json"
 DEMO = Kind(
     "what an earlier demo made",
     lambda path: (path / REPORT).is_file(),
     re.compile(re.escape(REPORT)),
-    re.compile("adapters|unfolded|lib(-.*)?"),
+    re.compile("adapters|unfolded|bases|texts|moved|lib(-.*)?"),
 )
 
 Progress = Callable[[int, int, str], None]
@@ -97,7 +98,8 @@ def run_demo(
     """Copy adapters out, fold and unfold them, and measure everything by running the model.
 
     Args:
-        folder: to be made: `adapters/`, the libraries, `unfolded/` and `report.json`.
+        folder: to be made: `adapters/`, the libraries, `unfolded/`, `report.json`, and `bases/`
+            and `texts/` to try a transfer with.
         adapters: the adapters, named like the packaged tasks; those of the package when None.
         tolerances: one library each; the one at 0.1 is unfolded.
         retention: one more library, as small as this share of each lift allows; None for none.
@@ -113,6 +115,9 @@ def run_demo(
     """
     with new_directory(folder, DEMO, overwrite=overwrite) as staging:
         shutil.copytree(adapters or data_dir() / "adapters", staging / "adapters")
+        shutil.copytree(data_dir() / "heldout", staging / "texts")
+        for name in PAIR:
+            shutil.copytree(base_dir(name), staging / "bases" / name)
         with _one_thread_each(), ThreadPoolExecutor(2) as runs:
             report = _Demo(staging, tolerances, retention, progress, runs).report()
         report = {"folder": str(folder), **report, "next": _next(folder, report)}
@@ -295,14 +300,18 @@ def file_bytes(folder: Path, names: list[str]) -> dict[str, int]:
 
 
 def _next(folder: Path, report: Mapping[str, Any]) -> list[str]:
-    """Three commands that work on what was written."""
+    """Commands that work on what was written; the last moves an adapter to another base."""
     first = next(row for row in report["rows"] if row["form"] == "fold")
     row = next((r for r in report["rows"] if r["library"] == "lib"), first)
     lib = shlex.quote(str(folder / row["library"]))
     name = row["worst_task"]
-    source = shlex.quote(str(folder / "adapters" / name))
+    source, moved = (shlex.quote(str(folder / p / name)) for p in ("adapters", "moved"))
+    texts = shlex.quote(str(folder / "texts" / f"{name}.txt"))
+    bases = [shlex.quote(str(folder / "bases" / n)) for n in PAIR]
     return [
         f"lorafold info {lib}",
         f"lorafold diff {source} {lib}:{name}",
         f"lorafold add {lib} {source} --name {name}-fine --tolerance 0.02",
+        f"lorafold transfer {source} --from {bases[0]} --to {bases[1]} --texts {texts} "
+        f"--method functional -o {moved}",
     ]

@@ -25,7 +25,7 @@ _CHUNK = 1 << 22
 _EXPECT = {
     "near": "nearly the same weights: expect it to do what it did",
     "kin": "one made from the other, and far: expect a part of the effect, and measure it",
-    "strangers": "don't: the weights have nothing to do with each other, nor will the update",
+    "strangers": "don't: the weights are too far apart (two independent trainings: 1.41)",
 }
 
 
