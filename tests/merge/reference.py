@@ -105,9 +105,9 @@ def iso_cts(cores, weights, common):
         x[..., : R - each * n] if i < 2 else x[: R - each * n] for i, x in enumerate(svd(M))
     )
     Us, ss, Vs = [U], [s], [Vh]
-    for C in cores:
-        if np.abs(C).max() > 0 and each:
-            u, x, v = svd(C - U @ U.T @ C, np.linalg.norm(C, 2))
+    for w, C in zip(weights, cores, strict=True):
+        if w and np.abs(C).max() > 0 and each:
+            u, x, v = svd(w * (C - U @ U.T @ C), abs(w) * np.linalg.norm(C, 2))
             Us.append(u[:, :each]), ss.append(x[:each]), Vs.append(v[:each])
     return np.hstack(ss).mean() * polar(np.hstack(Us)) @ polar(np.vstack(Vs))
 

@@ -114,8 +114,9 @@ def iso_cts(members: Members, common: float) -> LowRank:
     U, S, Vh = thin_svd(M, size)
     shared = U[:, :k]
     parts = [(shared, S[:k], Vh[:k])]
-    for C in joint.cores:
-        if C is not None and each:
+    for w, C in zip(members.weights, joint.cores, strict=True):
+        if C is not None and each and w != 0:
+            C = w * C
             norm = float(torch.linalg.matrix_norm(C, 2))
             P, s, Qh = thin_svd(C - shared @ (shared.T @ C), norm)
             parts.append((P[:, :each], s[:each], Qh[:each]))
