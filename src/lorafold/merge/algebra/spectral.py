@@ -116,9 +116,8 @@ def iso_cts(members: Members, common: float) -> LowRank:
     parts = [(shared, S[:k], Vh[:k])]
     for w, C in zip(members.weights, joint.cores, strict=True):
         if C is not None and each and w != 0:
-            C = w * C
-            norm = float(torch.linalg.matrix_norm(C, 2))
-            P, s, Qh = thin_svd(C - shared @ (shared.T @ C), norm)
+            norm = abs(w) * float(torch.linalg.matrix_norm(C, 2))
+            P, s, Qh = thin_svd(w * (C - shared @ (shared.T @ C)), norm)
             parts.append((P[:, :each], s[:each], Qh[:each]))
     U, S, Vh = _side_by_side(parts)
     return joint.lifted(S.mean() * _polar(U) @ _polar(Vh) if len(S) else joint.zero)
