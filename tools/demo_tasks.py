@@ -34,7 +34,8 @@ class Task:
 
     def training_text(self) -> bytes:
         """All training documents in a fixed random order, cut at `TRAIN_BYTES`."""
-        return joined(list(self.documents("train")), self.name)[:TRAIN_BYTES]
+        cut = joined(list(self.documents("train")), self.name)[:TRAIN_BYTES]
+        return cut.decode("utf-8", "ignore").encode()  # no half character at the end
 
     def heldout_text(self) -> bytes:
         """About `HELDOUT_BYTES` of text from documents that no training has seen."""

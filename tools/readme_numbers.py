@@ -6,8 +6,8 @@
 Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
 measurements. Results are kept by machine; of several that measured one row, the README shows the
 less flattering. Where none did the row is left out; where a file lacks a number that the row needs,
-this script fails. The tables of docs/merge.md lie between markers, too: each shows one run whole,
-of several machines the first.
+this script fails. The tables of docs/merge.md and docs/transfer.md lie between markers, too: each
+shows one run whole, of several machines the first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import io
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "docs" / "merge.md"]
+PAGES = [README, ROOT / "docs" / "merge.md", ROOT / "docs" / "transfer.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 88
 
@@ -289,6 +290,34 @@ def _similarity(r: Result) -> list[Cells]:
     return rows
 
 
+def _transfer(r: Result) -> list[Cells]:
+    def mean(method: str, texts: int) -> float:
+        found = [
+            row["mean"] for row in r["rows"] if (row["method"], row["texts"]) == (method, texts)
+        ]
+        return statistics.fmean(found)
+
+    texts = r["main"]
+    moved, trained = (statistics.fmean(row[key] for row in r["trained"]) for key in _TRAINED)
+    others = ("svd", 0), ("vocabulary", 0), ("procrustes", texts)
+    return [
+        (
+            f"lift of a native adapter kept on another base, {texts} texts, `distill`",
+            f"{mean('distill', texts):.0%}",
+            "; ".join(f"`{name}`: {mean(name, count):.0%}" for name, count in others),
+            mean("distill", texts),
+        ),
+        (
+            "the same after a tenth of the native training steps",
+            f"{moved:.0%}",
+            f"as many steps from scratch: {trained:.0%}",
+            moved,
+        ),
+    ]
+
+
+_TRAINED = ("moved, trained", "fresh, trained")
+_AFTER = ("moved", *_TRAINED)
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -307,6 +336,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "merge_quality": _merge_quality,
     "similarity": _similarity,
     "overlap_forecast": _overlap_forecast,
+    "transfer": _transfer,
 }
 
 
@@ -393,16 +423,52 @@ def speed_table(r: Result) -> str:
     )
 
 
+def retention_table(r: Result) -> str:
+    """Retention by method, number of texts and target; and after some training."""
+    targets = list(dict.fromkeys(row["target"] for row in r["rows"]))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in r["rows"]:
+        found.setdefault((row["method"], row["texts"]), {})[row["target"]] = row
+
+    def cell(row: Any) -> str:
+        return "–" if row is None else f"{row['mean']:.2f}, {row['worst']:.2f}"
+
+    def seconds(rows: list[Any]) -> str:
+        once = statistics.fmean(row["align s"] or 0.0 for row in rows)
+        each = f"{statistics.fmean(row['move s'] for row in rows):.2g}"
+        return f"{once:.2g} + {each}" if once else each
+
+    heads = ["method", "texts", *(f"`{t}`: mean, worst" for t in targets), "seconds"]
+    shown = [
+        [
+            method,
+            str(texts or "–"),
+            *(cell(rows.get(t)) for t in targets),
+            seconds([*rows.values()]),
+        ]
+        for (method, texts), rows in found.items()
+    ]
+    after = [
+        [row["target"], row["task"], str(row["steps"]), *(f"{row[k]:.2f}" for k in _AFTER)]
+        for row in r["trained"]
+    ]
+    heads_after = ["target", "task", "steps", *_AFTER]
+    return _markdown(heads, shown) + "\n\n" + _markdown(heads_after, after)
+
+
+TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
+    "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
+    "transfer.md": [("retention", "transfer", retention_table)],
+}
+
+
 def parts_of(page: Path, results: Path) -> dict[str, str]:
     """{marker: content} of a page; nothing of what was not measured."""
     if page == README:
         found = {"numbers": table(results)}
         return found | ({"demo": demo_output(results)} if any(results.glob("*/demo.json")) else {})
     found = {}
-    for marker, name, shown in (
-        ("quality", "merge_quality", quality_table),
-        ("speed", "merge", speed_table),
-    ):
+    for marker, name, shown in TABLES[page.name]:
         for path in sorted(results.glob(f"*/{name}.json"))[:1]:
             found[marker] = shown(json.loads(path.read_text(encoding="utf-8"))["result"])
     return found

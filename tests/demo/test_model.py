@@ -143,6 +143,23 @@ def test_adapter_lowers_its_heldout_loss(name):
     )
 
 
+@pytest.mark.parametrize("name", demo.BASES[1:])
+def test_losses_of_the_other_bases(name):
+    tasks = json.loads((base_dir(name) / "tasks.json").read_text())
+    assert len(tasks) == 8
+    kinds = [TASKS[task]["kind"] for task in tasks]
+    assert kinds.count("text") == kinds.count("algorithm") == 4
+    for task, row in tasks.items():
+        assert row["native_loss"] <= 0.85 * row["base_loss"], task
+    config, state = load_base(name)
+    model = reference(name)
+    for task in list(tasks)[::4]:
+        data, ids = heldout(task), tokens_of(heldout(task), base_dir(name))
+        loss = heldout_loss(config, state, data, tokens=ids)
+        assert loss == pytest.approx(reference_loss(model, data, ids), abs=1e-5)
+        assert loss == pytest.approx(tasks[task]["base_loss"], abs=2e-3)
+
+
 def test_twelve_adapters_started_from_the_same_factors():
     shared = {name for name, task in TASKS.items() if task["shared_init"]}
     assert len(shared) == 12
@@ -162,7 +179,7 @@ def test_the_package_is_small_and_complete():
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     expected = {"tasks.json", *(f"base/{part}" for part in parts)}
     for name in demo.BASES[1:]:
-        expected |= {f"bases/{name}/{part}" for part in parts}
+        expected |= {f"bases/{name}/{part}" for part in (*parts, "tasks.json")}
     for name in TASKS:
         expected |= {
             f"adapters/{name}/adapter_{part}" for part in ("config.json", "model.safetensors")
