@@ -233,7 +233,7 @@ def test_one_in_a_library(tmp_path, monkeypatch):
 def test_names_of_paths(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    expected = {".": "b", "..": "a", "x/": "x", f"x/{WEIGHTS_NAME}": "x", "org/name": "name"}
+    expected = {".": "b", "..": "a", f"x/{WEIGHTS_NAME}": "x", "org/name": "name"}
     assert {text: name_of(matches(text)[0]) for text in expected} == expected
 
 

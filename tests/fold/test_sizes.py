@@ -62,7 +62,7 @@ def checked(sources, new, form, options):
     for name, adapter in everyone.items():
         found = error(adapter, lib[name])
         assert lib.error(name) == pytest.approx(found, rel=1e-3, abs=1e-7), (form, options, name)
-        assert found <= options.get("tolerance", 1.0) * (1 + 1e-6), (form, options, name)
+        assert found <= options.get("tolerance", 2.0) * (1 + 1e-6), (form, options, name)
     lib.verify(everyone)
     told = [lib.error(name) for name in everyone]
     bits = [lib.entry(name)["bits"] for name in everyone]

@@ -102,8 +102,8 @@ def projection(
             parts = code_parts(f, flat.A, flat.B, 0, flat.wide)
             lost[path] = float(squared_residuals(f.B, f.A, parts.B, parts.A))
             loadings[path] = (
-                flat.A.loadings(flattened(f, "A"))[0],
-                flat.B.loadings(flattened(f, "B"))[0],
+                flat.A.loadings(flattened(f, "A"))[0] * flat.A.lengths,
+                flat.B.loadings(flattened(f, "B"))[0] * flat.B.lengths,
             )
             continue
         sides = None if j is None else nearest_sides(c, j, block)

@@ -35,6 +35,7 @@ from .survey import Survey
 _ATTEMPTS = 5  # more, to get a module within its bound, before it is stored exactly
 _FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
 _ROUNDING = 5e-8  # of Σ ‖b_k‖ ‖a_k‖: what another order of the decoder's sums may change
+_WORSE = 4.0  # times ‖ΔW‖²: a flat part that misses more is left out
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
@@ -340,11 +341,12 @@ def _code_flat(
     """Flat parts, and where these miss the target a residual of the adapter's own."""
     parts = code_parts(f, flat.A, flat.B, 0, flat.wide, rows)
     error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    # What is tiny beside the mean comes out worse than as nothing.
+    # What is tiny beside the mean comes out far worse than as nothing.
     assert plan.squares is not None
     nothing = plan.squares[rows]
-    parts.forget(np.flatnonzero(~(error <= nothing)))
-    error = np.where(error <= nothing, error, nothing)
+    worse = ~(error <= _WORSE * nothing)
+    parts.forget(np.flatnonzero(worse))
+    error = np.where(worse, nothing, error)
     payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
     coded = Coded(parts.records, error, payload)
     over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)

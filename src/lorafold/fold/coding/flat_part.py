@@ -86,6 +86,12 @@ class FlatSide:
         found: Tensor = ((X - self.rows[0]) @ D.T).double() @ (inverse / unit)
         return found.to(X.dtype)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(k,) norms of the directions: loadings times these are those on unit directions."""
+        found: Tensor = torch.linalg.vector_norm(self.rows[1:], dim=1, dtype=torch.float64)
+        return found.to(self.rows.dtype)
+
     def rebuilt(self, loadings: Tensor) -> Tensor:
         """(n, D) from loadings (n, k)."""
         return torch.addmm(self.rows[0], loadings, self.rows[1:])
