@@ -433,10 +433,13 @@ def retention_table(r: Result) -> str:
     def cell(row: Any) -> str:
         return "–" if row is None else f"{row['mean']:.2f}, {row['worst']:.2f}"
 
+    def rough(seconds: float) -> str:
+        return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
     def seconds(rows: list[Any]) -> str:
         once = statistics.fmean(row["align s"] or 0.0 for row in rows)
-        each = f"{statistics.fmean(row['move s'] for row in rows):.2g}"
-        return f"{once:.2g} + {each}" if once else each
+        each = rough(statistics.fmean(row["move s"] for row in rows))
+        return f"{rough(once)} + {each}" if once else each
 
     heads = ["method", "texts", *(f"`{t}`: mean, worst" for t in targets), "seconds"]
     shown = [
