@@ -274,6 +274,26 @@ def _overlap_forecast(r: Result) -> list[Cells]:
     return [(what, f"rank correlation {found:.2f}", "", found)]
 
 
+def _route(r: Result) -> list[Cells]:
+    lift = {row["router"]: row["lift"] for row in r["rows"]}
+    found = lift["learned, n-grams, top 1"]
+    cost, base = r["arrow_seconds"], r["arrow_seconds"]["base"]
+    return [
+        (
+            "share of the oracle's lift, texts of 31 tasks routed by a learned head on n-grams",
+            f"{found:.1%}",
+            f"an even mix of all: {lift['even mix of all']:.1%}",
+            found,
+        ),
+        (
+            "Arrow over 16 adapters, token by token",
+            f"{cost['lorafold'] / base:.1f}× the base's time",
+            f"PEFT: {cost['peft'] / base:.1f}×",
+            base / cost["lorafold"],
+        ),
+    ]
+
+
 def _similarity(r: Result) -> list[Cells]:
     rows = []
     for key, what in (("unrelated", "unrelated"), ("alike", "all alike")):
@@ -336,6 +356,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "merge_quality": _merge_quality,
     "similarity": _similarity,
     "overlap_forecast": _overlap_forecast,
+    "route": _route,
     "transfer": _transfer,
 }
 
