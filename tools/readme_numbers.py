@@ -324,7 +324,7 @@ def _transfer(r: Result) -> list[Cells]:
         (
             f"lift of a native adapter kept on another base, {texts} texts, `distill`",
             f"{mean('distill', texts):.0%}",
-            "; ".join(f"`{name}`: {mean(name, count):.0%}" for name, count in others),
+            "; ".join(f"`{name}`: {round(mean(name, count), 2) + 0:.0%}" for name, count in others),
             mean("distill", texts),
         ),
         (

@@ -203,7 +203,8 @@ def _transfer(job: Job, moved: Moved, method: str, one: bool) -> Transfer:
     before = job.adapter
     if not moved.modules:
         raise MismatchError(f"method {method!r} moved none of the {len(before.modules)} modules")
-    same = all(
+    # Heads, biases and tokens are in the source's coordinates, too.
+    same = not METHODS[method].bases and all(
         moved.modules.get(p) is not None and moved.modules[p].shape == u.shape
         for p, u in before.modules.items()
     )
@@ -211,7 +212,7 @@ def _transfer(job: Job, moved: Moved, method: str, one: bool) -> Transfer:
     left = tuple(key for key in before.extras if key not in extras)
     if left:
         warn(
-            f"{len(left)} tensors beside the updates belong to the source's shapes and are left "
+            f"{len(left)} tensors beside the updates belong to the source and are left "
             f"behind: {', '.join(map(repr, left[:5]))}"
         )
     report = report_of(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from .heads import with_heads
 from .offsets import two
 from .pairing import joined, layers_of
 from .recording import readers
-from .summing import Progress, Runner, check_memory, summed, sums_of
+from .summing import Progress, Runner, Sum, check_memory, summed, sums_of
 from .tokens import token_sums
 
 OUTPUTS = ("activations", "gradients")
@@ -104,23 +105,11 @@ def align(
         for base in (s, t):
             stack.enter_context(evaluating(base.model))
         chosen = layers_of(layers, s, t, batches)
-        pairs, unpaired = joined(s, t, chosen, modules)
-        joins = {r: Join(s.parts[o], t.parts[r], "", "", shared=n) for r, (o, n) in pairs.items()}
-        sharing = (_sharing(s, joins, 0, batches[0]), _sharing(t, joins, 1, batches[0]))
-        sums, joins = sums_of(joins, sharing)
+        start, sums = _started(s, t, batches[0], chosen, modules)
+        settings = {"run": _digest(texts, layers, modules, context)}
+        start = replace(start, texts=len(texts), output=output, settings=settings)
         runner = Runner((s, t), sums, output == "gradients")
         check_memory(runner, batches, memory_bytes(memory))
-        start = Alignment(
-            joins,
-            {},
-            {},
-            (s.digest, t.digest),
-            chosen,
-            len(texts),
-            unpaired=unpaired,
-            output=output,
-            settings={"run": _digest(texts, layers, modules, context)},
-        )
         found = summed(start, runner, batches, resume, progress)
         if tokens:
             found = token_sums(found, runner)
@@ -136,6 +125,20 @@ def _checked(texts: Any, output: str) -> list[Any]:
     if output not in OUTPUTS:
         raise MismatchError(f"output must be {one_of(OUTPUTS)}, found {output!r}")
     return found
+
+
+def _started(
+    s: Base,
+    t: Base,
+    batch: Batch,
+    layers: Mapping[str, tuple[int, ...]],
+    modules: Sequence[str] | None,
+) -> tuple[Alignment, list[Sum]]:
+    """What is paired, before anything is summed; and the sums that it takes."""
+    pairs, unpaired = joined(s, t, layers, modules)
+    joins = {r: Join(s.parts[o], t.parts[r], "", "", shared=n) for r, (o, n) in pairs.items()}
+    sums, joins = sums_of(joins, (_sharing(s, joins, 0, batch), _sharing(t, joins, 1, batch)))
+    return Alignment(joins, {}, {}, (s.digest, t.digest), layers, 0, unpaired=unpaired), sums
 
 
 def _sharing(base: Base, joins: dict[Role, Join], side: int, batch: Batch) -> dict[str, str]:

@@ -158,6 +158,15 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def shape_of(model: nn.Module, path: str) -> tuple[int, int]:
+    """(out, in) of a linear layer, however its weight is stored."""
+    module: Any = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    inner, out = module.weight.shape  # Conv1D
+    return out, inner
+
+
 def digest_of(given: Any) -> str | None:
     """SHA-256 of a corner of every weight matrix, whatever it is called and of whatever float type.
 

@@ -1,4 +1,4 @@
-"""`distill`: a few natural-gradient steps of the target's factors towards the source's predictions.
+"""`distill`: a few natural-gradient steps towards what the adapter changes in the predictions.
 
 What a module should give is not asked of the source's module, whose inner coordinates the target
 doesn't share, but of what both predict in the end (`judge.py`). With x what a module sees and g the
@@ -35,15 +35,16 @@ from ...lowrank import LowRank
 from ..align.batches import Batch
 from ..align.recording import Site, adapted, recording, tracing
 from ..job import Job, Moved
-from .judge import Judge, Modules, judge_of
+from .judge import Goal, Judge, Modules, judge_of, remembered
 from .running import both_bases, goals, texts_of
 
 _SHARE = 0.25  # of the divergence, that the first step tried would take away were it linear
+_NOTHING = 1e-6  # nats a token: what rounding alone makes of an adapter that does nothing
 _TRIES = 12  # times that η is doubled or halved
 
 
 def distill(job: Job) -> Moved:
-    """The update that predicts what the source's does, as far as a few steps lead."""
+    """The update that changes predictions as the source's does, as far as a few steps lead."""
     rounds, damping = _checked(job.options)
     with both_bases(job) as (source, target):
         batches = texts_of(job, source, target)
@@ -55,15 +56,14 @@ def distill(job: Job) -> Moved:
             judge,
             fitted,
             goes.ranks,
-            {},
             rounds=rounds,
             damping=damping,
             progress=job.progress,
         )
         if not modules:
             raise MismatchError(
-                f"no step lowers the divergence {values[0]:.3g} between source and target on these "
-                "texts: does the adapter do anything on them?"
+                f"no step lowers the divergence {values[0]:.3g} that the adapter makes on these "
+                "texts: does it do anything on them?"
             )
         said = {
             "by": judge.by,
@@ -127,7 +127,6 @@ def steps(
     judge: Judge,
     batches: Sequence[Batch],
     ranks: Mapping[str, int],
-    start: Modules,
     *,
     rounds: int,
     damping: float,
@@ -136,15 +135,16 @@ def steps(
     """The modules after the steps, and the divergence before each and after the last.
 
     Args:
-        batches: to fit on. ranks: {path in the target: rank}. start: updates to begin with, or {}.
+        batches: to fit on. ranks: {path in the target: rank}.
     """
-    now = dict(start)
+    now: dict[str, LowRank] = {}
     count = sum(batch.count for batch in batches)
-    values = [judge.value(now, batches)]
-    for k in range(rounds):
+    goal = remembered(judge, batches)
+    values = [judge.value(now, batches, goal)]
+    for k in range(rounds if values[0] > _NOTHING else 0):
         if progress is not None:
             progress(k, rounds, f"divergence {values[-1]:.3f}")
-        found = _steps(judge, batches, ranks, now, damping, k)
+        found = _steps(judge, goal, batches, ranks, now, damping, k)
         gain = sum(step.gain for step in found.values())
         if not gain > 0:
             break
@@ -154,7 +154,7 @@ def steps(
             for one in (eta, 2 * eta, eta / 2):
                 if one not in tried:
                     modules = {p: s.taken(now.get(p), one, ranks[p]) for p, s in found.items()}
-                    tried[one] = judge.value(modules, batches), modules
+                    tried[one] = judge.value(modules, batches, goal), modules
             best = min(tried, key=lambda one: tried[one][0])
             if best == eta:
                 break
@@ -168,6 +168,7 @@ def steps(
 
 def _steps(
     judge: Judge,
+    goal: Goal,
     batches: Sequence[Batch],
     ranks: Mapping[str, int],
     now: Modules,
@@ -178,17 +179,22 @@ def _steps(
     generator = torch.Generator(judge.target.device).manual_seed(seed)
     sums: dict[str, _Curve] = {}
     for batch in batches:
-        for path, curve in _curves(judge, batch, list(ranks), now, generator).items():
+        for path, curve in _curves(judge, goal(batch), batch, list(ranks), now, generator).items():
             sums[path] = sums[path] + curve if path in sums else curve
     count = sum(batch.count for batch in batches)
     return {path: _step(curve, ranks[path], damping, count) for path, curve in sums.items()}
 
 
 def _curves(
-    judge: Judge, batch: Batch, paths: list[str], now: Modules, generator: torch.Generator
+    judge: Judge,
+    goal: Tensor,
+    batch: Batch,
+    paths: list[str],
+    now: Modules,
+    generator: torch.Generator,
 ) -> dict[str, _Curve]:
     """The sums of one batch."""
-    model, goal = judge.target.model, judge.goal(batch)
+    model = judge.target.model
     sites: list[Site] = [(p, end) for p in paths for end in ("in", "out")]
     with (
         torch.enable_grad(),

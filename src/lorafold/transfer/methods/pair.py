@@ -6,7 +6,7 @@ A fused module is taken apart into the maps that it holds before, and put togeth
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...adapter import Adapter
@@ -68,12 +68,7 @@ def parts_in(adapter: Adapter, alignment: Alignment) -> Given:
     for role, join in alignment.joins.items():
         joins.setdefault(join.source.path, []).append((role, join))
     alone = set(alignment.unpaired[0])
-    strange = [p for p in adapter.modules if p not in joins and p not in alone]
-    if len(strange) == len(adapter.modules):
-        raise MismatchError(
-            f"the adapter's modules are not in the source base, e.g. {strange[0]!r} (the base has "
-            f"{next(iter(joins))!r}): was it trained on another one?"
-        )
+    strange = strangers(adapter, [*joins, *alone])
     pairs: list[tuple[Role, LowRank]] = []
     misfits, without = [], {}
     for path, u in adapter.modules.items():
@@ -86,15 +81,43 @@ def parts_in(adapter: Adapter, alignment: Alignment) -> Given:
             sums = alignment.fitted
             found = len(sums[join.output].s), len(sums[join.input].s)
             if part is None or part.shape != found:
-                misfits.append(
-                    f"{path!r} is {u.shape[0]}×{u.shape[1]}, in the base {found[0]}×{found[1]}"
-                )
+                misfits.append(misfit(path, u, found))
                 break
             pairs.append((role, part))
+    refuse(misfits)
+    return Given(pairs, without)
+
+
+def strangers(adapter: Adapter, own: Iterable[str]) -> list[str]:
+    """The adapter's modules that the source has no linear layer for.
+
+    Raises:
+        MismatchError: none of them is there.
+    """
+    there = dict.fromkeys(own)
+    found = [path for path in adapter.modules if path not in there]
+    if len(found) == len(adapter.modules):
+        raise MismatchError(
+            f"the adapter's modules are not in the source base, e.g. {found[0]!r} (the base has "
+            f"{next(iter(there))!r}): was it trained on another one?"
+        )
+    return found
+
+
+def misfit(path: str, u: LowRank, shape: tuple[int, int]) -> str:
+    """An update and the weight of the source that it should be of."""
+    return f"{path!r} is {u.shape[0]}×{u.shape[1]}, in the base {shape[0]}×{shape[1]}"
+
+
+def refuse(misfits: Sequence[str]) -> None:
+    """Raise where something doesn't fit.
+
+    Raises:
+        MismatchError: naming the first few.
+    """
     if misfits:
         shown = "; ".join(misfits[:5]) + ("; …" if len(misfits) > 5 else "")
         raise MismatchError(f"the adapter doesn't fit the source base: {shown}")
-    return Given(pairs, without)
 
 
 def _part(u: LowRank, part: Part) -> LowRank | None:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ...errors import MismatchError
-from ..align.bases import Base, base_of, evaluating
+from ..align.bases import Base, base_of, evaluating, shape_of
 from ..align.batches import Batch, batches_of
 from ..align.offsets import two
 from ..align.pairing import joined, layers_of
 from ..job import Job
+from .pair import misfit, refuse, strangers
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +69,10 @@ def goals(job: Job, source: Base, target: Base) -> Goals:
     if job.alignment is not None:
         layers = job.alignment.layers
     pairs, _ = joined(source, target, layers, None)
-    own = {part.path for part in source.parts.values()}
-    strange = [path for path in job.adapter.modules if path not in own]
-    if len(strange) == len(job.adapter.modules):
-        raise MismatchError(
-            f"the adapter's modules are not in the source base, e.g. {strange[0]!r} (the base has "
-            f"{next(iter(own))!r}): was it trained on another one?"
-        )
+    strange = strangers(job.adapter, (part.path for part in source.parts.values()))
+    shapes = {p: shape_of(source.model, p) for p in job.adapter.modules if p not in strange}
+    updates = job.adapter.modules
+    refuse([misfit(p, updates[p], s) for p, s in shapes.items() if updates[p].shape != s])
     ranks: dict[str, int] = {}
     sources: dict[str, dict[str, None]] = {}
     for role, (other, _) in pairs.items():
