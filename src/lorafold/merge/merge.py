@@ -179,7 +179,8 @@ class _Run:
                     if isinstance(found, Cut):
                         lost, size = lost + found.lost, size + found.size
                         found = found.update
-                    modules[path] = found * job.options["lambda_"]
+                    factor = job.options["lambda_"]
+                    modules[path] = found if factor == 1 else found * factor
                 except MismatchError as e:  # what says nothing of where has it said here
                     named = repr(path) in str(e)
                     raise MismatchError(f"{e}" if named else f"module {path!r}: {e}") from e

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,37 +83,45 @@ class Members:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """ΔW_i = U C_i Vᵀ for every member; all in float64.
+    """ΔW_i = U C_i Vᵀ for every member; in float64, but for B and A, which are as they came.
 
     Args:
         B: (out, R), A: (R, in) and T_U: (R, p), T_V: (R, q), of which U and V are the products.
+        sizes_B, sizes_A: (R,) norms of the columns of B and the rows of A.
         energies: (p,) eigenvalues of Σ ΔW ΔWᵀ, descending.
-        lefts: Uᵀ s_i B_i (p, r_i), None for who is not there. rights: A_i V (r_i, q).
+        left: Uᵀ [s_1 B_1 … s_N B_N] (p, R). right: A V (R, q). spans: each member's in R.
     """
 
     B: Tensor
     A: Tensor
     T_U: Tensor
     T_V: Tensor
+    sizes_B: Tensor
+    sizes_A: Tensor
     energies: Tensor
-    lefts: tuple[Tensor | None, ...]
-    rights: tuple[Tensor | None, ...]
+    left: Tensor
+    right: Tensor
+    spans: tuple[slice | None, ...]
 
     @cached_property
     def U(self) -> Tensor:
         """(out, p), orthonormal; the largest direction first, its sign fixed."""
-        return self.B @ self.T_U
+        return self.B.double() @ self.T_U
 
     @cached_property
     def V(self) -> Tensor:
         """(in, q), in the same way."""
-        return self.A.T @ self.T_V
+        return self.A.double().T @ self.T_V
+
+    @property
+    def lefts(self) -> list[Tensor | None]:
+        """Uᵀ s_i B_i (p, r_i) of every member."""
+        return [None if s is None else self.left[:, s] for s in self.spans]
 
     @cached_property
     def cores(self) -> list[Tensor | None]:
         """C_i (p, q) of every member."""
-        pairs = zip(self.lefts, self.rights, strict=True)
-        return [None if L is None or R is None else L @ R for L, R in pairs]
+        return [None if s is None else self.left[:, s] @ self.right[s] for s in self.spans]
 
     @property
     def zero(self) -> Tensor:
@@ -124,18 +133,19 @@ class Joint:
         p, q = M.shape
         size = float(torch.linalg.matrix_norm(M))
         even = math.sqrt(size / math.sqrt(min(p, q))) if size > 0 else 1.0  # B and A of one size
-        M = M / even
-        B, A, T_U, T_V = self.B, self.A, self.T_U, self.T_V
+        M, T_U, T_V = M / even, self.T_U, self.T_V
         if p <= q:
-            parts = ((B, T_U * M.norm(dim=1)), (A, T_V := T_V @ M.T))
+            T_V = T_V @ M.T
+            parts = (self.sizes_B[:, None] * T_U * M.norm(dim=1), self.sizes_A[:, None] * T_V)
         else:
-            parts = ((B, T_U := T_U @ M), (A, T_V * M.norm(dim=0)))
+            T_U = T_U @ M
+            parts = (self.sizes_B[:, None] * T_U, self.sizes_A[:, None] * T_V * M.norm(dim=0))
         # Products in float32, unless parts that are far larger than the result cancel in them.
-        if all(bool(X.norm() * T.norm() <= _CANCEL * M.norm()) for X, T in parts):
-            B, A, T_U, T_V = B.float(), A.float(), T_U.float(), T_V.float()
-        left, right = (B @ T_U).float(), (T_V.T @ A).float()
+        clear = all(bool(part.norm() <= _CANCEL * M.norm()) for part in parts)
+        dtype = torch.float32 if clear else torch.float64
+        left, right = self.B.to(dtype) @ T_U.to(dtype), T_V.T.to(dtype) @ self.A.to(dtype)
         (left if p <= q else right).mul_(even)
-        return LowRank(right, left)
+        return LowRank(right.float(), left.float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,67 +158,58 @@ class Cut:
 
 
 def _joint(members: Members) -> Joint:
-    B, A, spans = stacked(members.updates, members.shape)
-    G_B, G_A = B.T @ B, A @ A.T
+    there, spans = members.there, spans_of(members.updates)
+    B, A = side_by_side(there)
+    scales = B.new_tensor([u.scale for u in there for _ in range(u.rank)], dtype=torch.float64)
+    (G_B, far_B), (G_A, far_A) = _gram(B.T), _gram(A)
+    sizes = G_B.diagonal().sqrt(), G_A.diagonal().sqrt()
+    G_B *= scales * scales[:, None]
     (energies, T_U), (_, T_V) = _directions(G_B, G_A, spans), _directions(G_A, G_B, spans)
+    T_U, T_V = T_U * signs((scales * far_B) @ T_U), T_V * signs(far_A @ T_V)
+    left, right = T_U.T @ G_B, G_A @ T_V
     zero = not float(energies[0]) > 0  # then both are a column of zeros
-    if not zero and not (_is_orthonormal(T_U, G_B) and _is_orthonormal(T_V, G_A)):
-        return _by_decomposition(B, A, spans)
-    return _signed(B, A, T_U, T_V, energies, (G_B @ T_U).T, G_A @ T_V, spans)
+    if not zero and not (_is_identity(left @ T_U) and _is_identity(T_V.T @ right)):
+        return _by_decomposition(B.double() * scales, A.double(), spans)
+    return Joint(B, A, scales[:, None] * T_U, T_V, *sizes, energies, left, right, spans)
 
 
-def _signed(
-    B: Tensor,
-    A: Tensor,
-    T_U: Tensor,
-    T_V: Tensor,
-    energies: Tensor,
-    left: Tensor,
-    right: Tensor,
-    spans: Sequence[slice | None],
-) -> Joint:
-    """The space, the signs of its directions fixed, and who has what of left and right."""
-    signs_U, signs_V = column_signs(B, T_U), column_signs(A.T, T_V)
-    left, right = left * signs_U[:, None], right * signs_V
-    lefts = tuple(None if s is None else left[:, s] for s in spans)
-    rights = tuple(None if s is None else right[s] for s in spans)
-    return Joint(B, A, T_U * signs_U, T_V * signs_V, energies, lefts, rights)
+def _gram(X: Tensor) -> tuple[Tensor, Tensor]:
+    """X Xᵀ (R, R), and `along` of the rows of X (R, n), in float64."""
+    X = X.double()
+    return X @ X.T, along(X.T)
 
 
-def _is_orthonormal(T: Tensor, G: Tensor) -> bool:
-    """Whether B T is, for G = BᵀB; not where a bad gauge made the Grams lose their small parts."""
-    off = T.T @ G @ T
-    off.diagonal().sub_(1)
-    return bool(off.abs().max() < 1e-8)
+def _is_identity(M: Tensor) -> bool:
+    """Whether M is; UᵀU is not where a bad gauge made the Grams lose their small parts."""
+    return bool((M - torch.eye(len(M)).to(M)).abs().max() < 1e-8)
 
 
-def _by_decomposition(B: Tensor, A: Tensor, spans: Sequence[slice | None]) -> Joint:
+def _by_decomposition(B: Tensor, A: Tensor, spans: tuple[slice | None, ...]) -> Joint:
     """By QR and SVD: several times slower, and right in any gauge."""
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     cores = [R_B[:, s] @ R_A[:, s].T for s in spans if s is not None]
-    P, S, _ = thin_svd(torch.cat(cores, 1))
+    P_U, S, _ = thin_svd(torch.cat(cores, 1))
     P_V, _, _ = thin_svd(torch.cat([C.T for C in cores], 1))
-    return _signed(Q_B, Q_A.T, P, P_V, S.square(), P.T @ R_B, R_A.T @ P_V, spans)
+    P_U, P_V = P_U * signs(along(Q_B) @ P_U), P_V * signs(along(Q_A) @ P_V)
+    sizes = S.new_ones(Q_B.shape[1]), S.new_ones(Q_A.shape[1])
+    return Joint(Q_B, Q_A.T, P_U, P_V, *sizes, S.square(), P_U.T @ R_B, R_A.T @ P_V, spans)
 
 
-def stacked(
-    updates: Sequence[LowRank | None], shape: tuple[int, int]
-) -> tuple[Tensor, Tensor, list[slice | None]]:
-    """[s_i B_i] (out, Σr) and [A_i] (Σr, in) in float64, and where each update lies in them."""
-    there = [u for u in updates if u is not None]
-    device = there[0].A.device if there else None
-    spans: list[slice | None] = []
-    at = 0
-    for u in updates:
-        spans.append(None if u is None else slice(at, at + u.rank))
-        at += 0 if u is None else u.rank
-    B = torch.empty(shape[0], at, dtype=torch.float64, device=device)
-    A = torch.empty(at, shape[1], dtype=torch.float64, device=device)
-    for u, span in zip(updates, spans, strict=True):
-        if u is not None and span is not None:
-            B[:, span].copy_(u.B).mul_(u.scale)
-            A[span] = u.A
-    return B, A, spans
+def side_by_side(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """[B_1 … B_N] (out, Σr) and [A_1; … ; A_N] (Σr, in), without scales; float32 at least."""
+    device, double = updates[0].A.device, torch.float64
+    dtype = double if any(double in (u.A.dtype, u.B.dtype) for u in updates) else torch.float32
+    B = torch.cat([u.B.to(device, dtype) for u in updates], 1)
+    return B, torch.cat([u.A.to(device, dtype) for u in updates])
+
+
+def spans_of(updates: Sequence[LowRank | None]) -> tuple[slice | None, ...]:
+    """Where each lies in `side_by_side`."""
+    ends = list(accumulate(0 if u is None else u.rank for u in updates))
+    return tuple(
+        None if u is None else slice(end - u.rank, end)
+        for u, end in zip(updates, ends, strict=True)
+    )
 
 
 def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tuple[Tensor, Tensor]:
@@ -217,14 +218,10 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     Args:
         G: BᵀB. G_other: A Aᵀ, of which H is the part within each update.
     """
-    within = torch.zeros_like(G)
+    root = torch.zeros_like(G)
     for span in spans:
         if span is not None:
-            within[span, span] = G_other[span, span]
-    root, failed = torch.linalg.cholesky_ex(within)  # any root of H does; this one is quick
-    if bool(failed):
-        values, W = torch.linalg.eigh(within)
-        root = W * values.clamp_min(0).sqrt()
+            root[span, span] = _root(G_other[span, span])
     values, W = torch.linalg.eigh(root.T @ G @ root)
     values, W = values.flip(0).clamp_min(0), W.flip(1)
     kept = max(1, int((values > NOISE**2 * values[0]).sum()))
@@ -233,17 +230,23 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
     return values, root @ W[:, :kept] * inverse
 
 
+def _root(H: Tensor) -> Tensor:
+    """R with R Rᵀ = H: any does, and Cholesky's is quick."""
+    root, failed = torch.linalg.cholesky_ex(H)
+    if bool(failed):
+        values, W = torch.linalg.eigh(H)
+        root = W * values.clamp_min(0).sqrt()
+    return root
+
+
 def along(X: Tensor) -> Tensor:
     """How far each column of X (n, k) goes along (sin 1, sin 2, …), (k,)."""
     return torch.arange(1, len(X) + 1, dtype=X.dtype, device=X.device).sin() @ X
 
 
-def column_signs(X: Tensor, T: Tensor | None = None) -> Tensor:
-    """±1 for each column of X, or of X T, −1 where it points against (sin 1, sin 2, …): it and
-    its opposite become one.
-    """
-    far = along(X) if T is None else along(X) @ T
-    return torch.where(far < 0, -1.0, 1.0).to(X)
+def signs(far: Tensor) -> Tensor:
+    """±1 for each column, −1 where it goes against `along`: it and its opposite become one."""
+    return torch.where(far < 0, -1.0, 1.0).to(far)
 
 
 def thin_svd(M: Tensor, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

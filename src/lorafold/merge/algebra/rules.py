@@ -14,7 +14,7 @@ arithmetic: Ilharco et al. 2023 (arXiv:2212.04089).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -83,7 +83,7 @@ RULES = {
 
 def combined(
     rule: Rule,
-    entries: Sequence[Tensor | None],
+    entries: Iterable[Tensor | None],
     weights: Sequence[float],
     densities: Sequence[float],
     draw: Draw,
@@ -91,66 +91,47 @@ def combined(
     """The rule applied to all entries.
 
     Args:
-        entries: each adapter's, all of one shape; None is zero. Of any sequence but a list one is
-            asked for at a time, twice where a sign is elected, so that it may make them then.
+        entries: each adapter's, all of one shape; None is zero. One is asked for at a time.
         weights, densities: each adapter's.
         draw: the random numbers of an adapter.
 
     Returns:
         A tensor of their shape; None where all are None.
     """
+    kept = (
+        (w, sparsified(rule, x, density, partial(draw, i)))
+        for i, (x, w, density) in enumerate(zip(entries, weights, densities, strict=True))
+        if x is not None and w != 0
+    )
+    if rule.elect:
+        return _elected(rule.divide, kept)
     total: Tensor | None = None
-    size: Tensor | None = None
-    kept: Iterable[tuple[float, Tensor]] = _kept(rule, entries, weights, densities, draw)
-    if isinstance(entries, list):  # they are all there: what is kept of them may be as well
-        kept = list(kept)
     for w, x in kept:
         total = w * x if total is None else total.add_(x, alpha=w)
-        if rule.elect:
-            one = x.abs()
-            size = one.mul_(abs(w)) if size is None else size.add_(one, alpha=abs(w))
-    if total is None:
-        return None
-    if rule.elect:
-        assert size is not None
-        # Rounding elects no sign: neither an entry's own, nor that of the sums it came from.
-        plus = total >= size.add_(size.mean()).mul_(-NOISE)
-        if not isinstance(entries, list):
-            kept = _kept(rule, entries, weights, densities, draw)
-        return _elected(rule.divide, kept, plus)
-    if rule.divide == "no":
+    if rule.divide == "no" or total is None:
         return total
     divisor = sum(weights) if rule.divide == "signed" else sum(map(abs, weights))
     return total if abs(divisor) < 1e-8 else total / divisor
 
 
-def _kept(
-    rule: Rule,
-    entries: Sequence[Tensor | None],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    draw: Draw,
-) -> Iterator[tuple[float, Tensor]]:
-    """Weight and sparsified entries of every adapter that counts."""
-    for i, w in enumerate(weights):
-        x = entries[i] if w != 0 else None
-        if x is not None:
-            yield w, sparsified(rule, x, densities[i], partial(draw, i))
-
-
-def _elected(divide: str, kept: Iterable[tuple[float, Tensor]], plus: Tensor) -> Tensor:
-    """Σ w·x over those of the elected sign, divided as the rule says."""
-    sign = total = divisor = torch.zeros(())
+def _elected(divide: str, kept: Iterable[tuple[float, Tensor]]) -> Tensor | None:
+    """Σ w·x over those of the sign of Σ w·x, divided as the rule says."""
+    above: tuple[Tensor, ...] = ()  # Σ |w·x| over those above zero, and Σ of their weights
+    below: tuple[Tensor, ...] = ()
     for w, x in kept:
-        if not sign.ndim:
-            sign = torch.where(plus, 1.0, -1.0).to(x)
-            total, divisor = torch.zeros_like(x), torch.zeros_like(x)
-        along = (x * sign).mul_(w)
-        agrees = along > 0
-        total.add_(along.clamp_min_(0))
-        divisor.add_(agrees, alpha=w if divide == "signed" else abs(w))
-    total.mul_(sign)
-    return total if divide == "no" else total.div_(torch.where(divisor == 0, 1.0, divisor))
+        if not above:
+            above, below = ((torch.zeros_like(x), torch.zeros_like(x)) for _ in range(2))
+        sides = (above, below) if w > 0 else (below, above)
+        for (total, shares), part in zip(sides, (x.clamp_min(0), (-x).clamp_min_(0)), strict=True):
+            total.add_(part, alpha=abs(w))
+            shares.add_(part.sign_(), alpha=w if divide == "signed" else abs(w))
+    if not above:
+        return None
+    size = above[0] + below[0]
+    # Rounding elects no sign: neither an entry's own, nor that of the sums it came from.
+    plus = size.add_(size.mean()).mul_(NOISE).add_(above[0]) >= below[0]
+    total, shares = torch.where(plus, above[0], -below[0]), torch.where(plus, above[1], below[1])
+    return total if divide == "no" else total.div_(shares.add_(shares == 0))
 
 
 def sparsified(
@@ -160,15 +141,14 @@ def sparsified(
     if rule.keep == "all" or density >= 1:
         return x
     if rule.keep == "magnitude":
-        mask = _largest(x, density)
+        kept = _largest(x, density)
     elif rule.keep == "middle":
-        mask = _middle(x, density, rule.gamma)
+        kept = x * _middle(x, density, rule.gamma)
     else:
         chance = _chances(x, density, rule)
-        mask = draw(x.shape).to(x) < chance
+        kept = x * (draw(x.shape).to(x) < chance)
         if rule.rescale == "probability":
-            return x * mask / chance
-    kept = x * mask
+            return kept / chance
     if rule.rescale == "sum":
         before, after = x.abs().sum(), kept.abs().sum()
         if before > 1e-7 and after > 1e-7:
@@ -193,17 +173,20 @@ def _count(share: float, numbers: int) -> int:
 
 
 def _largest(x: Tensor, density: float) -> Tensor:
-    """A mask of the share `density` of entries that is largest in size; those as large as the last.
+    """Of x the share `density` of entries that is largest in size, and those as large as the last.
 
     Selecting one value takes a quarter of the time that `topk` does, numpy's a third of torch's.
     """
     size, kept = x.abs(), _count(density, x.numel())
     if kept == 0:
-        return torch.zeros_like(x, dtype=torch.bool)
+        return torch.zeros_like(x)
     at = x.numel() - kept
     if size.device.type == "cpu":
-        return size >= float(np.partition(size.numpy().ravel(), at)[at])
-    return size >= size.flatten().kthvalue(at + 1).values
+        last = torch.from_numpy(np.partition(size.numpy().ravel(), at)[at : at + 1])
+    else:
+        last = size.flatten().kthvalue(at + 1).values
+    below = float(torch.nextafter(last, torch.zeros_like(last)))
+    return torch.nn.functional.hardshrink(x, below)  # a third of the time of a mask and a product
 
 
 def _middle(x: Tensor, density: float, gamma: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import MismatchError
 from ...lowrank import LowRank
-from .core import Members, stacked
+from .core import Members, side_by_side, spans_of
 
 _FIRST_STEP, _SMALLEST = 0.3, 1e-3
 
@@ -82,7 +82,8 @@ def regmean(
         MismatchError: one is missing, or of another shape, or they don't span the inputs.
     """
     inner = members.shape[1]
-    _, A, spans = stacked(members.updates, members.shape)
+    _, A = side_by_side(members.there)
+    A, spans = A.double(), spans_of(members.updates)
     total = torch.zeros(inner, inner, dtype=torch.float64, device=A.device)
     mixed = torch.zeros_like(A)
     parts: list[Tensor] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -81,31 +80,11 @@ def _side(rule: Rule, members: Members, side: str) -> Tensor:
     return torch.zeros_like(next(x for x in entries if x is not None)) if found is None else found
 
 
-class _Dense(Sequence["Tensor | None"]):
-    """ΔW of each adapter, made when asked for."""
-
-    def __init__(self, members: Members) -> None:
-        self._updates = members.updates
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    @overload
-    def __getitem__(self, i: int) -> Tensor | None: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Tensor | None]: ...
-
-    def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor | None] | None:
-        if isinstance(i, slice):
-            raise TypeError("one at a time")
-        u = self._updates[i]
-        return None if u is None else u.dense()
-
-
 def in_delta(rule: Rule, members: Members, rank: int | None) -> Cut:
     """The rule on the entries of ΔW, cut to a rank: Σr where it is None."""
-    M = combined(rule, _Dense(members), members.weights, members.densities, members.uniforms)
+    pairs = zip(members.updates, members.weights, strict=True)
+    entries = (None if u is None or w == 0 else u.dense() for u, w in pairs)  # one at a time
+    M = combined(rule, entries, members.weights, members.densities, members.uniforms)
     if M is None:
         M = torch.zeros(members.shape)
     most = min(members.shape)

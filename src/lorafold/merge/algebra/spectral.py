@@ -19,7 +19,7 @@ from torch import Tensor
 from ...collection.batch import decompose
 from ...errors import MismatchError
 from ...lowrank import LowRank, from_svd
-from .core import NOISE, Cut, Joint, Members, along, column_signs, thin_svd
+from .core import NOISE, Cut, Joint, Members, along, side_by_side, signs, thin_svd
 from .rules import Rule, combined
 
 _ALIKE = 0.9995  # cosine from which a great circle is taken for a line
@@ -39,15 +39,8 @@ def linear(members: Members) -> LowRank:
     if not parts:
         u = members.there[0]
         return LowRank(u.A[:1].float(), torch.zeros_like(u.B[:, :1]).float())
-    dtype = torch.float64 if any(u.A.dtype == torch.float64 for u, _ in parts) else torch.float32
-    device = parts[0][0].A.device
-    A = torch.cat([u.A.to(device, dtype) for u, _ in parts])
-    B = torch.cat([u.B.to(device, dtype) for u, _ in parts], 1)
-    at = 0
-    for u, scale in parts:
-        B[:, at : at + u.rank] *= scale
-        at += u.rank
-    return LowRank(A, B)
+    B, A = side_by_side([u for u, _ in parts])
+    return LowRank(A, B.mul_(B.new_tensor([scale for u, scale in parts for _ in range(u.rank)])))
 
 
 def linear_cut(members: Members, rank: int) -> Cut:
@@ -175,7 +168,7 @@ def lego(members: Members, rank: int | None) -> LowRank:
     """LoRA-LEGO: rank-one pieces of all updates in k clusters, each cluster one piece.
 
     A piece is (√σ u, √σ v) of a singular triple, taken with the sign that is nearer to its
-    cluster (where both are as near, with the sign that `column_signs` fixes). A centroid gets the
+    cluster (where both are as near, with the sign that `signs` fixes). A centroid gets the
     mean norm of its pieces; all are scaled by √(r / k).
 
     Args:
@@ -186,8 +179,8 @@ def lego(members: Members, rank: int | None) -> LowRank:
     for w, (U, S, Vh) in zip(members.weights, _svds(joint), strict=True):
         root = S.sqrt()[:, None]
         if w != 0:
-            signs = column_signs(joint.U @ U)[:, None]
-            left, right = root * signs * U.T, root * signs * Vh
+            root *= signs(along(joint.U @ U))[:, None]
+            left, right = root * U.T, root * Vh
             units.append(torch.cat([math.copysign(1.0, w) * left, right], 1))
             weights += [abs(w)] * len(S)
     if not weights:
