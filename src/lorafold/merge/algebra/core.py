@@ -232,6 +232,7 @@ def _directions(G: Tensor, G_other: Tensor, spans: Sequence[slice | None]) -> tu
 
 def _root(H: Tensor) -> Tensor:
     """R with R Rᵀ = H: any does, and Cholesky's is quick."""
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(H)
     if bool(failed):
         values, W = torch.linalg.eigh(H)
