@@ -341,3 +341,61 @@ def test_nan_where_the_base_has_it_is_no_change(world, tmp_path):
     assert verify_merge(base, adapter, out).ok
     save_file({**load_file(out / FILE), "mask": mask.nan_to_num()}, out / FILE)
     assert verify_merge(base, adapter, out).others == {"mask": "changed"}
+
+
+def test_an_embedding_whose_weight_is_saved_beside_its_update(world, tmp_path, make_update):
+    """As PEFT saves it: the weight takes the base's place, the update is added to it."""
+    base, _ = world()
+    key = "model.embed_tokens"
+    u, own = make_update(32, 50, 2), torch.ones(50, 32)
+    extras = {f"base_model.model.{key}.base_layer.weight": own}
+    adapter = lf.Adapter({key: u}, extras, layouts={key: Layout("embedding")})
+    lf.merge_into_weights(base, adapter, tmp_path / "out")
+    found = verify_merge(base, adapter, tmp_path / "out")
+    assert found.counts == {"applied": 2}, found
+    assert found.ok
+    assert verify_merge(base, 2 * adapter, tmp_path / "out").counts == {"wrong strength": 2}
+    only_u = rewritten(base, tmp_path / "u", lambda k, W: W + u.dense().T if key in k else W)
+    assert verify_merge(base, adapter, only_u).counts == {"other change": 2}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_a_weight_that_is_stored_transposed(world, tmp_path, size):
+    """Right numbers that no model can be loaded from."""
+    base, adapter = world()
+    merged = plus(adapter, 1.0)
+
+    def turned(key, W):
+        return (
+            merged(key, W).T if tuple(W.shape) == size and key[:-7] in adapter else merged(key, W)
+        )
+
+    found = verify_merge(base, adapter, rewritten(base, tmp_path / "out", turned))
+    assert found.counts == {"other change": 3, "applied": 3}
+    assert found.says == "the whole weight is stored transposed"
+
+
+def renamed(folder, out, name):
+    out.mkdir()
+    save_file({name(k): t for k, t in load_file(folder / FILE).items()}, out / FILE)
+    return out
+
+
+def test_names_with_a_base_model_s_prefix_or_without_it(world, tmp_path):
+    """transformers writes `transformer.h.0…` of a GPT-2 whose base on the Hub has `h.0…`."""
+    base, adapter = world()
+    short = renamed(base, tmp_path / "short", lambda k: k.removeprefix("model."))
+    merged = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    assert verify_merge(short, adapter, merged).ok
+    found = verify_merge(base, adapter, renamed(merged, tmp_path / "out2", lambda k: k[6:]))
+    assert (found.ok, found.compared) == (True, 2)
+    broken = rewritten(merged, tmp_path / "broken", lambda k, W: W + 1 if "norm" in k else W)
+    assert verify_merge(short, adapter, broken).others == {"norm.weight": "changed"}
+
+
+def test_names_that_nothing_reads_are_told(world, tmp_path):
+    base, adapter = world()
+    merged = rewritten(base, tmp_path / "out", plus(adapter, 1.0))
+    twice = verify_merge(base, adapter, renamed(merged, tmp_path / "m", lambda k: "model." + k))
+    assert (twice.ok, len(twice.others)) == (False, 4)
+    assert twice.says == "the names of its tensors have 'model.' before them"
