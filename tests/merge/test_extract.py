@@ -239,3 +239,54 @@ def test_a_difference_beyond_float32_is_told_by_name(state, tmp_path):
     base, tuned = written(tmp_path / "base", near), written(tmp_path / "tuned", far)
     with pytest.raises(lf.MismatchError, match=key):
         lf.extract(base, tuned, rank=1)
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_are_one_parameter(tmp_path, model):
+    """Slice by slice, (out, in) or (in, out) as the model stores them."""
+    g = torch.Generator().manual_seed(0)
+    key = "model.layers.0.mlp.experts.down_proj"
+    W = torch.randn(3, 12, 16, generator=g)
+    D = torch.randn(3, 12, 2, generator=g) @ torch.randn(3, 2, 16, generator=g)
+    D[1] = 0
+    base = written(tmp_path / "base", {key: W}, {"model_type": model})
+    found = lf.extract(base, written(tmp_path / "tuned", {key: W + D}), rank=2)
+    assert sorted(found) == [f"{key}[0]", f"{key}[2]"]
+    shape = (12, 16) if model == "qwen3_moe" else (16, 12)
+    assert {u.shape for u in found.modules.values()} == {shape}
+    lf.save(found, tmp_path / "out")
+    assert lf.load(tmp_path / "out").config["target_parameters"] == [
+        "model.layers.0.mlp.experts.down_proj"
+    ]
+    lf.merge_into_weights(base, tmp_path / "out", tmp_path / "again")
+    assert torch.allclose(load_file(tmp_path / "again/model.safetensors")[key], W + D, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:3 tensors")
+def test_what_is_kept_whole_is_where_peft_looks_for_it(state, tmp_path):
+    """Beside an update, the name of what it wraps; in a module with updates further down, none."""
+    state["model.layers.0.q.bias"] = torch.zeros(32)
+    state["model.layers.0.sinks"] = torch.zeros(4)
+    other = {"model.layers.0.q.bias", "model.layers.0.sinks", "model.norm.weight"}
+    tuned = {k: W + 1 if k in other or k.endswith("q.weight") else W for k, W in state.items()}
+    base, after = written(tmp_path / "base", state), written(tmp_path / "tuned", tuned)
+    with pytest.warns(UserWarning, match="PEFT has no way to load 'model.layers.0.sinks'"):
+        found = lf.extract(base, after, rank=1)
+    assert sorted(k.removeprefix("base_model.model.model.") for k in found.extras) == [
+        "layers.0.q.base_layer.bias",
+        "layers.0.sinks",
+        "norm.weight",
+    ]
+    assert found.config["modules_to_save"] == ["model.norm"]
+    lf.save(found, tmp_path / "out")
+    lf.merge_into_weights(base, tmp_path / "out", tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.allclose(again[k], W, atol=1e-5) for k, W in tuned.items())
+
+
+def test_a_resized_vocabulary_says_what_to_give(state, tmp_path):
+    key = "model.embed_tokens.weight"
+    more = {**state, key: torch.cat([state[key], torch.ones(3, 32)])}
+    base, after = written(tmp_path / "base", state), written(tmp_path / "tuned", more)
+    with pytest.raises(lf.MismatchError, match=r"resize_token_embeddings\(53\)"):
+        lf.extract(base, after, rank=1)

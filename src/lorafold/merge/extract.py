@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -25,7 +25,7 @@ from ..errors import MismatchError, RefusedError
 from ..files.base import Weights, read_base
 from ..lowrank import LowRank
 from ..parts import LINEAR, PREFIX, Layout
-from ..words import warn
+from ..words import some_of, warn
 from .algebra.spaces import cut
 from .checkpoint import FLOATS, same
 
@@ -39,6 +39,7 @@ _EMBEDDINGS = {
 }
 # Models of Conv1D, and the layers of it: their weights are (in, out).
 _TURNED = {"gpt2", "imagegpt", "openai-gpt", "decision_transformer"}
+_TURNED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 _CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
 _DIGITS = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7, torch.float64: 52}
 
@@ -87,7 +88,7 @@ def extract(
     _check(rank, tolerance)
     before, after = (Weights(read_base(os.fspath(path))) for path in (base, tuned))
     _check_same(before, after)
-    turned = before.files.config.get("model_type") in _TURNED
+    model = str(before.files.config.get("model_type"))
     modules: dict[str, LowRank] = {}
     layouts: dict[str, Layout] = {}
     sums = _Sums()
@@ -101,25 +102,25 @@ def extract(
         codes = next((t.dtype for t in (W, W1) if t.dtype not in FLOATS), None)
         if codes is not None:
             raise RefusedError(f"{key!r} is {codes}: quantised weights have no difference")
-        path = key.removesuffix(".weight")
-        layout = _layout(path, W) if path != key else None
-        if layout is None:
+        D = (W1.double() - W.double()).float()
+        found = list(_updates(key, D, model))
+        if not found:
             sums.whole[key] = W1.clone()
             continue
-        D = (W1.double() - W.double()).float()
         if not torch.isfinite(D).all():
             raise MismatchError(f"{key!r} holds numbers that are not finite: there is no update")
-        conv1d = turned and path.rpartition(".")[2] in _CONV1D
-        flat = D.T if layout.kind == "embedding" or conv1d else D.flatten(1)
-        try:
-            modules[path] = _within(flat, rank, tolerance, sums)
-        except MismatchError as e:
-            raise MismatchError(f"{key!r}: its difference is beyond float32's range ({e})") from e
+        for path, layout, flat in found:
+            try:
+                modules[path] = _within(flat, rank, tolerance, sums)
+            except MismatchError as e:
+                said = f"{key!r}: its difference is beyond float32's range ({e})"
+                raise MismatchError(said) from e
+            if layout != LINEAR:
+                layouts[path] = layout
         sums.floor += _rounding(W) + _rounding(W1)
-        if layout != LINEAR:
-            layouts[path] = layout
     if not modules and not sums.whole:
         raise MismatchError(f"{tuned} is {base}: no tensor differs")
+    turned = model in _TURNED
     return _adapter(modules, layouts, sums, turned, base_model or os.fspath(base), str(tuned))
 
 
@@ -150,17 +151,38 @@ def _check_same(before: Weights, after: Weights) -> None:
         if key in after:
             a, b = (w.shape(key) for w in (before, after))
             if a != b:
-                raise MismatchError(f"{key!r} is {a} in the base and {b} in the tuned checkpoint")
+                grown = len(a) == 2 and a[1:] == b[1:]
+                raise MismatchError(
+                    f"{key!r} is {a} in the base and {b} in the tuned checkpoint"
+                    + (
+                        f": for a vocabulary that was resized, save the base resized, with "
+                        f"transformers' resize_token_embeddings({b[0]}), and give that"
+                        if grown
+                        else ""
+                    )
+                )
 
 
-def _layout(path: str, W: Tensor) -> Layout | None:
-    """How a weight is one update; None where it is none."""
-    if W.ndim == 2:
-        embedding = path.rpartition(".")[2] in _EMBEDDINGS
-        return Layout("embedding") if embedding else LINEAR
-    if W.ndim in (3, 4, 5):
-        return Layout("conv", kernel=tuple(W.shape[1:]))
-    return None
+def _updates(key: str, D: Tensor, model: str) -> Iterator[tuple[str, Layout, Tensor]]:
+    """Path, layout and (out, in) of every update that a weight's difference is; none of a vector.
+
+    Args:
+        model: its type, by which some weights are known to be stored (in, out).
+    """
+    path = key.removesuffix(".weight")
+    owner, _, name = path.rpartition(".")
+    if path == key:
+        if D.ndim == 3 and owner.rpartition(".")[2] == "experts":
+            turned = model in _TURNED_EXPERTS
+            for e in (e for e in range(len(D)) if bool(D[e].any())):
+                layout = Layout("expert", parameter=name, expert=(e, len(D)), transposed=turned)
+                yield f"{key}[{e}]" if len(D) > 1 else key, layout, D[e].T if turned else D[e]
+    elif D.ndim == 2 and name in _EMBEDDINGS:
+        yield path, Layout("embedding"), D.T
+    elif D.ndim == 2:
+        yield path, LINEAR, D.T if model in _TURNED and name in _CONV1D else D
+    elif D.ndim in (3, 4, 5):
+        yield path, Layout("conv", kernel=tuple(D.shape[1:])), D.flatten(1)
 
 
 def _within(D: Tensor, rank: int | None, tolerance: float | None, sums: _Sums) -> LowRank:
@@ -197,13 +219,16 @@ def _adapter(
     base: str,
     tuned: str,
 ) -> Adapter:
-    whole = {PREFIX + key: t for key, t in sums.whole.items()}
+    owners = {layouts.get(p, LINEAR).owner(p) for p in modules}
+    whole = {_key(key, owners): t for key, t in sums.whole.items()}
+    saved, beside = _saved(sums.whole, owners)
     if whole:
         warn(
             f"{len(whole)} tensors that changed are no matrices and are kept whole: "
-            + ", ".join(repr(k) for k in list(sums.whole)[:5])
-            + (", …" if len(whole) > 5 else "")
+            + some_of(list(sums.whole))
         )
+    if beside:
+        warn(f"PEFT has no way to load {some_of(beside)}: what is kept whole beside an update")
     size = math.sqrt(sums.size) or 1.0
     told = {
         "lorafold": __version__,
@@ -216,7 +241,26 @@ def _adapter(
     config: dict[str, Any] = {ORIGIN: {"metadata": {KEY: json.dumps(told)}}}
     if turned:
         config["fan_in_fan_out"] = True
-    saved = sorted({k.rpartition(".")[0] for k in sums.whole} - set(modules))
     if saved:
         config["modules_to_save"] = saved
     return Adapter(modules, whole, config, base, layouts)
+
+
+def _key(name: str, owners: Set[str]) -> str:
+    """What PEFT calls a tensor that is kept whole: a module with an update is wrapped."""
+    module, _, parameter = name.rpartition(".")
+    return PREFIX + (f"{module}.base_layer.{parameter}" if module in owners else name)
+
+
+def _saved(whole: Iterable[str], owners: Set[str]) -> tuple[list[str], list[str]]:
+    """Modules for PEFT to load whole; and tensors for which none will do: it holds updates."""
+    saved, beside = set(), []
+    for name in whole:
+        module, _, parameter = name.rpartition(".")
+        if any(owner.startswith(f"{module}.") for owner in owners) or not module:
+            beside.append(name)
+        elif module not in owners:
+            saved.add(module)
+        elif parameter != "bias":  # of experts: their wrappers nest
+            beside.append(name)
+    return sorted(saved), beside
