@@ -171,6 +171,7 @@ def test_kinds_merge_reload_and_are_found(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*Model has `tie_word")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
 @pytest.mark.filterwarnings("ignore:.* tensors that changed are no matrices")
 def test_a_fine_tuned_gpt2_becomes_an_adapter_that_peft_runs(tmp_path):
     """Conv1D, biases of layers with an update, norms."""
