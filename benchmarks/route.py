@@ -3,9 +3,11 @@
 The demo's 31 tasks. From the first half of each held-out text come the examples that routers are
 fitted on, from the second the windows that are reported: a router sees the first 96 bytes of a
 window of 256, and the loss is that of the other 160 under what it chose. The lift is
-(base − routed) / (base − oracle) in mean loss, the oracle being each task's own adapter. Claims:
+(base − routed) / (base − oracle) in mean loss, the oracle being each task's own adapter. Which of
+the routers of inputs is the best is not decided on these windows: each is fitted on three quarters
+of the examples, too, and the one that is right most often on the last quarter is chosen. Claims:
 
-- The best router of inputs keeps 98 % of the oracle's lift.
+- The router that was chosen keeps 98 % of the oracle's lift.
 - Asked about tasks that it has no adapter for, the centroid router of n-grams at an error of 0.01
   does no harm: the loss is within 2 % of the base's. (The others are printed beside it.)
 - Routing 64 vectors among 1,000 names, and with it encoding the 64 texts by n-grams, takes less
@@ -24,6 +26,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,25 +152,40 @@ def rows_of(judge: Judge, routers: Mapping[str, Any], kinds: Mapping[str, str]) 
     return found
 
 
+def fits() -> dict[str, Any]:
+    """What is fitted on the examples of each encoder."""
+    found: dict[str, Any] = {}
+    for error in (0.05, 0.01, None):
+        what = "never abstains" if error is None else f"error {error:g}"
+        found[f"centroid, {{}}, {what}"] = partial(lf.CentroidRouter.fit, error=error)
+    learned = partial(lf.LearnedRouter.fit, top_k=1)
+    found["learned, {}, top 1"] = learned
+    found["learned, {}, top 3"] = partial(lf.LearnedRouter.fit, top_k=3)
+    found["learned, {}, no hidden layer, top 1"] = partial(learned, hidden=None)
+    found["learned, {}, error 0.01"] = partial(learned, error=0.01)
+    return found
+
+
 def routers_of(examples: Mapping[str, list[str]], encoders: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, encoder in encoders.items():
         encoded = {n: encoder(texts) for n, texts in examples.items()}
-        for error in (0.05, 0.01, None):
-            what = "never abstains" if error is None else f"error {error:g}"
-            router = lf.CentroidRouter.fit(encoded, error=error)
+        for what, fit in fits().items():
+            found[what.format(name)] = router = fit(encoded)
             router.encode_with(encoder)
-            found[f"centroid, {name}, {what}"] = router
-        for top_k in (1, 3):
-            router = lf.LearnedRouter.fit(encoded, top_k=top_k)
-            router.encode_with(encoder)
-            found[f"learned, {name}, top {top_k}"] = router
-        router = lf.LearnedRouter.fit(encoded, hidden=None, top_k=1)
-        router.encode_with(encoder)
-        found[f"learned, {name}, no hidden layer, top 1"] = router
-        router = lf.LearnedRouter.fit(encoded, top_k=1, error=0.01)
-        router.encode_with(encoder)
-        found[f"learned, {name}, error 0.01"] = router
+    return found
+
+
+def right_on_held_out(judge: Judge, encoders: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the last quarter of the examples that routers fitted on the rest send to its own."""
+    cut = {n: 3 * len(texts) // 4 for n, texts in judge.examples.items()}
+    routers = routers_of({n: texts[: cut[n]] for n, texts in judge.examples.items()}, encoders)
+    pairs = [(n, text) for n, texts in judge.examples.items() for text in texts[cut[n] :]]
+    found = {}
+    for name, router in routers.items():
+        mixes = router([text for _, text in pairs])
+        named = [None if m is None else max(m, key=m.__getitem__) for m in mixes]
+        found[name] = statistics.fmean(m == n for m, (n, _) in zip(named, pairs, strict=True))
     return found
 
 
@@ -283,19 +301,22 @@ def main() -> None:
 
         encoders["MiniLM"] = remembering(encoder_of(str(get_model_path()))[0])
     with quiet():
+        held_out = right_on_held_out(judge, encoders)
+        print(held_out, flush=True)
         rows = rows_of(judge, routers_of(judge.examples, encoders), kinds)
         strange = strangers(judge, kinds, encoders)
     times, peft = cost(judge, encoders), against_peft(judge)
-    best = max((r for r in rows if r["right"] is not None), key=lambda r: r["lift"])
+    chosen = next(r for r in rows if r["router"] == max(held_out, key=held_out.__getitem__))
     harm = next(r for r in strange if r["router"] == CAREFUL)["loss / base's"]
     result = {
         "rows": rows,
         "strangers": strange,
         "seconds": times,
         "arrow_seconds": peft,
-        "best": best["router"],
+        "right on held-out examples": held_out,
+        "chosen": chosen["router"],
         "met": {
-            f"lift ≥ {GOAL}": best["lift"] >= GOAL,
+            f"lift ≥ {GOAL}": chosen["lift"] >= GOAL,
             f"loss on strangers ≤ {1 + HARM} base's": harm <= 1 + HARM,
             "routing 64 texts < a forward pass": times["centroid, 1000 names, n-grams too"]
             < times["forward"],

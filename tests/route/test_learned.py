@@ -113,9 +113,45 @@ def test_it_stops_early_and_keeps_the_best(make_clusters, names):
     )
     run = router.training_run
     assert run.epochs == run.best + 3 < 300
-    assert [done for done, _, _ in seen] == list(range(1, run.epochs + 1))
-    losses = [float(stage.rpartition(" ")[2]) for _, _, stage in seen]
+    assert [done for done, _, _ in seen] == [*range(1, run.epochs + 1), *range(1, run.best + 1)]
+    losses = [float(stage.rpartition(" ")[2]) for _, _, stage in seen[: run.epochs]]
     assert min(losses) == pytest.approx(run.loss, abs=1e-4) == losses[run.best - 1]
+
+
+def test_the_head_is_trained_on_all_that_it_may_see(make_clusters, names):
+    data = make_clusters(names, 12, spread=1.5)
+    router = lf.LearnedRouter.fit(data, hidden=None)
+    best = router.training_run.best
+    again = lf.LearnedRouter.fit(data, hidden=None, heldout=0, epochs=best)  # stopped on nothing
+    assert again.training_run.best == best > 3
+    assert torch.equal(again.head.weight, router.head.weight)
+
+
+def test_what_it_is_calibrated_on_is_neither_trained_nor_stopped_on(make_clusters, names):
+    data = make_clusters(names, 30, spread=1.5)
+    other = [make_clusters(names, 30, spread=s, seed=1) for s in (0.1, 2.0)]
+    good, bad = (lf.LearnedRouter.fit(data, error=0.1, heldout=held) for held in other)
+    assert torch.equal(good.weights(data["sql"]), bad.weights(data["sql"]))
+    assert good.training_run == bad.training_run
+    assert good.calibration.routed == 1 > bad.calibration.routed
+
+
+def test_the_error_holds_over_small_fits(make_clusters, names):
+    """The control: calibrated on what it was trained on, it routes too much."""
+    wrong, routed = {"fit": 0, "control": 0}, {"fit": 0, "control": 0}
+    for seed in range(8):
+        data = make_clusters(names, 40, spread=1.5, seed=seed)
+        new = make_clusters(names, 300, spread=1.5, seed=100 + seed)
+        router = lf.LearnedRouter.fit(data, error=0.1, seed=seed)
+        for kind in wrong:
+            if kind == "control":
+                router.calibrate(data, 0.1)
+            for name, x in new.items():
+                rows = [row for row in router(x) if row is not None]
+                wrong[kind] += sum(max(row, key=row.get) != name for row in rows)
+                routed[kind] += len(rows)
+    assert wrong["fit"] / routed["fit"] < 0.1 < wrong["control"] / routed["control"]
+    assert routed["fit"] > 0.7 * routed["control"]
 
 
 def test_seeds_decide_and_torchs_own_state_stays(make_clusters, names):

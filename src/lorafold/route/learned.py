@@ -1,12 +1,17 @@
-"""A small trained head: from vectors to a mix of adapters."""
+"""A small trained head: from vectors to a mix of adapters.
+
+What a threshold is calibrated on the head has never seen, nor was it stopped on it. Of the other
+examples a share says after how many epochs a head gets no better; then a new one is trained as long
+on all of them, so that stopping costs no example.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -30,6 +35,7 @@ from .router import Calibration, Router
 
 KIND = "learned"
 _BATCH = 256  # examples of a step
+_STOP = 0.2  # the share that training is stopped on, where held-out examples are given
 
 Progress = Callable[[int, int, str], None]
 
@@ -39,8 +45,9 @@ class Training:
     """How a fit went.
 
     Args:
-        epochs: that were run. best: the one whose weights were kept.
-        loss: cross-entropy on the held-out examples, in nats. accuracy: on the same.
+        epochs: that were run until it stopped. best: as many as the head was then trained for.
+        loss: cross-entropy after these, in nats, on the examples that it was stopped on, which it
+            had not seen by then. accuracy: on the same.
     """
 
     epochs: int
@@ -172,7 +179,11 @@ class LearnedRouter(Router, nn.Module):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> LearnedRouter:
-        """Train a head on examples, and stop when held-out ones get no better.
+        """Train a head on examples, for as long as others get better.
+
+        A head is trained on some examples and stopped when the others get no better; then a new
+        one is trained on all of them for as many epochs. What the threshold is calibrated on is
+        in neither.
 
         Args:
             examples: {name: texts or vectors (n, D)}; under None, examples of nothing here, which
@@ -180,10 +191,12 @@ class LearnedRouter(Router, nn.Module):
             encoder, hidden, temperature, top_k: of the router.
             error: of the held-out examples that are routed, the share that may have a wrong name
                 on top; None never abstains.
-            heldout: the share of every name's examples that are not trained on, or examples.
-            epochs: at most. patience: epochs without a better held-out loss. lr: of AdamW.
-            seed: of weights, order and held-out examples.
-            progress: called with epochs done, epochs at most, and the held-out loss.
+            heldout: the share of every name's examples that the threshold is calibrated on, and
+                of the rest that training is stopped on; or examples: to calibrate on, or to stop
+                on where `error` is None.
+            epochs: at most. patience: epochs without a better loss on what it is stopped on.
+            lr: of AdamW. seed: of weights, order and what is held out.
+            progress: called with epochs done, epochs at most, and what is done.
 
         Raises:
             MismatchError: no examples, vectors of different lengths or not finite, options out of
@@ -192,21 +205,23 @@ class LearnedRouter(Router, nn.Module):
         error = checked_error(error)
         epochs, patience = checked_count(epochs, "epochs"), checked_count(patience, "patience")
         lr, seed = checked_number(lr, "lr"), checked_seed(seed)
-        train, held = _split(examples, heldout, encoder_of(encoder)[0], seed)
-        if error is not None and not len(held):
-            raise MismatchError(
-                "a threshold is calibrated on held-out examples, and there are none: give two "
-                "examples of a name, or more"
-            )
+        parts = _Parts.of(examples, heldout, encoder_of(encoder)[0], error is not None, seed)
+        known = parts.known
         router = cls(
-            train.names, train.vectors.shape[1], hidden, temperature, top_k, encoder=encoder,
+            known.names, known.vectors.shape[1], hidden, temperature, top_k, encoder=encoder,
             seed=seed,
-        ).to(train.vectors.device)  # fmt: skip
-        router.center_on(train.vectors)
-        known = train.take(train.labels != NOWHERE), held.take(held.labels != NOWHERE)
-        router.training_run = _trained(router, *known, epochs, patience, lr, seed, progress)
+        ).to(known.vectors.device)  # fmt: skip
+        router.center_on(known.vectors)
+        untrained = copy.deepcopy(router.state_dict())
+        steps = _epochs(router, parts.train, lr, seed)
+        run = _stopped(router, steps, parts.judged, epochs, patience, progress)
+        router.load_state_dict(untrained)
+        for epoch in islice(_epochs(router, known, lr, seed), run.best):
+            if progress is not None:
+                progress(epoch, run.best, "training on all")
+        router.training_run = run
         if error is not None:
-            router.calibrate_on(*router.judged(held), error)
+            router.calibrate_on(*router.judged(parts.held), error)
         return router
 
     @torch.no_grad()
@@ -278,16 +293,49 @@ def _head(width: int, hidden: int | None, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
 
 
-def _split(
-    examples: Any, heldout: Any, encoder: Encoder | None, seed: int
-) -> tuple[Examples, Examples]:
-    """Examples to train on, and those that are held out: a share of every label's."""
-    found = Examples.of(examples, encoder)
-    if isinstance(heldout, Mapping):
-        return found, Examples.of(heldout, encoder, found.names, found.vectors.shape[1])
-    share = isinstance(heldout, int | float) and not isinstance(heldout, bool)
-    if not share or not 0 <= heldout < 1:
-        raise MismatchError(f"heldout must be a share in [0, 1) or examples, found {heldout!r}")
+@dataclass(frozen=True)
+class _Parts:
+    """Examples by what they are for.
+
+    Args:
+        train: to train on until judged, which are of others, get no better.
+        known: to train on then. held: to calibrate on.
+    """
+
+    train: Examples
+    judged: Examples
+    known: Examples
+    held: Examples
+
+    @classmethod
+    def of(
+        cls, examples: Any, heldout: Any, encoder: Encoder | None, calibrated: bool, seed: int
+    ) -> _Parts:
+        """Those of `fit`."""
+        found = Examples.of(examples, encoder)
+        share, given = heldout, isinstance(heldout, Mapping)
+        if given:
+            share = _STOP
+            held = Examples.of(heldout, encoder, found.names, found.vectors.shape[1])
+        elif isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise MismatchError(f"heldout must be a share in [0, 1) or examples, found {share!r}")
+        else:
+            found, held = _split(found, share if calibrated else 0.0, seed)
+        if calibrated and not len(held):
+            raise MismatchError(
+                "a threshold is calibrated on held-out examples, and there are none: give two "
+                "examples of a name, or more"
+            )
+        known = found.take(found.labels != NOWHERE)
+        if given and not calibrated:
+            train, judged = known, held.take(held.labels != NOWHERE)
+        else:
+            train, judged = _split(known, share, seed)
+        return cls(train, judged if len(judged) else train, known, held)
+
+
+def _split(found: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """All but a share of every label's examples, and these; those of nothing are among these."""
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(found), generator=g).to(found.labels.device)
     labels = found.labels[order]
@@ -296,48 +344,50 @@ def _split(
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     sizes = sizes.repeat_interleave(sizes)
     # At least one of a name that has two, and never all.
-    wanted = (sizes * heldout).ceil().clamp_max(sizes - 1)
+    wanted = (sizes * share).ceil().clamp_max(sizes - 1)
     held = torch.arange(len(order), device=order.device) - starts < wanted
     held |= labels == NOWHERE
     return found.take(order[~held]), found.take(order[held])
 
 
-def _trained(
-    router: LearnedRouter,
-    train: Examples,
-    held: Examples,
-    epochs: int,
-    patience: int,
-    lr: float,
-    seed: int,
-    progress: Progress | None,
-) -> Training:
-    """Train a router's head; the weights of the best epoch stay."""
+def _epochs(router: LearnedRouter, train: Examples, lr: float, seed: int) -> Iterator[int]:
+    """Train a router's head, an epoch each time that one is asked for; how many there were."""
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(router.parameters(), lr=lr)
-    judged = held if len(held) else train
-    best, best_at, kept = math.inf, 0, copy.deepcopy(router.state_dict())
-    epoch = 0
-    for epoch in range(1, epochs + 1):
+    for epoch in count(1):
         order = torch.randperm(len(train), generator=g).to(train.labels.device)
         for k in range(0, len(train), _BATCH):
             part = train.take(order[k : k + _BATCH])
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(router.logits(part.vectors), part.labels))
             optimizer.step()
-        loss = _loss(router, judged)
-        if loss < best:
-            best, best_at, kept = loss, epoch, copy.deepcopy(router.state_dict())
+        yield epoch
+
+
+def _stopped(
+    router: LearnedRouter,
+    steps: Iterator[int],
+    judged: Examples,
+    epochs: int,
+    patience: int,
+    progress: Progress | None,
+) -> Training:
+    """Train until other examples get no better: when that was."""
+    run = Training(0, 0, *_judged(router, judged))
+    for epoch in islice(steps, epochs):
+        loss, accuracy = _judged(router, judged)
+        better = loss < run.loss
+        run = Training(epoch, epoch, loss, accuracy) if better else replace(run, epochs=epoch)
         if progress is not None:
             progress(epoch, epochs, f"held-out loss {loss:.4f}")
-        if epoch - best_at >= patience:
+        if epoch - run.best >= patience:
             break
-    router.load_state_dict(kept)
-    with torch.no_grad():
-        right = router.logits(judged.vectors).argmax(1) == judged.labels
-    return Training(epoch, best_at, _loss(router, judged), float(right.double().mean()))
+    return run
 
 
 @torch.no_grad()
-def _loss(router: LearnedRouter, examples: Examples) -> float:
-    return float(F.cross_entropy(router.logits(examples.vectors), examples.labels))
+def _judged(router: LearnedRouter, examples: Examples) -> tuple[float, float]:
+    """Loss and accuracy."""
+    logits = router.logits(examples.vectors)
+    right = logits.argmax(1) == examples.labels
+    return float(F.cross_entropy(logits, examples.labels)), float(right.double().mean())
