@@ -22,13 +22,14 @@ ROOT = Path(lorafold.__file__).parent
 
 # Each unit may import those in its row, and itself. Verbs of one brace don't know each other.
 GROUND = {"errors", "words", "_verb"}
-NOUNS = GROUND | {"lowrank", "parts", "naming", "placing", "adapter", "roles"}
+NOUNS = GROUND | {"lowrank", "parts", "prefixes", "naming", "placing", "adapter", "roles"}
 MAY_IMPORT = {
     "errors": set(),
     "words": {"errors"},
     "_verb": {"errors", "words"},
     "lowrank": GROUND,
     "parts": GROUND | {"lowrank"},
+    "prefixes": GROUND,
     "naming": GROUND | {"lowrank", "parts"},
     "placing": GROUND | {"lowrank", "parts", "naming"},
     "adapter": NOUNS - {"adapter", "roles"},
@@ -54,7 +55,10 @@ NAMES = {"lorafold": 40, "Live": 22, "Library": 20}
 OF_TORCH = {"_parameters", "_buffers", "_modules", "_orig_mod", "training", "requires_grad"}
 
 # The layer that is asked is bitsandbytes' own, so it is there.
-ALLOWED = {"packages_not_declared": {"layers.storage: bitsandbytes"}}
+ALLOWED = {
+    "packages_not_declared": {"layers.storage: bitsandbytes"},
+    "foreign_assignments": {"layers.storage: nested"},  # of its QuantState
+}
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
 DEPENDENCIES = re.findall(
     r'^ *"([\w-]+)', re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT, re.M | re.S)[1], re.M

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,7 @@ from .naming import Base, kind
 from .parts import LINEAR, Parts, check_bias_scales, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
+from .prefixes import Prefixes, regauged
 from .words import did_you_mean, html_table, warn
 
 
@@ -204,7 +205,7 @@ class Adapter(Mapping[str, LowRank]):
         """c · ΔW: scales change, factors and extras do not."""
         if not isinstance(c, Real):
             return NotImplemented
-        return self._with({p: float(c) * u for p, u in self._algebra().items()})
+        return replace(self, modules={p: float(c) * u for p, u in self._algebra().items()})
 
     __rmul__ = __mul__
 
@@ -228,7 +229,8 @@ class Adapter(Mapping[str, LowRank]):
                 σ² per number (water-filling), at least one a module.
 
         Returns:
-            An `Adapter` in balanced gauge, with the same extras.
+            An `Adapter` in balanced gauge, with the same extras; but one whose config says `nested`
+            has its prefix of k ranks cut by `rank=k`, at the strength that it runs with.
 
         Raises:
             MismatchError: not exactly one option, one out of range, or a budget below rank 1.
@@ -240,20 +242,20 @@ class Adapter(Mapping[str, LowRank]):
         if len(named) != 1:
             found = " and ".join(named) if named else "none"
             raise MismatchError(f"give exactly one of {', '.join(options)}; found {found}")
+        prefixes = Prefixes.of(self.config)
+        if rank is not None and prefixes.ranks:
+            return _prefix(self, rank, prefixes)
         if budget is None:
-            return self._with({p: u.truncate(rank, energy, tolerance) for p, u in modules.items()})
+            cut = {p: u.truncate(rank, energy, tolerance) for p, u in modules.items()}
+            return _regauged(self, cut)
         parts = {p: u.svd() for p, u in modules.items()}
         ranks = _water_filled({p: S for p, (_, S, _) in parts.items()}, modules, budget)
-        return self._with(
-            {
-                p: from_svd(U[:, : ranks[p]], S[: ranks[p]], Vh[: ranks[p]])
-                for p, (U, S, Vh) in parts.items()
-            }
-        )
+        svds = ((p, ranks[p], *parts[p]) for p in parts)
+        return _regauged(self, {p: from_svd(U[:, :k], S[:k], Vh[:k]) for p, k, U, S, Vh in svds})
 
     def nested(self) -> Adapter:
         """The same update, re-gauged so that every rank prefix is the best one of that rank."""
-        return self._with({p: u.balanced() for p, u in self._algebra().items()})
+        return _regauged(self, {p: u.balanced() for p, u in self._algebra().items()})
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
         """A copy on `device` with the factors in `dtype`; extras move but keep their dtype."""
@@ -309,9 +311,6 @@ class Adapter(Mapping[str, LowRank]):
         extras = {key: tuple(t.shape) for key, t in self.extras.items()}
         return Parts(shapes, extras, self.config, self.layouts)
 
-    def _with(self, modules: Mapping[str, LowRank]) -> Adapter:
-        return replace(self, modules=modules)
-
     def _pair(self, other: Adapter) -> tuple[Mapping[str, LowRank], Mapping[str, LowRank]]:
         mine, theirs = self._algebra(), other._algebra()
         if self.base_model and other.base_model and self.base_model != other.base_model:
@@ -327,6 +326,20 @@ class Adapter(Mapping[str, LowRank]):
                     f"{theirs[p].shape} in the other"
                 )
         return mine, theirs
+
+
+def _regauged(a: Adapter, modules: Mapping[str, LowRank]) -> Adapter:
+    return replace(a, modules=modules, config=regauged(a.config))
+
+
+def _prefix(a: Adapter, rank: int, prefixes: Prefixes) -> Adapter:
+    """The first ranks of an adapter, as they run."""
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+        raise MismatchError(f"rank must be a whole number of at least 1, found {rank!r}")
+    ranks = {p: min(rank, u.rank) for p, u in a.modules.items()}
+    modules = {p: prefixes.factor(u.rank, ranks[p]) * u.prefix(ranks[p]) for p, u in a.items()}
+    config = {**regauged(a.config), **prefixes.cut(max(ranks.values())).said()}
+    return replace(a, modules=modules, config=config)
 
 
 def _html(adapter: Adapter) -> str:
@@ -421,7 +434,7 @@ def merged_config(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     bias carried from one adapter keeps the setting that makes readers look for it. Where the
     targets differ they are left for `save` to name.
     """
-    kept = {key: _merged_value(a.get(key), b.get(key)) for key in [*b, *a]}
+    kept = regauged({key: _merged_value(a.get(key), b.get(key)) for key in [*b, *a]})
     kept.pop(ORIGIN, None)  # where one of them comes from is not where the sum does
     if any(a.get(key) != b.get(key) for key in _TARGETS):
         for key in _TARGETS:

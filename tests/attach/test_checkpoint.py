@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -142,3 +143,65 @@ def test_the_score_is_kept(tmp_path):
     again = lf.attach(fresh_model(), lf.PiSSA(rank=2))
     again.resume(tmp_path / "a")
     assert {m.select for m in again._state.trained("default").fresh.values()} == {"act_only"}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_path_alone_goes_on_with_the_same_kind(kind, tmp_path):
+    model, live = trained(SPECS[kind])
+    live.save(tmp_path / "a", metadata={"step": 3})
+    again = fresh_model()
+    on = lf.attach(again, tmp_path / "a", trainable=True)
+    assert torch.equal(again(X), model(X))
+    here, there = (handle.summary().layers for handle in (on, live))
+    assert [(x.path, x.ranks, x.alphas, x.tail_depths) for x in here] == [
+        (x.path, x.ranks, x.alphas, x.tail_depths) for x in there
+    ]
+    shapes = [[tuple(p.shape) for p in handle.parameters()] for handle in (on, live)]
+    assert shapes[0] == shapes[1]
+    # The same steps from here, and what was kept with it goes along.
+    for handle, net in ((live, model), (on, again)):
+        optimizer = torch.optim.SGD(handle.parameters(), 0.05)
+        optimizer.zero_grad()
+        net(X).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(again(X), model(X))
+    on.save(tmp_path / "b")
+    assert on.summary().metadata == {"default": {"step": 3}}
+    assert lf.attach(fresh_model(), SPECS[kind]).resume(tmp_path / "b") == {"step": 3}
+
+
+def test_a_path_alone_keeps_layers_dropout_and_modules_saved_whole(tmp_path):
+    model = fresh_model()
+    spec = lf.LoRA(rank=2, dropout=0.4, targets=["0"], modules_to_save=["2"], seed=0)
+    live = lf.attach(model, spec)
+    with torch.no_grad():
+        for p in live.parameters():
+            p.add_(0.1)
+    live.save(tmp_path / "a")
+    again = fresh_model()
+    on = lf.attach(again, {"mine": tmp_path / "a"}, trainable=True)
+    assert torch.equal(again(X), model(X))
+    assert {layer.path for layer in on.summary().layers} == {"0"}
+    for net in (model, again):
+        net.train()
+    torch.manual_seed(5)
+    first = model(X)
+    torch.manual_seed(5)
+    assert torch.equal(again(X), first)
+    assert not torch.equal(again(X), first)  # dropout draws anew
+    assert on.adapter("mine").config["lora_dropout"] == 0.4
+
+
+def test_a_state_that_lacks_a_module_is_named(tmp_path):
+    _, live = trained(SPECS["kaiming"])
+    live.save(tmp_path / "a")
+    state = load_file(tmp_path / "a" / STATE_NAME)
+    with safe_open(tmp_path / "a" / STATE_NAME, "pt") as f:
+        metadata = f.metadata()
+    save_file({k: v for k, v in state.items() if k != "2.B"}, tmp_path / "a" / STATE_NAME, metadata)
+    with pytest.raises(lf.MismatchError, match=r"has no 'B' of module '2'"):
+        lf.attach(fresh_model(), tmp_path / "a", trainable=True)
+    (tmp_path / "a" / STATE_NAME).write_bytes(b"nothing")
+    with pytest.raises(lf.FileError, match="can't be read"):
+        lf.attach(fresh_model(), tmp_path / "a", trainable=True)
+    lf.attach(fresh_model(), tmp_path / "a")  # to run it, the state is not needed

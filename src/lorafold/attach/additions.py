@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
 from .begin.places import Standing, library_places
+from .begin.resumed import Checkpoint
 from .begin.specs import Spec
 from .run.board import Site
 from .run.experts import AttachedExperts, Experts
@@ -31,17 +33,18 @@ from .sources import Given, Plan, Stored, Trained
 from .state import State
 
 DEFAULT = "default"
+Addition: TypeAlias = Adapter | Checkpoint | Spec
 
 
-def named_sources(x: Any) -> dict[str, Adapter | Spec]:
-    """{name: adapter or specification} of what `attach` is given."""
+def named_sources(x: Any, trainable: bool) -> dict[str, Addition]:
+    """{name: adapter, checkpoint to train on or specification} of what `attach` is given."""
     if isinstance(x, Mapping) and not isinstance(x, Adapter):
         if not x:
             raise MismatchError("there is nothing to attach: the mapping is empty")
         for name in x:
             _check_name(name)
-        return {name: _loaded(value) for name, value in x.items()}
-    return {DEFAULT: _loaded(x)}
+        return {name: _loaded(value, trainable) for name, value in x.items()}
+    return {DEFAULT: _loaded(x, trainable)}
 
 
 def _check_name(name: Any) -> None:
@@ -49,11 +52,11 @@ def _check_name(name: Any) -> None:
         raise MismatchError(f"a name must be a non-empty text, found {name!r}")
 
 
-def _loaded(x: Any) -> Adapter | Spec:
+def _loaded(x: Any, trainable: bool) -> Addition:
     if isinstance(x, Adapter | Spec):
         return x
     if isinstance(x, str | os.PathLike):
-        return load(x)
+        return (Checkpoint.at(x) if trainable else None) or load(x)
     raise MismatchError(
         "attach takes an Adapter, its path, lf.LoRA(...), lf.PiSSA(...), a mapping of these or a "
         f"Library, not a {type(x).__name__}"
@@ -82,12 +85,12 @@ def add_one(state: State, x: Any, name: str, *, replace: bool, trainable: bool) 
         )
     if isinstance(x, Library | Mapping) and not isinstance(x, Adapter):
         raise MismatchError(f"add takes one adapter at a time, not a {type(x).__name__}")
-    add_all(state, {name: _loaded(x)}, trainable)
+    add_all(state, {name: _loaded(x, trainable)}, trainable)
 
 
-def add_all(state: State, named: Mapping[str, Adapter | Spec], trainable: bool) -> None:
+def add_all(state: State, named: Mapping[str, Addition], trainable: bool) -> None:
     """Check everything, then attach it; what takes another's place runs where that did."""
-    at = Standing(state.model, state.slots.patches)
+    at = Standing(state.model, state.slots.patches, state.scaling)
     plans = {name: _plan(state, name, x, at, trainable) for name, x in named.items()}
     given = [name for name, plan in plans.items() if isinstance(plan.source, Given)]
     _check_sites(state, plans)
@@ -128,14 +131,15 @@ def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     places = library_places(library, Standing(state.model, state.slots.patches))
     shelf = Shelf(library, dtype, places.names)
     entries = library.contents.manifest.adapters
-    state.put({name: Stored(entry, shelf) for name, entry in entries.items()})
+    state.put({name: Stored(entry, shelf, state.scaling) for name, entry in entries.items()})
     _take_layers(state, places.layers)
 
 
-def _plan(state: State, name: str, x: Adapter | Spec, at: Standing, trainable: bool) -> Plan:
+def _plan(state: State, name: str, x: Addition, at: Standing, trainable: bool) -> Plan:
     if isinstance(x, Spec):
-        return Trained.plan_fresh(x, at, lambda path: directions_in_use(state, path))
-    if trainable:
+        in_use = functools.partial(directions_in_use, state)
+        return Trained.plan_fresh(x, at, in_use)
+    if trainable or isinstance(x, Checkpoint):
         return Trained.plan(name, x, at, state.slots.dtype)
     return Given.plan(name, x, at)
 

@@ -14,11 +14,11 @@ from ..fold import Library
 from ..layers.misread import warn_of_misread
 from ..layers.modes import outside_inference_mode
 from ..layers.swap import Swapped
+from ..prefixes import check_scaling
 from .additions import add_all, add_library, named_sources, widest
 from .live import Live
 from .run.shelf import slots_within
 from .run.slots import BY_ITSELF, Slots
-from .selection import SCALINGS
 from .state import State
 
 
@@ -32,7 +32,7 @@ def attach(
     cache: str | int | None = None,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
-    rank_scaling: str = "constant",
+    rank_scaling: str | None = None,
 ) -> Live:
     """Attach adapters to a model in place, without changing its weights; returns the handle.
 
@@ -48,10 +48,12 @@ def attach(
         max_rank: rank that a slot has room for; by default the largest given.
         cache: instead of slots, for a `Library`: bytes that its adapters may take on the device,
             as "256MiB"; as many slots as fit.
-        trainable: train the adapters; their factors become parameters.
+        trainable: train the adapters; their factors become parameters. Of what `Live.save` wrote,
+            the path gives the kind back, too (`PiSSA` with its Δs), its dropout and metadata.
         dtype: of the factors, in which their products are computed; by default the widest of the
             adapters' own and of the dtype that most of the model's weights have.
-        rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k).
+        rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k);
+            by default each adapter's own, which its config tells: "constant" where it doesn't.
 
     Raises:
         MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
@@ -85,12 +87,12 @@ def attach(
                 "{name: library[name]}"
             )
         kind = dtype or torch.float32
-        state = State(model, _library_slots(x, slots, cache, kind), SCALINGS[rank_scaling])
+        state = State(model, _library_slots(x, slots, cache, kind), rank_scaling)
         add_library(state, x, kind)
         return Live(state)
     if cache is not None:
         raise MismatchError("cache= limits what is read of a Library; adapters have slots=")
-    named = named_sources(x)
+    named = named_sources(x, trainable)
     adapters = [a for a in named.values() if isinstance(a, Adapter)]
     rank = max_rank or max((a.rank for a in adapters), default=0)
     room = Slots(
@@ -100,12 +102,14 @@ def attach(
         fixed_rank=max_rank is not None,
         fixed_dtype=dtype is not None,
     )
-    state = State(model, room, SCALINGS[rank_scaling])
+    state = State(model, room, rank_scaling)
     add_all(state, named, trainable)
     return Live(state)
 
 
-def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str) -> None:
+def _check(
+    model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str | None
+) -> None:
     """Refuse what can't be attached to, and options out of range."""
     if not isinstance(model, nn.Module):
         raise MismatchError(f"attach takes a torch module, not a {type(model).__name__}")
@@ -114,10 +118,8 @@ def _check(model: nn.Module, slots: int | None, max_rank: int | None, rank_scali
             "adapters are attached to this model already: add to that handle (live.add), or "
             "detach it first"
         )
-    if not isinstance(rank_scaling, str) or rank_scaling not in SCALINGS:
-        raise MismatchError(
-            f"rank_scaling must be one of {', '.join(SCALINGS)}; found {rank_scaling!r}"
-        )
+    if rank_scaling is not None:
+        check_scaling(rank_scaling)
     for label, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (type(value) is not int or value < 1):
             raise MismatchError(f"{label} must be a whole number of at least 1, found {value!r}")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,23 +23,25 @@ from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.places import Standing, places_of
+from .begin.resumed import HEADER, Training, read_tensors
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
 
-_HEADER = "lorafold"
 _KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
 
 
 def save_trained(
     source: Trained,
     path: str | os.PathLike[str],
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
     """See `Live.save`."""
+    metadata = source.metadata if metadata is None else metadata
     first = next(iter(source.fresh.values()))
     header: dict[str, Any] = {"version": 1, "kind": _kind_of(source), "metadata": metadata}
+    header["dropout"] = first.dropout
     header["scales"] = {source.names[p]: f.scale for p, f in source.fresh.items()}
     if isinstance(first, Modulation):
         header["select"] = first.select
@@ -56,7 +57,7 @@ def save_trained(
     form, config = peft_form(source.adapter())
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)
-        save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", _HEADER: text})
+        save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", HEADER: text})
 
 
 def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -70,10 +71,10 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
     if place.is_file():
         found_kind, found = _flat(state, source, place)
     elif beside.is_file():
-        header, tensors = _read(beside)
-        found_kind, metadata = header["kind"], header["metadata"]
+        training = Training.at(beside)
+        header, found = training.header, dict(training.tensors)
+        found_kind, metadata = header["kind"], training.metadata
         select = header.get("select")
-        found = _by_module(tensors)
         _rescale(found, header.get("scales", {}), modules)
     else:
         found_kind, found = _plain(path, modules)
@@ -110,23 +111,6 @@ def _rescale(
             tensors[key] = tensors[key] * (scales[p] / modules[p].scale)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {}).get(_HEADER, "{}"))
-            return header, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        raise FileError(f"{path}: can't be read ({e})") from e
-
-
-def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        path, _, tensor = key.rpartition(".")
-        found.setdefault(path, {})[tensor] = value
-    return found
-
-
 def _plain(
     path: str | os.PathLike[str], modules: Mapping[str, Factors]
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
@@ -140,7 +124,7 @@ def _plain(
 
 def _flat(state: State, source: Trained, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """A file with keys such as `A.layers__0__q_proj`."""
-    _, tensors = _read(path)
+    _, tensors = read_tensors(path)
     patches = {
         plain: state.slots.patches[p] for p, plain in source.names.items() if p in source.fresh
     }

@@ -196,7 +196,8 @@ class Live:
 
         Args:
             path: the directory to make. name: which; the only one when None.
-            metadata: what to keep with it, as JSON knows it; `resume` returns it.
+            metadata: what to keep with it, as JSON knows it; `resume` returns it. When None, what
+                came with the checkpoint that training began from.
             overwrite: replace what is at `path`.
 
         Raises:
@@ -204,7 +205,7 @@ class Live:
             FileError: something is at `path`.
         """
         source = self._state.trained(self._state.only_trained() if name is None else name)
-        save_trained(source, path, metadata or {}, overwrite)
+        save_trained(source, path, metadata, overwrite)
 
     @_in_turn
     def resume(self, path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:

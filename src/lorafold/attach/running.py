@@ -55,8 +55,7 @@ class Running:
     """What runs on a model.
 
     Args:
-        board, sites, sources, slots: the model's. scaling: the factor of a rank prefix k of r, from
-            r / k.
+        board, sites, sources, slots: the model's.
 
     Attributes:
         merged: what is merged into the weights, None for nothing. pauses: of the trained ranks.
@@ -69,10 +68,8 @@ class Running:
         sites: Mapping[str, Site],
         sources: Mapping[str, Source],
         slots: Slots,
-        scaling: Callable[[float], float],
     ) -> None:
         self._board, self._sites, self._sources, self._slots = board, sites, sources, slots
-        self._scaling = scaling
         self.pauses = Pauses(board, sources)
         self.merged: Merged | None = None
         self.gate: Gate = "current"
@@ -190,7 +187,8 @@ class Running:
                 raise
             keys = _keys(running, self._sources) if active.trained else {}
             paths = list(self._slots.patches)
-            active.set(running, self._slots.places, keys, gates, self._scaling, paths)
+            powers = {n: self._sources[n].prefixes.power for n in running.names}
+            active.set(running, self._slots.places, keys, gates, powers, paths)
             packed = active.packed
             for patch, now in zip(self._slots.patches.values(), active.layers, strict=True):
                 if patch.now is not now:  # at most layers it is: nothing is called for them
@@ -222,7 +220,8 @@ class Running:
             k = prefix(row.rank, path, u.rank)
             if k == 0:
                 continue
-            part = c * self._scaling(u.rank / k) * (u if k == u.rank else u.prefix(k))
+            factor = self._sources[name].prefixes.factor(u.rank, k)
+            part = c * factor * (u if k == u.rank else u.prefix(k))
             total = part if total is None else total + part
         return total
 

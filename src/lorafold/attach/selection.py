@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -253,16 +253,6 @@ def _whole(value: Any, label: str = "rank") -> int:
     return int(value)
 
 
-def _constant(ratio: float) -> float:
-    return 1.0
-
-
-# The factor of a rank prefix k of r, from r / k. Functions by name, so that handles can be pickled.
-SCALINGS: dict[str, Callable[[float], float]] = {
-    "constant": _constant,
-    "linear": float,
-    "sqrt": math.sqrt,
-}
 EVERYTHING = 1 << 30  # a rank that no module has
 
 

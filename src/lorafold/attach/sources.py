@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ from ..layers.swap import device_of, plain_copy
 from ..layers.targets import found_layers
 from ..lowrank import LowRank
 from ..parts import PREFIX, plain_name
+from ..prefixes import Prefixes, regauged
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
 from .begin.places import Places, Standing, places_of, plain_names, whole_modules
+from .begin.resumed import Checkpoint
 from .begin.specs import LoRA, PiSSA, Spec
 from .run.factors import Factors, Pair
 from .run.patch import Patch
@@ -55,6 +59,11 @@ class Source(ABC):
     def part(self, path: str) -> str | None:
         """What it calls a layer itself; None where it has no update there."""
 
+    @property
+    @abstractmethod
+    def prefixes(self) -> Prefixes:
+        """What rank prefixes of it mean."""
+
     @abstractmethod
     def adapter(self) -> Adapter:
         """The adapter that it is now."""
@@ -83,8 +92,11 @@ class Plan:
 class Given(Source):
     """An adapter as it was handed over."""
 
-    def __init__(self, adapter: Adapter, parts: Mapping[str, str]) -> None:
+    def __init__(
+        self, adapter: Adapter, parts: Mapping[str, str], scaling: str | None = None
+    ) -> None:
         self._given, self._parts, self.rank = adapter, parts, adapter.rank
+        self._prefixes = Prefixes.of(adapter.config, scaling)
         self._updates = {path: adapter[part] for path, part in parts.items()}
 
     @classmethod
@@ -92,7 +104,7 @@ class Given(Source):
         """What an adapter needs, or the error that says why it does not fit."""
         places = places_of(name, a, at)
         parts = {path: part for path, part in places.names.items() if part in a}
-        return Plan(cls(a, parts), places)
+        return Plan(cls(a, parts, at.scaling), places)
 
     def update(self, path: str) -> LowRank | None:
         return self._updates.get(path)
@@ -103,6 +115,10 @@ class Given(Source):
 
     def part(self, path: str) -> str | None:
         return self._parts.get(path)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        return self._prefixes
 
     def adapter(self) -> Adapter:
         return self._given
@@ -121,7 +137,7 @@ class Trained(Source):
 
     Args:
         fresh: by path, the factors. places: of their layers and of modules that train whole.
-            config: what a file says of it.
+            config: what a file says of it. metadata: the user's, kept with it.
 
     Attributes:
         names: {path: plain name}, for who reads it.
@@ -134,28 +150,39 @@ class Trained(Source):
         fresh: Mapping[str, Factors],
         places: Places,
         config: Mapping[str, Any],
+        metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        self.metadata = dict(metadata)
         self.fresh, self.copies, self.config = dict(fresh), dict(places.copies), dict(config)
         self.rank = max((f.rank for f in fresh.values()), default=0)
+        self._prefixes = Prefixes.of(config)
         self.names, self._layers = places.names, places.layers
         self.key = ""
 
     @classmethod
-    def plan(cls, name: str, a: Adapter, at: Standing, dtype: torch.dtype) -> Plan:
-        """What an adapter needs that is to be trained on."""
+    def plan(cls, name: str, x: Adapter | Checkpoint, at: Standing, dtype: torch.dtype) -> Plan:
+        """What an adapter needs that is to be trained on, from its checkpoint where it has one."""
+        a, training = (x.adapter, x.training) if isinstance(x, Checkpoint) else (x, None)
         places = places_of(name, a, at)
         if places.experts:
             raise RefusedError(f"adapter {name!r}: experts can't be trained here; use PEFT")
-        fresh = {}
+        prefixes = Prefixes.of(a.config, at.scaling)
+        fresh: dict[str, Factors] = {}
         for path, place in places.layers.items():
-            u = a[places.names[path]].to(device_of(place.layer), dtype)
-            fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale)
+            part = places.names[path]
+            if training is not None:
+                fresh[path] = training.factors(part, place, prefixes)
+                continue
+            u = a[part].to(device_of(place.layer), dtype)
+            fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale, prefixes=prefixes)
         for module in places.copies.values():
             module.requires_grad_(True)
         own = plain_names(at.model)
         plain = {p: own[p] if p == q else plain_name(q) for p, q in places.names.items()}
         config = {k: v for k, v in a.config.items() if k != ORIGIN}  # training makes it another
-        return Plan(cls(fresh, replace(places, names=plain), config), places)
+        config = {**regauged(config), **prefixes.said()}
+        metadata = {} if training is None else training.metadata
+        return Plan(cls(fresh, replace(places, names=plain), config, metadata), places)
 
     @classmethod
     def plan_fresh(
@@ -181,17 +208,19 @@ class Trained(Source):
         seed = int(torch.randint(2**62, ())) if spec.seed is None else spec.seed
         generator.manual_seed(seed)
         fresh: dict[str, Factors] = {}
+        nested = spec.nested if isinstance(spec, LoRA) else None
+        prefixes = Prefixes(nested or (), at.scaling or "constant")
         for path, place in there.items():
             args = path, place.layer, place.kind, generator
             if isinstance(spec, PiSSA):
                 fresh[path] = fresh_modulation(spec, *args, in_use(path))
             else:
                 assert isinstance(spec, LoRA)
-                fresh[path] = fresh_factors(spec, *args)
+                fresh[path] = fresh_factors(spec, *args, prefixes)
         copies = {p: plain_copy(m).requires_grad_(True) for p, m in whole.items()}
         names = plain_names(at.model)
         places = Places(there, copies, {}, {p: names.get(p, p) for p in (*there, *copies)})
-        return Plan(cls(fresh, places, _config(spec)), places)
+        return Plan(cls(fresh, places, {**_config(spec), **prefixes.said()}), places)
 
     def join(self, name: str, patches: Mapping[str, Patch]) -> None:
         """Put the factors where they run."""
@@ -218,6 +247,10 @@ class Trained(Source):
     def part(self, path: str) -> str | None:
         return self.names[path] if path in self.fresh else None
 
+    @property
+    def prefixes(self) -> Prefixes:
+        return self._prefixes
+
     def adapter(self) -> Adapter:
         config, names = dict(self.config), self.names
         if self.copies:
@@ -233,6 +266,8 @@ class Trained(Source):
         layers = self._layers.items()
         layouts = {names[path]: place.kind.layout(place.layer) for path, place in layers}
         modules = {names[path]: factors.update() for path, factors in self.fresh.items()}
+        if any(modules[names[path]].rank > f.rank for path, f in self.fresh.items()):
+            config = regauged(config)  # a start lies beside, at twice the rank
         return Adapter(modules, extras, config, layouts=layouts)
 
     def load(self, slots: Slots, slot: int) -> None:
@@ -265,8 +300,8 @@ def _config(spec: Spec) -> dict[str, Any]:
 class Stored(Source):
     """An adapter in a library; its parts are read when they are asked for."""
 
-    def __init__(self, entry: AdapterEntry, shelf: Shelf) -> None:
-        self._entry, self._shelf = entry, shelf
+    def __init__(self, entry: AdapterEntry, shelf: Shelf, scaling: str | None = None) -> None:
+        self._entry, self._shelf, self._scaling = entry, shelf, scaling
         # What coding added (a residual part) may come on top of the file's own rank.
         self.rank = 2 * max(entry.ranks, default=0)
 
@@ -282,6 +317,10 @@ class Stored(Source):
 
     def part(self, path: str) -> str | None:
         return self._shelf.part(self._entry, path)
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        return self._shelf.prefixes(self._entry, self._scaling)
 
     def adapter(self) -> Adapter:
         return self._shelf.adapter(self._entry)

@@ -6,7 +6,7 @@ to `Running`, and what the base's parameters required to `FrozenBase`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -25,20 +25,21 @@ class State:
 
     Args:
         model: the model. slots: for its adapters.
-        scaling: the factor of a rank prefix k of r, from r / k.
+        scaling: of rank prefixes, for all adapters; each one's own when None.
 
     Attributes:
-        sites: by path, what modules have got. sources: by name, where adapters come from.
+        scaling: as given. sites: by path, what modules have got.
+        sources: by name, where adapters come from.
         running: what runs. board: of the sites. turns: whose it is to change anything.
         detached: whether all this is over.
     """
 
-    def __init__(self, model: nn.Module, slots: Slots, scaling: Callable[[float], float]) -> None:
-        self.model, self.slots = model, slots
+    def __init__(self, model: nn.Module, slots: Slots, scaling: str | None = None) -> None:
+        self.model, self.slots, self.scaling = model, slots, scaling
         self.board, self.turns = Board(model), Turns()
         self.sites: dict[str, Site] = {}
         self.sources: dict[str, Source] = {}
-        self.running = Running(self.board, self.sites, self.sources, slots, scaling)
+        self.running = Running(self.board, self.sites, self.sources, slots)
         self.detached = False
 
     def check_attached(self) -> None:

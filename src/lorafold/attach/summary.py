@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..layers.kinds import packed_sizes
@@ -10,6 +11,7 @@ from ..layers.storage import is_quantized
 from ..words import aligned, html_table
 from .run.factors import Modulation
 from .run.patch import Patch
+from .sources import Trained
 from .state import State
 
 _LISTED = 20  # adapters in a notebook's table
@@ -47,11 +49,13 @@ class Summary:
     Args:
         layers: one each. total: numbers in the model without the adapters.
         trainable: numbers that are trained. quantized: how many layers are.
+        metadata: {name of a trained adapter: what came with its checkpoint}, where something did.
     """
 
     layers: tuple[LayerSummary, ...]
     total: int
     trainable: int
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def original(self) -> int:
@@ -124,7 +128,9 @@ def summarized(state: State) -> Summary:
     base = (p for p in state.model.parameters() if id(p) not in own)
     total = sum(packed.get(id(p), p.numel()) for p in base)
     trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    return Summary(tuple(layers), total, trainable)
+    told = {n: s.metadata for n, s in state.sources.items() if isinstance(s, Trained)}
+    metadata = {name: dict(its) for name, its in told.items() if its}
+    return Summary(tuple(layers), total, trainable, metadata)
 
 
 def live_html(title: str, state: State) -> str:

@@ -40,7 +40,7 @@ from .coding.bases import Bases, Basis, Side, basis_of, projected, residual, wei
 from .coding.flat_part import FlatSide, OtherLengthError, code_parts, flattened
 from .coding.record import Coded, Target, code
 from .contents import Contents
-from .one_pass import adapter_entries
+from .one_pass import adapter_entries, in_one_gauge
 from .options import Options
 from .planning.budget import Ledger
 from .planning.costs import Costs
@@ -154,6 +154,7 @@ def write_added(
     before = t.manifest
     bound = before.options.tolerance if tolerance is None else tolerance
     exact = form == "exact" or before.options.form == "exact" or bound == 0
+    exact = exact or in_one_gauge(handle)
     options = before.options
     if bound is not None:
         options = Options(options.form if form is None else form, bound)

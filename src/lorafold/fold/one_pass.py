@@ -12,6 +12,7 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes
 from ..collection.sources import Handle
 from ..errors import ToleranceError
+from ..prefixes import Prefixes
 from .options import Options
 from .store.entries import AdapterEntry, config_difference
 from .store.manifest import Manifest
@@ -117,7 +118,11 @@ def folded(
     own = tolerances or {}
     collection = Collection(
         handles,
-        exact={name for name in handles if own.get(name, options.tolerance) == 0},
+        exact={
+            name
+            for name, handle in handles.items()
+            if own.get(name, options.tolerance) == 0 or in_one_gauge(handle)
+        },
         block_bytes=block_bytes(options.memory),
         device=options.device,
     )
@@ -172,6 +177,11 @@ def _what_is_left(name: str, tolerance: float, error: float) -> float:
         )
     # ‖ΔŴ‖ ≤ (1 + error) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
     return (tolerance - error) / (1 + error)
+
+
+def in_one_gauge(handle: Handle) -> bool:
+    """Whether an adapter's rank prefixes were trained, and its factors are to stay as they are."""
+    return not Prefixes.of(handle.config).plain
 
 
 def _refuse_unmet(

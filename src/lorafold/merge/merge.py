@@ -23,6 +23,7 @@ from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from ..parts import check_bias_scales
+from ..prefixes import regauged
 from ..words import warn
 from .algebra import searched, spectral
 from .algebra.core import Cut, Members
@@ -157,7 +158,7 @@ class _Run:
                 f"counted as zero where missing, {len(missing)} of {len(self._paths)} modules: "
                 f"{shown}{more}"
             )
-        config = dict(extras.config)
+        config = regauged(extras.config)
         if not self._quiet:
             facts = self._facts(error, missing)
             config[ORIGIN] = origin(facts, self._collection.base_model)

@@ -19,6 +19,7 @@ from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..naming import Shape
 from ..parts import LINEAR, Layout, base_names, extra_kind
+from ..prefixes import regauged
 from .fused import Packing, packing
 from .names import config_of, name_of, weights_in
 from .role import Role
@@ -61,11 +62,16 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Part:
-    """An update, how its weight keeps it, and the path that it had (None: made of several)."""
+    """An update, how its weight keeps it, and the path that it had (None: made of several).
+
+    Args:
+        joined: of several updates, one's ranks after another's.
+    """
 
     update: LowRank
     layout: Layout = LINEAR
     was: str | None = None
+    joined: bool = False
 
 
 def onto(
@@ -120,6 +126,8 @@ def onto(
         _check_shape(path, part, shapes.get(path.partition("[")[0]))
     moved = {part.was: path for path, part in placed.items() if part.was is not None}
     config = _config(adapter, base, all(was == path for was, path in moved.items()))
+    if any(part.joined for part in placed.values()):
+        config = regauged(config)
     extras = _extras(adapter, moved, there, tables, config)
     return Adapter(
         {path: part.update for path, part in placed.items()},
@@ -224,7 +232,7 @@ def _placed(
                 words = {p.kind.rpartition(".")[2]: u for p, u in given.items()}
                 how = packing(whole, there.given)
                 assert how is not None
-                placed[to] = _Part(how.fuse(words))
+                placed[to] = _Part(how.fuse(words), joined=True)
     for role, part in single.items():
         path_there = there.path(role)
         if path_there is None:

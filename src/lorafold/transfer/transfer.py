@@ -18,6 +18,7 @@ from ..collection.limits import threads
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
+from ..prefixes import regauged
 from ..words import did_you_mean, warn
 from .bases import name_of_base
 from .job import Job, Method, Moved, Progress, Transfer
@@ -48,6 +49,7 @@ class Way:
     bases: bool = True
 
 
+_IN_ONE_GAUGE = ("copy", "truncate", "interpolate")  # rank k of the result is rank k of the source
 _RUN: dict[str, Any] = {"tokenizers": None, "roles": ()}
 _MAPS: dict[str, Any] = {"centre": False, "whiten": 0.0, "scale": True, "threshold": None}
 
@@ -234,7 +236,10 @@ def _transfer(job: Job, moved: Moved, method: str, one: bool) -> Transfer:
     facts |= {"from": before.base_model, "to": name}
     facts |= {"digest": before.digest, "without": dict(moved.without)}
     facts |= {"dropped": dict(moved.dropped), "said": dict(moved.said)}
-    config = {**before.config, ORIGIN: {"metadata": {KEY: json.dumps(facts, default=str)}}}
+    ranks = [sorted(u.rank for u in of.modules.values()) for of in (before, moved)]
+    as_they_are = method in _IN_ONE_GAUGE and ranks[0] == ranks[1]
+    kept = before.config if as_they_are else regauged(before.config)
+    config = {**kept, ORIGIN: {"metadata": {KEY: json.dumps(facts, default=str)}}}
     if name is not None:
         config["base_model_name_or_path"] = name
     layouts = {p: lay for p, lay in moved.layouts.items() if p in moved.modules}

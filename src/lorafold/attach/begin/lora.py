@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from ...errors import MismatchError
 from ...layers.kinds import LayerKind
 from ...layers.swap import device_of
+from ...prefixes import Prefixes
 from ..run.factors import Pair
 from .specs import LoRA
 
 
 def fresh_factors(
-    spec: LoRA, path: str, layer: nn.Module, kind: LayerKind, generator: torch.Generator
+    spec: LoRA,
+    path: str,
+    layer: nn.Module,
+    kind: LayerKind,
+    generator: torch.Generator,
+    prefixes: Prefixes,
 ) -> Pair:
     """The factors that a specification means at one layer.
 
@@ -52,7 +58,8 @@ def fresh_factors(
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         A = A.to(device, spec.dtype)
         B = torch.zeros(out, r, device=device, dtype=spec.dtype)
-    return Pair(kind, A.contiguous(), B.contiguous(), scale, spec.dropout, start)
+    A, B = A.contiguous(), B.contiguous()
+    return Pair(kind, A, B, scale, spec.dropout, start, prefixes)
 
 
 def leading_directions(

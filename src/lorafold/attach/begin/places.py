@@ -48,10 +48,12 @@ class Standing:
 
     Args:
         model: it. known: by path, what is attached to layers already.
+        scaling: of all rank prefixes; each adapter's own when None.
     """
 
     model: nn.Module
     known: Mapping[str, Any]
+    scaling: str | None = None
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shape, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from ...errors import MismatchError
 from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, matches, shown
+from ...prefixes import Prefixes
 
 INITS = ("kaiming", "orthogonal", "pissa")
 SELECTIONS = ("s_only", "wanda", "act_only", "min_std")
@@ -63,6 +64,8 @@ class LoRA(Spec):
             are subtracted beside it), or "pissa_niter_4" for a randomised SVD of 4 iterations.
         rank_pattern, alpha_pattern: {target: rank or α} for modules of their own.
         modules_to_save: modules that train whole, and are saved with the adapter.
+        nested: ranks, ascending, at all of which the adapter is trained to run: a training forward
+            at full rank gives the mean of their updates. r itself always is one of them.
         dtype: of the factors. seed: of A.
 
     Raises:
@@ -82,6 +85,7 @@ class LoRA(Spec):
     init: str = "kaiming"
     rank_pattern: Mapping[Target, int] = field(default_factory=dict)
     alpha_pattern: Mapping[Target, float] = field(default_factory=dict)
+    nested: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +100,13 @@ class LoRA(Spec):
             _check_whole(r, f"rank_pattern[{target!r}]")
         for target, alpha in self.alpha_pattern.items():
             _check_positive(alpha, f"alpha_pattern[{target!r}]")
+        if self.nested is not None:
+            object.__setattr__(self, "nested", _nested(self.nested, self.rank))
+            if self.init.startswith("pissa"):
+                raise MismatchError(
+                    f"nested= can't begin with init={self.init!r}, which is saved with its start "
+                    "beside it, at twice the rank: choose 'kaiming' or 'orthogonal'"
+                )
 
     @property
     def niter(self) -> int | None:
@@ -166,6 +177,14 @@ class PiSSA(Spec):
             _check_whole(self.niter, "niter")
             if self.select not in (None, "s_only"):
                 raise MismatchError("niter= finds the leading directions only: select 's_only'")
+
+
+def _nested(ranks: Any, rank: int) -> tuple[int, ...]:
+    """Ranks to train at, the adapter's own among them."""
+    found = Prefixes(ranks).ranks
+    if found and found[-1] > rank:
+        raise MismatchError(f"nested= names rank {found[-1]}, above the adapter's own, {rank}")
+    return found if found and found[-1] == rank else (*found, rank)
 
 
 def _check_whole(value: Any, label: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..selection import SCALINGS, Row, Selection, TokenMix, ranks_at
+from ..selection import Row, Selection, TokenMix, ranks_at
 from .bank import Table
 from .grouping import Entry, Grouping
 from .packed import Blocks, Packed, Segments
@@ -176,15 +176,15 @@ class Active:
         slots: Mapping[str, int],
         keys: Mapping[str, str],
         gates: list[float],
-        scaling: Callable[[float], float],
+        powers: Mapping[str, float],
         paths: list[str],
     ) -> None:
         """Write a selection of this size.
 
         Args:
             slots: name → slot. keys: name → key of a trainable adapter.
-            gates: (rows,) of the background. scaling: factor by rank there is / rank prefix.
-            paths: of the layers.
+            gates: (rows,) of the background. powers: name → p, a prefix k of r is multiplied by
+                (r/k)^p. paths: of the layers.
         """
         self.uniform = selection.uniform and self.rule is None
         if self.packed is not None:  # the tensors have more rows than there are
@@ -200,20 +200,22 @@ class Active:
         self._grouped.clear()
         self._blocks.clear()
         ids, c, self._entries = _mixes(selection, slots)
+        power = _powers(selection, powers)
         ranks = _ranks(selection, paths)
         self._values = {
             "ids": ids,
             "on": torch.tensor(on),
-            **{f"w.{g}": _weights(ids, c, t, ranks, scaling) for g, t in self.tables.items()},
+            **{f"w.{g}": _weights(ids, c, t, ranks, power) for g, t in self.tables.items()},
         }
         for key, (have, scales) in self.trained.items():
             if key == KEPT:  # whole, by the gate
                 whole = have[:, None].expand(-1, len(gates))
-                self._values[f"t.{key}"] = _trained_weights(gates, have, scales, whole, scaling)
+                self._values[f"t.{key}"] = _trained_weights(gates, have, scales, whole)
                 continue
             mine = [name for name, own in keys.items() if own == key]
             own = [sum(c for name, c in row.mix if name in mine) for row in selection.rows]
-            self._values[f"t.{key}"] = _trained_weights(own, have, scales, ranks, scaling)
+            p = max((powers.get(name, 0.0) for name in mine), default=0.0)
+            self._values[f"t.{key}"] = _trained_weights(own, have, scales, ranks, p)
         for tensors in self._on_device.values():
             for name, value in self._values.items():
                 tensors[name].copy_(value)
@@ -298,16 +300,25 @@ def _mixes(selection: Selection, slots: Mapping[str, int]) -> tuple[Tensor, Tens
     return torch.tensor(ids), torch.tensor(c, dtype=torch.float64), entries
 
 
-def _weights(
-    ids: Tensor, c: Tensor, table: Table, ranks: Tensor, scaling: Callable[[float], float]
-) -> Tensor:
+def _powers(selection: Selection, powers: Mapping[str, float]) -> Tensor | None:
+    """By which power each entry's prefix is scaled, (rows, K); None where all are constant."""
+    if not any(powers.values()):
+        return None
+    found = torch.zeros(len(selection.rows), selection.width, dtype=torch.float64)
+    for i, row in enumerate(selection.rows):
+        for j, (name, _) in enumerate(row.mix):
+            found[i, j] = powers.get(name, 0.0)  # of none where c = 0
+    return found
+
+
+def _weights(ids: Tensor, c: Tensor, table: Table, ranks: Tensor, power: Tensor | None) -> Tensor:
     """(L, rows, K · R) of the adapters in slots."""
     have = table.ranks[ids].permute(2, 0, 1)  # (L, rows, K)
     first = table.first[ids].permute(2, 0, 1)
     coefficient = c * table.scales[ids].permute(2, 0, 1)
     k = (ranks[:, :, None] - first).clamp_min(0).minimum(have)
-    if scaling is not SCALINGS["constant"]:
-        coefficient = coefficient * _factors(scaling, have, k)
+    if power is not None:
+        coefficient = coefficient * (have.double() / k.clamp_min(1)) ** power
     mask = torch.arange(table.width) < k[..., None]
     return (coefficient[..., None] * mask).flatten(2)
 
@@ -317,13 +328,15 @@ def _trained_weights(
     have: Tensor,
     scales: Tensor,
     ranks: Tensor,
-    scaling: Callable[[float], float],
+    power: float = 0.0,
 ) -> Tensor:
     """(L, rows, r) of one trainable adapter."""
     have = have[:, None].expand(-1, len(c))
     k = ranks.minimum(have)
     given = torch.tensor(c, dtype=torch.float64)
-    coefficient = given * scales[:, None] * _factors(scaling, have, k)
+    coefficient = given * scales[:, None]
+    if power:
+        coefficient = coefficient * (have.double() / k.clamp_min(1)) ** power
     return coefficient[..., None] * (torch.arange(int(have.max())) < k[..., None])
 
 
@@ -333,10 +346,3 @@ def _ranks(selection: Selection, paths: list[str]) -> Tensor:
         paths = paths[:1]
     found = [ranks_at(row.rank, paths) for row in selection.rows]
     return torch.tensor(found).T
-
-
-def _factors(scaling: Callable[[float], float], have: Tensor, k: Tensor) -> Tensor:
-    if scaling is SCALINGS["constant"]:
-        return torch.ones(())
-    ratio = have.double() / k.clamp_min(1)
-    return ratio if scaling is SCALINGS["linear"] else ratio.sqrt()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...layers.kinds import LayerKind
 from ...lowrank import LowRank
+from ...prefixes import Prefixes
 
 
 class Factors(nn.Module, ABC):
@@ -25,8 +26,11 @@ class Factors(nn.Module, ABC):
         rank: how many rows. scale: of the product.
     """
 
+    shares: Tensor | None  # of the ranks while training, where they are nested
+
     def __init__(self, kind: LayerKind, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
+        self.register_buffer("shares", None, persistent=False)
         self.kind, self.rank, self.scale, self.dropout = kind, rank, scale, dropout
 
     @abstractmethod
@@ -45,9 +49,12 @@ class Factors(nn.Module, ABC):
     def paused(self, k: int) -> list[tuple[nn.Parameter, Any]]:
         """Each parameter with the index of its entries that a rank prefix k leaves out."""
 
-    def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: float, k: int) -> Tensor:
+    def uniform(self, layer: Any, y: Tensor, x: Tensor, coefficient: Any, k: int) -> Tensor:
         """y plus coefficient · B A x at rank prefix k; the scale is part of the coefficient."""
         x = self._dropped(x)
+        shares = self.shares if self.training else None
+        if shares is not None and k == self.rank:
+            coefficient = coefficient * shares
         # Summed before they are added, so that a start cancels to the rounding of its own size.
         delta: Any = None
         for A, B, g in self.parts(k):
@@ -60,6 +67,9 @@ class Factors(nn.Module, ABC):
     def rows(self, layer: Any, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """y plus each row's own share; w (rows, r) weights of the ranks, scale included."""
         x = self._dropped(x)
+        shares = self.shares if self.training else None
+        if shares is not None:  # rows that run whole have a weight at the last rank
+            w = torch.where(w[:, -1:] != 0, w * shares, w)
         weights = w.repeat_interleave(y.shape[0] // len(w), 0)
         delta: Any = None
         for A, B, g in self.parts(self.rank):
@@ -91,6 +101,7 @@ class Pair(Factors):
 
     Args:
         A: (r, in). B: (out, r). start: (A₀, B₀) that is subtracted.
+        prefixes: what rank prefixes are to mean; trained at all of them where it names ranks.
     """
 
     A0: Tensor | None
@@ -104,8 +115,11 @@ class Pair(Factors):
         scale: float,
         dropout: float = 0.0,
         start: tuple[Tensor, Tensor] | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         super().__init__(kind, len(A), scale, dropout)
+        if prefixes is not None and prefixes.ranks:
+            self.shares = torch.tensor(prefixes.shares(len(A)), device=A.device)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A0", None if start is None else start[0])
         self.register_buffer("B0", None if start is None else start[1])

@@ -17,6 +17,7 @@ from ...fold.contents import Contents
 from ...fold.store.entries import AdapterEntry
 from ...lowrank import LowRank
 from ...parts import extra_kind
+from ...prefixes import Prefixes
 from .patch import Patch
 from .slots import Slots
 
@@ -44,6 +45,10 @@ class Shelf:
         """An adapter, read back."""
         self._contents(entry)
         return self._library[entry.name]
+
+    def prefixes(self, entry: AdapterEntry, scaling: str | None) -> Prefixes:
+        """What an adapter's rank prefixes mean."""
+        return Prefixes.of(self._contents(entry).config(entry.name), scaling)
 
     def update(self, entry: AdapterEntry, path: str) -> LowRank | None:
         """An adapter's update at one layer; None where it has none there."""
