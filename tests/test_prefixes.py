@@ -38,7 +38,7 @@ def test_shares_are_the_mean_of_all_prefixes(scaling, have):
         ({"nested": ["a"]}, "at least 1"),
         ({"nested": 4}, "must list ranks"),
         ({"nested": [4, 2]}, "ascending"),
-        ({"rank_scaling": "cubic"}, "rank_scaling must be one of constant, sqrt, linear"),
+        ({"rank_scaling": "cubic"}, "rank_scaling must be one of constant, linear, sqrt"),
     ],
 )
 def test_what_a_config_cannot_mean(config, says):

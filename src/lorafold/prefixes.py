@@ -16,7 +16,7 @@ from typing import Any
 from .errors import MismatchError
 
 NESTED, SCALING = "nested", "rank_scaling"
-POWERS = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}
+POWERS = {"constant": 0.0, "linear": 1.0, "sqrt": 0.5}
 
 
 def check_scaling(value: Any) -> str:

@@ -25,6 +25,7 @@ from .guard import Guard, guarded
 from .merged import merge_into, unmerge_from, verified
 from .running import BASE, Gate
 from .selection import Selection
+from .sources import Trained
 from .state import State
 from .summary import Summary, live_html, summarized
 
@@ -96,6 +97,11 @@ class Live:
     def names(self) -> list[str]:
         """The attached adapters' names, in the order in which they came."""
         return list(self._state.sources)
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of those that are trained."""
+        return [name for name, source in self._state.sources.items() if isinstance(source, Trained)]
 
     @property
     def active(self) -> dict[str, float] | list[dict[str, float]]:
