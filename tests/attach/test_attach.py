@@ -401,10 +401,10 @@ def test_parameters_of_one_adapter(net, three):
 def test_what_a_handle_shows(net, three):
     live = lf.attach(net, three)
     shown = {name for name in dir(live) if not name.startswith("_")}
-    assert len(shown) <= 22
+    assert len(shown) <= 23
     assert shown >= {"use", "add", "remove", "names", "parameters", "adapter", "merge", "unmerge"}
     assert shown >= {"verify", "detach", "model", "active", "merged", "kept", "keep", "drop"}
-    assert shown >= {"gate", "save", "resume", "guard", "summary"}
+    assert shown >= {"trained", "gate", "save", "resume", "guard", "summary"}
     assert not [name for name in dir(live) if name.startswith("_") and not name.endswith("__")]
     for name in shown | {"of"}:
         getattr(live, name)
