@@ -202,8 +202,7 @@ class Live:
 
         Args:
             path: the directory to make. name: which; the only one when None.
-            metadata: what to keep with it, as JSON knows it; `resume` returns it. When None, what
-                came with the checkpoint that training began from.
+            metadata: to keep with it, as JSON knows it; when None, what its checkpoint came with.
             overwrite: replace what is at `path`.
 
         Raises:
@@ -218,9 +217,9 @@ class Live:
         """Load what `save` wrote into a trained adapter of the same kind and targets.
 
         Args:
-            path: the directory, a PEFT directory of plain LoRA, or a file with the flat keys
-                `A.<module>` and `B.<module>`, or `U.`, `S.`, `Vh.` and `delta_s.`, module dots
-                written `__`. name: which; the only one when None.
+            path: the directory, a PEFT directory of plain LoRA, or a file with the flat keys `A.` and
+                `B.<module>`, or `U.`, `S.`, `Vh.` and `delta_s.`, module dots written `__`.
+            name: which; the only one when None.
 
         Returns:
             The metadata that was saved with it.
@@ -340,8 +339,7 @@ class Live:
     def detach(self) -> nn.Module:
         """Give the model back as it was: classes, names, bits, and what requires gradients.
 
-        Returns:
-            The model. The handle is of no more use.
+        Returns: the model. The handle is of no more use.
         """
         if self.merged:
             unmerge_from(self._state)
