@@ -217,7 +217,7 @@ class Live:
         """Load what `save` wrote into a trained adapter of the same kind and targets.
 
         Args:
-            path: the directory, a PEFT directory of plain LoRA, or a file with the flat keys `A.` and
+            path: the directory, a PEFT directory of plain LoRA, or a file with flat keys: `A.` and
                 `B.<module>`, or `U.`, `S.`, `Vh.` and `delta_s.`, module dots written `__`.
             name: which; the only one when None.
 
