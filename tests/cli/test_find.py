@@ -132,6 +132,7 @@ def test_a_broken_one_is_named_by_every_door(tmp_path, doors, broken, others):
         assert "error" in found, name
 
 
+@pytest.mark.filterwarnings("ignore:passed over")
 @pytest.mark.parametrize("none", NONE, ids=lambda f: f.__name__)
 def test_what_is_no_adapter_is_passed_over_by_every_door(tmp_path, doors, none):
     folder = tmp_path / "set"
@@ -141,6 +142,38 @@ def test_what_is_no_adapter_is_passed_over_by_every_door(tmp_path, doors, none):
         weights_only(folder / hidden)
     for name, door in doors.items():
         assert door(folder) == {"good"}, name
+
+
+@pytest.mark.parametrize("door", ["merge", "similar", "info"])
+@pytest.mark.parametrize(
+    "sources",
+    [["set"], ["set/*"], ["set/README.md", "set/good", "set/more", "set/other"]],
+    ids=["folder", "glob", "spelled out by the shell"],
+)
+@pytest.mark.filterwarnings("default:passed over")
+def test_what_is_passed_over_is_told(tmp_path, monkeypatch, cli, door, sources):
+    """Whatever stands for all that a folder holds, in Python as on the command line."""
+    monkeypatch.chdir(tmp_path)
+    whole(tmp_path / "set" / "good"), whole(tmp_path / "set" / "more")
+    unrelated(tmp_path / "set" / "other")
+    (tmp_path / "set" / "README.md").write_text("x")
+    ran = cli(door, *sources, *(["-o", "out"] if door == "merge" else []))
+    assert ran.code == 0, ran.err
+    what = "'set/other'" if sources == ["set"] else "'set/README.md', 'set/other'"
+    assert ran.err == f"warning: passed over, as no adapter is there: {what}\n"
+    with pytest.warns(UserWarning, match="passed over, .*set/other"):
+        assert lf.similarity(sources).names == ("good", "more")
+
+
+def test_what_is_named_must_be_an_adapter(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    whole(tmp_path / "set" / "good"), whole(tmp_path / "set" / "more")
+    unrelated(tmp_path / "set" / "other")
+    for sources in (["set/good", "set/other"], ["set/other"]):
+        ran = cli("merge", *sources, "-o", "out")
+        assert (ran.code, "set/other is no adapter" in ran.err) == (2, True)
+    ran = cli("merge", "set/o*", "-o", "out")
+    assert (ran.code, ran.err) == (2, "error: no adapter matches 'set/o*', only 'set/other'\n")
 
 
 def test_several_whole_ones(tmp_path, doors):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
     if len(paths) == 1 and is_library(paths[0]):
         _library(paths[0])
         return
-    found = [place for path in paths for place in _places(path)]
+    found = _places(paths)
     failures: list[str] = []
     described = []
     with output.progress("reading") as advance:
@@ -99,15 +99,19 @@ def _shared_words(shared: list[dict[str, Any]]) -> str:
     )
 
 
-def _places(path: str) -> list[str]:
-    """The adapters that a path stands for: those in the folder where it is not itself one."""
-    from ..files.find import adapters_at, matches
+def _places(paths: Sequence[str]) -> list[str]:
+    """The adapters that paths stand for: those in a folder where it is not itself one."""
+    from ..files.find import idle_among, places_at, tell_idle
 
-    found = []
-    for place in matches(path):
-        inside = adapters_at(place)
-        found += [str(p) for p in inside] if len(inside) > 1 else [str(place)]
-    return found if found != [str(Path(path))] else [path]
+    idle = idle_among(paths)
+    found: list[str] = []
+    for path in (path for path in paths if path not in idle):
+        inside, more = places_at(path)
+        idle += more
+        alone = len(inside) == 1 and Path(path).exists()
+        found += [path] if alone else map(str, inside)
+    tell_idle(idle)
+    return found
 
 
 def _described_or_error(path: str, failures: list[str], options: Mapping[str, Any]) -> Any:

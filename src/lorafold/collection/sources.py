@@ -24,13 +24,14 @@ from ..errors import FileError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
 from ..files.find import (
     PickleError,
-    adapters_at,
+    idle_among,
     in_library,
     is_library,
     is_subspace,
     locate,
-    matches,
     name_of,
+    places_at,
+    tell_idle,
 )
 from ..lowrank import LowRank
 from ..words import some_of
@@ -141,8 +142,13 @@ class _Opener:
         elif isinstance(source, Iterable) and not isinstance(
             source, str | bytes | os.PathLike | Adapter | Shelf | Handle | Tensor
         ):
-            for one in source:
-                yield from self.opened(one)
+            listed = list(source)
+            paths = [one for one in listed if isinstance(one, str | os.PathLike)]
+            idle = idle_among(paths) if paths[1:] else []
+            tell_idle(idle)
+            for one in listed:
+                if not any(one is path for path in idle):
+                    yield from self.opened(one)
         else:
             position, self._count = self._count, self._count + 1
             yield from self._one(source, f"task_{position}")
@@ -181,9 +187,10 @@ class _Opener:
             folder, name = found
             yield from self._library(folder).__lorafold_handles__(name).items()
             return
-        for path in matches(text):
-            for place in [path] if is_library(path) else adapters_at(path):
-                yield from self._in(place)
+        places, idle = places_at(text)
+        tell_idle(idle)
+        for place in places:
+            yield from self._in(place)
 
     def _in(self, place: Path) -> Iterator[tuple[str, Handle]]:
         if is_library(place):

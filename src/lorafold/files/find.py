@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
+from ..words import some_of, warn
 from .config import (
     CONFIG_NAME,
     LIBRARY_NAME,
@@ -90,6 +91,63 @@ def matches(text: str | os.PathLike[str]) -> list[Path]:
     if not found:
         raise FileError(f"no adapter matches {path!r}")
     return found
+
+
+def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
+    """Where a path, folder or glob has adapters and libraries; and what it has that is neither.
+
+    A path that is named is taken at its word. Of what a glob matches, and of the folders in a
+    folder of adapters, those that hold none are passed over, and listed for a warning. A library
+    in a folder of adapters is none of them: it may have been folded from them.
+
+    Raises:
+        FileError: a glob that matches nothing, or no adapter.
+    """
+    found = matches(text)
+    if found == [Path(text)]:
+        (path,) = found
+        places = [path] if is_library(path) else adapters_at(path)
+        if places == [path]:
+            return places, []
+        taken = set(places)
+        below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return places, sorted(p for p in below if p not in taken and not is_library(p))
+    kept = [path for path in found if holds_any(path)]
+    if not kept:
+        raise FileError(f"no adapter matches {os.fspath(text)!r}, only {some_of(map(str, found))}")
+    places = [p for path in kept for p in ([path] if is_library(path) else adapters_at(path))]
+    return places, [path for path in found if path not in kept]
+
+
+def holds_any(path: Path) -> bool:
+    """Whether there is an adapter, whole or not, or a library."""
+    if not path.is_dir():
+        return path.suffix in (".safetensors", ".bin")
+    return is_library(path) or any(is_adapter(p) or is_subspace(p) for p in adapters_at(path))
+
+
+def idle_among(paths: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+    """Those that hold no adapter, of folders of which all that they hold is named.
+
+    That is what a shell makes of `adapters/*`, and so it is taken for one.
+    """
+    given: dict[Path, list[str | os.PathLike[str]]] = {}
+    for path in paths:
+        if os.path.lexists(path):
+            given.setdefault(Path(path).parent, []).append(path)
+    idle: list[str | os.PathLike[str]] = []
+    for folder, inside in given.items():
+        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        if len(names) > 1 and names <= {Path(path).name for path in inside}:
+            none = [path for path in inside if not holds_any(Path(path))]
+            idle += none if len(none) < len(inside) else []
+    return idle
+
+
+def tell_idle(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Warn of what was passed over."""
+    if paths:
+        warn(f"passed over, as no adapter is there: {some_of(map(os.fspath, paths))}")
 
 
 def adapters_at(path: Path) -> list[Path]:
