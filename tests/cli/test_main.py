@@ -205,7 +205,7 @@ def test_json_is_alone_on_stdout(line, here, cli):
         ("ls adapters/sql", "is not a library"),
         ("diff adapters/sql lib:sqk", "did you mean 'sql'"),
         ("diff adapters/sql lib", "name one of its adapters, as lib:NAME"),
-        ("fold -o other", "give the adapters to fold"),
+        ("fold -o other", "give adapters, or NAME=SOURCE with --name"),
         ("fold adapters", "Missing option '-o'"),
         ("fold adapters -o lib", "give --overwrite to replace it"),
         ("fold adapters -o other --tolerance 0.1 --rank 2", "exclude each other"),
@@ -299,6 +299,22 @@ def test_messages_name_flags_as_the_command_line_has_them():
     assert as_flags("give overwrite=True or alpha= (…)") == "give --overwrite or --alpha (…)"
     assert as_flags("use allow_pickle=True") == "use --allow-pickle"
     assert as_flags("a path/with=equals, x=1") == "a path/with=equals, x=1"
+
+
+def test_messages_name_the_options_of_the_command_that_runs():
+    own = ["lambda", "drop_rate", "rank"]
+    assert as_flags("ties takes no lambda_=: it does", own) == "ties takes no --lambda: it does"
+    assert as_flags("drop_rate must lie in [0, 1)", own) == "--drop-rate must lie in [0, 1)"
+    assert as_flags("r.yaml: drop_rate must lie", own) == "r.yaml: drop_rate must lie"
+    assert as_flags("gamma must lie", own) == "gamma must lie"
+
+
+def test_a_group_alone_tells_its_commands(cli):
+    ran = cli("route")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == cli("route", "--help").out
+    ran = cli("route", "aks", "x")
+    assert (ran.code, "there is no command 'aks'; did you mean 'ask'?" in ran.err) == (2, True)
 
 
 def test_one_line_shows_control_characters_escaped():

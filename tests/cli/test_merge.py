@@ -143,10 +143,28 @@ def test_a_recipe(here, cli):
     out = lf.load("out")
     assert out.rank == 5
     assert out[PATH].A.dtype == torch.bfloat16
-    for more in (["--method", "ties"], ["--density", "0.5"], ["--weight", "sql=1"], ["--pico"]):
+    for more in (
+        ["--method", "ties"],
+        ["--method", "linear"],
+        ["--space", "core"],
+        ["--density", "0.5"],
+        ["--weight", "sql=1"],
+        ["--pico"],
+    ):
         ran = cli("merge", "r.yaml", "-o", "other", *more)
         assert ran.code == 2
         assert f"leave out {more[0]}" in ran.err
+
+
+def test_names_alone_and_how_adapters_of_a_recipe_are_read(here, cli):
+    line = ["merge", "--name", "a=adapters/sql", "--name", "b=adapters/law", "-o", "out", "--json"]
+    assert [s["name"] for s in cli(*line).json["sources"]] == ["a", "b"]
+    (here / "r.YML").write_text(
+        "merge_method: task_arithmetic\nmodels: [{model: adapters/sql, parameters: {weight: 1}}]\n"
+    )
+    os.remove("adapters/sql/adapter_config.json")
+    assert "--alpha" in cli("merge", "r.YML", "-o", "again").err
+    assert cli("merge", "r.YML", "-o", "again", "--alpha", "8").code == 0
 
 
 def test_names_are_data(here, cli):
@@ -159,7 +177,12 @@ def test_names_are_data(here, cli):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("", "Missing argument"),
+        ("", "Missing option '-o'"),
+        ("-o out", "give adapters, or NAME=SOURCE with --name"),
+        ("adapters -o out --lambda nan", "error: --lambda must be a finite number, found nan"),
+        ("adapters -o out --method dare --drop-rate 2", "error: --drop-rate must lie in [0, 1)"),
+        ("adapters -o out --method ties --density nan", "--density must lie in (0, 1], found nan"),
+        ("adapters -o out --method ties --gamma .1", "no --gamma: breadcrumbs, knots, ctm do"),
         ("adapters", "Missing option '-o'"),
         ("nowhere -o out", "no such file or directory: 'nowhere'"),
         ("adapters -o lib", "lib exists already, and it is not an adapter"),

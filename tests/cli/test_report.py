@@ -44,7 +44,7 @@ def test_a_page_that_exists(cli, here):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("report -o page.html", "give the adapters to report on"),
+        ("report -o page.html", "give adapters, or NAME=SOURCE with --name"),
         ("report adapters", "Missing option '-o'"),
         ("report adapters -o page.html --threshold 2", "threshold must lie in (0, 1]"),
         ("report adapters/none -o page.html", "adapters/none"),

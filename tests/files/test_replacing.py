@@ -432,3 +432,30 @@ def test_a_newer_or_damaged_library_is_still_one(world):
     (world / "board" / "library.json").write_text('{"name": "a package of another program"}')
     with pytest.raises(FileError, match="it holds 'library.json'"):
         folded(world / "board")
+
+
+def test_an_empty_text_is_no_path(world):
+    """It would be the working directory, which here holds adapters and is an adapter's place."""
+    a = lf.load("adapters/sql")
+    r = lf.CentroidRouter.fit({"a": ["x y", "y x"], "b": ["1 2", "2 1"]}, "ngrams")
+    writers = (
+        lambda: lf.save(a, "", overwrite=True),
+        lambda: lf.fold("adapters", "", overwrite=True),
+        lambda: lf.report("adapters", "", overwrite=True),
+        lambda: lf.merge_into_weights("base", a, "", overwrite=True),
+        lambda: r.save("", overwrite=True),
+    )
+    for write in writers:
+        with pytest.raises(FileError, match="an empty text is none"):
+            write()
+    os.chdir("adapters/sql")
+    readers = (
+        lambda: lf.load(""),
+        lambda: lf.Library.open(""),
+        lambda: lf.merge(""),
+        lambda: lf.extract("", "", rank=1),
+        lambda: lf.CentroidRouter.load(""),
+    )
+    for read in readers:
+        with pytest.raises(FileError, match="''"):
+            read()

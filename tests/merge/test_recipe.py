@@ -249,15 +249,18 @@ BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "
         ("models: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + BOMB, "line 1: .*more than 10,000"),
         ("merge_method: ties\nparameters: {{weight: 1" + "0" * 400 + "}}\n" + BARE, "number"),
-        ("merge_method: ties\nparameters: {{weight: [1, true]}}\n" + BARE, "numbers or filters"),
+        (
+            "merge_method: ties\nparameters: {{weight: [1, true]}}\n" + BARE,
+            "line 2: .*number, found True",
+        ),
         (
             "merge_method: ties\nparameters: {{weight: [{{filter: 3, value: 1}}]}}\n" + BARE,
             "filter must be a part of a name",
         ),
         ("merge_method: ties\nparameters: {{int8_mask: maybe}}\n" + ONE, "int8_mask"),
         ("merge_method: ties\nparameters: {{normalize: 2}}\n" + ONE, "normalize"),
-        ("merge_method: breadcrumbs\nparameters: {{gamma: 5}}\n" + ONE, "gamma must lie"),
-        ("merge_method: della\nparameters: {{epsilon: -1}}\n" + ONE, "epsilon must lie"),
+        ("merge_method: breadcrumbs\nparameters: {{gamma: 5}}\n" + ONE, "line 2: 'gamma' must lie"),
+        ("merge_method: della\nparameters: {{epsilon: -1}}\n" + ONE, "line 2: 'epsilon' must lie"),
         ("merge_method: ties\nmodels: [{{model: ./no, parameters: {{weight: 1}}}}]\n", "no such"),
         ("- 1\n", "no merge_method"),
         ("models: []\n", "no merge_method"),
@@ -289,6 +292,24 @@ BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in ("ab", "
             "merge_method: ties\nmodels: [{{model: {sql}, parameters: {{weight: 1}}}},"
             " {{model: {sql}, parameters: {{weight: 1}}}}]\n",
             "twice",
+        ),
+        (
+            "merge_method: ties\nmodels:\n- model: {sql}\n  parameters:\n    weight: .nan\n",
+            "recipe.yaml: line 5: parameter 'weight' must be a number, found nan",
+        ),
+        ("merge_method: ties\nparameters: {{weight: []}}\n" + BARE, "line 2: .* empty list"),
+        (
+            "merge_method: ties\nparameters: {{weight: [{{fliter: q, value: 1}}]}}\n" + BARE,
+            "line 2: 'weight' must be numbers or filters",
+        ),
+        (
+            "merge_method: ties\nparameters: {{weight: [{{value: [1, x]}}]}}\n" + BARE,
+            "line 2: .*number, found 'x'",
+        ),
+        (
+            "merge_method: ties\nmodels:\n- {{model: {sql}, parameters: {{weight: 1}}}}\n"
+            "- model: {law}\n",
+            "recipe.yaml: parameter 'weight' is missing for 'law' at 'model.layers.0",
         ),
         (
             "merge_method: breadcrumbs\nmodels:\n"
@@ -331,3 +352,25 @@ def test_an_alias_and_a_merge_key_say_what_they_stand_for(models, recipe):
     merged = Recipe.read(path).merge()
     sql, law = (lf.load(models[0] / name) for name in ("sql", "law"))
     assert merged.distance(0.5 * sql + 0.25 * law) < 1e-4 * merged.norm()
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-1", 0.1), ("-.5", -0.5), ("+1.E1", 10.0)])
+def test_numbers_as_everyone_writes_them(models, recipe, text, value):
+    """pyyaml takes these for texts; mergekit and YAML 1.2 for numbers."""
+    path = recipe(
+        "merge_method: task_arithmetic\nparameters: {{weight: VALUE}}\n".replace("VALUE", text)
+        + BARE
+    )
+    merged = Recipe.read(path).merge()
+    sql = lf.load(models[0] / "sql")
+    assert merged.distance(value * sql) < 1e-5 * merged.norm()
+
+
+def test_adapters_of_a_recipe_are_read_as_asked(models, recipe, tmp_path):
+    (tmp_path / "bare").mkdir()
+    file = "adapter_model.safetensors"
+    (tmp_path / "bare" / file).write_bytes((models[0] / "sql" / file).read_bytes())
+    text = "merge_method: task_arithmetic\n" + ONE.replace("{sql}", f"{tmp_path}/bare")
+    assert Recipe.read(recipe(text)).merge(alpha=4).norm() == pytest.approx(
+        2 * lf.load(models[0] / "sql").norm(), rel=1e-4
+    )

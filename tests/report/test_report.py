@@ -241,6 +241,11 @@ def test_a_page_that_exists_stays(make_adapter, tmp_path, shapes):
         lf.report(sources, place)
     assert place.read_text() == "mine"
     lf.report(sources, place, overwrite=True)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(lf.FileError, match="it is no page of HTML"):
+        lf.report(sources, notes, overwrite=True)
+    assert notes.read_text() == "mine"
     assert place.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 

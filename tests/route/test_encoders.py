@@ -1,6 +1,8 @@
 """From texts to vectors: the one that is here, a real one, and whatever callables give."""
 
 import builtins
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -115,6 +117,29 @@ def test_the_extra_is_named(monkeypatch):
     assert name == "some-model-that-is-not-loaded"
     with pytest.raises(lf.MissingExtraError, match=r"pip install 'lorafold\[route\]'"):
         encode(["text"])
+
+
+@pytest.mark.parametrize(
+    ("failure", "asked"), [(OSError("no network"), [True]), (None, [True, False])]
+)
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, failure, asked):
+    """sentence-transformers would ask again and again, for over a minute."""
+    pytest.importorskip("huggingface_hub")
+    from lorafold.route import encoders
+
+    calls = []
+
+    def model(name, local_files_only=False):
+        calls.append(local_files_only)
+        raise OSError("nothing in the cache")
+
+    fake = types.SimpleNamespace(SentenceTransformer=model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
+    monkeypatch.setattr(encoders, "unreachable", lambda url: failure)
+    encode, _ = encoder_of(f"org/{len(asked)}")
+    with pytest.raises(lf.MismatchError, match="can't be loaded: nothing .*or 'ngrams'"):
+        encode(["text"])
+    assert calls == asked
 
 
 def tasks(names, part):

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,11 +24,12 @@ from ..words import did_you_mean, escaped
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
+_VALUE = r"(?:True\b|'?…'?|(?=[\s;,:)]|$))"
 # What messages call as the Python API does, and the command line has as a flag.
 _KEYWORDS = re.compile(
     r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
     r"|base_model|form|name|heads|density|drop_rate|encoder|error|top_k|shape|texts"
-    r"|alignment|unchecked|output|layers|resume)=(True\b|'?…'?|(?=[\s;,:)]|$))"
+    rf"|alignment|unchecked|output|layers|resume)={_VALUE}"
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,6 +42,7 @@ class Settings:
     json: bool = False
     verbose: bool = False
     debug: bool = False
+    keywords: frozenset[str] = frozenset()  # the command's options, as Python calls them
 
 
 def settings() -> Settings:
@@ -67,6 +69,14 @@ class Command(click.Command):
         self.example = example
         self.params += shared_flags()
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; its messages are told in its own words."""
+        options = (p for p in self.params if isinstance(p, click.Option))
+        names = (name[2:] for p in options for name in p.opts if name.startswith("--"))
+        found = frozenset(name.replace("-", "_") for name in names)
+        ctx.find_root().ensure_object(Settings).keywords = found
+        return super().invoke(ctx)
+
 
 def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
     """Decorate a function to be the command `name`."""
@@ -75,6 +85,19 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
 
 class Group(Command, click.Group):
     """The same, of several commands."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        check_known(ctx, args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+def check_known(ctx: click.Context, name: str, known: Iterable[str]) -> None:
+    """Refuse a word that is no command, with what may have been meant."""
+    known = list(known)
+    if name not in known and name[:1].isalnum():
+        ctx.fail(f"there is no command {name!r}; {did_you_mean(name, known)}")
 
 
 def group(name: str, example: str) -> Callable[[Callable[..., Any]], Group]:
@@ -136,9 +159,7 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in self.verbs and name[:1].isalnum():
-            ctx.fail(f"there is no command {name!r}; {did_you_mean(name, self.verbs)}")
+        check_known(ctx, args[0], self.verbs)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -163,9 +184,12 @@ class Verbs(click.Group):
 
 def _status(run: Callable[[], Any], chosen: Settings) -> int:
     try:
-        with _one_line_warnings():
+        with _one_line_warnings(chosen):
             result = run()
         return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as e:  # a question, not a mistake
+        click.echo(e.ctx.get_help() if e.ctx else str(e))
+        return 0
     except (KeyboardInterrupt, click.Abort) as e:
         return _failed(e, "interrupted", chosen, BAD_INPUT)
     except click.ClickException as e:
@@ -188,7 +212,7 @@ def _failed(error: BaseException | None, text: str, chosen: Settings, status: in
     if chosen.debug and error is not None:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     else:
-        click.echo(f"error: {one_line(as_flags(text))}", err=True)
+        click.echo(f"error: {one_line(as_flags(text, chosen.keywords))}", err=True)
     return status
 
 
@@ -198,9 +222,21 @@ def _usage_line(error: click.ClickException) -> str:
     return error.format_message().rstrip(".") + hint
 
 
-def as_flags(text: str) -> str:
-    """A message with `overwrite=True` and the like said as the command line has them."""
-    return _KEYWORDS.sub(lambda match: "--" + match[1].replace("_", "-"), text)
+def as_flags(text: str, keywords: Iterable[str] = ()) -> str:
+    """A message with `overwrite=True` and the like said as the command line has them.
+
+    Args:
+        keywords: options of the command that runs, beside those that many have; a message that
+            begins with one (`drop_rate must …`) is about it.
+    """
+    names = "|".join(sorted(map(re.escape, keywords), key=len, reverse=True))
+    for pattern in [rf"\b({names})_?={_VALUE}", rf"^({names})_?(?= must )"] if names else []:
+        text = re.sub(pattern, _as_flag, text)
+    return _KEYWORDS.sub(_as_flag, text)
+
+
+def _as_flag(match: re.Match[str]) -> str:
+    return "--" + match[1].replace("_", "-")
 
 
 def one_line(text: str) -> str:
@@ -210,9 +246,9 @@ def one_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
+def _one_line_warnings(chosen: Settings) -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        click.echo(f"warning: {one_line(str(message))}", err=True)
+        click.echo(f"warning: {one_line(as_flags(str(message), chosen.keywords))}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

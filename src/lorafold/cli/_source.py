@@ -91,6 +91,10 @@ def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> 
             raise click.BadParameter(f"{name!r} is given twice", param_hint="--name")
         given[name] = source
     texts = list(sources)
+    if not texts and not given:
+        raise click.UsageError(
+            "give adapters, or NAME=SOURCE with --name", click.get_current_context()
+        )
     for text in [*texts, *given.values()]:
         _check_no_slip(text, options)
     try:

@@ -74,8 +74,6 @@ def fold(
     LIB:NAME. An adapter's name is the last part of its path; two alike need --name. The error is
     measured on what was written, adapter by adapter.
     """
-    if not sources and not named:
-        raise click.UsageError("give the adapters to fold", click.get_current_context())
     function = None if score is None else score_function(score)
     from ..fold.fold import fold as fold_sources
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import MismatchError
 from . import _output as output
@@ -44,7 +45,7 @@ _NOT_WITH_RECIPES = {
     "merge",
     example="lorafold merge adapters/sql adapters/poems -o both --method ties --density 0.5",
 )
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option(
     "-o", "--output", "target", required=True, metavar="OUT", help="The adapter to write."
 )
@@ -96,13 +97,13 @@ def merge(
     check_replaceable(place, ADAPTER, overwrite, target)
     with output.progress("merging") as advance:
         options["progress"] = advance
-        if any(Path(source).suffix in (".yaml", ".yml") for source in sources):
+        reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
+        if any(map(_is_recipe, sources)):
             if len(sources) > 1:
                 raise click.UsageError("a recipe names its adapters: give it alone")
-            merged, own_dtype = _by_recipe(sources[0], rank, target, options)
+            merged, own_dtype = _by_recipe(sources[0], rank, target, options, reading)
             dtype = dtype or own_dtype
         else:
-            reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
             handles = named(sources, options.pop("names"), **reading)
             check_apart(target, [h.path for h in handles.values()])
             merged = _by_method(handles, rank, options)
@@ -129,19 +130,24 @@ def _by_method(handles: dict[str, Handle], rank: int | None, options: dict[str, 
 
 
 def _by_recipe(
-    path: str, rank: int | None, target: str, options: dict[str, Any]
+    path: str, rank: int | None, target: str, options: dict[str, Any], reading: dict[str, Any]
 ) -> tuple[Adapter, str | None]:
     """The merged adapter of a recipe, and the dtype that it asks for."""
     from ..files.replacing import check_apart
     from ..merge.recipe import Recipe
 
+    given = click.get_current_context().get_parameter_source
     for name, flag in _NOT_WITH_RECIPES.items():
-        if options[name] not in (None, False, (), "linear", "core"):
+        if given(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(f"a recipe says how to merge; leave out {flag}")
     recipe = Recipe.read(path)
     check_apart(target, [path, *(source for source, _ in recipe.models.values())])
     own = {"heads": options["heads"], "progress": options["progress"]}
-    return recipe.merge(rank=rank, seed=options["seed"], **own), recipe.dtype
+    return recipe.merge(rank=rank, seed=options["seed"], **reading, **own), recipe.dtype
+
+
+def _is_recipe(source: str) -> bool:
+    return Path(source).suffix.lower() in (".yaml", ".yml") and not Path(source).is_dir()
 
 
 def _weights(names: Sequence[str], pairs: Iterable[str], listed: str | None) -> Any:

@@ -55,8 +55,6 @@ def report(
     that can be searched and sorted. The page is one file and needs no network. What is drawn is
     bounded; the page says what was sampled.
     """
-    if not sources and not names:
-        raise click.UsageError("give the adapters to report on", click.get_current_context())
     from ..report.page import plotly_js
     from ..report.report import check_writable
     from ..report.report import report as write

@@ -21,7 +21,7 @@ _LISTED = 10_000  # pairs listed at most: a thousand that are alike make half a 
 
 
 @command("similar", example="lorafold similar adapters")
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option("--threshold", type=float, default=0.9, help="Cosine of near-duplicates (0.9).")
 @click.option("--exact", is_flag=True, help="Compute every pair exactly, not only the near ones.")
 @click.option("--name", "names", multiple=True, metavar="NAME=SOURCE", help="A source by a name.")

@@ -197,6 +197,8 @@ def read_base(path: str) -> BaseFiles:
             damaged header.
     """
     entries: dict[str, Entry] = {}
+    if not path:  # which would be the working directory
+        raise FileError("no such folder: ''")
     files, index = _files(Path(path))
     for file in files:
         found = read_entries(file)

@@ -185,6 +185,8 @@ def locate(
     if not isinstance(source, str | os.PathLike):
         raise FileError(f"an adapter is given as a path, not as {type(source).__name__}")
     path = Path(source)
+    if not os.fspath(source):  # which would be the working directory
+        raise FileError("no such file or directory: ''")
     if not os.path.lexists(path):
         path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:

@@ -76,10 +76,19 @@ def _check_reachable(hub: Any, name: str, filename: str, revision: str | None) -
     """
     if hub.try_to_load_from_cache(name, filename, revision=revision) is not None:
         return
-    url = hub.hf_hub_url(name, filename, revision=revision)
+    failure = unreachable(hub.hf_hub_url(name, filename, revision=revision))
+    if failure is not None:
+        raise hub.errors.LocalEntryNotFoundError(f"it can't be reached ({failure})") from failure
+
+
+def unreachable(url: str) -> Exception | None:
+    """What keeps the Hub from being asked for a file, found by asking once; None if it answers."""
+    import huggingface_hub as hub
+
     try:
         hub.get_hf_file_metadata(url)
     except hub.errors.HfHubHTTPError:
-        pass  # it answers: the download tells what
-    except Exception as e:  # what its HTTP library raises, which is one or another
-        raise hub.errors.LocalEntryNotFoundError(f"it can't be reached ({e})") from e
+        return None  # whether it has the file is for the download to tell
+    except Exception as e:  # noqa: BLE001  (what its HTTP library raises: one or another)
+        return e
+    return None

@@ -65,6 +65,7 @@ def check_replaceable(
     Raises:
         FileError: it may not; the message calls it `given`.
     """
+    _check_named(given)
     free, refusal = is_free(target), None
     if not target.is_dir():
         refusal = f"it is a file, not the folder of {kind.name}"
@@ -82,6 +83,11 @@ def check_replaceable(
         raise FileError(f"{given} is or holds the current directory; it won't be overwritten")
 
 
+def _check_named(target: str | os.PathLike[str]) -> None:
+    if not os.fspath(target):  # which would be the working directory
+        raise FileError("what to write has no name: an empty text is none")
+
+
 def check_apart(
     target: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str] | None]
 ) -> None:
@@ -97,6 +103,7 @@ def check_apart(
     Raises:
         FileError: naming both.
     """
+    _check_named(target)
     place = Path(os.path.realpath(target))
     mine, around = _identity(place), {_identity(path) for path in (place, *place.parents)}
     for source in sources:

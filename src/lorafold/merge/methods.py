@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -121,10 +121,7 @@ def job_of(
     rate = {"drop_rate"} if "density" in takes else set()
     unknown = [name for name in options or {} if name not in {*takes, *rate}]
     if unknown:
-        known = {**takes, "weights": None, "space": None, "seed": None}
-        raise UnknownNameError(
-            f"{method} takes no {unknown[0]}=; {did_you_mean(unknown[0], known)}"
-        )
+        raise UnknownNameError(f"{method} takes no {unknown[0]}={_who_takes(unknown[0], takes)}")
     given = _without_drop_rate(given)
     filled = {**takes, **given}
     _check(method, filled, names)
@@ -158,6 +155,15 @@ def _takes(method: str, space: str) -> dict[str, Any]:
     """Option → default."""
     cut = {"rank": None} if space == "delta" and method in RULES else {}
     return {**_ANY, **METHODS[method].takes, **cut}
+
+
+def _who_takes(option: str, known: Iterable[str]) -> str:
+    """What to do about an option that a method does not take."""
+    own = "density" if option == "drop_rate" else option
+    methods = [name for name, method in METHODS.items() if own in method.takes]
+    if methods:
+        return f": {', '.join(methods)} {'do' if methods[1:] else 'does'}"
+    return f"; {did_you_mean(option, [*known, 'weights', 'space', 'seed'])}"
 
 
 def _without_drop_rate(given: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ _OURS = {
 }
 _FIELDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "name")
 _GLOBAL = ("normalize", "rescale", "lambda", "int8_mask")
+_FLAGS = ("normalize", "rescale", "int8_mask")
 _EACH = ("weight", "density", "gamma", "epsilon")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -93,6 +94,7 @@ class Recipe:
         parameters: those of the whole recipe.
         dtype: of what is written; None where the recipe has none.
         bare: parameters of each entry that is the base itself.
+        where: the file, for messages.
     """
 
     method: str
@@ -101,6 +103,7 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     bare: tuple[Mapping[str, Any], ...] = ()
+    where: str = "the recipe"
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -112,15 +115,31 @@ class Recipe:
         """
         return _recipe(tables_in(Path(path)), str(path))
 
-    def merge(self, *, rank: int | None = None, seed: int = 0, **options: Any) -> Adapter:
+    def merge(
+        self,
+        *,
+        rank: int | None = None,
+        seed: int = 0,
+        alpha: float | None = None,
+        revision: str | None = None,
+        allow_pickle: bool | None = None,
+        **options: Any,
+    ) -> Adapter:
         """The adapter of which base + ΔW is what mergekit would write.
 
         Args:
             rank: of every module; Σr where None.
             seed: of random masks. mergekit draws others.
+            alpha: α of adapters that have no config. revision: of those on the Hub.
+            allow_pickle: read `adapter_model.bin` too.
             options: `heads=`, `progress=`, as `merge` takes them.
         """
-        handles = named_handles({name: path for name, (path, _) in self.models.items()})
+        handles = named_handles(
+            {name: path for name, (path, _) in self.models.items()},
+            alpha=alpha,
+            revision=revision,
+            allow_pickle=allow_pickle,
+        )
         if self.base is not None and not os.path.exists(self.base):
             # A local folder may have any name; of two names on the Hub, the last part is enough.
             for name, handle in handles.items():
@@ -130,30 +149,28 @@ class Recipe:
                         f"{handle.base_model!r}"
                     )
         paths = sorted({p for h in handles.values() for p in h.shapes})
-        return run(handles, self._job(tuple(handles), paths, rank, seed, options))
+        plain = job_of("linear", tuple(handles), None, "delta", seed, {"rank": rank, **options})
+        try:
+            job = self._job(plain, tuple(handles), paths)
+        except MismatchError as e:
+            raise MismatchError(f"{self.where}: {e}") from e
+        return run(handles, job)
 
-    def _job(
-        self,
-        names: tuple[str, ...],
-        paths: Sequence[str],
-        rank: int | None,
-        seed: int,
-        options: Mapping[str, Any],
-    ) -> Job:
+    def _job(self, plain: Job, names: tuple[str, ...], paths: Sequence[str]) -> Job:
+        """A plain job with what the recipe says of it."""
         known = _METHODS[self.method]
         self._flag("int8_mask", False)  # how mergekit stores its masks: nothing comes of it here
         own = [parameters for _, parameters in self.models.values()]
         places = _Places(paths, self.base)
         weights = {p: self._weights(own, p, places) for p in paths}
         kept = {p: [self._at("density", o, p, places, 1.0) for o in own] for p in paths}
-        plain = job_of("linear", names, None, "delta", seed, {"rank": rank, **options})
         lambda_ = 1.0 if self.method == "linear" else self._constant("lambda", own, 1.0)
         rule = replace(
             known.rule,
             divide="signed" if self._normalizes and self.method != "linear" else "no",
             rescale="sum" if self._flag("rescale", known.rescale) else "no",
-            gamma=self._share("gamma", own, known.rule.gamma),
-            epsilon=self._share("epsilon", own, known.rule.epsilon),
+            gamma=self._constant("gamma", own, known.rule.gamma),
+            epsilon=self._constant("epsilon", own, known.rule.epsilon),
         )
         job = replace(
             plain,
@@ -218,7 +235,8 @@ class Recipe:
             if found is not None:
                 return _number(found, name)
         if default is None:
-            raise MismatchError(f"parameter {name!r} is missing for a model at {path!r}")
+            who = [*(n for n, (_, o) in self.models.items() if o is own), self.base][0]
+            raise MismatchError(f"parameter {name!r} is missing for {who!r} at {path!r}")
         return default
 
     def _constant(self, name: str, own: Sequence[Mapping[str, Any]], default: float) -> float:
@@ -227,12 +245,6 @@ class Recipe:
         if len(found) > 1:
             raise MismatchError(f"{name} differs between models, which can't be honoured")
         return _number(next(iter(found.values())), name) if found else default
-
-    def _share(self, name: str, own: Sequence[Mapping[str, Any]], default: float) -> float:
-        found = self._constant(name, own, default)
-        if not 0 <= found <= 1:
-            raise MismatchError(f"{name} must lie in [0, 1], found {found:g}")
-        return found
 
     def _flag(self, name: str, default: bool) -> bool:
         found = self.parameters.get(name, default)
@@ -274,22 +286,49 @@ def _evaluated(setting: Any, tensor: str, place: float) -> Any:
         setting = [setting]
     if not isinstance(setting, list):
         return setting
-    if setting and all(map(is_number, setting)):
+    if is_number(setting[0]):
         at = place * (len(setting) - 1)
         low = int(at)
         high = min(len(setting) - 1, low + 1)
         return (1 - (at - low)) * setting[low] + (at - low) * setting[high]
     for condition in setting:
-        if not isinstance(condition, Mapping) or set(condition) - {"filter", "value"}:
-            raise MismatchError(
-                f"a parameter must be numbers or filters, found {_shown(condition)}"
-            )
         wanted = condition.get("filter")
-        if not isinstance(wanted, str | None):
-            raise MismatchError(f"a filter must be a part of a name, found {_shown(wanted)}")
         if wanted is None or wanted == "*" or wanted in tensor:
             return _evaluated(condition.get("value"), tensor, place)
     return None
+
+
+def _check_setting(setting: Any, name: str) -> None:
+    """Refuse what `_evaluated` could make nothing of, and numbers out of range.
+
+    Raises:
+        MismatchError: saying what was found.
+    """
+    if isinstance(setting, list) and not setting:
+        raise MismatchError(f"parameter {name!r} has an empty list")
+    many = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(many, list):
+        if setting is not None:
+            _check_number(setting, name)
+        return
+    for one in many:
+        if is_number(many[0]):
+            _check_number(one, name)
+        elif not isinstance(one, Mapping) or set(one) - {"filter", "value"}:
+            raise MismatchError(f"{name!r} must be numbers or filters, found {_shown(one)}")
+        elif not isinstance(one.get("filter"), str | None):
+            found = _shown(one["filter"])
+            raise MismatchError(f"a filter must be a part of a name, found {found}")
+        else:
+            _check_setting(one.get("value"), name)
+
+
+def _check_number(value: Any, name: str) -> None:
+    value = _number(value, name)
+    if name == "density" and not 0 < value <= 1:
+        raise MismatchError(f"{name!r} must lie in (0, 1], found {value:g}")
+    if name in ("gamma", "epsilon") and not 0 <= value <= 1:
+        raise MismatchError(f"{name!r} must lie in [0, 1], found {value:g}")
 
 
 def _number(value: Any, name: str) -> float:
@@ -340,7 +379,7 @@ def _recipe(found: Any, where: str) -> Recipe:
     models, bare = _models(found.get("models"), base, where)
     dtype = None if written is None else _DTYPES[written]
     _tell_unused(method, [parameters, *(own for _, own in models.values())], where)
-    return Recipe(method, base, models, parameters, dtype, bare)
+    return Recipe(method, base, models, parameters, dtype, bare, where)
 
 
 def _tell_unused(method: str, given: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -407,4 +446,9 @@ def _parameters(given: Any, known: Sequence[str], where: str) -> Mapping[str, An
             hint = did_you_mean(str(name), known)
             line = given.at(name)
             raise UnknownNameError(f"{where}: {line}parameter {name!r} can't be honoured; {hint}")
+        if name not in _FLAGS:
+            try:
+                _check_setting(given[name], name)
+            except MismatchError as e:
+                raise MismatchError(f"{where}: {given.at(name)}{e}") from e
     return given

@@ -106,6 +106,8 @@ def densities(given: Any, names: Sequence[str]) -> PerAdapter:
         MismatchError: one out of range, or what `per_adapter` says.
     """
     if isinstance(given, Real) and not isinstance(given, bool):
+        if not is_number(given):
+            raise MismatchError(f"density must lie in (0, 1], found {given!r}")
         given = [given] * len(names)
     found = per_adapter(given, names, 1.0, "densities")
     values = [v for g in found.given for v in (g.values() if isinstance(g, Mapping) else (g,))]

@@ -7,12 +7,14 @@ and what holds itself: here each is an error that names the line.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MissingExtraError
 
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _LARGEST = 10_000  # values in a file
 
 
@@ -99,4 +101,6 @@ def _loader(yaml: Any) -> Any:
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
     Loader.add_constructor("tag:yaml.org,2002:map", Loader.table)
+    # pyyaml takes 1e-3 and -.5 for texts, which YAML 1.2 does not, nor who writes them.
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
     return Loader

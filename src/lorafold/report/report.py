@@ -132,14 +132,27 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool) -> None:
         FileError: it may not.
     """
     place = Path(path)
+    if not os.fspath(path):
+        raise FileError("what to write has no name: an empty text is none")
     if place.is_dir():
         raise FileError(f"{place} is a folder; name the file to write, such as {place}/report.html")
     if os.path.lexists(place) and not place.is_file():
         raise FileError(f"{place} is no plain file, and can't be replaced: write elsewhere")
     if os.path.lexists(place) and not overwrite:
         raise FileError(f"{place} exists already; give overwrite=True to replace it")
+    if place.is_file() and not _is_page(place):
+        raise FileError(f"{place} won't be overwritten: it is no page of HTML; name another file")
     if not place.absolute().parent.is_dir():
         raise FileError(f"{place.absolute().parent} is no folder: make it first")
+
+
+def _is_page(place: Path) -> bool:
+    """Whether a file is HTML by its name or by what is in it, or is empty."""
+    if place.suffix.lower() in (".html", ".htm"):
+        return True
+    with open(place, "rb") as f:
+        start = f.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
 COLUMNS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError, MissingExtraError
+from ..files.hub import unreachable
 from ..words import one_line
 
 Encoder: TypeAlias = Callable[[list[str]], Any]
@@ -116,10 +118,29 @@ def _model(name: str) -> Any:
             f"give {NGRAMS!r} for encoder="
         ) from None
     try:
+        try:
+            return SentenceTransformer(name, local_files_only=True)
+        except (OSError, ValueError):
+            # Of a Hub that is out of reach it would ask eighteen times, for over a minute.
+            if os.path.exists(name) or _out_of_reach(name):
+                raise
         return SentenceTransformer(name)
     except (OSError, ValueError) as e:
         text = str(e).strip().splitlines() or [type(e).__name__]
-        raise MismatchError(f"encoder {name!r} can't be loaded: {text[0]}") from e
+        raise MismatchError(
+            f"encoder {name!r} can't be loaded: {text[0]} (give a model's folder, or {NGRAMS!r})"
+        ) from e
+
+
+def _out_of_reach(name: str) -> bool:
+    """Whether the Hub can't be asked for a model now."""
+    import huggingface_hub as hub
+
+    repository = name if "/" in name else f"sentence-transformers/{name}"
+    try:
+        return unreachable(hub.hf_hub_url(repository, "modules.json")) is not None
+    except ValueError:  # no name that a repository could have
+        return True
 
 
 def plain(batch: Any) -> Any:

@@ -66,8 +66,8 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[Fields,
         FileError: no router, one of another kind or of a later version, or a damaged one.
     """
     folder = Path(path)
-    if not (folder / NAME).is_file():
-        raise FileError(f"{folder} is not a router: there is no {NAME} in it")
+    if not os.fspath(path) or not (folder / NAME).is_file():
+        raise FileError(f"{os.fspath(path) or repr('')} is not a router: there is no {NAME} in it")
     where = folder / NAME
     try:
         record = json.loads(read_text(where))

@@ -104,6 +104,8 @@ class Store:
         Raises:
             FileError: no library there, a newer one than this version reads, or a damaged one.
         """
+        if not os.fspath(path):  # which would be the working directory
+            raise FileError("no such folder: ''")
         store = cls(Path(os.path.abspath(path)))
         store._load()
         return store
