@@ -117,26 +117,65 @@ def test_knots_is_one_svd_side_by_side(three, deltas, off, weights):
     assert off(merged, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
-def test_knots_takes_other_rules(three, deltas, off, monkeypatch, rule):
+@pytest.fixture
+def uniforms(monkeypatch):
+    """Random numbers that both sides can have: {(path, adapter): array}."""
     from lorafold.merge.algebra.core import Members
 
     given = {}
 
-    def uniforms(self, i, shape, side=""):
-        given[self.path, i] = np.random.default_rng(i).random(tuple(shape))
+    def draw(self, i, shape, side=""):
+        given[self.path, i] = np.random.default_rng([i, *self.path.encode()]).random(tuple(shape))
         return torch.from_numpy(given[self.path, i])
 
-    monkeypatch.setattr(Members, "uniforms", uniforms)
+    monkeypatch.setattr(Members, "uniforms", draw)
+    return given
+
+
+def dropped(xs, path, given, density):
+    """DARE: what is left of each with these random numbers, made up for."""
+    none = np.ones_like(xs[0])
+    return [x * (given.get((path, i), none) < density) / density for i, x in enumerate(xs)]
+
+
+@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+def test_knots_takes_other_rules(three, deltas, off, uniforms, rule):
     merged = quietly(three, "knots", rule=rule, density=0.4)
 
     def by_hand(p):
         D = deltas(three, p)
         U, s, Vh = ref.svd(np.hstack(D))
-        parts = np.split(s[:, None] * Vh, len(D), axis=1)
-        none = np.ones_like(parts[0])
-        kept = [x * (given.get((p, i), none) < 0.4) / 0.4 for i, x in enumerate(parts)]
+        kept = dropped(np.split(s[:, None] * Vh, len(D), axis=1), p, uniforms, 0.4)
         return U @ (sum(kept) / 3 if rule == "dare" else ref.disjoint(kept, [1 / 3] * 3))
+
+    assert off(merged, {p: by_hand(p) for p in three["sql"]}) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [[1 / 3] * 3, [0.5, 1.0, -0.75]])
+@pytest.mark.parametrize("space", ["core", "delta"])
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "della", "breadcrumbs"])
+def test_rules_that_drop_are_the_published_ones(
+    three, deltas, off, uniforms, method, space, weights
+):
+    """On entries of ΔW as on cores, with the same random numbers."""
+    whole = {"rank": 40} if space == "delta" else {}
+    merged = quietly(three, method, space=space, weights=weights, density=0.6, **whole)
+
+    def rule(xs, p):
+        if method == "breadcrumbs":
+            return sum(w * ref.middle(x, 0.6, 0.01) for w, x in zip(weights, xs, strict=True))
+        if method == "della":
+            none = np.zeros_like(xs[0])
+            us = [uniforms.get((p, i), none) for i in range(len(xs))]
+            return ref.della(xs, weights, 0.6, 0.15, us)
+        kept = dropped(xs, p, uniforms, 0.6)
+        if method == "dare_ties":
+            return ref.disjoint(kept, weights)
+        return sum(w * x for w, x in zip(weights, kept, strict=True))
+
+    def by_hand(p):
+        D = deltas(three, p)
+        return rule(D, p) if space == "delta" else lifted(D, lambda cores: rule(cores, p))
 
     assert off(merged, {p: by_hand(p) for p in three["sql"]}) < 1e-5
 
@@ -155,6 +194,18 @@ def test_ctm_is_the_rule_in_tucker_coordinates(make_adapter, deltas, off, beta):
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, -0.75]])
+def test_ctm_sums_where_no_rule_is_given(make_adapter, deltas, off, weights):
+    some = {n: make_adapter(SHAPE, r, seed=i) for i, (n, r) in enumerate({"a": 2, "b": 5}.items())}
+    some["c"] = some["a"] + 0.3 * some["b"]
+    merged = lf.merge(some, "ctm", rank=3, weights=weights)
+    w = weights or [1 / 3] * 3
+    wanted = ref.ctm(
+        deltas(some, "l.q"), w, 3, 0.0, lambda xs, w: sum(a * x for a, x in zip(w, xs, strict=True))
+    )
+    assert off(merged, {"l.q": wanted}) < 1e-4
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, -0.75]])
 @pytest.mark.parametrize("rank", [4, 8])
 def test_lego_clusters_pieces(make_adapter, deltas, off, rank, weights):
     some = {n: make_adapter(SHAPE, r, seed=i) for i, (n, r) in enumerate({"a": 2, "b": 8}.items())}
@@ -165,23 +216,13 @@ def test_lego_clusters_pieces(make_adapter, deltas, off, rank, weights):
     assert off(merged, {"l.q": wanted}) < 1e-4
 
 
-def test_della_keeps_by_rank_in_the_row(three, deltas, off, monkeypatch):
-    from lorafold.merge.algebra.core import Members
-
-    given = {}
-
-    def uniforms(self, i, shape, side=""):
-        rng = np.random.default_rng(i)
-        given[self.path, i] = rng.random(tuple(shape))
-        return torch.from_numpy(given[self.path, i])
-
-    monkeypatch.setattr(Members, "uniforms", uniforms)
+def test_della_keeps_by_rank_in_the_row(three, deltas, off, uniforms):
     merged = quietly(three, "della", density=0.6, epsilon=0.2)
     wanted = {}
     for p in three["sql"]:
         U, V, cores = ref.joint(deltas(three, p))
         # Signs of the bases are free: |entries| and so the masks are the same for any.
-        us = [given.get((p, i), np.zeros_like(c)) for i, c in enumerate(cores)]
+        us = [uniforms.get((p, i), np.zeros_like(c)) for i, c in enumerate(cores)]
         wanted[p] = U @ ref.della(cores, [1 / 3] * 3, 0.6, 0.2, us) @ V.T
     assert off(merged, wanted) < 1e-5
 

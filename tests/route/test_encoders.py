@@ -135,7 +135,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch, failure, asked):
 
     fake = types.SimpleNamespace(SentenceTransformer=model)
     monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
-    monkeypatch.setattr(encoders, "unreachable", lambda url: failure)
+    monkeypatch.setattr(encoders, "unreachable", lambda *asked_for: failure)
     encode, _ = encoder_of(f"org/{len(asked)}")
     with pytest.raises(lf.MismatchError, match="can't be loaded: nothing .*or 'ngrams'"):
         encode(["text"])

@@ -76,17 +76,19 @@ def _check_reachable(hub: Any, name: str, filename: str, revision: str | None) -
     """
     if hub.try_to_load_from_cache(name, filename, revision=revision) is not None:
         return
-    failure = unreachable(hub.hf_hub_url(name, filename, revision=revision))
+    failure = unreachable(name, filename, revision)
     if failure is not None:
         raise hub.errors.LocalEntryNotFoundError(f"it can't be reached ({failure})") from failure
 
 
-def unreachable(url: str) -> Exception | None:
+def unreachable(name: str, filename: str, revision: str | None = None) -> Exception | None:
     """What keeps the Hub from being asked for a file, found by asking once; None if it answers."""
-    import huggingface_hub as hub
-
     try:
-        hub.get_hf_file_metadata(url)
+        import huggingface_hub as hub
+    except ImportError as e:
+        return e
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, filename, revision=revision))
     except hub.errors.HfHubHTTPError:
         return None  # whether it has the file is for the download to tell
     except Exception as e:  # noqa: BLE001  (what its HTTP library raises: one or another)

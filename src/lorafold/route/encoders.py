@@ -122,7 +122,8 @@ def _model(name: str) -> Any:
             return SentenceTransformer(name, local_files_only=True)
         except (OSError, ValueError):
             # Of a Hub that is out of reach it would ask eighteen times, for over a minute.
-            if os.path.exists(name) or _out_of_reach(name):
+            repository = name if "/" in name else f"sentence-transformers/{name}"
+            if os.path.exists(name) or unreachable(repository, "modules.json") is not None:
                 raise
         return SentenceTransformer(name)
     except (OSError, ValueError) as e:
@@ -130,17 +131,6 @@ def _model(name: str) -> Any:
         raise MismatchError(
             f"encoder {name!r} can't be loaded: {text[0]} (give a model's folder, or {NGRAMS!r})"
         ) from e
-
-
-def _out_of_reach(name: str) -> bool:
-    """Whether the Hub can't be asked for a model now."""
-    import huggingface_hub as hub
-
-    repository = name if "/" in name else f"sentence-transformers/{name}"
-    try:
-        return unreachable(hub.hf_hub_url(repository, "modules.json")) is not None
-    except ValueError:  # no name that a repository could have
-        return True
 
 
 def plain(batch: Any) -> Any:
