@@ -190,10 +190,24 @@ class LowRank:
         return LowRank(self.A[:rank], self.B[:, :rank], self.scale)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> LowRank:
-        """A copy on `device` in `dtype` (each left as it is when None)."""
+        """A copy on `device` in `dtype` (each left as it is when None).
+
+        Raises:
+            MismatchError: the dtype can't hold how large A or B is.
+        """
         A = self.A.to(device=device, dtype=dtype)
         B = self.B.to(device=device, dtype=dtype)
-        return LowRank(A, B, self.scale)
+        try:
+            return LowRank(A, B, self.scale)
+        except MismatchError as e:
+            largest = max(float(t.abs().max()) for t in (self.A, self.B))
+            if dtype is None or not dtype.is_floating_point or largest <= torch.finfo(dtype).max:
+                raise
+            name = str(dtype).removeprefix("torch.")
+            raise MismatchError(
+                f"it has numbers up to {largest:.3g}, which {name} can't hold; bfloat16 and "
+                "float32 go up to 3e38"
+            ) from e
 
     def dense(self) -> Tensor:
         """ΔW itself, (out, in), float32 at least: the one place where the full matrix is built."""

@@ -307,6 +307,7 @@ def test_messages_name_the_options_of_the_command_that_runs():
     assert as_flags("drop_rate must lie in [0, 1)", own) == "--drop-rate must lie in [0, 1)"
     assert as_flags("r.yaml: drop_rate must lie", own) == "r.yaml: drop_rate must lie"
     assert as_flags("gamma must lie", own) == "gamma must lie"
+    assert as_flags("rank='x' is none; rank=None", own) == "--rank 'x' is none; rank=None"
 
 
 def test_a_group_alone_tells_its_commands(cli):

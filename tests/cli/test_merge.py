@@ -204,14 +204,20 @@ def test_names_are_data(here, cli):
         ("adapters adapters/sql -o out", "both named 'sql'"),
         ("adapters --name x -o out", "is not NAME=SOURCE"),
         ("adapters -o out --method lorahub", "in Python"),
-        ("adapters -o out --method tsv --space delta", "space='core' only"),
-        ("adapters -o out --heads swl", "did you mean 'sql'"),
+        ("adapters -o out --method tsv --space delta", "--space 'core' only"),
+        ("adapters -o out --heads swl", "--heads 'swl' is no source; did you mean 'sql'"),
+        ("adapters -o out --space factors", "needs equal ones; use --space 'core'"),
+        ("adapters -o out --lambda 1e300", "its scale of 1e+300 makes numbers that float32"),
+        ("large adapters/sql -o out --dtype float16", "which float16 can't hold; bfloat16 and"),
         ("lib:sqk -o out", "did you mean 'sql'"),
         ("nothing.yaml -o out", "nothing.yaml: No such file"),
         ("nothing.yaml adapters/sql -o out", "give it alone"),
     ],
 )
 def test_what_is_refused(here, cli, line, says):
+    if "large" in line:
+        a = lf.load("adapters/sql")
+        lf.save(lf.Adapter({p: lf.LowRank(u.A, 1e9 * u.B) for p, u in a.items()}), "large")
     before = sorted(os.listdir(here))
     ran = cli("merge", *line.split())
     assert ran.code == 2

@@ -24,7 +24,8 @@ from ..words import did_you_mean, escaped
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
-_VALUE = r"(?:True\b|'?…'?|(?=[\s;,:)]|$))"
+# With no value, True, … for any, or a plain word or name in quotes.
+_VALUE = r"(?:True\b|'?…'?|(?=[\s;,:)]|$)|(?P<value>'[^'\s]+'))"
 # What messages call as the Python API does, and the command line has as a flag.
 _KEYWORDS = re.compile(
     r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
@@ -236,7 +237,11 @@ def as_flags(text: str, keywords: Iterable[str] = ()) -> str:
 
 
 def _as_flag(match: re.Match[str]) -> str:
-    return "--" + match[1].replace("_", "-")
+    return (
+        "--"
+        + match[1].replace("_", "-")
+        + (f" {match['value']}" if match.groupdict().get("value") else "")
+    )
 
 
 def one_line(text: str) -> str:

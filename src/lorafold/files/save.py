@@ -13,9 +13,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -34,6 +34,8 @@ from .formats.portable import portable_form
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
+
+T = TypeVar("T")
 
 _CARD, _MARK = "README.md", "<!-- Written by lorafold, and replaced with the adapter. -->"
 
@@ -176,7 +178,7 @@ def peft_form(
     if not config or "peft_type" not in config:
         config = {**_DEFAULTS, **config}
     if dtype is not None:
-        modules = {p: u.to(dtype=dtype) for p, u in modules.items()}
+        modules = {p: _told(p, u.to, dtype=dtype) for p, u in modules.items()}
     tensors = _factor_tensors(adapter, modules)
     twice = sorted(tensors.keys() & extras.keys())
     if twice:
@@ -223,8 +225,16 @@ def _baked(adapter: Adapter, pad: bool) -> tuple[dict[str, LowRank], dict[str, i
     for p, u in adapter.modules.items():
         layout = adapter.layout(p)
         scale = u.scale / OUT_PROJ_TIMES if layout.is_out_proj else u.scale
-        modules[p] = _padded(u.A, _scaled(u.B, scale), ranks[layout.group(p)])
+        modules[p] = _padded(u.A, _told(p, _scaled, u.B, scale), ranks[layout.group(p)])
     return modules, ranks
+
+
+def _told(path: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What a function makes of a module, which an error is said to be of."""
+    try:
+        return function(*args, **kwargs)
+    except MismatchError as e:
+        raise MismatchError(f"module {path!r}: {e}") from e
 
 
 def _scaled(t: Tensor, scale: float) -> Tensor:
@@ -235,7 +245,10 @@ def _scaled(t: Tensor, scale: float) -> Tensor:
     result = exact.to(t.dtype)
     if torch.equal(result.double(), exact):
         return result
-    return exact.to(torch.promote_types(t.dtype, torch.float32))
+    wide = exact.to(torch.promote_types(t.dtype, torch.float32))
+    if not bool(wide.isfinite().all()):
+        raise MismatchError(f"its scale of {scale:.3g} makes numbers that float32 can't hold")
+    return wide
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> LowRank:

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any
 
 from ..errors import MismatchError, UnknownNameError
-from ..words import did_you_mean
+from ..words import did_you_mean, one_line
 
 Patterns = Mapping[str, float]
 
@@ -107,7 +107,7 @@ def densities(given: Any, names: Sequence[str]) -> PerAdapter:
     """
     if isinstance(given, Real) and not isinstance(given, bool):
         if not is_number(given):
-            raise MismatchError(f"density must lie in (0, 1], found {given!r}")
+            raise MismatchError(f"density must lie in (0, 1], found {one_line(given)}")
         given = [given] * len(names)
     found = per_adapter(given, names, 1.0, "densities")
     values = [v for g in found.given for v in (g.values() if isinstance(g, Mapping) else (g,))]
