@@ -137,7 +137,10 @@ def idle_among(paths: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLik
             given.setdefault(Path(path).parent, []).append(path)
     idle: list[str | os.PathLike[str]] = []
     for folder, inside in given.items():
-        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        try:
+            names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        except OSError:  # one may enter it, but not look around
+            continue
         if len(names) > 1 and names <= {Path(path).name for path in inside}:
             none = [path for path in inside if not holds_any(Path(path))]
             idle += none if len(none) < len(inside) else []
