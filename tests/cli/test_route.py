@@ -87,11 +87,11 @@ def test_what_is_refused(here, cli):
         ("fit texts -o adapters", "not a router"),
         ("fit texts -o r --error 2", "error must be a share"),
         ("fit texts -o r --hidden 8", "--hidden is for --kind learned"),
-        ("fit texts -o r --kind learned --top-k 0", "top_k must be"),
+        ("fit texts -o r --kind learned --top-k 0", "--top-k must be"),
         ("ask nowhere x", "nowhere is not a router"),
         ("ask adapters/sql x", "is not a router"),
         ("ask", "Missing argument 'ROUTER'"),
-        ("aks router x", "No such command 'aks'"),
+        ("aks router x", "there is no command 'aks'; did you mean"),
     ]:
         ran = cli("route", *line.split())
         assert ran.code == 2, line

@@ -104,7 +104,7 @@ def test_markup_in_names_is_text(make_adapter, cli, tmp_path):
         ("{a} --threshold high", "high"),
         ("{a} --name odd", "'odd' is not NAME=SOURCE"),
         ("{a} --name sql={a}", "two sources are both named 'sql'"),
-        ("", "Missing argument"),
+        ("", "give adapters, or NAME=SOURCE with --name"),
     ],
 )
 def test_bad_input_of_similar(folder, cli, line, words, monkeypatch):
