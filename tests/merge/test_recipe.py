@@ -374,3 +374,9 @@ def test_adapters_of_a_recipe_are_read_as_asked(models, recipe, tmp_path):
     assert Recipe.read(recipe(text)).merge(alpha=4).norm() == pytest.approx(
         2 * lf.load(models[0] / "sql").norm(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("weight", [[], "x", [1, None], {"fliter": 1}])
+def test_a_recipe_made_by_hand_is_checked_too(weight):
+    with pytest.raises(lf.MismatchError, match="'weight'"):
+        Recipe("ties", None, {"sql": ("sql", {"weight": weight})})

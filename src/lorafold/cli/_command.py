@@ -237,11 +237,8 @@ def as_flags(text: str, keywords: Iterable[str] = ()) -> str:
 
 
 def _as_flag(match: re.Match[str]) -> str:
-    return (
-        "--"
-        + match[1].replace("_", "-")
-        + (f" {match['value']}" if match.groupdict().get("value") else "")
-    )
+    value = match.groupdict().get("value")
+    return "--" + match[1].replace("_", "-") + (f" {value}" if value else "")
 
 
 def one_line(text: str) -> str:

@@ -112,7 +112,7 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
         taken = set(places)
         below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         return places, sorted(p for p in below if p not in taken and not is_library(p))
-    kept = [path for path in found if holds_any(path)]
+    kept = {path: None for path in found if holds_any(path)}
     if not kept:
         raise FileError(f"no adapter matches {os.fspath(text)!r}, only {some_of(map(str, found))}")
     places = [p for path in kept for p in ([path] if is_library(path) else adapters_at(path))]

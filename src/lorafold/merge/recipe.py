@@ -78,7 +78,7 @@ _OURS = {
 }
 _FIELDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "name")
 _GLOBAL = ("normalize", "rescale", "lambda", "int8_mask")
-_FLAGS = ("normalize", "rescale", "int8_mask")
+_FLAGS = {"normalize", "rescale", "int8_mask"}
 _EACH = ("weight", "density", "gamma", "epsilon")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -104,6 +104,11 @@ class Recipe:
     dtype: str | None = None
     bare: tuple[Mapping[str, Any], ...] = ()
     where: str = "the recipe"
+
+    def __post_init__(self) -> None:
+        for own in (self.parameters, *(o for _, o in self.models.values()), *self.bare):
+            for name in own.keys() - _FLAGS:
+                _check_setting(own[name], name)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:
