@@ -116,22 +116,27 @@ def combined(
 
 def _elected(divide: str, kept: Iterable[tuple[float, Tensor]]) -> Tensor | None:
     """Σ w·x over those of the sign of Σ w·x, divided as the rule says."""
-    above: tuple[Tensor, ...] = ()  # Σ |w·x| over those above zero, and Σ of their weights
-    below: tuple[Tensor, ...] = ()
+    sides: list[tuple[Tensor, Tensor]] = []  # above zero and below: Σ |w·x|, Σ of their weights
     for w, x in kept:
-        if not above:
-            above, below = ((torch.zeros_like(x), torch.zeros_like(x)) for _ in range(2))
-        sides = (above, below) if w > 0 else (below, above)
-        for (total, shares), part in zip(sides, (x.clamp_min(0), (-x).clamp_min_(0)), strict=True):
+        if not sides:
+            sides = [(torch.zeros_like(x), torch.zeros_like(x)) for _ in range(2)]
+        over = x.clamp_min(0)
+        for (total, shares), part in zip(
+            sides[:: 1 if w > 0 else -1], (over, over - x), strict=True
+        ):
             total.add_(part, alpha=abs(w))
             shares.add_(part.sign_(), alpha=w if divide == "signed" else abs(w))
-    if not above:
+    if not sides:
         return None
-    size = above[0] + below[0]
+    (above, shares_above), (below, shares_below) = sides
     # Rounding elects no sign: neither an entry's own, nor that of the sums it came from.
-    plus = size.add_(size.mean()).mul_(NOISE).add_(above[0]) >= below[0]
-    total, shares = torch.where(plus, above[0], -below[0]), torch.where(plus, above[1], below[1])
-    return total if divide == "no" else total.div_(shares.add_(shares == 0))
+    size = above + below
+    plus = (above.add(size.add_(size.mean()), alpha=NOISE) >= below).to(above)
+    total = torch.lerp(-below, above, plus)  # exact at 0 and 1, in an eighth of the time of `where`
+    if divide == "no":
+        return total
+    shares = torch.lerp(shares_below, shares_above, plus)
+    return total.div_(shares.add_(shares == 0))
 
 
 def sparsified(
@@ -182,10 +187,10 @@ def _largest(x: Tensor, density: float) -> Tensor:
         return torch.zeros_like(x)
     at = x.numel() - kept
     if size.device.type == "cpu":
-        last = torch.from_numpy(np.partition(size.numpy().ravel(), at)[at : at + 1])
+        last = np.partition(size.numpy().ravel(), at)[at]
     else:
-        last = size.flatten().kthvalue(at + 1).values
-    below = float(torch.nextafter(last, torch.zeros_like(last)))
+        last = size.flatten().kthvalue(at + 1).values.cpu().numpy()
+    below = float(np.nextafter(last, np.zeros_like(last)))
     return torch.nn.functional.hardshrink(x, below)  # a third of the time of a mask and a product
 
 
