@@ -46,6 +46,7 @@ _HOME = {
     "Projection": "fold",
     "roles": "roles",
     "report": "report",
+    "train": "train",
     "plot": "report.plot",
     "LorafoldError": "errors",
 }
@@ -58,6 +59,7 @@ _ERRORS = (
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import train as train
     from .adapter import Adapter as Adapter
     from .attach import Live as Live
     from .attach import LoRA as LoRA

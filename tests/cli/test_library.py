@@ -11,8 +11,8 @@ import torch
 
 import lorafold as lf
 from lorafold.cli import _library
-from lorafold.cli._writing import folder_names
 from lorafold.cli.fold import FORMS
+from lorafold.collection.folders import folder_names
 from lorafold.fold.options import FORMS as KNOWN_FORMS
 
 

@@ -2,7 +2,7 @@
 
 A prefix of rank k gives the ranks beyond it no gradient, but weight decay and momentum move them
 all the same. The guard takes what is paused, parameters and the optimiser's state, before each step
-and puts it back after it.
+and puts it back after it. What has not run at all has its gradient (of zeros, at most) taken away.
 """
 
 from __future__ import annotations
@@ -70,15 +70,20 @@ class Pauses:
                 runs.pop(source.key, None)
 
     def paused(self, runs: Runs) -> Iterator[tuple[nn.Parameter, Any]]:
-        """Parameters, each with the index of its entries that have not run."""
+        """Parameters, each with the index of its entries that have not run; None for all."""
         self.note()
         for source in self._sources.values():
             if not isinstance(source, Trained):
                 continue
+            ran = runs.get(source.key, {})
+            if not any(ran.values()):
+                yield from ((p, None) for p in source.parameters())
+                continue
             for path, fresh in source.fresh.items():
-                ran = runs.get(source.key, {}).get(path, 0)
-                if ran < fresh.rank:
-                    yield from fresh.paused(ran)
+                if not ran.get(path):
+                    yield from ((p, None) for p in fresh.parameters())
+                elif ran[path] < fresh.rank:
+                    yield from fresh.paused(ran[path])
 
     def stepped(self, runs: Runs) -> None:
         """An optimiser has stepped: what runs from here on counts for its next step."""
@@ -112,6 +117,9 @@ def guarded(pauses: Pauses, optimizer: torch.optim.Optimizer) -> Guard:
     def before(*_: Any) -> None:
         held.clear()
         for parameter, index in pauses.paused(runs):
+            if index is None:  # optimisers pass over what has no gradient, counts of steps included
+                parameter.grad = None
+                continue
             state = optimizer.state.get(parameter, {})
             kept = {
                 key: value[index].clone()

@@ -1,27 +1,15 @@
-"""What commands that write adapters share: the dtype, and folder names for adapters' names."""
+"""What commands that write adapters share: the dtype."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-
-from ..errors import FileError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ["float32", "float16", "bfloat16"]
-NAMES_FILE = "names.json"
-
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
-_LONGEST = 60  # letters of a name that its folder keeps
 
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="Of the factors written.")
 
@@ -34,71 +22,3 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
         return None
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def folder_names(names: Iterable[str]) -> dict[str, str]:
-    """{name: folder}: a name is data and may be any text; its folder is one plain component.
-
-    A name that is one already keeps it. Any other becomes its plain letters and a part of its
-    hash, so that it does not depend on what else is there. No two folders differ in case alone.
-
-    Example:
-        >>> folder_names(["sql", "../etc"])
-        {'sql': 'sql', '../etc': 'etc-f7f9121f'}
-    """
-    names = list(names)
-    folders: dict[str, str] = {}
-    taken = {NAMES_FILE}
-    for name in names:
-        if _PLAIN.fullmatch(name) and name[-1] != "." and name.lower() not in taken:
-            folders[name] = name
-            taken.add(name.lower())
-    for name in names:
-        if name not in folders:
-            folders[name] = _hashed(name, taken)
-            taken.add(folders[name].lower())
-    return {name: folders[name] for name in names}
-
-
-def known_names(folder: Path) -> dict[str, str]:
-    """{folder: name} that an earlier `unfold` has listed in names.json; {} where it is not there.
-
-    Raises:
-        FileError: a file of that name which is not one of these.
-    """
-    path = folder / NAMES_FILE
-    if not path.is_file():
-        return {}
-    known: Any = None
-    with contextlib.suppress(ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(known, dict) or not all(
-        isinstance(name, str) and key.startswith("{}-{:.8}".format(*_letters_and_digest(name)))
-        for key, name in known.items()
-    ):
-        raise FileError(f"{path} is no list of unfolded adapters: move it, or write elsewhere")
-    return known
-
-
-def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
-    """Add {folder: name} to what names.json says of other folders that are still there.
-
-    Args:
-        known: as `known_names` gave it.
-    """
-    from ..files.atomic import replace_file
-
-    kept = {k: v for k, v in known.items() if (folder / k).is_dir()}
-    text = json.dumps({**kept, **renamed}, indent=2) + "\n"
-    replace_file(folder / NAMES_FILE, text.encode())
-
-
-def _letters_and_digest(name: str) -> tuple[str, str]:
-    letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST] or "adapter"
-    return letters, hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _hashed(name: str, taken: set[str]) -> str:
-    letters, digest = _letters_and_digest(name)
-    lengths = range(8, len(digest) + 1)
-    return next(f for n in lengths if (f := f"{letters}-{digest[:n]}").lower() not in taken)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..collection.folders import folder_names, known_names, write_names
 from ..errors import LorafoldError
 from . import _output as output
 from ._command import CheckFailed, command, settings
 from ._source import adapter_options, named
 from ._texts import texts_of
-from ._writing import dtype_option, folder_names, known_names, torch_dtype, write_names
+from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..collection.folders import NAMES_FILE, folder_names, known_names, write_names
 from . import _output as output
 from ._command import command
-from ._writing import NAMES_FILE, dtype_option, folder_names, known_names, torch_dtype, write_names
+from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console

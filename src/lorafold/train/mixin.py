@@ -1,0 +1,325 @@
+"""What both trainers do beyond their library's: adapters alone on the disk, rows of many adapters.
+
+The attached model is given to them as it is. A column `adapter` in the data says whose row each is.
+Then every forward and backward runs within `live.use(rows)`, the loss is each adapter's own mean
+over what one step of the optimiser sees (`many.py`), and gradients are clipped adapter by adapter.
+Without that column all is as in the library, but for what is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import Live
+from ..collection.folders import folder_names
+from ..errors import MismatchError, RefusedError
+from .many import clip_by_adapter, loss_by_adapter, numbers_of, tokens_by_adapter
+from .measured import Measured
+from .ranks import RandomRank
+
+COLUMN = "adapter"
+ROWS, LENGTHS = "lorafold_rows", "lorafold_lengths"  # what the collator adds to a batch
+
+
+class AdapterTraining:
+    """A mixin before a trainer of transformers; see `Trainer` for its options."""
+
+    live: Live
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *more: Any,
+        lora_plus: float = 1.0,
+        random_rank: RandomRank | None = None,
+        **options: Any,
+    ) -> None:
+        self.live = handle_of(model)
+        self._names = self.live.trained
+        self._lora_plus, self._random_rank = _ratio(lora_plus), random_rank
+        for key in ("train_dataset", "eval_dataset"):
+            _check_column(options.get(key), self._names)
+        with _not_purely_quantized(model):
+            super().__init__(model, args, *more, **options)  # type: ignore[call-arg]
+        own: Any = self
+        own.data_collator = RowCollator(own.data_collator, self._names)
+        self._measured = Measured(self.live)
+        self._guard: Any = None
+        self._counts = torch.ones(len(self._names))  # tokens of each in this step of the optimiser
+
+    # Rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        own: Any = self
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if COLUMN not in own._signature_columns:
+            own._signature_columns.append(COLUMN)
+
+    @contextlib.contextmanager
+    def _running(self, inputs: Mapping[str, Any], training: bool) -> Iterator[None]:
+        """Run what the rows of a batch name, forward and backward."""
+        own: Any = self
+        rank = None
+        if training and self._random_rank is not None:
+            rank = self._random_rank.at(own.state.global_step)
+        rows = inputs.get(ROWS)
+        if rows is None and rank is None:
+            yield
+            return
+        what: Any = self._random_rank.name if self._random_rank is not None else None
+        if rows is not None:
+            what = [self._names[i] for i in rows.tolist()]
+        with self.live.use(what, rank=rank, lengths=inputs.get(LENGTHS)):
+            yield
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kw: Any) -> Any:
+        """The library's, within `use` of what the rows name."""
+        with self._running(inputs, True):
+            return super().training_step(model, inputs, *more, **kw)  # type: ignore[misc]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kw: Any
+    ) -> Any:
+        """The library's, within `use` of what the rows name."""
+        with self._running(inputs, False):
+            return super().prediction_step(model, inputs, *more, **kw)  # type: ignore[misc]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kw: Any,
+    ) -> Any:
+        """The library's; of rows of many adapters the sum of each one's mean."""
+        own: Any = self
+        if ROWS not in inputs:
+            own.loss_is_scaled_for_ga = None
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kw
+            )
+        if own.compute_loss_func is not None or own.label_smoother is not None:
+            raise RefusedError(
+                "compute_loss_func= and label_smoothing_factor= give one loss for all rows; with "
+                "a column adapter each has its own: leave them out"
+            )
+        labels, rows, lengths = inputs["labels"], inputs[ROWS], inputs.get(LENGTHS)
+        counts = num_items_in_batch
+        if not isinstance(counts, Tensor) or counts.shape != (len(self._names),):
+            counts = tokens_by_adapter(labels, rows, len(self._names), lengths)
+        given = {k: v for k, v in inputs.items() if k not in (ROWS, LENGTHS, "labels")}
+        outputs = model(**given)
+        loss = loss_by_adapter(outputs["logits"], labels, rows, counts, lengths)
+        own.loss_is_scaled_for_ga = True
+        loss = loss * own.accelerator.num_processes if model.training else loss
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        own: Any = self
+        if not batch_samples or ROWS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        counts = torch.zeros(len(self._names), dtype=torch.int64)
+        for batch in batch_samples:
+            labels, rows = batch["labels"].cpu(), batch[ROWS].cpu()
+            counts += tokens_by_adapter(labels, rows, len(self._names), batch.get(LENGTHS))
+        self._counts = own.accelerator.reduce(counts.to(device), "sum")
+        return self._counts
+
+    # Steps
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The library's, with the learning rate of B times `lora_plus`, and guarded."""
+        own: Any = self
+        if own.optimizer is None:
+            super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+            if self._lora_plus != 1:
+                _faster_b(own, self._lora_plus)
+        if self._guard is None:
+            # With several processes one may lack the rows of an adapter whose gradient it gets.
+            alone = own.accelerator.num_processes == 1
+            guard = self.live.guard if alone else self._resting
+            self._guard = guard(own.optimizer)
+        return own.optimizer
+
+    def _resting(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Have adapters that no process has rows of make no step."""
+
+        def before(*_: Any) -> None:
+            for name, count in zip(self._names, self._counts.tolist(), strict=True):
+                for p in self.live.parameters(name) if count == 0 else ():
+                    p.grad = None
+
+        return optimizer.register_step_pre_hook(before)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        own: Any = self
+        if len(self._names) < 2:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        own.accelerator.unscale_gradients()
+        return clip_by_adapter(self.live, own.args.max_grad_norm, self._names)
+
+    def log(self, logs: dict[str, float], *more: Any, **kw: Any) -> None:
+        """The library's, with the updates' sizes and how far they moved since the last time."""
+        if any(key in logs for key in ("loss", "train_loss")):
+            logs.update(self._measured())
+        super().log(logs, *more, **kw)  # type: ignore[misc]
+
+    # The disk
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        own: Any = self
+        if not own.args.should_save:
+            return
+        folder = Path(own.args.output_dir if output_dir is None else output_dir)
+        save_into(folder, self.live, self._names)
+        if own.processing_class is not None:
+            own.processing_class.save_pretrained(folder)
+        torch.save(own.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        resume_from(Path(resume_from_checkpoint), self.live, self._names)
+        own: Any = self
+        for callback in own.callback_handler.callbacks:
+            resume = getattr(callback, "resume_from", None)
+            if resume is not None:
+                resume(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        own: Any = self
+        resume_from(Path(own.state.best_model_checkpoint), self.live, self._names)
+
+
+class RowCollator:
+    """A collator that turns the column `adapter` into the rows' numbers.
+
+    Args:
+        inner: the collator of all other columns. names: of the trained adapters.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any], names: list[str]) -> None:
+        self.inner, self.names = inner, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inner", "names"):  # not there yet: a pickle asks before it fills them
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __call__(self, features: list[Any]) -> Any:
+        """The batch, with `ROWS`, and `LENGTHS` where the rows lie end to end."""
+        have = [COLUMN in feature for feature in features]
+        if not any(have):
+            return self.inner(features)
+        if not all(have):
+            raise MismatchError(
+                f"some rows of the batch have a column {COLUMN}, and some have none"
+            )
+        rows = numbers_of([feature[COLUMN] for feature in features], self.names)
+        rest = [{k: v for k, v in f.items() if k != COLUMN} for f in features]
+        batch = self.inner(rest)
+        batch[ROWS] = rows
+        if len(batch["input_ids"]) != len(features):
+            if len(batch["input_ids"]) != 1:
+                raise MismatchError("the collator makes other rows than the data has")
+            batch[LENGTHS] = [len(f["input_ids"]) for f in rest]
+        return batch
+
+
+def handle_of(model: Any) -> Live:
+    """The handle of a model with adapters that are trained.
+
+    Raises:
+        MismatchError: nothing is attached to it, or nothing is trained.
+    """
+    if not isinstance(model, nn.Module):
+        raise MismatchError(
+            "give the model itself, with adapters attached: "
+            f"lorafold.attach(model, lorafold.LoRA(…)); found a {type(model).__name__}"
+        )
+    live = Live.of(model)
+    if not live.trained:
+        raise MismatchError(
+            "no adapter is trained here: attach lorafold.LoRA(…), or with trainable=True"
+        )
+    return live
+
+
+def save_into(folder: Path, live: Live, names: list[str]) -> None:
+    """Write trained adapters into a folder, one itself, several each in a folder of its own.
+
+    All are written beside before the first file takes its place: a disk that is full leaves what
+    was there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    places = _places(names)
+    with tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder) as beside:
+        for name in names:
+            live.save(Path(beside) / "new" / (places[name] or "one"), name)
+        for name in names:
+            target = folder / places[name]
+            target.mkdir(exist_ok=True)
+            for file in sorted((Path(beside) / "new" / (places[name] or "one")).iterdir()):
+                os.replace(file, target / file.name)
+
+
+def resume_from(folder: Path, live: Live, names: list[str]) -> None:
+    """Load what `save_into` wrote."""
+    for name, place in _places(names).items():
+        live.resume(folder / place, name)
+
+
+def _places(names: list[str]) -> dict[str, str]:
+    return {names[0]: ""} if len(names) == 1 else folder_names(names)
+
+
+def _check_column(data: Any, names: list[str]) -> None:
+    """Refuse names that nobody has, where the whole column can be asked."""
+    for part in data.values() if isinstance(data, dict) else [data]:
+        if COLUMN in (getattr(part, "column_names", None) or ()) and hasattr(part, "unique"):
+            numbers_of(part.unique(COLUMN), names)
+
+
+def _ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise MismatchError(f"lora_plus must be a number above 0, found {value!r}")
+    return float(value)
+
+
+def _faster_b(trainer: Any, ratio: float) -> None:
+    """LoRA+: the B sides step at `ratio` times the learning rate.
+
+    Source: Hayou et al., LoRA+: efficient low rank adaptation of large models (2024),
+    arXiv:2402.12354.
+    """
+    named = trainer.model.named_parameters()
+    mine = {id(p) for n, p in named if n.endswith(".B") and ".lorafold." in n}
+    for group in list(trainer.optimizer.param_groups):
+        fast = [p for p in group["params"] if id(p) in mine]
+        if fast:
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+            faster = {**group, "params": fast, "lr": ratio * group["lr"]}
+            trainer.optimizer.add_param_group(faster)
+
+
+@contextlib.contextmanager
+def _not_purely_quantized(model: Any) -> Iterator[None]:
+    """transformers refuses to train quantised models unless adapters are known to be there."""
+    quantized = getattr(model, "is_quantized", False)
+    known = getattr(model, "_hf_peft_config_loaded", False)
+    if not quantized or known:
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = known
