@@ -47,6 +47,7 @@ _HOME = {
     "roles": "roles",
     "report": "report",
     "train": "train",
+    "OrbitalController": "train.orbital.controller",
     "plot": "report.plot",
     "LorafoldError": "errors",
 }
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from .route import ArrowRouter as ArrowRouter
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter
+    from .train.orbital.controller import OrbitalController as OrbitalController
     from .transfer import Alignment as Alignment
     from .transfer import align as align
     from .transfer import transfer as transfer

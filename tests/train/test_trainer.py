@@ -338,3 +338,63 @@ def test_a_callback_saves_and_measures_for_the_librarys_own_trainer(tmp_path):
     assert [row["rank"] for row in t.state.log_history if "loss" in row] == [4] * 4
     callback.resume_from(tmp_path / "a" / "checkpoint-2")
     assert saved.distance(live.adapter("default")) / saved.norm() > 1e-3
+
+
+# A controller
+
+
+def controlled(folder, shock=(), **options):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # so that it is sure of itself, and texts differ in loss
+    live = lf.attach(model, lf.LoRA(rank=8, seed=0))
+    optimizer = torch.optim.AdamW(live.parameters(), lr=0.03)
+    tuning = lf.train.Tuning(warmup=4, window=16, stable=2, hot=3.0)
+    controller = lf.OrbitalController(live, optimizer, (2, 4, 8), every=1, tuning=tuning)
+    data = rows(4, seed=1) * 40
+    for i in shock:  # labels that have nothing to do with the text
+        data[4 * i : 4 * i + 4] = rows(4, seed=77 + i)
+    t = lf.train.Trainer(
+        model,
+        arguments(folder, **{"max_steps": 24, **options}),
+        data_collator=Padded(),
+        train_dataset=data,
+        optimizers=(optimizer, None),
+        controller=controller,
+    )
+    return t, controller
+
+
+def test_a_controller_reads_what_is_trained_on_and_goes_on(tmp_path, sequential):
+    options = {"save_strategy": "steps", "save_steps": 10}
+    whole, controller = controlled(tmp_path / "a", shock=(18, 19, 20), **options)
+    whole.train()
+    assert "LOW" in [event.state for event in controller.events]
+    again, other = controlled(tmp_path / "a", shock=(18, 19, 20), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    assert losses(again) == losses(whole)
+    assert other.events == controller.events
+
+
+def test_a_controller_by_a_callback_reads_a_probe(tmp_path):
+    import transformers
+
+    model = llama()
+    live = lf.attach(model, lf.LoRA(rank=8, seed=0))
+    optimizer = torch.optim.AdamW(live.parameters(), lr=0.005)
+    controller = lf.OrbitalController(live, optimizer, (2, 4, 8), every=2)
+    callback = lf.train.OrbitalCallback(controller, Padded()(rows(2, seed=5)))
+    t = transformers.Trainer(
+        model,
+        arguments(tmp_path / "a", save_strategy="steps", save_steps=4),
+        data_collator=Padded(),
+        train_dataset=rows(16),
+        optimizers=(optimizer, None),
+        callbacks=[callback],
+    )
+    t.train()
+    assert controller.state_dict()["readings"] == 2
+    state = controller.state_dict()
+    controller.step(3.0)
+    callback.resume_from(tmp_path / "a" / "checkpoint-4")
+    assert controller.state_dict() == state

@@ -17,6 +17,9 @@ _HOME = {
     "Trainer": "trainer",
     "SFTTrainer": "sft",
     "AdapterCallback": "callbacks",
+    "OrbitalCallback": "callbacks",
+    "OrbitalController": "orbital.controller",
+    "Tuning": "orbital.sensor",
     "RandomRank": "ranks",
     "loss_by_adapter": "many",
     "clip_by_adapter": "many",
@@ -24,8 +27,11 @@ _HOME = {
 
 if TYPE_CHECKING:
     from .callbacks import AdapterCallback as AdapterCallback
+    from .callbacks import OrbitalCallback as OrbitalCallback
     from .many import clip_by_adapter as clip_by_adapter
     from .many import loss_by_adapter as loss_by_adapter
+    from .orbital.controller import OrbitalController as OrbitalController
+    from .orbital.sensor import Tuning as Tuning
     from .ranks import RandomRank as RandomRank
     from .sft import SFTTrainer as SFTTrainer
     from .trainer import Trainer as Trainer

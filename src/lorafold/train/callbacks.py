@@ -8,7 +8,8 @@ from typing import Any
 from ..attach import Live
 from ..errors import MissingExtraError
 from .measured import Measured
-from .mixin import resume_from, save_into
+from .mixin import resume_controller, resume_from, save_controller, save_into
+from .orbital.controller import OrbitalController
 
 try:
     from transformers import TrainerCallback
@@ -66,3 +67,42 @@ class AdapterCallback(_Base):  # type: ignore[misc]
             logs.update(measured)
             if state.log_history:
                 state.log_history[-1].update(measured)
+
+
+class OrbitalCallback(_Base):  # type: ignore[misc]
+    """An `OrbitalController` in a trainer that can't be subclassed: it reads a probe.
+
+    A fixed batch tells of divergence, not of bad data, which it never sees: `Trainer(controller=)`
+    reads the batches that are trained on.
+
+    Args:
+        controller: of the optimiser that the trainer was given (`optimizers=`).
+        probe: what the model is called with, labels included, on the model's device.
+    """
+
+    def __init__(self, controller: OrbitalController, probe: Any) -> None:
+        self.controller, self.probe = controller, dict(probe)
+
+    def resume_from(self, folder: Any) -> None:
+        """Load the controller's state from a checkpoint.
+
+        Raises:
+            FileError: it is not there, or can't be read.
+        """
+        resume_controller(Path(folder), self.controller)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Read the probe where that is due, and run what trains now."""
+        model, c = self.controller.live.model, self.controller
+        c.step(c.read(lambda: model(**self.probe)["loss"]))
+        c.running()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Run the whole adapter again."""
+        self.controller.live.use(self.controller.name)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Write the controller's state into the checkpoint."""
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_controller(folder, self.controller)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
 from ..adapter import Adapter
 from ..attach import Live
 
@@ -19,17 +23,20 @@ class Measured:
 
     def __call__(self) -> dict[str, float]:
         """`norm` ‖ΔW‖, `moved` ‖ΔW − ΔW before‖, `rank` and `trainable` (numbers); of several
-        adapters each after its name and a slash.
+        adapters each after its name and a slash. The norm of what is not finite is NaN.
         """
         found: dict[str, float] = {}
         names = self._live.trained
         for name in names:
-            now, before = self._live.adapter(name), self._last.get(name)
             head = f"{name}/" if len(names) > 1 else ""
-            found[f"{head}norm"] = now.norm()
+            own = list(self._live.parameters(name))
+            found[f"{head}trainable"] = sum(p.numel() for p in own)
+            if not all(bool(torch.isfinite(p).all()) for p in own):
+                found[f"{head}norm"] = math.nan
+                continue
+            now, before = self._live.adapter(name), self._last.get(name)
+            found[f"{head}norm"], found[f"{head}rank"] = now.norm(), now.rank
             if before is not None:
                 found[f"{head}moved"] = now.distance(before)
-            found[f"{head}rank"] = now.rank
-            found[f"{head}trainable"] = sum(p.numel() for p in self._live.parameters(name))
             self._last[name] = now
         return found

@@ -9,6 +9,7 @@ Without that column all is as in the library, but for what is saved.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attach import Live
+from ..attach.begin.resumed import read_tensors
 from ..collection.folders import folder_names
 from ..errors import MismatchError, RefusedError
 from .many import clip_by_adapter, loss_by_adapter, numbers_of, tokens_by_adapter
 from .measured import Measured
+from .orbital.controller import OrbitalController
 from .ranks import RandomRank
 
 COLUMN = "adapter"
+CONTROLLER = "controller_state.safetensors"
 ROWS, LENGTHS = "lorafold_rows", "lorafold_lengths"  # what the collator adds to a batch
 
 
@@ -41,11 +46,15 @@ class AdapterTraining:
         *more: Any,
         lora_plus: float = 1.0,
         random_rank: RandomRank | None = None,
+        controller: OrbitalController | None = None,
         **options: Any,
     ) -> None:
         self.live = handle_of(model)
         self._names = self.live.trained
-        self._lora_plus, self._random_rank = _ratio(lora_plus), random_rank
+        self._lora_plus = _ratio(lora_plus)
+        if random_rank is not None and controller is not None:
+            raise MismatchError("random_rank= and controller= both choose the rank: give one")
+        self._random_rank, self._controller, self._controlled = random_rank, controller, -1
         for key in ("train_dataset", "eval_dataset"):
             _check_column(options.get(key), self._names)
         with _not_purely_quantized(model):
@@ -68,14 +77,15 @@ class AdapterTraining:
     def _running(self, inputs: Mapping[str, Any], training: bool) -> Iterator[None]:
         """Run what the rows of a batch name, forward and backward."""
         own: Any = self
-        rank = None
+        what: Any = None
+        rank, rows = None, inputs.get(ROWS)
         if training and self._random_rank is not None:
-            rank = self._random_rank.at(own.state.global_step)
-        rows = inputs.get(ROWS)
+            rank, what = self._random_rank.at(own.state.global_step), self._random_rank.name
+        if training and self._controller is not None:
+            rank, what = self._controller.rank, self._controller.name
         if rows is None and rank is None:
             yield
             return
-        what: Any = self._random_rank.name if self._random_rank is not None else None
         if rows is not None:
             what = [self._names[i] for i in rows.tolist()]
         with self.live.use(what, rank=rank, lengths=inputs.get(LENGTHS)):
@@ -83,8 +93,19 @@ class AdapterTraining:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kw: Any) -> Any:
         """The library's, within `use` of what the rows name."""
+        self._control(model, inputs)
         with self._running(inputs, True):
             return super().training_step(model, inputs, *more, **kw)  # type: ignore[misc]
+
+    def _control(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Show a controller the loss of a step's first batch, at full rank."""
+        own: Any = self
+        if self._controller is None or self._controlled == own.state.global_step:
+            return
+        self._controlled = own.state.global_step
+        given = own._prepare_inputs({k: v for k, v in inputs.items() if k not in (ROWS, LENGTHS)})
+        with own.compute_loss_context_manager():
+            self._controller.step(self._controller.read(lambda: model(**given)["loss"]))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kw: Any
@@ -182,17 +203,16 @@ class AdapterTraining:
             return
         folder = Path(own.args.output_dir if output_dir is None else output_dir)
         save_into(folder, self.live, self._names)
+        if self._controller is not None:
+            save_controller(folder, self._controller)
         if own.processing_class is not None:
             own.processing_class.save_pretrained(folder)
         torch.save(own.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         resume_from(Path(resume_from_checkpoint), self.live, self._names)
-        own: Any = self
-        for callback in own.callback_handler.callbacks:
-            resume = getattr(callback, "resume_from", None)
-            if resume is not None:
-                resume(Path(resume_from_checkpoint))
+        if self._controller is not None:
+            resume_controller(Path(resume_from_checkpoint), self._controller)
 
     def _load_best_model(self) -> None:
         own: Any = self
@@ -275,6 +295,25 @@ def resume_from(folder: Path, live: Live, names: list[str]) -> None:
     """Load what `save_into` wrote."""
     for name, place in _places(names).items():
         live.resume(folder / place, name)
+
+
+def save_controller(folder: Path, controller: OrbitalController) -> None:
+    """Write a controller's state into a checkpoint."""
+    header = {"lorafold": json.dumps(controller.state_dict())}
+    tensors = {k: t.contiguous().cpu() for k, t in controller.tensors().items()}
+    with tempfile.TemporaryDirectory(prefix=".controller-", dir=folder) as beside:
+        save_file(tensors, Path(beside) / CONTROLLER, metadata=header)
+        os.replace(Path(beside) / CONTROLLER, folder / CONTROLLER)
+
+
+def resume_controller(folder: Path, controller: OrbitalController) -> None:
+    """Load what `save_controller` wrote.
+
+    Raises:
+        FileError: it is not there, or can't be read.
+    """
+    header, tensors = read_tensors(folder / CONTROLLER)
+    controller.load_state_dict(header, tensors)
 
 
 def _places(names: list[str]) -> dict[str, str]:

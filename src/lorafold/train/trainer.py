@@ -34,6 +34,8 @@ class Trainer(AdapterTraining, _Base):  # type: ignore[misc]
         args, and all else: as for `transformers.Trainer`.
         lora_plus: the learning rate of B over that of A (LoRA+).
         random_rank: a `RandomRank`, to run another rank prefix each step (DyLoRA).
+        controller: an `OrbitalController` of the optimiser given in `optimizers=`; it is shown the
+            loss of each step's first batch, at full rank.
 
     Attributes:
         live: the model's handle.

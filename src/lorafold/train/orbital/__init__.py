@@ -1,0 +1,1 @@
+"""A controller of rank and learning rate by how the loss behaves."""
