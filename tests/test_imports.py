@@ -117,7 +117,7 @@ class Code:
             yield inner, None
         elif module in self.paths and self.is_face(module) and name is not None:
             homes = self.handed_on(module)
-            if name in homes:
+            if homes.get(name, module) != module:  # `from . import x` hands on a package itself
                 yield from self.resolved(homes[name], name)
             elif inner in self.paths:
                 yield inner, None

@@ -48,6 +48,7 @@ _HOME = {
     "report": "report",
     "train": "train",
     "OrbitalController": "train.orbital.controller",
+    "calibrate_c": "train.steering.calibrate",
     "plot": "report.plot",
     "LorafoldError": "errors",
 }
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from .route import CentroidRouter as CentroidRouter
     from .route import LearnedRouter as LearnedRouter
     from .train.orbital.controller import OrbitalController as OrbitalController
+    from .train.steering.calibrate import calibrate_c as calibrate_c
     from .transfer import Alignment as Alignment
     from .transfer import align as align
     from .transfer import transfer as transfer

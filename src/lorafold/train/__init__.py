@@ -14,12 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "Trainer": "trainer",
-    "SFTTrainer": "sft",
     "AdapterCallback": "callbacks",
     "OrbitalCallback": "callbacks",
     "OrbitalController": "orbital.controller",
     "Tuning": "orbital.sensor",
+    "KLBarrier": "steering.barrier",
+    "conflict_averse": "steering.loss",
+    "steer_backward": "steering.loss",
+    "steering_loss": "steering.loss",
     "RandomRank": "ranks",
     "loss_by_adapter": "many",
     "clip_by_adapter": "many",
@@ -33,16 +35,27 @@ if TYPE_CHECKING:
     from .orbital.controller import OrbitalController as OrbitalController
     from .orbital.sensor import Tuning as Tuning
     from .ranks import RandomRank as RandomRank
-    from .sft import SFTTrainer as SFTTrainer
-    from .trainer import Trainer as Trainer
+    from .steering.barrier import KLBarrier as KLBarrier
+    from .steering.loss import conflict_averse as conflict_averse
+    from .steering.loss import steer_backward as steer_backward
+    from .steering.loss import steering_loss as steering_loss
 
-__all__ = list(_HOME)
+    Trainer: Any  # classes, of trainers.py
+    SFTTrainer: Any
+
+# Classes that exist where their library does.
+_MADE = {"Trainer": "trainer", "SFTTrainer": "sft_trainer"}
+
+__all__ = [*_MADE, *_HOME]  # noqa: PLE0604 (all of them are strings)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _MADE:
+        value = getattr(importlib.import_module(".trainers", __name__), _MADE[name])()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from ..attach import Live
-from ..errors import MissingExtraError
 from .measured import Measured
 from .mixin import resume_controller, resume_from, save_controller, save_into
 from .orbital.controller import OrbitalController
 
-try:
-    from transformers import TrainerCallback
-except ImportError as e:
-    raise MissingExtraError(
-        "lorafold.train.AdapterCallback takes transformers: pip install 'lorafold[train]'"
-    ) from e
 
-_Base: Any = TrainerCallback
+class _Callback:
+    """What transformers asks of a callback: every event, of which most are nothing here."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return _nothing
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class AdapterCallback(_Base):  # type: ignore[misc]
+def _nothing(*_: Any, **__: Any) -> None:
+    """An event that changes nothing."""
+
+
+class AdapterCallback(_Callback):
     """Writes the adapters into every checkpoint, logs their sizes, and holds still what is paused.
 
     The trainer itself goes on saving the whole model beside, which `Trainer` does not.
@@ -69,7 +72,7 @@ class AdapterCallback(_Base):  # type: ignore[misc]
                 state.log_history[-1].update(measured)
 
 
-class OrbitalCallback(_Base):  # type: ignore[misc]
+class OrbitalCallback(_Callback):
     """An `OrbitalController` in a trainer that can't be subclassed: it reads a probe.
 
     A fixed batch tells of divergence, not of bad data, which it never sees: `Trainer(controller=)`

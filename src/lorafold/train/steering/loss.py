@@ -1,0 +1,185 @@
+"""The loss that makes a dial of an adapter.
+
+For both signs s the margin that the adapter adds at s·c to the base's own,
+
+    m_s = s · ([log π_{sc}(chosen) − log π_{sc}(rejected)] − [log π₀(chosen) − log π₀(rejected)]),
+
+nats a token, is pushed up to a cap, (cap − m_s)₊, and no further: what is won already has no pull
+left on the text. A barrier prices how far predictions move. The two signs pull at one adapter;
+where their gradients oppose each other, `conflict_averse` finds the step that serves the worse one.
+
+Source: Liu et al., Conflict-averse gradient descent for multi-task learning (2021),
+arXiv:2110.14048.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...attach import Live
+from ...errors import MismatchError
+from ..many import IGNORED, the_trained
+from .barrier import KLBarrier, token_kl
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What one batch says of an adapter as a dial.
+
+    Args:
+        losses: of +c and −c, scalars with gradients. margins: m_+ and m_−, means over the pairs,
+            nats a token. kl: KL(π_{±c} ‖ π₀) of every token that is predicted, both signs. nll: of
+            the chosen at +c and of the rejected at −c, nats a token.
+    """
+
+    losses: tuple[Tensor, Tensor]
+    margins: tuple[float, float]
+    kl: Tensor
+    nll: tuple[float, float]
+
+    @property
+    def loss(self) -> Tensor:
+        """Both losses together."""
+        return self.losses[0] + self.losses[1]
+
+
+def steering_loss(
+    model: nn.Module,
+    live: Live,
+    batch: Mapping[str, Mapping[str, Any]],
+    c: float = 1.0,
+    *,
+    barrier: KLBarrier | None = None,
+    cap: float = 1.0,
+    name: str | None = None,
+) -> Steering:
+    """The loss of a batch of pairs at ±c; `backward()` of `.loss` trains the adapter.
+
+    The reference is the model at c = 0: the pristine base, or with `live.gate = "always"` the
+    rounds that are kept.
+
+    Args:
+        model: gives `logits` (B, T, vocabulary). live: its handle.
+        batch: {"chosen": what the model is called with, "rejected": the same}, each with
+            `input_ids` (B, T) and `labels`, -100 where nothing is to be predicted.
+        c: the strength. barrier: the price of movement. cap: nats a token that are pushed for.
+        name: of the adapter; the only trained one when None.
+
+    Raises:
+        MismatchError: a batch without these, or options out of range.
+
+    Not for: one-sided training (an adapter for the chosen alone), which a plain loss does.
+    """
+    name = the_trained(live) if name is None else name
+    barrier = KLBarrier() if barrier is None else barrier
+    if not c > 0 or not cap > 0:
+        raise MismatchError(f"c and cap must be above 0, found {c!r} and {cap!r}")
+    for side in SIDES:
+        if side not in batch or not {"input_ids", "labels"} <= set(batch[side]):
+            raise MismatchError(f"the batch needs {side!r} with input_ids and labels")
+    with torch.no_grad(), live.use(name, c=0):
+        base = {side: _logits(model, batch[side]) for side in SIDES}
+    before = {side: _mean_logp(base[side], batch[side]["labels"]) for side in SIDES}
+    losses, margins, kls, nlls = [], [], [], []
+    for sign, side in zip((1, -1), SIDES, strict=True):
+        with live.use(name, c=sign * c):
+            now = {s: _logits(model, batch[s]) for s in SIDES}
+        logp = {s: _mean_logp(now[s], batch[s]["labels"]) for s in SIDES}
+        moved = {s: logp[s] - before[s] for s in SIDES}
+        margin = sign * (moved["chosen"] - moved["rejected"])
+        kl = torch.cat(
+            [_predicted(token_kl(now[s], base[s], barrier.top), batch[s]) for s in SIDES]
+        )
+        losses.append((cap - margin).clamp_min(0).mean() + barrier(kl))
+        margins.append(float(margin.detach().mean()))
+        kls.append(kl.detach())
+        nlls.append(-float(logp[side].detach().mean()))
+    return Steering(
+        (losses[0], losses[1]), (margins[0], margins[1]), torch.cat(kls), (nlls[0], nlls[1])
+    )
+
+
+def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    found: Any = model(**{k: v for k, v in given.items() if k != "labels"})
+    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
+    return logits
+
+
+def _mean_logp(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean log probability of each row's labels, (B,), nats a token."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = F.log_softmax(logits[:, :-1].to(wide), -1)
+    targets = labels[:, 1:]
+    there = targets != IGNORED
+    own = logp.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1) * there
+    return own.sum(1) / there.sum(1).clamp_min(1)
+
+
+def _predicted(kl: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The divergences where something is to be predicted, (tokens,)."""
+    found: Tensor = kl[:, :-1][given["labels"][:, 1:] != IGNORED]
+    return found
+
+
+def conflict_averse(gradients: Sequence[Sequence[Tensor]], radius: float = 0.5) -> list[Tensor]:
+    """One step's gradient of two losses: near their mean, and best for the one it serves worse.
+
+    g = g₀ + (radius ‖g₀‖ / ‖g_w‖) g_w, with g₀ the mean and g_w = w g₁ + (1 − w) g₂ such that
+    ⟨g_w, g₀⟩ + radius ‖g₀‖ ‖g_w‖ is least over w in [0, 1].
+
+    Args:
+        gradients: of both losses, parameter by parameter. radius: in [0, 1); 0 is the mean.
+
+    Returns:
+        The gradient of each parameter.
+    """
+    if len(gradients) != 2 or not 0 <= radius < 1:
+        raise MismatchError("conflict_averse takes the gradients of two losses, radius in [0, 1)")
+    first, second = (list(g) for g in gradients)
+    a, b, cross = (
+        sum(float((x.double() * y.double()).sum()) for x, y in zip(p, q, strict=True))
+        for p, q in ((first, first), (second, second), (first, second))
+    )
+    mean = math.sqrt(max((a + b + 2 * cross) / 4, 0.0))
+
+    def length(w: float) -> float:
+        return math.sqrt(max(w * w * a + (1 - w) ** 2 * b + 2 * w * (1 - w) * cross, 0.0))
+
+    def objective(w: float) -> float:
+        along = (w * (a + cross) + (1 - w) * (b + cross)) / 2
+        return along + radius * mean * length(w)
+
+    low, high = 0.0, 1.0  # the objective is convex
+    for _ in range(60):
+        left, right = (2 * low + high) / 3, (low + 2 * high) / 3
+        low, high = (low, right) if objective(left) <= objective(right) else (left, high)
+    w = (low + high) / 2
+    more = radius * mean / length(w) if length(w) > 0 else 0.0
+    return [
+        (0.5 + more * w) * x + (0.5 + more * (1 - w)) * y
+        for x, y in zip(first, second, strict=True)
+    ]
+
+
+def steer_backward(steering: Steering, live: Live, *, name: str | None = None) -> None:
+    """`backward()` of both losses with conflict-averse gradients, added to what is there."""
+    parameters = list(live.parameters(the_trained(live) if name is None else name))
+    gradients = [
+        torch.autograd.grad(loss, parameters, retain_graph=i == 0, allow_unused=True)
+        for i, loss in enumerate(steering.losses)
+    ]
+    filled = [
+        [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, own, strict=True)]
+        for own in gradients
+    ]
+    for p, g in zip(parameters, conflict_averse(filled), strict=True):
+        p.grad = g if p.grad is None else p.grad + g

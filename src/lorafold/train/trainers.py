@@ -1,0 +1,96 @@
+"""The two trainers: classes that exist where their libraries do, made when they are asked for."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..errors import MissingExtraError
+from .mixin import AdapterTraining
+
+
+@functools.cache
+def trainer() -> Any:
+    """The class `lorafold.train.Trainer`.
+
+    Raises:
+        MissingExtraError: transformers or accelerate is not there.
+    """
+    try:
+        import accelerate  # noqa: F401  (Trainer asks for it when it is made)
+        import transformers
+    except ImportError as e:
+        raise _missing("Trainer", "transformers and accelerate") from e
+
+    class Trainer(AdapterTraining, transformers.Trainer):
+        """`transformers.Trainer` that saves and resumes the adapters only, never the base.
+
+        Everything else is the library's. A column `adapter` in the data trains many adapters in one
+        batch: each row runs the adapter that it names, the loss is the sum over adapters of each
+        one's mean over its own tokens of the whole accumulation window, gradients are clipped
+        adapter by adapter, and one without rows takes no step and does not decay. So each becomes
+        what it would become alone on its rows by the same steps. Such a batch has labels of next
+        tokens.
+
+        Not for: sharded parameters (FSDP, ZeRO 3), whose adapters are refused when they are saved.
+
+        Args:
+            model: with adapters attached, trained ones among them.
+            args, and all else: as for `transformers.Trainer`.
+            lora_plus: the learning rate of B over that of A (LoRA+).
+            random_rank: a `RandomRank`, to run another rank prefix each step (DyLoRA).
+            controller: an `OrbitalController` of the optimiser given in `optimizers=`; it is shown
+                the loss of each step's first batch, at full rank.
+
+        Attributes:
+            live: the model's handle.
+
+        Raises:
+            MismatchError: nothing is attached to the model, or nothing is trained.
+            UnknownNameError: the column `adapter` names nobody.
+            MissingExtraError: transformers or accelerate is not there.
+        """
+
+    return _public(Trainer)
+
+
+@functools.cache
+def sft_trainer() -> Any:
+    """The class `lorafold.train.SFTTrainer`.
+
+    Raises:
+        MissingExtraError: trl is not there.
+    """
+    try:
+        import trl
+    except ImportError as e:
+        raise _missing("SFTTrainer", "trl") from e
+
+    library: Any = trl  # whose types say nothing of it
+
+    class SFTTrainer(AdapterTraining, library.SFTTrainer):  # type: ignore[misc]
+        """`trl.SFTTrainer` that saves and resumes the adapters only; see `Trainer` for the rest.
+
+        Its data formats, templates, packing and losses are TRL's. `peft_config=` is not for it: what
+        is attached is trained. Packing joins rows before anything is known of adapters, so that with
+        a column `adapter` it is `padding_free=True` that lays rows end to end.
+
+        Not for: other losses (`loss_type`) on rows of many adapters, whose loss is `Trainer`'s.
+
+        Raises:
+            MismatchError: nothing is attached to the model, or nothing is trained.
+            MissingExtraError: trl is not there.
+        """
+
+    return _public(SFTTrainer)
+
+
+def _missing(name: str, what: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"lorafold.train.{name} takes {what}, not there: pip install 'lorafold[train]'"
+    )
+
+
+def _public(made: type) -> type:
+    made.__module__, made.__qualname__ = __package__, made.__name__
+    return made
