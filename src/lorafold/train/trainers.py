@@ -71,9 +71,9 @@ def sft_trainer() -> Any:
     class SFTTrainer(AdapterTraining, library.SFTTrainer):  # type: ignore[misc]
         """`trl.SFTTrainer` that saves and resumes the adapters only; see `Trainer` for the rest.
 
-        Its data formats, templates, packing and losses are TRL's. `peft_config=` is not for it: what
-        is attached is trained. Packing joins rows before anything is known of adapters, so that with
-        a column `adapter` it is `padding_free=True` that lays rows end to end.
+        Its data formats, templates, packing and losses are TRL's. `peft_config=` is not for it:
+        what is attached is trained. Packing joins rows before anything is known of adapters, so
+        that with a column `adapter` it is `padding_free=True` that lays rows end to end.
 
         Not for: other losses (`loss_type`) on rows of many adapters, whose loss is `Trainer`'s.
 
