@@ -19,6 +19,7 @@ _HOME = {
     "save": "files",
     "attach": "attach",
     "LoRA": "attach",
+    "Loadings": "attach",
     "PiSSA": "attach",
     "Live": "attach",
     "calibrate": "attach",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from . import train as train
     from .adapter import Adapter as Adapter
     from .attach import Live as Live
+    from .attach import Loadings as Loadings
     from .attach import LoRA as LoRA
     from .attach import PiSSA as PiSSA
     from .attach import attach as attach

@@ -12,12 +12,13 @@ from .._verb import make_face
 if TYPE_CHECKING:
     from .attach import attach as attach
     from .begin.calibration import calibrate as calibrate
+    from .begin.loadings import Loadings as Loadings
     from .begin.specs import LoRA as LoRA
     from .begin.specs import PiSSA as PiSSA
     from .live import Live as Live
     from .selection import TokenMix as TokenMix
 
-__all__ = ["Live", "LoRA", "PiSSA", "TokenMix", "attach", "calibrate"]
+__all__ = ["Live", "LoRA", "Loadings", "PiSSA", "TokenMix", "attach", "calibrate"]
 
 make_face(
     __name__,
@@ -26,6 +27,7 @@ make_face(
         "calibrate": "begin.calibration",
         "Live": "live",
         "LoRA": "begin.specs",
+        "Loadings": "begin.loadings",
         "PiSSA": "begin.specs",
         "TokenMix": "selection",
     },

@@ -18,6 +18,7 @@ from ..files import load
 from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
+from .begin.loadings import Loadings
 from .begin.places import Standing, library_places
 from .begin.resumed import Checkpoint
 from .begin.specs import Spec
@@ -33,7 +34,7 @@ from .sources import Given, Plan, Stored, Trained
 from .state import State
 
 DEFAULT = "default"
-Addition: TypeAlias = Adapter | Checkpoint | Spec
+Addition: TypeAlias = Adapter | Checkpoint | Spec | Loadings
 
 
 def named_sources(x: Any, trainable: bool) -> dict[str, Addition]:
@@ -53,7 +54,7 @@ def _check_name(name: Any) -> None:
 
 
 def _loaded(x: Any, trainable: bool) -> Addition:
-    if isinstance(x, Adapter | Spec):
+    if isinstance(x, Adapter | Spec | Loadings):
         return x
     if isinstance(x, str | os.PathLike):
         return (Checkpoint.at(x) if trainable else None) or load(x)
@@ -136,6 +137,8 @@ def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
 
 
 def _plan(state: State, name: str, x: Addition, at: Standing, trainable: bool) -> Plan:
+    if isinstance(x, Loadings):
+        return Trained.plan_loadings(x, at)
     if isinstance(x, Spec):
         in_use = functools.partial(directions_in_use, state)
         return Trained.plan_fresh(x, at, in_use)

@@ -95,7 +95,7 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
 
 def _kind_of(source: Trained) -> str:
     """What kind of checkpoint an adapter makes."""
-    return "pissa" if isinstance(next(iter(source.fresh.values())), Modulation) else "lora"
+    return next(iter(source.fresh.values())).saved_as
 
 
 def _rescale(

@@ -26,6 +26,7 @@ from ..layers.targets import found_layers
 from ..lowrank import LowRank
 from ..parts import PREFIX, plain_name
 from ..prefixes import Prefixes, regauged
+from .begin.loadings import Loadings, fresh_loadings
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
 from .begin.places import Places, Standing, places_of, plain_names, whole_modules
@@ -221,6 +222,12 @@ class Trained(Source):
         names = plain_names(at.model)
         places = Places(there, copies, {}, {p: names.get(p, p) for p in (*there, *copies)})
         return Plan(cls(fresh, places, {**_config(spec), **prefixes.said()}), places)
+
+    @classmethod
+    def plan_loadings(cls, spec: Loadings, at: Standing) -> Plan:
+        """What a fresh adapter inside a library needs."""
+        fresh, places = fresh_loadings(spec, at)
+        return Plan(cls(fresh, places, {}), places)
 
     def join(self, name: str, patches: Mapping[str, Patch]) -> None:
         """Put the factors where they run."""

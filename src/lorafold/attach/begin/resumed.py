@@ -20,6 +20,7 @@ from ...layers.sites import Place
 from ...layers.swap import device_of
 from ...prefixes import Prefixes
 from ..run.factors import Factors, Modulation, Pair
+from .loadings import Loaded
 
 HEADER = "lorafold"  # the key of the header's text
 
@@ -29,8 +30,8 @@ class Training:
     """A state of training: of each module its own tensors, and what a header says of all.
 
     Args:
-        path: the file. header: kind ("lora" or "pissa"), metadata (the user's), scales {module: s},
-            dropout, and of "pissa" select. tensors: {module: {name: tensor}}.
+        path: the file. header: kind ("lora", "pissa" or "loadings"), metadata (the user's), scales
+            {module: s}, dropout, and of "pissa" select. tensors: {module: {name: tensor}}.
     """
 
     path: Path
@@ -69,6 +70,9 @@ class Training:
                 sides, own = (t["U"], t["S"], t["Vh"]), (t["delta_s"], t["index"])
                 of, select = min(place.dims), self.header["select"]
                 return Modulation(place.kind, *sides, *own, directions=of, select=select)
+            if kind == "loadings":
+                own, rest = (t["own_A"], t["own_B"]), (t["rest_A"], t["rest_B"])
+                return Loaded(place.kind, t.get("U"), t.get("V"), t["core"], own, rest)
             start = (t["A0"], t["B0"]) if "A0" in t else None
             dropout = self.header.get("dropout", 0.0)
             scale = self.header["scales"][name]

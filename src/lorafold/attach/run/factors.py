@@ -23,8 +23,10 @@ class Factors(nn.Module, ABC):
     """Factors of one adapter at one layer; see the three final classes.
 
     Attributes:
-        rank: how many rows. scale: of the product.
+        rank: how many rows. scale: of the product. saved_as: what a checkpoint calls the kind.
     """
+
+    saved_as = ""
 
     shares: Tensor | None  # of the ranks while training, where they are nested
 
@@ -104,6 +106,7 @@ class Pair(Factors):
         prefixes: what rank prefixes are to mean; trained at all of them where it names ranks.
     """
 
+    saved_as = "lora"
     A0: Tensor | None
     B0: Tensor | None
 
@@ -145,6 +148,7 @@ class Modulation(Factors):
         directions: how many the weight has. select: by which score they were chosen.
     """
 
+    saved_as = "pissa"
     U: Tensor
     S: Tensor
     Vh: Tensor
