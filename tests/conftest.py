@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ settings.load_profile("lorafold")
 # The tests are many small operations: threads that wait for one another make them several times
 # slower as soon as anything else runs.
 torch.set_num_threads(1)
+
+# As the command line has it; huggingface_hub reads it once.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _update(

@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "roles": NOUNS - {"roles"},
     "files": NOUNS,
     "collection": NOUNS | {"files"},
-    **{v: NOUNS | {"files", "collection"} for v in ("fold", "merge", "compare", "transfer")},
+    **{v: NOUNS | {"files", "collection"} for v in ("fold", "merge", "compare")},
     "layers": GROUND | {"lowrank", "parts"},
+    "transfer": NOUNS | {"files", "collection", "layers"},
     "quantize": NOUNS | {"layers"},
     "attach": NOUNS | {"files", "collection", "fold", "layers"},
     "demo": NOUNS | {"files", "collection", "fold"},  # stands apart; only the command line uses it

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,109 @@ def test_auto_that_says_dont_is_exit_status_1(pair, cli, monkeypatch):
     assert ran.code == 1
     assert "don't use brackets" in ran.err
     assert lf.load("o").base_model == "base-t"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "--tokenizers a --tokenizers b --tokenizers c",
+            "give one for both bases, or two, found 3",
+        ),
+        ("--tokenizers texts.jsonl", "tokenizers: texts.jsonl holds none that transformers can"),
+        ("--tokenizers bytes --method svd", "method 'svd' has no option 'tokenizers'"),
+        ("--roles texts.jsonl", "--roles texts.jsonl: can't be read as JSON"),
+        ("--device nowhere", "device 'nowhere' can't be used"),
+        ("--method procrustes --option centre", "'centre' is not NAME=VALUE"),
+        ("--method procrustes --option rank=3", "'rank' has a flag of its own"),
+        ("--method procrustes --option roles=x", "'roles' has a flag of its own"),
+        ("--method procrustes --option centre=1 --option centre=1", "'centre' is given twice"),
+        (
+            "--method procrustes --option center=true",
+            "has no option 'center'; did you mean 'centre'",
+        ),
+        ("--method procrustes --option threshold=much", "threshold must be"),
+    ],
+)
+def test_what_is_refused_between_bases(pair, cli, line, says):
+    ran = cli("transfer", "brackets", *pair, "--texts", "texts.jsonl", "-o", "o", *line.split())
+    assert ran.code == 2
+    assert says in ran.err
+    assert ran.err.count("\n") == 1
+    assert not Path("o").exists()
+
+
+def test_a_methods_own_options(pair, cli):
+    line = ("transfer", "brackets", *pair, "--texts", "texts.jsonl", "--method", "procrustes")
+    plain, scaled = (
+        cli(*line, "-o", out, *own, "--json").json["adapters"][0]["report"]
+        for out, own in {"a": (), "b": ("--option", "scale=false")}.items()
+    )
+    assert plain["norm_ratio"] != pytest.approx(scaled["norm_ratio"])
+
+
+def test_tokenizers_instead_of_the_bases_own(pair, cli):
+    for side in ("base-s", "base-t"):
+        for path in Path(side).glob("tokenizer*"):
+            path.unlink()
+    line = ("align", "base-s", "base-t", "--texts", "texts.jsonl", "--overwrite", "-o", "p")
+    ran = cli(*line)
+    assert ran.code == 2
+    assert "no tokenizer of its own: give one in --tokenizers" in ran.err
+    one = cli(*line, "--tokenizers", "bytes", "--json").json
+    two = cli(*line, *2 * ("--tokenizers", str(data_dir() / "base")), "--json").json
+    assert one["tokens"] == two["tokens"] > 100
+
+
+def test_a_table_for_modules_that_are_not_known(pair, cli):
+    from transformers import LlamaForCausalLM
+
+    from lorafold.transfer.align.bases import parts_of
+
+    Path("table.json").write_text('{"q_proj": "cross.query"}')
+    line = ("align", "base-s", "base-t", "--texts", "texts.jsonl", "-o", "p")
+    assert cli(*line, "--roles", "table.json", "--modules", "cross", "--json").json["maps"] == 6
+    model = LlamaForCausalLM.from_pretrained("base-t")
+    assert len(parts_of(model, "target")) == 6 * 7 + 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["procrustes", "vocabulary", "distill"])
+def test_the_bases_of_many_adapters_are_read_once(pair, cli, monkeypatch, method):
+    from lorafold.transfer.align import bases
+
+    read = []
+    monkeypatch.setattr(bases, "_read", _counting(bases._read, read))
+    shutil.copytree("brackets", "many/a")
+    shutil.copytree("brackets", "many/b")
+    ran = cli("transfer", "many", *pair, "--texts", "texts.jsonl", "--method", method, "-o", "o")
+    assert (ran.code, len(read)) == (0, 2)
+    a, b = lf.load("o/a"), lf.load("o/b")
+    assert a.base_model == "base-t"
+    assert all(torch.equal(u.B, b[p].B) and torch.equal(u.A, b[p].A) for p, u in a.items())
+
+
+def _counting(function, calls):
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
+def test_libraries_stay_silent(pair):
+    """In a process of its own: bars are switched off when transformers is first imported."""
+    line = [
+        "-c",
+        "from lorafold.cli import main; main()",
+        "align",
+        "base-s",
+        "base-t",
+        "--texts",
+        "texts.jsonl",
+        "-o",
+        "p",
+    ]
+    ran = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=True)
+    assert "pairs of tokens" in ran.stdout
+    assert ran.stderr == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -175,7 +176,9 @@ class Verbs(click.Group):
         if not standalone:
             return super().main(args, *more, **extra)
         chosen = extra.setdefault("obj", Settings())
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a failure is told once, in one line
+        # A failure is told once, in one line, and the bars are ours.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         run = super().main
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal that lacks a letter is no failure
@@ -185,7 +188,7 @@ class Verbs(click.Group):
 
 def _status(run: Callable[[], Any], chosen: Settings) -> int:
     try:
-        with _one_line_warnings(chosen):
+        with _one_line_warnings(chosen), _others_silent():
             result = run()
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as e:  # a question, not a mistake
@@ -245,6 +248,17 @@ def one_line(text: str) -> str:
     """The text on one line, control characters escaped."""
     lines = text.strip("\n").splitlines()
     return escaped(" ".join(map(str.strip, lines)) if len(lines) > 1 else text.strip("\n"))
+
+
+@contextlib.contextmanager
+def _others_silent() -> Iterator[None]:
+    """What libraries log below an error is not shown: it is not about what was asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

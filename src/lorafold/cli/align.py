@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
+from ._bases import pair_options, tables_of, tokenizers_of
 from ._command import command
 from ._texts import texts_of
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 @click.option("--gradients", is_flag=True, help="Align outputs by the loss's gradients.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a text at most.")
 @click.option("--memory", default="8GiB", help="What the sums may take (8GiB).")
-@click.option("--device", help="Where the bases run.")
+@click.option("--modules", multiple=True, metavar="KIND", help="mlp, attention.query, …; all.")
+@pair_options
 @click.option("--resume", metavar="FILE", help="Keep the state here, and go on from it.")
 @click.option("--overwrite", is_flag=True, help="Replace the alignment that is there.")
 def align(
@@ -36,6 +38,9 @@ def align(
     lines: int,
     gradients: bool,
     overwrite: bool,
+    tokenizers: tuple[str, ...],
+    tables: tuple[str, ...],
+    modules: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Align two base models by texts run through both.
@@ -55,6 +60,9 @@ def align(
             source,
             target,
             texts_of(texts, lines),
+            tokenizers=tokenizers_of(tokenizers),
+            roles=tables_of(tables),
+            modules=modules or None,
             output="gradients" if gradients else "activations",
             progress=advance,
             **given,

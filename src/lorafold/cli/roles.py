@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FileError, MismatchError
+from ..errors import MismatchError
 from . import _output as output
+from ._bases import TABLE, tables_of
 from ._command import command, settings
 from ._source import adapter_options, opened
 
@@ -22,13 +23,7 @@ if TYPE_CHECKING:
 
 @command("roles", example="lorafold roles adapters/sql")
 @click.argument("path", metavar="PATH")
-@click.option(
-    "--table",
-    "tables",
-    multiple=True,
-    metavar="FILE",
-    help="JSON file {end of a module's path: kind} for modules that aren't known; repeatable.",
-)
+@click.option("--table", "tables", multiple=True, metavar="FILE", help=TABLE)
 @adapter_options
 def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
     """Show what the modules of a base or an adapter do.
@@ -44,7 +39,7 @@ def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
     if not _is_base(Path(path)):
         file = opened(path, **options)
         x, base = list(file.shapes), file.base_model
-    found, unknown = told(x, [_table(name) for name in tables])
+    found, unknown = told(x, tables_of(tables, "--table"))
     if unknown:
         row = json.dumps({unknown[0].rpartition(".")[2]: "attention.query"})
         raise MismatchError(
@@ -65,21 +60,6 @@ def _is_base(path: Path) -> bool:
     if in_library(str(path)) is not None or not path.is_dir():
         return False
     return not any(map(is_adapter, adapters_at(path)))
-
-
-def _table(name: str) -> dict[str, str]:
-    """A table from a file.
-
-    Raises:
-        FileError: not there, or no JSON object.
-    """
-    try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise FileError(f"--table {name}: can't be read as JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise MismatchError(f"--table {name}: must hold an object {{end of a path: kind}}")
-    return found
 
 
 def _described(role: Role, packed: Packing | None) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import click
 from ..collection.folders import folder_names, known_names, write_names
 from ..errors import LorafoldError
 from . import _output as output
+from ._bases import pair_options, tables_of, tokenizers_of
 from ._command import CheckFailed, command, settings
 from ._source import adapter_options, named
 from ._texts import texts_of
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 Advance = Callable[[int, int, str], None]
 
 _ALIGNED = ("auto", "procrustes", "functional")
+_JUDGED = ("auto", "distill")
+_FLAGGED = ("rescale", "unchecked", "tokenizers", "roles")
 _SHAPE = re.compile(r"(?P<pattern>.+)=(?P<out>\d+)[x×](?P<inner>\d+)")
 
 
@@ -44,6 +48,10 @@ _SHAPE = re.compile(r"(?P<pattern>.+)=(?P<out>\d+)[x×](?P<inner>\d+)")
 @click.option("--texts", metavar="FILE", help="Texts to learn from: .txt, or .jsonl.")
 @click.option("--lines", type=click.IntRange(min=1), default=1, help="Lines of a text (1).")
 @click.option("--alignment", metavar="A", help="What 'lorafold align' has written, instead.")
+@pair_options
+@click.option(
+    "--option", "own", multiple=True, metavar="NAME=VALUE", help="One of the method's; repeatable."
+)
 @click.option("--rank", type=int, help="Largest rank of the result.")
 @click.option("--energy", type=float, help="Share of every result's ‖ΔW‖² to keep.")
 @click.option("--rescale", is_flag=True, help="Plain resizings: multiply by √(d_s/d_t).")
@@ -60,6 +68,7 @@ def transfer(
     dtype: str | None,
     overwrite: bool,
     base_model: str | None,
+    device: str | None,
     **options: Any,
 ) -> None:
     """Move adapters to another base model, or to other shapes.
@@ -79,7 +88,7 @@ def transfer(
     saving["base_model"] = base_model
     rows, failed = [], {}
     with output.progress("transferring") as advance:
-        given = _aligned(given, advance)
+        given = _read(given, device, advance)
         for k, (name, place) in enumerate(places.items()):
             tell = _within(advance, k, len(places))
             try:
@@ -101,6 +110,8 @@ def transfer(
 
 def _arguments(o: Mapping[str, Any]) -> dict[str, Any]:
     """What `lorafold.transfer` is called with."""
+    from ..transfer.transfer import way_of
+
     shape: dict[str, tuple[int, int]] = {}
     for text in o["shapes"]:
         match = _SHAPE.fullmatch(text)
@@ -124,20 +135,53 @@ def _arguments(o: Mapping[str, Any]) -> dict[str, Any]:
         "rank": o["rank"],
         "energy": o["energy"],
     }
-    return found | {key: True for key in ("rescale", "unchecked") if o[key]}
+    own: dict[str, Any] = {key: True for key in ("rescale", "unchecked") if o[key]}
+    if o["tokenizers"]:
+        own["tokenizers"] = tokenizers_of(o["tokenizers"])
+    if o["tables"]:
+        own["roles"] = tables_of(o["tables"])
+    own |= _own(o["own"], [*found, *_FLAGGED])
+    way_of(found["method"], own)  # before anything is read or run
+    return found | own
 
 
-def _aligned(given: dict[str, Any], advance: Advance) -> dict[str, Any]:
-    """The same with an alignment, made once, where a method between bases asks for one."""
+def _own(given: Sequence[str], others: Container[str]) -> dict[str, Any]:
+    """A method's own options: numbers, true and false as in JSON, and words."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals) or name in others or name in found:
+            why = "has a flag of its own" if name in others else "is given twice"
+            said = f"{name!r} {why}" if name and equals else f"{text!r} is not NAME=VALUE"
+            raise click.BadParameter(said, param_hint="--option")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _read(given: dict[str, Any], device: str | None, advance: Advance) -> dict[str, Any]:
+    """The same with bases and alignment in memory, once for all adapters, where they are needed."""
+    from ..collection.limits import torch_device
     from ..transfer import Alignment, align
+    from ..transfer.align.bases import base_of
 
-    found = given["alignment"]
-    if found is not None:
-        return {**given, "alignment": Alignment.load(found)}
-    bases = given["source"], given["target"]
-    if given["method"] not in _ALIGNED or given["texts"] is None or None in bases:
+    if given["alignment"] is not None:
+        given = {**given, "alignment": Alignment.load(given["alignment"])}
+    method, texts = given["method"], given["texts"]
+    aligns = method in _ALIGNED and texts is not None and given["alignment"] is None
+    runs = aligns or method == "vocabulary" or (texts is not None and method in _JUDGED)
+    if not runs or None in (given["source"], given["target"]):
         return given
-    return {**given, "alignment": align(*bases, given["texts"], progress=advance)}
+    tables = given.get("roles", ())
+    two = zip(("source", "target"), given.get("tokenizers", (None, None)), strict=True)
+    bases = [base_of(given[side], side, t, tables, torch_device(device)) for side, t in two]
+    shared = {"tokenizers": tuple(base.tokenizer for base in bases), "roles": tables}
+    models = {base.side: base.model for base in bases}
+    if aligns:
+        given = {**given, "alignment": align(**models, texts=texts, **shared, progress=advance)}
+    return {**given, **models, **shared}
 
 
 def _places(

@@ -132,7 +132,7 @@ def transfer(
     if method is None:
         known = shape is not None or (source is None and alignment is None)
         method = "svd" if known else "procrustes"
-    way, own = _way(method, options)
+    way, own = way_of(method, options)
     job = Job(given, source, target, {}, texts, alignment, rank, energy, own, progress)
     job, without = _placed(job, way, method, shape)
     with threads(None if way.bases else 1):  # thin algebra waits more on threads than it works
@@ -162,8 +162,12 @@ def _check_cut(rank: Any, energy: Any) -> None:
         raise MismatchError(f"energy must lie in (0, 1], found {energy!r}")
 
 
-def _way(method: str, options: Mapping[str, Any]) -> tuple[Way, dict[str, Any]]:
-    """The method of that name, and its options, each of them there."""
+def way_of(method: str, options: Mapping[str, Any]) -> tuple[Way, dict[str, Any]]:
+    """The method of that name, and its options, each of them there.
+
+    Raises:
+        UnknownNameError: no such method or option.
+    """
     if method not in METHODS:
         raise UnknownNameError(f"no method {method!r}; {did_you_mean(str(method), METHODS)}")
     way = METHODS[method]

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ...collection.limits import memory_bytes, torch_device
 from ...errors import MismatchError
+from ...layers.modes import evaluating
 from ...roles import Role
 from ...words import one_of
 from ..alignment import Alignment, Join
-from .bases import Base, base_of, evaluating
+from .bases import Base, base_of
 from .batches import Batch, batches_of
 from .heads import with_heads
 from .offsets import two
@@ -57,9 +58,9 @@ def align(
     Args:
         source, target: models of transformers, or folders of them; neither is changed.
         texts: strings; or (length,) tensors of ids where both bases have the same tokens.
-        tokenizers: (of the source, of the target), each a fast tokenizer of transformers, "bytes",
-            or a function from a text to (ids, character at which each token ends); one for both
-            where one is given; by default the folders' own.
+        tokenizers: (of the source, of the target), each a fast tokenizer of transformers or its
+            folder, "bytes", or a function from a text to (ids, character at which each token ends);
+            one for both where one is given; by default the folders' own.
         layers: "proportional" (by the share of the depth), "cka" (the most alike, never going
             back), or {stack: [the source's layer for each of the target's]}.
         output: what outputs are aligned by: "activations", or "gradients" of the loss of the texts'

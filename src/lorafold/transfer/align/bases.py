@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ...errors import FileError, MismatchError, MissingExtraError
 from ...files.base import read_base
 from ...roles import Heads, Packing, Role, heads, packing, recognised
-from ...words import one_line
+from ...words import one_line, warn
 from .offsets import Tokenize, tokenize_of
 
 _ROWS, _COLUMNS = 16, 64  # of each weight, that its digest sees
@@ -93,25 +92,22 @@ def base_of(given: Any, side: str, tokenizer: Any, tables: Any, device: Any) -> 
 
     Args:
         given: a model, or a folder that transformers reads. side: "source" or "target".
-        tokenizer: see `tokenize_of`; the folder's own when None.
+        tokenizer: see `tokenize_of`, or the folder of one; the base's own when None.
         tables: of roles, for modules that lorafold does not know. device: of a model that is read.
 
     Raises:
         MismatchError: neither, or not one of its linear layers has a known role.
         FileError: a folder without a model. MissingExtraError: one, without transformers.
     """
-    if isinstance(given, str | os.PathLike):
-        folder = Path(given)
-        model = _read(folder, device)
-        tokenizer = _tokenizer(folder) if tokenizer is None else tokenizer
-    elif isinstance(given, nn.Module):
-        model = given
-    else:
+    folder = Path(given) if isinstance(given, str | os.PathLike) else None
+    model = given if folder is None else _read(folder, device)
+    if not isinstance(model, nn.Module):
         raise MismatchError(
             f"the {side} must be a model or the folder of one, found {one_line(given)}"
         )
     if next(model.parameters(), None) is None:
         raise MismatchError(f"the {side} has no weights")
+    tokenizer = _tokenizer(tokenizer, folder)
     return Base(
         side,
         model,
@@ -135,7 +131,7 @@ def parts_of(model: nn.Module, side: str, tables: Any = ()) -> dict[Role, Part]:
         shown = ", ".join(map(repr, unknown[:5])) + (", …" if len(unknown) > 5 else "")
         raise MismatchError(
             f"no role is known for any of the {len(unknown)} linear layers of the {side}: {shown}; "
-            "give roles={end of the path: kind}, such as {'wq': 'attention.query'}"
+            "give a table in roles=, {end of the path: kind}, as {'wq': 'attention.query'}"
         )
     parts: dict[Role, Part] = {}
     for path, role in known.items():
@@ -203,18 +199,6 @@ def _corners(given: Any) -> Iterator[tuple[Tensor, list[int]]]:
             yield weight.detach()[:_ROWS, :_COLUMNS], list(weight.shape)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module has its own back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _read(folder: Path, device: Any) -> nn.Module:
     transformers = _transformers()
     try:
@@ -224,21 +208,46 @@ def _read(folder: Path, device: Any) -> nn.Module:
             f"{folder} is not a base: no config.json can be read in it ({e}); give the folder of a "
             "model, or the model itself"
         ) from e
-    named = (config.get("architectures") or [""])[0]
-    made = getattr(transformers, named, transformers.AutoModel)
-    try:
-        model: nn.Module = made.from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError) as e:
-        text = str(e).strip().splitlines() or [type(e).__name__]
-        raise FileError(f"{folder}: transformers can't load it: {text[0]}") from e
+    named = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModel)
+    model, missing = _loaded(named, folder)
+    if missing and named is not transformers.AutoModel:
+        # Encoders of sentences are often kept without the head that their configuration names.
+        model, missing = _loaded(transformers.AutoModel, folder)
+    if missing:
+        warn(
+            f"{folder}: {len(missing)} weights of the model are in no file of it, and random: "
+            f"{missing[0]!r}{', …' if len(missing) > 1 else ''}"
+        )
     return model if device is None else model.to(device)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _loaded(made: Any, folder: Path) -> tuple[nn.Module, list[str]]:
+    """The model of a class, and which of its weights the folder lacks."""
+    try:
+        model, told = made.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as e:
+        text = str(e).strip().splitlines() or [type(e).__name__]
+        raise FileError(f"{folder}: transformers can't load it: {text[0]}") from e
+    return model, sorted(told["missing_keys"])
+
+
+def _tokenizer(given: Any, base: Path | None) -> Any:
+    """The one that was given, by its folder or itself; else that of the base's folder, if any."""
+    named = isinstance(given, str | os.PathLike) and given != "bytes"
+    if not named and (given is not None or base is None):
+        return given
+    folder = Path(given) if named else base
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
-        return None  # what needs one says so
+    except (OSError, ValueError) as e:
+        if not named:
+            return None  # what needs one says so
+        raise FileError(
+            f"tokenizers: {folder} holds none that transformers can read; give the folder of one, "
+            "or 'bytes'"
+        ) from e
 
 
 def _transformers() -> Any:

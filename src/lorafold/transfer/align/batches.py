@@ -87,7 +87,7 @@ def _text(source: Base, target: Base, text: Any, context: int | None) -> _Text:
         if isinstance(text, str):
             if base.tokenize is None:
                 raise MismatchError(
-                    f"the {base.side} has no tokenizer: give tokenizers=(source, target)"
+                    f"the {base.side} has no tokenizer of its own: give one in tokenizers="
                 )
             one, end = base.tokenize(text)
         else:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ...errors import MismatchError
-from ..align.bases import Base, base_of, evaluating, shape_of
+from ...layers.modes import evaluating
+from ..align.bases import Base, base_of, shape_of
 from ..align.batches import Batch, batches_of
 from ..align.offsets import two
 from ..align.pairing import joined, layers_of
