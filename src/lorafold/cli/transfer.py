@@ -178,7 +178,7 @@ def _read(given: dict[str, Any], device: str | None, advance: Advance) -> dict[s
     two = zip(("source", "target"), given.get("tokenizers", (None, None)), strict=True)
     bases = [base_of(given[side], side, t, tables, torch_device(device)) for side, t in two]
     shared = {"tokenizers": tuple(base.tokenizer for base in bases), "roles": tables}
-    models = {base.side: base.model for base in bases}
+    models: dict[str, Any] = {base.side: base.model for base in bases}
     if aligns:
         given = {**given, "alignment": align(**models, texts=texts, **shared, progress=advance)}
     return {**given, **models, **shared}

@@ -6,7 +6,9 @@
               the chance p that it should have and the target's q; log p/(1 − p) is that of the bare
               target plus what the adapter adds to the source's,
               p log(p/q) + (1 − p) log((1 − p)/(1 − q))
-    states    no head, or no causal model: ½‖h_t − (h_t⁰ + M (h_s' − h_s))‖² of the last hidden
+    vectors   encoders, other tokens or no head: KL as above, of which texts each is most like
+              (`judge_vectors.py`)
+    states    anything else: ½‖h_t − (h_t⁰ + M (h_s' − h_s))‖² of the last hidden
               states, M the ridge regression of the target's on the source's
 
 with t⁰, s and s' what the bare target, the bare source and the source with the adapter say: what is
@@ -36,6 +38,7 @@ from ..align.bases import Base
 from ..align.batches import Batch, Input
 from ..align.covariances import Moments, moments_of
 from ..align.recording import adapted, run
+from .judge_vectors import anchors, likeness
 from .maps import ridge
 
 Modules = Mapping[str, LowRank]
@@ -51,7 +54,8 @@ class Judge:
 
     Args:
         source, target: bases. adapter: {path in the source: update}.
-        by: "tokens", "spans" or "states". between: M (d_s, d_t), for states.
+        by: "tokens", "spans", "vectors" or "states". between: M (d_s, d_t), for states.
+        others: what `judge_vectors.anchors` gave for either base, for vectors.
     """
 
     source: Base
@@ -59,6 +63,7 @@ class Judge:
     adapter: Modules
     by: str
     between: Tensor | None = None
+    others: tuple[Tensor, Tensor] | None = None
 
     def goal(self, batch: Batch) -> Tensor:
         """What the target should say: what it says, changed as the adapter changes the source."""
@@ -76,15 +81,17 @@ class Judge:
             return (base + after - before).log_softmax(-1)
 
     def said(self, batch: Batch) -> Tensor:
-        """What the target says: log-probabilities (n, tokens), log-chances (spans,), or the last
-        hidden states (n, d_t).
+        """What the target says: log-probabilities (n, tokens) or (texts, others), log-chances
+        (spans,), or the last hidden states (n, d_t).
         """
         return self._said(self.target, batch.target)
 
     def _said(self, base: Base, given: Input) -> Tensor:
         ids, mask, rows = (x.to(base.device) for x in (given.ids, given.mask, given.rows))
         found: Tensor
-        if self.by == "states":
+        if self.others is not None:
+            found = likeness(base, given, self.others[base is self.target])
+        elif self.by == "states":
             found = run(base.model, ids, mask, ())[0].flatten(0, 1)[rows]
         else:
             scores = run(base.model, ids, mask).logits.float().log_softmax(-1)
@@ -152,6 +159,10 @@ def judge_of(source: Base, target: Base, adapter: Modules, batches: Sequence[Bat
             return Judge(source, target, adapter, "tokens")
         if "decoder" in source.depth and "decoder" in target.depth:
             return Judge(source, target, adapter, "spans")
+    if all("decoder" not in base.depth for base in (source, target)):
+        given = [batch.source for batch in batches], [batch.target for batch in batches]
+        others = anchors(source, given[0]), anchors(target, given[1])
+        return Judge(source, target, adapter, "vectors", others=others)
     sums: Moments | None = None
     own = [Judge(base, base, {}, "states") for base in (source, target)]
     with torch.no_grad():
