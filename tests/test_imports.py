@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "transfer": NOUNS | {"files", "collection", "layers"},
     "quantize": NOUNS | {"layers"},
     "attach": NOUNS | {"files", "collection", "fold", "layers"},
-    "demo": NOUNS | {"files", "collection", "fold"},  # stands apart; only the command line uses it
+    "demo": NOUNS
+    | {"files", "collection", "fold", "transfer"},  # stands apart; only the command line uses it
 }
 BELOW_CLI = set(MAY_IMPORT)
 for verb in ("train", "route", "report"):

@@ -337,6 +337,20 @@ def _transfer(r: Result) -> list[Cells]:
     ]
 
 
+def _transfer_encoders(r: Result) -> list[Cells]:
+    means = {row["method"]: row["mean"] for row in r["rows"]}
+    (texts,) = {row["texts"] for row in r["rows"] if row["method"] == "distill"}
+    others = ("svd", "procrustes", "functional")
+    return [
+        (
+            f"the same from a sentence encoder to a larger one (MiniLM to MPNet), {texts} texts",
+            f"{means['distill']:.0%}",
+            "; ".join(f"`{name}`: {round(means[name], 2) + 0:.0%}" for name in others),
+            means["distill"],
+        )
+    ]
+
+
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
@@ -359,6 +373,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "overlap_forecast": _overlap_forecast,
     "route": _route,
     "transfer": _transfer,
+    "transfer_encoders": _transfer_encoders,
 }
 
 
@@ -392,6 +407,7 @@ def demo_output(results: Path = RESULTS) -> str:
     runs = [
         json.loads(p.read_text(encoding="utf-8"))["result"] for p in results.glob("*/demo.json")
     ]
+    runs = [r for r in runs if r.get("moved")] or runs  # as it prints today
     found = min(runs, key=lambda r: min(_demo(r), key=lambda cells: cells[3])[3])
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -481,9 +497,49 @@ def retention_table(r: Result) -> str:
     return _markdown(heads, shown) + "\n\n" + _markdown(heads_after, after)
 
 
+def encoders_table(r: Result) -> str:
+    """Both encoders before and after training; retention by method; and after some training."""
+    tasks = [row["task"] for row in r["trained"]]
+    heads = ["encoder", "task", "steps", "bare: MRR, R@1", "its own adapter: MRR, R@1", "seconds"]
+    known = [
+        [
+            row["encoder"],
+            row["task"],
+            str(row["steps"]),
+            *(f"{row[f'{k} MRR']:.3f}, {row[f'{k} R@1']:.2f}" for k in ("base", "adapter")),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in r["known"]
+    ]
+    moved = [
+        [
+            row["method"],
+            str(row["texts"] or "–"),
+            *("–" if row[task] is None else f"{row[task]:.2f}" for task in tasks),
+            f"{row['align s']:.0f} + {row['move s']:.0f}"
+            if row["align s"]
+            else f"{row['move s']:.2g}",
+        ]
+        for row in r["rows"]
+    ]
+    after = [
+        [row["task"], str(row["steps"]), *(f"{row[k]:.2f}" for k in _AFTER)] for row in r["trained"]
+    ]
+    return "\n\n".join(
+        [
+            _markdown(heads, known),
+            _markdown(["MiniLM to MPNet", "texts", *tasks, "seconds"], moved),
+            _markdown(["task", "steps", *_AFTER], after),
+        ]
+    )
+
+
 TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
     "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
-    "transfer.md": [("retention", "transfer", retention_table)],
+    "transfer.md": [
+        ("retention", "transfer", retention_table),
+        ("encoders", "transfer_encoders", encoders_table),
+    ],
 }
 
 

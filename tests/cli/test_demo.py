@@ -15,7 +15,12 @@ def quick(tmp_path, monkeypatch):
     """Three adapters only, one tolerance beside retention, and an empty working directory."""
     for name in ("brackets", "number_words", "camel_case"):
         shutil.copytree(data_dir() / "adapters" / name, tmp_path / "sources" / name)
-    options = {"adapters": tmp_path / "sources", "tolerances": (0.1, 0.3), "retention": None}
+    options = {
+        "adapters": tmp_path / "sources",
+        "tolerances": (0.1, 0.3),
+        "retention": None,
+        "pieces": 1,
+    }
     monkeypatch.setattr(run, "run_demo", functools.partial(run.run_demo, **options))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -38,6 +43,7 @@ def test_table_and_commands_to_try(quick, cli):
     ]
     assert all(len(line) <= 80 for line in lines if not line.startswith("  lorafold"))
     assert "Written to lorafold-demo." in ran.out
+    assert "number_words lowers the loss by" in " ".join(ran.out.split())
     nexts = [line.strip() for line in lines if line.startswith("  lorafold ")]
     assert len(nexts) == 4
     assert nexts[-1].startswith("lorafold transfer ")

@@ -186,3 +186,12 @@ def test_the_package_is_small_and_complete():
         }
         expected.add(f"heldout/{name}.txt")
     assert set(sizes) == expected
+
+
+@pytest.mark.parametrize("name", demo.BASES[:2])
+def test_a_module_gives_the_same_scores(name):
+    model = demo.Llama(name)
+    ids = torch.tensor([list(b"Return the number of items.")])
+    config, state = load_base(name)
+    assert torch.equal(model(ids).logits, logits(config, state, ids))
+    assert set(model.state_dict()) == set(state)

@@ -28,7 +28,7 @@ def sources(tmp_path_factory):
 def made(sources, tmp_path_factory):
     """The report, and the folder that it is about."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    report = run.run_demo(folder, adapters=sources, tolerances=(0.1,), retention=None)
+    report = run.run_demo(folder, adapters=sources, tolerances=(0.1,), retention=None, pieces=0)
     return report, folder
 
 
@@ -161,7 +161,7 @@ def test_no_number_is_from_a_table(made, sources, tmp_path):
     path = tmp_path / "changed" / "roman" / "adapter_model.safetensors"
     halved = {k: t / 2 if "lora_B" in k else t for k, t in load_file(path).items()}
     save_file(halved, path, {"format": "pt"})
-    options = {"tolerances": (0.1,), "retention": None}
+    options = {"tolerances": (0.1,), "retention": None, "pieces": 0}
     after = run.run_demo(tmp_path / "out", adapters=tmp_path / "changed", **options)
     full = {name: after["adapter_loss"][name] - before["adapter_loss"][name] for name in NAMES}
     assert full["roman"] > 0.01
@@ -192,6 +192,7 @@ def test_retention_is_chosen_on_one_half_and_reported_on_the_other(sources, tmp_
         adapters=only,
         tolerances=(),
         retention=0.9,
+        pieces=0,
         progress=lambda done, total, what: calls.append((done, total, what)),
     )
     row = report["rows"][0]
@@ -216,7 +217,7 @@ def test_halves_meet_at_a_line():
 def test_only_a_demos_folder_is_replaced(made, sources, tmp_path):
     report, folder = made
     assert json.loads((folder / "report.json").read_text()) == report
-    options = {"adapters": sources, "tolerances": (0.1,), "retention": None}
+    options = {"adapters": sources, "tolerances": (0.1,), "retention": None, "pieces": 0}
     with pytest.raises(lf.FileError, match="exists already"):
         run.run_demo(folder, **options)
     (tmp_path / "mine").mkdir()
@@ -230,6 +231,29 @@ def test_what_fails_halfway_leaves_nothing(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "truncated", lambda *a, **k: 1 / 0)
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        run.run_demo(tmp_path / "out", adapters=sources, tolerances=(0.1,), retention=0.9)
+        run.run_demo(tmp_path / "out", adapters=sources, tolerances=(0.1,), retention=0.9, pieces=0)
     assert list(tmp_path.iterdir()) == []
     assert torch.get_num_threads() == threads
+
+
+def test_an_adapter_is_moved_to_another_base(sources, tmp_path):
+    only = tmp_path / "only"
+    shutil.copytree(sources / "brackets", only / "brackets")
+    shutil.copytree(data_dir() / "adapters" / "number_words", only / "number_words")
+    options = {"tolerances": (0.1,), "retention": None}
+    report = run.run_demo(tmp_path / "out", adapters=only, pieces=2, **options)
+    moved = report["moved"]
+    assert (moved["adapter"], moved["texts"]) == ("number_words", 2)
+    assert 0.1 < moved["distill"] < 1
+    assert moved["svd"] < moved["distill"] / 2
+    config, state = load_base("wide")
+    text = run.halves((data_dir() / "heldout" / "number_words.txt").read_bytes())[1]
+    padded = lf.transfer(only / "number_words", target=state, method="svd").adapter
+    loss, base = (heldout_loss(config, s, text) for s in (padded.apply_to(state), state))
+    assert moved["svd"] == pytest.approx(1 - loss / base, abs=1e-4)
+    assert "bases/wide" in report["next"][-1]
+
+
+def test_without_an_adapter_that_is_known_there_nothing_is_moved(made):
+    report, _ = made
+    assert report["moved"] is None

@@ -188,15 +188,15 @@ def test_distill_between_tokenizers_of_other_pieces():
 
 
 def test_distill_of_models_without_a_head():
-    from transformers import BertConfig, BertModel
+    from transformers import LlamaConfig, LlamaModel
 
     made = []
     for seed, width in ((0, 32), (1, 48)):
         torch.manual_seed(seed)
         kind = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        made.append(BertModel(BertConfig(hidden_size=width, vocab_size=256, **kind)).eval())
+        made.append(LlamaModel(LlamaConfig(hidden_size=width, vocab_size=256, **kind)).eval())
     done = lf.transfer(
-        adapter_of(made[0], ("query", "value")), *made, method="distill", texts=TEXTS[:4],
+        adapter_of(made[0], ("q_proj", "v_proj")), *made, method="distill", texts=TEXTS[:4],
         tokenizers="bytes", rounds=2,
     )  # fmt: skip
     assert done.report.said["by"] == "states"

@@ -56,6 +56,8 @@ def _show(out: Console, d: dict[str, Any]) -> None:
     alike = {"in": d["init_groups"]["in"]} if "in" in d["init_groups"] else {}
     words = group_words({**d, "init_groups": alike}) or ["No two adapters start from the same A"]
     output.say(out, f"\n{words[0]}. {_reading(d)}")
+    if d.get("moved"):
+        output.say(out, f"\n{_moving(d['moved'])}")
     output.say(
         out,
         "\nkept: share of a task's lift that is left, (base − folded) / (base − adapter) in loss, "
@@ -97,6 +99,17 @@ def _row(row: dict[str, Any]) -> tuple[object, ...]:
         output.percent(row["error_max"]),
         output.percent(row["retention_mean"]),
         output.percent(row["retention_min"]),
+    )
+
+
+def _moving(m: dict[str, Any]) -> str:
+    """What became of an adapter on another base."""
+    share, took = m["distill"] / m["native"], output.duration(m["distill seconds"])
+    lifts = [output.percent(m[key]) for key in ("distill", "native", "svd")]
+    return (
+        f"On a wider base that was trained apart, {m['adapter']} lowers the loss by {lifts[0]}, "
+        f"moved by {output.count(m['texts'], 'text')} without labels in {took}: {share:.2f} of "
+        f"what an adapter trained there does ({lifts[1]}). Resized alone: {lifts[2]}."
     )
 
 

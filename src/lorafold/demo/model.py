@@ -13,18 +13,21 @@ on the same text, to move adapters to: `wide` is wider, `deep` is narrower and h
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MissingExtraError, UnknownNameError
 
 Config = dict[str, Any]
+Linear = Callable[[str, Tensor], Tensor]
 
 BASES = ("base", "wide", "deep", "pairs")
 
@@ -89,29 +92,87 @@ def tokens_of(text: bytes, folder: Path) -> list[int]:
     return ids
 
 
-def logits(config: Config, state: dict[str, Tensor], tokens: Tensor) -> Tensor:
+def logits(
+    config: Config, state: Mapping[str, Tensor], tokens: Tensor, linear: Linear | None = None
+) -> Tensor:
     """The scores of every next token.
 
     Args:
         config: as `load_base` gives it.
         state: weights under transformers' names; all of one floating-point type.
         tokens: integers `(batch, length)` below the vocabulary size.
+        linear: from a layer's name and its input to what it gives; x Wᵀ when None.
 
     Returns:
         `(batch, length, vocabulary)`; position t is the prediction of token t + 1.
     """
+    apply = linear or (lambda name, x: F.linear(x, state[f"{name}.weight"]))
     x = F.embedding(tokens, state["model.embed_tokens.weight"])
     rotation = _rotation(config, tokens.shape[1], x)
     for number in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{number}."
-        layer = {
-            name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)
-        }
-        normed = _norm(config, x, layer["input_layernorm.weight"])
-        x = x + _attention(config, layer, normed, rotation)
-        normed = _norm(config, x, layer["post_attention_layernorm.weight"])
-        x = x + _mlp(layer, normed)
-    return F.linear(_norm(config, x, state["model.norm.weight"]), state["lm_head.weight"])
+        at = f"model.layers.{number}"
+        normed = _norm(config, x, state[f"{at}.input_layernorm.weight"])
+        x = x + _attention(config, partial(_within, apply, f"{at}.self_attn"), normed, rotation)
+        normed = _norm(config, x, state[f"{at}.post_attention_layernorm.weight"])
+        x = x + _mlp(partial(_within, apply, f"{at}.mlp"), normed)
+    return apply("lm_head", _norm(config, x, state["model.norm.weight"]))
+
+
+class Llama(nn.Module):
+    """A packaged base as a module of linear layers, for what works on modules, without
+    transformers; its scores are `logits`.
+
+    Example:
+        >>> Llama("wide")(torch.tensor([[100, 101, 102]])).logits.shape
+        torch.Size([1, 3, 256])
+    """
+
+    def __init__(self, name: str = "base") -> None:
+        super().__init__()
+        self.name_or_path = str(base_dir(name))
+        self.config, state = load_base(name)
+        for key, weight in state.items():
+            path, _, leaf = key.removesuffix(".weight").rpartition(".")
+            holder: nn.Module = self
+            for word in filter(None, path.split(".")):
+                if not hasattr(holder, word):
+                    holder.add_module(word, nn.Module())
+                holder = holder.get_submodule(word)
+            holder.add_module(leaf, _module(leaf, weight))
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None) -> Any:
+        """Scores of whole texts, filled up behind their ends, as `.logits`."""
+        state = dict(self.named_parameters())
+        return SimpleNamespace(logits=logits(self.config, state, input_ids, self._applied))
+
+    def _applied(self, name: str, x: Tensor) -> Tensor:
+        found: Tensor = self.get_submodule(name)(x)
+        return found
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, as transformers calls it."""
+        return self.get_submodule("lm_head")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.get_submodule("model.embed_tokens")
+
+
+def _module(leaf: str, weight: Tensor) -> nn.Module:
+    """A layer with this weight; a norm's is held by a module of its own."""
+    made: nn.Module
+    if leaf == "embed_tokens":
+        made = nn.Embedding(*weight.shape, _weight=weight)
+    elif weight.ndim == 2:
+        made = nn.utils.skip_init(nn.Linear, *weight.shape[::-1], bias=False)
+    else:
+        made = nn.Module()
+    made.register_parameter("weight", nn.Parameter(weight))
+    return made
+
+
+def _within(apply: Linear, prefix: str, name: str, x: Tensor) -> Tensor:
+    return apply(f"{prefix}.{name}", x)
 
 
 def heldout_loss(
@@ -165,16 +226,14 @@ def _rotation(config: Config, length: int, like: Tensor) -> tuple[Tensor, Tensor
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
-def _attention(
-    config: Config, layer: dict[str, Tensor], x: Tensor, rotation: tuple[Tensor, Tensor]
-) -> Tensor:
+def _attention(config: Config, apply: Linear, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     heads = (*x.shape[:2], -1, config["hidden_size"] // config["num_attention_heads"])
-    projected = (F.linear(x, layer[f"self_attn.{name}_proj.weight"]) for name in "qkv")
+    projected = (apply(f"{name}_proj", x) for name in "qkv")
     q, k, v = (p.view(heads).transpose(1, 2) for p in projected)
     q, k = _rotated(q, rotation), _rotated(k, rotation)
     shared = k.shape[1] < q.shape[1]
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
-    return F.linear(mixed.transpose(1, 2).flatten(2), layer["self_attn.o_proj.weight"])
+    return apply("o_proj", mixed.transpose(1, 2).flatten(2))
 
 
 def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -183,6 +242,5 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return x * cosine + torch.cat((-right, left), dim=-1) * sine
 
 
-def _mlp(layer: dict[str, Tensor], x: Tensor) -> Tensor:
-    gate, up, down = (layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def _mlp(apply: Linear, x: Tensor) -> Tensor:
+    return apply("down_proj", F.silu(apply("gate_proj", x)) * apply("up_proj", x))

@@ -1,4 +1,5 @@
-"""The demo: fold the packaged adapters, run the model with what comes back, and compare with SVD.
+"""The demo: fold the packaged adapters, run the model with what comes back, and compare with SVD;
+then move one of them to another base.
 
 Retention of a task is (base − folded) / (base − adapter), in loss on the task's held-out text. Each
 text is cut in two at a line. The first part is what `fold(retention=…)` may look at when it chooses
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -29,13 +31,16 @@ from ..files import load, save
 from ..files.atomic import new_directory
 from ..files.replacing import Kind
 from ..fold import Library, fold
-from .model import base_dir, data_dir, heldout_loss, load_base
+from ..transfer import transfer
+from .model import Llama, base_dir, data_dir, heldout_loss, load_base
 from .truncation import svd_of, truncated
 
 TOLERANCES = (0.05, 0.1, 0.2)
 DEFAULT = 0.1  # fold's own; this library is called `lib`, and is unfolded
 RETENTION = 0.98
-PAIR = ("base", "wide")  # an adapter of the first may be moved to the second
+PAIR = ("base", "wide")  # an adapter of the first is moved to the second
+MOVED = "json_facts"  # this one, if it is there
+PIECES, PIECE = 10, 256  # texts that moving it looks at, and characters of each
 REPORT = "report.json"
 DEMO = Kind(
     "what an earlier demo made",
@@ -92,6 +97,7 @@ def run_demo(
     adapters: Path | None = None,
     tolerances: tuple[float, ...] = TOLERANCES,
     retention: float | None = RETENTION,
+    pieces: int = PIECES,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -103,12 +109,13 @@ def run_demo(
         adapters: the adapters, named like the packaged tasks; those of the package when None.
         tolerances: one library each; the one at 0.1 is unfolded.
         retention: one more library, as small as this share of each lift allows; None for none.
+        pieces: how many texts moving an adapter to another base looks at; 0 to move none.
         overwrite: replace `folder`, if an earlier demo made it.
         progress: called with (done, total, what).
 
     Returns:
         What is written to `report.json`: `adapters`, `lift`, `files`, `rows`, `forms`,
-        `init_groups`, `next`, …
+        `init_groups`, `moved`, `next`, …
 
     Raises:
         FileError: something is at `folder`.
@@ -119,7 +126,8 @@ def run_demo(
         for name in PAIR:
             shutil.copytree(base_dir(name), staging / "bases" / name)
         with _one_thread_each(), ThreadPoolExecutor(2) as runs:
-            report = _Demo(staging, tolerances, retention, progress, runs).report()
+            demo = _Demo(staging, tolerances, retention, progress, runs)
+            report = {**demo.report(), "moved": demo.moved(pieces)}
         report = {"folder": str(folder), **report, "next": _next(folder, report)}
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -270,6 +278,32 @@ class _Demo:
         worst = min(kept, key=lambda name: kept[name])
         return {**_spread("retention", kept), "worst_task": worst, "retention": kept}
 
+    def moved(self, pieces: int) -> dict[str, Any] | None:
+        """One adapter on another base, by texts of the first half; None where none is known there.
+
+        Lifts are shares of the base's loss on the second half; the native one, of an adapter that
+        was trained there, comes with the package, and is of the whole text.
+        """
+        known = json.loads((base_dir(PAIR[1]) / "tasks.json").read_text())
+        name = next((n for n in (MOVED, *self.names) if n in self.names and n in known), None)
+        if name is None or pieces == 0:
+            return None
+        self._advance(name)
+        first, second = halves((data_dir() / "heldout" / f"{name}.txt").read_bytes())
+        text = first.decode("utf-8", "ignore")
+        texts = [text[k : k + PIECE] for k in range(0, len(text), PIECE)][:pieces]
+        config, state = load_base(PAIR[1])
+        base = heldout_loss(config, state, second)
+        found: dict[str, Any] = {"adapter": name, "to": PAIR[1], "texts": len(texts)}
+        for method, options in (("distill", {"texts": texts, "tokenizers": "bytes"}), ("svd", {})):
+            start = time.perf_counter()
+            pair = (Llama(side) for side in PAIR)
+            there = transfer(self.adapters[name], *pair, method=method, **options).adapter
+            found[f"{method} seconds"] = time.perf_counter() - start
+            found[method] = 1 - heldout_loss(config, there.apply_to(state), second) / base
+        found["native"] = 1 - known[name]["native_loss"] / known[name]["base_loss"]
+        return found
+
 
 def _spread(what: str, values: Mapping[str, float]) -> Row:
     numbers = list(values.values())
@@ -305,13 +339,15 @@ def _next(folder: Path, report: Mapping[str, Any]) -> list[str]:
     row = next((r for r in report["rows"] if r["library"] == "lib"), first)
     lib = shlex.quote(str(folder / row["library"]))
     name = row["worst_task"]
-    source, moved = (shlex.quote(str(folder / p / name)) for p in ("adapters", "moved"))
-    texts = shlex.quote(str(folder / "texts" / f"{name}.txt"))
+    source = shlex.quote(str(folder / "adapters" / name))
+    task = (report["moved"] or {}).get("adapter", name)
+    own, moved = (shlex.quote(str(folder / p / task)) for p in ("adapters", "moved"))
+    texts = shlex.quote(str(folder / "texts" / f"{task}.txt"))
     bases = [shlex.quote(str(folder / "bases" / n)) for n in PAIR]
     return [
         f"lorafold info {lib}",
         f"lorafold diff {source} {lib}:{name}",
         f"lorafold add {lib} {source} --name {name}-fine --tolerance 0.02",
-        f"lorafold transfer {source} --from {bases[0]} --to {bases[1]} --texts {texts} "
-        f"--method functional -o {moved}",
+        f"lorafold transfer {own} --from {bases[0]} --to {bases[1]} --texts {texts} "
+        f"--method distill -o {moved}",
     ]

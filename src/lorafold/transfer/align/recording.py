@@ -7,7 +7,7 @@ keys and values) once: which ones share is seen in a first short run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,21 +19,27 @@ from ...lowrank import LowRank
 Site = tuple[str, str]  # module path, and "in" or "out"
 
 
+class _Seen(Exception):
+    """There is no more to see."""
+
+
 @contextmanager
 def recording(
-    model: nn.Module, sites: Iterable[Site], rows: Tensor | None
+    model: nn.Module, sites: Iterable[Site], rows: Tensor | None, stop: bool = False
 ) -> Iterator[dict[Site, Tensor]]:
     """{site: what was there (n, d)} of the forward that runs inside.
 
     Args:
         sites: where. rows: (n,) places of the flattened batch; None for the tensors as they are.
+        stop: end the forward as soon as all of them were seen.
 
     Raises:
         MismatchError: a site whose rows are not the batch's.
     """
     found: dict[Site, Tensor] = {}
+    wanted = dict.fromkeys(sites)
     with ExitStack() as stack:
-        for path, end in dict.fromkeys(sites):
+        for path, end in wanted:
             module = model.get_submodule(path)
 
             def seen(
@@ -41,10 +47,13 @@ def recording(
             ) -> None:
                 x = _input(args, kwargs) if at[1] == "in" else _output(output)
                 found[at] = x if rows is None else _taken(x, rows, at)
+                if stop and len(found) == len(wanted):
+                    raise _Seen
 
             handle = module.register_forward_hook(seen, with_kwargs=True)
             stack.callback(handle.remove)
-        yield found
+        with suppress(_Seen):
+            yield found
 
 
 def _input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -72,12 +72,13 @@ class Runner:
 
     Args:
         bases: source, target. sums: which. gradients: whether outputs stand for the gradients of
-            the loss of the next tokens.
+            the loss of the next tokens. stop: whether a forward ends where all of them were seen.
     """
 
     bases: tuple[Base, Base]
     sums: Sequence[Sum]
     gradients: bool = False
+    stop: bool = False
 
     def of(self, batch: Batch) -> dict[str, Moments]:
         """The sums of one batch.
@@ -105,7 +106,7 @@ class Runner:
         sites = dict.fromkeys(one.sites[side] for one in self.sums)
         ids, mask, rows = (x.to(base.device) for x in (given.ids, given.mask, given.rows))
         if not self.gradients:
-            with torch.no_grad(), recording(base.model, sites, rows) as found:
+            with torch.no_grad(), recording(base.model, sites, rows, self.stop) as found:
                 run(base.model, ids, mask, sites)
             return found
         with torch.enable_grad(), recording(base.model, sites, None) as found, tracing(base.model):

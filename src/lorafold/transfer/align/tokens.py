@@ -35,7 +35,7 @@ def token_sums(found: Alignment, runner: Runner) -> Alignment:
     of_s, of_t = shared_tokens(*runner.bases)
     if not own or not of_s:
         return found
-    some = Runner(runner.bases, own)
+    some = Runner(runner.bases, own, stop=True)  # no further than the first layer
     fitted = dict(found.fitted)
     for k in range(0, len(of_s), _AT_ONCE):
         given = [torch.tensor(ids[k : k + _AT_ONCE])[:, None] for ids in (of_s, of_t)]
