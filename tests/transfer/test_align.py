@@ -371,7 +371,7 @@ def test_layers_without_roles_are_listed():
             super().__init__()
             self.strange = torch.nn.Linear(4, 4)
 
-    with pytest.raises(lf.errors.MismatchError, match=r"'strange'; give roles="):
+    with pytest.raises(lf.errors.MismatchError, match=r"'strange'; give a table in roles="):
         lf.align(small(), Other(), TEXTS[:1], tokenizers="bytes")
 
 

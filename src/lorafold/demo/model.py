@@ -160,13 +160,12 @@ class Llama(nn.Module):
 
 def _module(leaf: str, weight: Tensor) -> nn.Module:
     """A layer with this weight; a norm's is held by a module of its own."""
-    made: nn.Module
-    if leaf == "embed_tokens":
-        made = nn.Embedding(*weight.shape, _weight=weight)
-    elif weight.ndim == 2:
-        made = nn.utils.skip_init(nn.Linear, *weight.shape[::-1], bias=False)
-    else:
-        made = nn.Module()
+    made = nn.Module()
+    if weight.ndim == 2:  # without numbers of its own, which would be drawn
+        rows, columns = weight.shape
+        made = nn.Linear(columns, rows, bias=False, device="meta")
+        if leaf == "embed_tokens":
+            made = nn.Embedding(rows, columns, device="meta")
     made.register_parameter("weight", nn.Parameter(weight))
     return made
 
