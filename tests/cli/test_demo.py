@@ -43,7 +43,7 @@ def test_table_and_commands_to_try(quick, cli):
     ]
     assert all(len(line) <= 80 for line in lines if not line.startswith("  lorafold"))
     assert "Written to lorafold-demo." in ran.out
-    assert "number_words lowers the loss by" in " ".join(ran.out.split())
+    assert "camel_case lowers the loss by" in " ".join(ran.out.split())
     nexts = [line.strip() for line in lines if line.startswith("  lorafold ")]
     assert len(nexts) == 4
     assert nexts[-1].startswith("lorafold transfer ")

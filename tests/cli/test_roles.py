@@ -1,5 +1,7 @@
 """`lorafold roles`: bases and adapters, tables, and what is not known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,3 +84,13 @@ def test_what_is_not_known_takes_a_table(cli, tmp_path):
         assert len(result.err.splitlines()) == 1
     assert cli("roles", tmp_path / "a", "--table", tmp_path / "gone").code == 2
     assert cli("roles", tmp_path / "gone").code == 2
+
+
+def test_a_library_is_no_base(here, cli):
+    ran = cli("roles", "lib")
+    assert ran.code == 2
+    assert "lib is a library; name one of its adapters" in ran.err
+    Path("nothing").mkdir()
+    empty = cli("roles", "nothing")
+    assert empty.code == 2
+    assert empty.err.count("\n") == 1

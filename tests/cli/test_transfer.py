@@ -215,6 +215,8 @@ def test_auto_that_says_dont_is_exit_status_1(pair, cli, monkeypatch):
         ("--tokenizers bytes --method svd", "method 'svd' has no option 'tokenizers'"),
         ("--roles texts.jsonl", "--roles texts.jsonl: can't be read as JSON"),
         ("--device nowhere", "device 'nowhere' can't be used"),
+        ("--device meta", "device 'meta' can't be used: nothing is computed on it"),
+        ("--alignment base-s", "base-s is a folder, and an alignment is a file"),
         ("--method procrustes --option centre", "'centre' is not NAME=VALUE"),
         ("--method procrustes --option rank=3", "'rank' has a flag of its own"),
         ("--method procrustes --option roles=x", "'roles' has a flag of its own"),
@@ -308,3 +310,29 @@ def test_libraries_stay_silent(pair):
     ran = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=True)
     assert "pairs of tokens" in ran.stdout
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("base-s", "base-s is there already; give --overwrite"),
+        ("base-s --overwrite", "base-s is a folder, and an alignment is a file"),
+        ("texts.jsonl --overwrite", "texts.jsonl: no alignment can be read from it"),
+        ("base-s/model.safetensors --overwrite", "is no alignment"),
+    ],
+)
+def test_where_an_alignment_can_not_go_is_told_before_it_is_made(
+    pair, cli, monkeypatch, place, says
+):
+    from lorafold.transfer.align import bases
+
+    monkeypatch.setattr(bases, "_read", None)  # not reached
+    ran = cli("align", "base-s", "base-t", "--texts", "texts.jsonl", "-o", *place.split())
+    assert ran.code == 2
+    assert says in ran.err
+
+
+def test_folders_of_an_alignment_are_made(pair, cli):
+    line = ("align", "base-s", "base-t", "--texts", "texts.jsonl", "--modules", "attention.query")
+    assert cli(*line, "-o", "new/folder/pair").code == 0
+    assert Path("new/folder/pair").is_file()

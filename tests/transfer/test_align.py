@@ -1,6 +1,7 @@
 """Aligning two bases: ground truth in other coordinates, what is kept, what is refused."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -431,3 +432,22 @@ def test_modules_whose_alignment_explains_too_little_are_dropped(known):
         lf.transfer(
             adapter, source, target, method="procrustes", alignment=alignment, threshold="high"
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "nothing"}'),
+        ("config.json", '{"model_type": "llama", "architectures": 3}'),
+        ("config.json", '{"model_type": "llama", "architectures": ["pipeline"], "hidden_size": 7}'),
+        ("model.safetensors", "{"),
+        ("tokenizer.json", "{nope"),
+    ],
+)
+def test_a_damaged_base_is_named(tmp_path, file, text):
+    folder = tmp_path / "base"
+    shutil.copytree(data_dir() / "base", folder)
+    (folder / file).write_text(text)
+    with pytest.raises((lf.FileError, lf.errors.MismatchError), match=r"base|no tokenizer"):
+        lf.align(data_dir() / "base", folder, ["a text", "and another"])

@@ -49,11 +49,10 @@ def align(
     serves 'lorafold transfer --alignment' for every adapter of that pair: covariances, no texts and
     no activations.
     """
-    from ..errors import FileError
     from ..transfer import align as aligned
+    from ..transfer.alignment import check_place
 
-    if Path(place).exists() and not overwrite:
-        raise FileError(f"{place} exists: give overwrite=True to replace it")
+    check_place(place, overwrite)  # before anything is run
     given = {key: value for key, value in options.items() if value is not None}
     with output.progress("aligning") as advance:
         found = aligned(

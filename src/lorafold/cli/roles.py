@@ -40,6 +40,8 @@ def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
         file = opened(path, **options)
         x, base = list(file.shapes), file.base_model
     found, unknown = told(x, tables_of(tables, "--table"))
+    if not found and not unknown:
+        raise MismatchError(f"{path}: there are no modules in it that an update can go to")
     if unknown:
         row = json.dumps({unknown[0].rpartition(".")[2]: "attention.query"})
         raise MismatchError(
@@ -55,9 +57,9 @@ def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
 
 
 def _is_base(path: Path) -> bool:
-    from ..files.find import adapters_at, in_library, is_adapter
+    from ..files.find import adapters_at, in_library, is_adapter, is_library
 
-    if in_library(str(path)) is not None or not path.is_dir():
+    if in_library(str(path)) is not None or not path.is_dir() or is_library(str(path)):
         return False
     return not any(map(is_adapter, adapters_at(path)))
 

@@ -115,6 +115,8 @@ def torch_device(device: Any) -> torch.device | None:
         return None
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("nothing is computed on it")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as e:
         raise MismatchError(f"device {device!r} can't be used: {str(e).splitlines()[0]}") from e

@@ -151,15 +151,26 @@ class Alignment:
         return found
 
 
+def check_place(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise unless an alignment may be written there: what is none is not replaced.
+
+    Raises:
+        FileError: something is there.
+    """
+    if not Path(path).exists():
+        return
+    if not overwrite:
+        raise FileError(f"{os.fspath(path)} is there already; give overwrite=True to replace it")
+    read(path)
+
+
 def write(
     alignment: Alignment, path: str | os.PathLike[str], dtype: torch.dtype, *, overwrite: bool
 ) -> None:
-    """Write an alignment, finished or not, with sums of that type."""
+    """Write an alignment, finished or not, with sums of that type; missing folders are made."""
+    check_place(path, overwrite)
     target = Path(path)
-    if target.exists():
-        if not overwrite:
-            raise FileError(f"{target} is there already; give overwrite=True to replace it")
-        read(target)  # what is no alignment is not replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     counts = {}
     for part in ("fitted", "held"):
@@ -189,6 +200,8 @@ def read(path: str | os.PathLike[str]) -> Alignment:
         FileError: no such file, or not one that `write` wrote.
     """
     where = os.fspath(path)
+    if Path(where).is_dir():
+        raise FileError(f"{where} is a folder, and an alignment is a file")
     try:
         with safe_open(where, "pt") as file:
             said = (file.metadata() or {}).get(KEY)

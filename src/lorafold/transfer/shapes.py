@@ -92,7 +92,7 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
             held = base.find(f"{new}.weight")
         shape = None if held is None else _shape_in(held.shape, u, layout, adapter)
         if held is None:
-            without[path] = "not in the base, nor its role"
+            without[path] = _missing(path)
         elif shape is None:
             without[path] = f"the base stores it as {held.shape}"
         else:
@@ -104,6 +104,16 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
             f"{why}"
         )
     return places, without
+
+
+def _missing(path: str) -> str:
+    role = recognised([path])[0].get(path)
+    if role is not None and role.expert is not None:
+        return (
+            "one expert by itself, and the base has no module for it: experts that are kept in "
+            "one parameter are not taken apart or put together"
+        )
+    return "not in the base, nor its role"
 
 
 def _by_role(adapter: Adapter, target: Any, keys: Iterable[str]) -> dict[str, str]:

@@ -203,12 +203,14 @@ def _read(folder: Path, device: Any) -> nn.Module:
     transformers = _transformers()
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        named = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
         raise FileError(
             f"{folder} is not a base: no config.json can be read in it ({e}); give the folder of a "
             "model, or the model itself"
         ) from e
-    named = getattr(transformers, (config.get("architectures") or [""])[0], transformers.AutoModel)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        named = transformers.AutoModel  # a file's text: no other name of the package is called
     model, missing = _loaded(named, folder)
     if missing and named is not transformers.AutoModel:
         # Encoders of sentences are often kept without the head that their configuration names.
@@ -227,7 +229,7 @@ def _loaded(made: Any, folder: Path) -> tuple[nn.Module, list[str]]:
         model, told = made.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:  # a damaged folder can raise anything
         text = str(e).strip().splitlines() or [type(e).__name__]
         raise FileError(f"{folder}: transformers can't load it: {text[0]}") from e
     return model, sorted(told["missing_keys"])
@@ -241,7 +243,7 @@ def _tokenizer(given: Any, base: Path | None) -> Any:
     folder = Path(given) if named else base
     try:
         return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # a damaged file can raise anything
         if not named:
             return None  # what needs one says so
         raise FileError(
