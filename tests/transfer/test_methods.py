@@ -253,3 +253,21 @@ def test_auto_of_an_alignment_alone_gives_no_advice_to_use_it(ground_truth):
     few = lf.align(source, target, texts[:2], tokenizers="bytes", modules=["query"])
     with pytest.raises(lf.errors.MismatchError, match="holds none back"):
         lf.transfer(adapter, method="auto", alignment=few)
+
+
+def test_bases_that_are_quantised():
+    """They are run and read as they are; where a shape is asked for, they have none to tell."""
+    pytest.importorskip("bitsandbytes")
+    source, target = small(), small(1)
+    packed = small(1)
+    lf.quantize_base(packed, 8)
+    adapter = adapter_of(source)
+    for method, options in {"vocabulary": {}, "procrustes": {"texts": TEXTS[:4]}}.items():
+        plain, there = (
+            lf.transfer(adapter, source, t, method=method, tokenizers="bytes", **options).adapter
+            for t in (target, packed)
+        )
+        assert {p: u.shape for p, u in there.items()} == {p: u.shape for p, u in plain.items()}
+        assert plain.cosine(there) > 0.9
+    with pytest.raises(lf.errors.MismatchError, match="keeps it quantised"):
+        lf.transfer(adapter, target=packed, method="svd")

@@ -93,6 +93,8 @@ def places_in(adapter: Adapter, target: Any) -> tuple[dict[str, Place], dict[str
         shape = None if held is None else _shape_in(held.shape, u, layout, adapter)
         if held is None:
             without[path] = _missing(path)
+        elif not held.dtype.is_floating_point:
+            without[path] = "the base keeps it quantised: give one in floats, or shape="
         elif shape is None:
             without[path] = f"the base stores it as {held.shape}"
         else:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MismatchError
+from ...layers.kinds import kind_of
 from ...roles import Role
 from ..align.bases import Base, Part, digest_of
 from ..align.covariances import Moments, moments_of
@@ -85,10 +86,9 @@ def _embedding(base: Base) -> Tensor:
 
 
 def _weight(base: Base, part: Part) -> Tensor:
-    """(out, in), float64."""
+    """(out, in), float64, whatever it is stored as."""
     module = base.model.get_submodule(part.path)
-    W = module.weight.detach().double()  # type: ignore[operator]
-    W = W.T if type(module).__name__ == "Conv1D" else W
+    W = kind_of(module, part.path).matrix(module, part.path).detach().double()
     rows = part.rows(len(W))
     return W if rows is None else W[rows.to(W.device)]
 
