@@ -192,6 +192,14 @@ def test_a_path_alone_keeps_layers_dropout_and_modules_saved_whole(tmp_path):
     assert on.adapter("mine").config["lora_dropout"] == 0.4
 
 
+def test_what_is_sharded_is_refused_by_name(tmp_path):
+    model, live = trained(SPECS["kaiming"])
+    model[0].lorafold.fresh["t0"].A.data = torch.zeros(0)  # as ZeRO 3 leaves it
+    with pytest.raises(lf.RefusedError, match=r"0\.A is sharded"):
+        live.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_state_that_lacks_a_module_is_named(tmp_path):
     _, live = trained(SPECS["kaiming"])
     live.save(tmp_path / "a")

@@ -264,7 +264,9 @@ def test_many_are_saved_each_alone_and_go_on(tmp_path):
     whole = many(tmp_path / "out", **options)
     whole.train()
     for name in NAMES:
-        assert lf.load(tmp_path / "out" / "checkpoint-2" / name).rank == 2 + NAMES.index(name)
+        assert lf.load(
+            tmp_path / "out" / "checkpoint-2" / "adapters" / name
+        ).rank == 2 + NAMES.index(name)
     again = many(tmp_path / "out", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert losses(again) == losses(whole)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import FileError, MismatchError
+from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
@@ -39,6 +39,7 @@ def save_trained(
 ) -> None:
     """See `Live.save`."""
     metadata = source.metadata if metadata is None else metadata
+    _refuse_sharded(source)
     first = next(iter(source.fresh.values()))
     header: dict[str, Any] = {"version": 1, "kind": _kind_of(source), "metadata": metadata}
     header["dropout"] = first.dropout
@@ -91,6 +92,18 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
             if isinstance(module, Modulation) and select is not None:
                 module.selected_by(select)
     return metadata
+
+
+def _refuse_sharded(source: Trained) -> None:
+    """Raise a `RefusedError` for parameters that are elsewhere, in part or whole."""
+    for p, fresh in source.fresh.items():
+        for name, value in fresh.named_parameters():
+            # An empty core or direction of its own has a length of 0 on one side only.
+            if tuple(value.shape) == (0,) or hasattr(value, "device_mesh"):
+                raise RefusedError(
+                    f"{source.names[p]}.{name} is sharded (FSDP, ZeRO 3) and not here as a whole: "
+                    "gather the parameters before saving, or train without sharding"
+                )
 
 
 def _kind_of(source: Trained) -> str:

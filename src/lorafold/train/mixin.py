@@ -30,7 +30,7 @@ from .orbital.controller import OrbitalController
 from .ranks import RandomRank
 
 COLUMN = "adapter"
-CONTROLLER = "controller_state.safetensors"
+CONTROLLER, SEVERAL = "controller_state.safetensors", "adapters"
 ROWS, LENGTHS = "lorafold_rows", "lorafold_lengths"  # what the collator adds to a batch
 
 
@@ -274,7 +274,7 @@ def handle_of(model: Any) -> Live:
 
 
 def save_into(folder: Path, live: Live, names: list[str]) -> None:
-    """Write trained adapters into a folder, one itself, several each in a folder of its own.
+    """Write trained adapters into a folder, one itself, several as `adapters/NAME`.
 
     All are written beside before the first file takes its place: a disk that is full leaves what
     was there.
@@ -283,11 +283,11 @@ def save_into(folder: Path, live: Live, names: list[str]) -> None:
     places = _places(names)
     with tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder) as beside:
         for name in names:
-            live.save(Path(beside) / "new" / (places[name] or "one"), name)
+            live.save(Path(beside) / "new" / places[name] / "it", name)
         for name in names:
             target = folder / places[name]
-            target.mkdir(exist_ok=True)
-            for file in sorted((Path(beside) / "new" / (places[name] or "one")).iterdir()):
+            target.mkdir(parents=True, exist_ok=True)
+            for file in sorted((Path(beside) / "new" / places[name] / "it").iterdir()):
                 os.replace(file, target / file.name)
 
 
@@ -317,7 +317,10 @@ def resume_controller(folder: Path, controller: OrbitalController) -> None:
 
 
 def _places(names: list[str]) -> dict[str, str]:
-    return {names[0]: ""} if len(names) == 1 else folder_names(names)
+    """{name: folder within a checkpoint}; several stand apart from the library's files."""
+    if len(names) == 1:
+        return {names[0]: ""}
+    return {name: f"{SEVERAL}/{folder}" for name, folder in folder_names(names).items()}
 
 
 def _check_column(data: Any, names: list[str]) -> None:
