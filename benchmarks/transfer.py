@@ -9,23 +9,29 @@ adapter does harm.
 The calibration texts are pieces of 256 characters, half of them of the bases' own corpus, half of
 the kind that the adapters were trained on, and nothing of the held-out texts. One alignment of a
 pair of bases serves all adapters, and is made of all tasks' texts; `distill` and `auto` look at one
-adapter, and get texts of its task. The random control has the norms and ranks of what `svd` gives.
-At the end the moved adapters are trained on for a tenth of the native steps, next to fresh ones
-trained for as long.
+adapter, and get texts of its task. `distill` takes 80 steps of 512 tokens, however many texts there
+are: its settings were chosen on `sql_inserts` and `dates` moved to `wide`.
+
+Two controls: random factors with the norms and ranks of what `svd` gives; and no transfer at all,
+fresh factors trained on the next tokens of the very texts that `distill` has, for as many steps of
+as many tokens. At the end the moved adapters are trained on for a tenth of the native steps, next
+to fresh ones trained for as long by the same recipe, its schedule shortened.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
-import math
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,27 +43,33 @@ from torch import Tensor
 
 import lorafold as lf
 from lorafold.demo.model import BASES, base_dir, data_dir, heldout_loss, load_base, tokens_of
+from lorafold.transfer.methods.distill import DEFAULTS
 
 QUESTION = "adapters moved to other bases: the share of a native adapter's lift that arrives"
 PIECE = 256
-COUNTS = (1, 10, 100, 1000)
-MAIN = 100
+COUNTS = (1, 10, 100)
 PLAIN = ("truncate", "interpolate", "svd")
 ALIGNED: dict[str, dict[str, Any]] = {
     "procrustes": {"method": "procrustes"},
     "functional": {"method": "functional"},
     "functional after procrustes": {"method": "functional", "after": "procrustes"},
 }
+PARTS = ("plain", "aligned", "distill", "labels", "auto")
 HIDDEN = ("retention", "said")
+LABELS = "none: labels of the same texts"
+LABELS_RATE = 5e-3  # the best of the same two tasks, too
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="+", default=list(BASES[1:]), choices=BASES[1:])
-    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--tasks", type=int, default=8, help="how many of them, every kind alike")
-    parser.add_argument("--tuned", type=int, default=4, help="tasks that are trained on")
-    parser.add_argument("--auto", type=int, default=4, help="tasks of `auto`, which runs all")
-    parser.add_argument("--most", type=int, default=MAIN, help="texts of `distill` and `auto`")
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="of texts")
+    parser.add_argument("--more", nargs="*", type=int, default=[1000], help="for alignments alone")
+    parser.add_argument("--labels", type=int, default=8, help="tasks of the control with labels")
+    parser.add_argument("--tuned", type=int, default=8, help="tasks that are trained on")
+    parser.add_argument("--auto", type=int, default=1, help="tasks of `auto`, which runs all")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--jobs", type=int, default=1, help="targets at the same time")
     parser.add_argument("--quick", action="store_true", help="one target, two tasks, 10 texts")
 
 
@@ -111,6 +123,29 @@ class Target:
         base, native = (self.known[task][f"{key}_loss"] for key in ("base", "native"))
         return float((base - loss) / (base - native))
 
+    def tokens(self, text: str | bytes) -> Tensor:
+        return torch.tensor(
+            tokens_of(text.encode() if isinstance(text, str) else text, self.folder)
+        )
+
+    def fresh(self, recipe: Any) -> Any:
+        from demo_native import fresh
+
+        return fresh(self.state, recipe)
+
+    def trained(
+        self, start: Any, tokens: Tensor, recipe: Any, steps: int, share: float = 1.0
+    ) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """The factors after some steps from these, of so much of the recipe's batches."""
+        from demo_native import trained
+        from make_demo import BASES as SHAPES
+
+        windows = max(1, round(share * SHAPES[self.name].native_batch))
+        found: dict[str, tuple[Tensor, Tensor, float]] = trained(
+            self.config, self.state, start, tokens, recipe, steps=steps, windows=windows
+        )
+        return found
+
 
 def noise_like(adapter: lf.Adapter) -> lf.Adapter:
     """Random factors of the same ranks, scaled to the same norm at each module."""
@@ -124,7 +159,7 @@ def noise_like(adapter: lf.Adapter) -> lf.Adapter:
 
 
 class Moving:
-    """The methods from the first base to one target, and the best of them up to `MAIN` texts."""
+    """The methods from the first base to one target: rows, and what was moved."""
 
     def __init__(self, target: Target, tasks: Sequence[str]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +170,7 @@ class Moving:
         self.tokenizers = tuple(AutoTokenizer.from_pretrained(f) for f in folders)
         self.adapters = {task: lf.load(data_dir() / "adapters" / task) for task in tasks}
         self.rows: list[dict[str, Any]] = []
-        self.best: tuple[float, dict[str, lf.Adapter]] = (-math.inf, {})
+        self.found: dict[tuple[str, int], dict[str, lf.Adapter]] = {}
 
     def between(self, task: str, method: str, **options: Any) -> lf.Transfer:
         return lf.transfer(self.adapters[task], *self.bases, method=method, **options)
@@ -170,10 +205,25 @@ class Moving:
 
         self.add(method, moved, texts=count, tasks=tasks)
 
+    def labelled(self, count: int, tasks: Sequence[str]) -> None:
+        """No transfer: the texts' next tokens, in as many steps of as many tokens as `distill`."""
+        from make_demo import RECIPES
+
+        def moved(task: str) -> lf.Adapter:
+            recipe = replace(RECIPES[task], learning_rate=LABELS_RATE)
+            tokens = self.target.tokens("".join(calibration([task], count)))
+            start, steps = self.target.fresh(recipe), DEFAULTS["steps"]
+            factors = self.target.trained(start, tokens, recipe, steps, share=1 / 4)
+            return lf.Adapter(
+                {name.removesuffix(".weight"): lf.LowRank(*f) for name, f in factors.items()}
+            )
+
+        self.add(LABELS, moved, texts=count, tasks=tasks)
+
     def add(
         self,
         method: str,
-        moved: Callable[[str], lf.Transfer],
+        moved: Callable[[str], lf.Transfer | lf.Adapter],
         texts: int = 0,
         align: float | None = None,
         tasks: Sequence[str] | None = None,
@@ -190,8 +240,8 @@ class Moving:
                 print(f"{method}, {texts} texts: {e}", flush=True)
                 return
             took.append(time.perf_counter() - start)
-            found[task] = result.adapter
-            kept[task] = self.target.kept(task, result.adapter.apply_to(self.target.state))
+            found[task] = getattr(result, "adapter", result)
+            kept[task] = self.target.kept(task, found[task].apply_to(self.target.state))
             if method == "auto":
                 told = result.report.said
                 said[task] = {key: told[key] for key in ("chosen", "scores", "advice")}
@@ -207,45 +257,35 @@ class Moving:
         }
         print(row, {task: told["chosen"] for task, told in said.items()}, flush=True)
         self.rows.append({**row, "retention": kept, **({"said": said} if said else {})})
-        if texts <= MAIN and row["mean"] > self.best[0] and method != "auto":
-            self.best = row["mean"], found
+        self.found[method, texts] = found
 
 
 # Training on
 
 
-def trained_on(target: Target, task: str, start: Any, recipe: Any, steps: int) -> float:
-    """The retention after some steps from these factors."""
-    from demo_native import trained, with_factors
-    from make_demo import BASES as SHAPES
-
-    tokens = torch.tensor(tokens_of(training_text(task), target.folder))
-    windows = SHAPES[target.name].native_batch
-    found = trained(
-        target.config, target.state, start, tokens, recipe, steps=steps, windows=windows
-    )
-    return target.kept(task, with_factors(target.state, found))
-
-
 def tuning(target: Target, adapters: Mapping[str, lf.Adapter]) -> list[dict[str, Any]]:
     """A tenth of the native steps, from the moved adapter and from a fresh one."""
-    sources()
-    from demo_native import fresh, with_factors
+    from demo_native import with_factors
     from make_demo import RECIPES
 
     rows = []
     for task, adapter in adapters.items():
         recipe, steps = RECIPES[task], target.known[task]["steps"] // 10
-        start = {f"{p}.weight": (u.A, u.B, u.scale) for p, u in adapter.modules.items()}
-        new = fresh(target.state, recipe)
+        tokens, new = target.tokens(training_text(task)), target.fresh(recipe)
+        scale = next(iter(new.values()))[2]
+        start = {f"{p}.weight": (u.A, u.B * (u.scale / scale), scale) for p, u in adapter.items()}
+
+        def kept(factors: Any, task: str = task) -> float:
+            return target.kept(task, with_factors(target.state, factors))
+
         rows.append(
             {
                 "target": target.name,
                 "task": task,
                 "steps": steps,
-                "moved": target.kept(task, with_factors(target.state, start)),
-                "moved, trained": trained_on(target, task, start, recipe, steps),
-                "fresh, trained": trained_on(target, task, new, recipe, steps),
+                "moved": kept(start),
+                "moved, trained": kept(target.trained(start, tokens, recipe, steps)),
+                "fresh, trained": kept(target.trained(new, tokens, recipe, steps)),
             }
         )
         print(rows[-1], flush=True)
@@ -260,30 +300,46 @@ def rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def of_target(name: str, args: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All rows of one target: of the moves, and of the training after them."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)  # modules without a counterpart
+    sources()
+    target, most = Target(name), max(args.counts)
+    tasks = spread(list(target.known), args.tasks)
+    moving, wanted = Moving(target, tasks), args.only
+    if "plain" in wanted:
+        moving.without_texts()
+    for count in args.counts:
+        if "aligned" in wanted:
+            moving.aligned(count)
+        if "distill" in wanted:
+            moving.each_alone("distill", count, tasks)
+        if "labels" in wanted and count > 1:  # a window takes more than one text
+            moving.labelled(count, spread(tasks, args.labels))
+    for count in args.more if "aligned" in wanted else ():
+        moving.aligned(count)
+    if "auto" in wanted:
+        moving.each_alone("auto", most, spread(tasks, args.auto))
+    moved = moving.found.get(("distill", most), {})
+    return moving.rows, tuning(
+        target, {task: moved[task] for task in spread(list(moved), args.tuned)}
+    )
+
+
 def main() -> None:
     args = arguments(QUESTION, options)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", UserWarning)  # modules without a counterpart
     if args.quick:
-        args.targets, args.counts, args.tasks = args.targets[:1], [10], 2
-        args.tuned = args.auto = 1
-        args.most = 10
-    rows, trained = [], []
-    for name in args.targets:
-        target = Target(name)
-        tasks = spread(list(target.known), args.tasks)
-        moving = Moving(target, tasks)
-        moving.without_texts()
-        for count in args.counts:
-            moving.aligned(count)
-            if count <= args.most:
-                moving.each_alone("distill", count, tasks)
-        moving.each_alone("auto", args.most, spread(tasks, args.auto))
-        rows += moving.rows
-        trained += tuning(target, {t: moving.best[1][t] for t in spread(tasks, args.tuned)})
+        args.targets, args.counts, args.more, args.tasks = args.targets[:1], [10], [], 2
+        args.labels = args.tuned = args.auto = 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        found = list(pool.map(of_target, args.targets, itertools.repeat(args)))
+    rows, trained = ([row for part in parts for row in part] for parts in zip(*found, strict=True))
     if trained:
         Console().print(table_of(rounded(trained), "a tenth of the native steps"))
-    result = {"piece": PIECE, "main": args.most, "rows": rows, "trained": trained}
+    result = {"piece": PIECE, "main": max(args.counts), "rows": rows, "trained": trained}
     report(QUESTION, rounded(rows), result, args.save)
 
 

@@ -58,7 +58,7 @@ def trained(
     leaves = [t for A, B, _ in factors.values() for t in (A, B)]
     rate = recipe.learning_rate
     optimizer = torch.optim.AdamW(leaves, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = min(max(10, steps // 20), steps // 2)
+    warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: _share(k, warmup, steps))
     context = config["max_position_embeddings"]
     within = torch.arange(context + 1)
@@ -80,4 +80,4 @@ def trained(
 def _share(step: int, warmup: int, steps: int) -> float:
     """Of the learning rate."""
     progress = max(0.0, (step - warmup) / max(1, steps - warmup))
-    return min((step + 1) / max(1, warmup), 0.55 + 0.45 * math.cos(math.pi * progress))
+    return min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * progress))

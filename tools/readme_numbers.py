@@ -320,7 +320,7 @@ def _transfer(r: Result) -> list[Cells]:
 
     texts = r["main"]
     moved, trained = (statistics.fmean(row[key] for row in r["trained"]) for key in _TRAINED)
-    others = ("svd", 0), ("vocabulary", 0), ("procrustes", texts)
+    others = ("svd", 0), ("procrustes", texts), ("none: labels of the same texts", texts)
     return [
         (
             f"lift of a native adapter kept on another base, {texts} texts, `distill`",

@@ -25,7 +25,7 @@ from .job import Job, Method, Moved, Progress, Transfer
 from .methods import aligned, plain
 from .methods.auto import auto
 from .methods.copy import copy
-from .methods.distill import distill
+from .methods.distill import DEFAULTS, distill
 from .methods.vocabulary import vocabulary
 from .report import report_of
 from .shapes import places_given, places_in, shape_of
@@ -62,7 +62,7 @@ METHODS: dict[str, Way] = {
     "functional": Way(aligned.functional, {**_RUN, **_MAPS, "after": None}),
     "vocabulary": Way(vocabulary, {**_RUN, "scale": True}),
     "auto": Way(auto, _RUN),
-    "distill": Way(distill, {**_RUN, "rounds": 6, "damping": 0.1}),
+    "distill": Way(distill, {**_RUN, **DEFAULTS}),
 }
 
 
@@ -100,7 +100,7 @@ def transfer(
             Between bases: `tokenizers=`, `roles=` as in `lf.align`; "procrustes", "functional":
             `centre=True`, `whiten=` 0 … 1, `scale=False` (no least-squares factor), `threshold=`
             (modules of less R² are dropped), "functional" alone `after="procrustes"`; "distill":
-            `rounds=`, `damping=`.
+            `steps=`, `rate=`.
 
     Returns:
         A `Transfer`: `.adapter`, of the kind that was given, and `.report`.

@@ -56,7 +56,12 @@ class _Text:
 
 
 def batches_of(
-    source: Base, target: Base, texts: Sequence[Any], context: int | None, hold: bool = True
+    source: Base,
+    target: Base,
+    texts: Sequence[Any],
+    context: int | None,
+    hold: bool = True,
+    at_once: int | None = None,
 ) -> list[Batch]:
     """Batches of texts: those that are fitted on, then those that are held out.
 
@@ -64,6 +69,7 @@ def batches_of(
         texts: strings, or (length,) ids that are the same for both.
         context: tokens at most; what each base takes when None.
         hold: whether every fifth text is held out (there being five).
+        at_once: tokens of a batch at most, if it isn't one text; 4,096 when None.
 
     Raises:
         MismatchError: no tokenizer, something that is no text, no tokens that end together.
@@ -76,9 +82,9 @@ def batches_of(
             "tokenizers share nothing; give those that belong to these bases in tokenizers="
         )
     held = kept[HELD - 1 :: HELD] if hold else []
-    of_held = set(map(id, held))
+    of_held, most = set(map(id, held)), at_once or AT_ONCE
     fitted = [t for t in kept if id(t) not in of_held]
-    return [*_batched(fitted, False), *_batched(held, True)]
+    return [*_batched(fitted, False, most), *_batched(held, True, most)]
 
 
 def _text(source: Base, target: Base, text: Any, context: int | None) -> _Text:
@@ -106,12 +112,12 @@ def _ids(text: Any) -> list[int]:
     return found
 
 
-def _batched(texts: list[_Text], held: bool) -> list[Batch]:
+def _batched(texts: list[_Text], held: bool, at_once: int) -> list[Batch]:
     found: list[Batch] = []
     now: list[_Text] = []
     for text in texts:
         longest = max([text.length, *(t.length for t in now)])
-        if now and longest * (len(now) + 1) > AT_ONCE:
+        if now and longest * (len(now) + 1) > at_once:
             found.append(_batch(now, held))
             now = []
         now.append(text)

@@ -4,9 +4,9 @@ Of rows x_s (d_s,) and x_t (d_t,) that belong to the same place of the same text
 
     n,  Σ x_s,  Σ x_t,  Σ x_sᵀ x_s,  Σ x_sᵀ x_t,  Σ x_tᵀ x_t
 
-in float64: means, covariances, cross-covariances, and with them every orthogonal map, every ridge
-regression and every share of explained variance, of any subset of channels. They add up over texts,
-so a text is seen once and nothing of it stays.
+in float64 over batches: means, covariances, cross-covariances, and with them every orthogonal map,
+every ridge regression and every share of explained variance, of any subset of channels. They add up
+over texts, so a text is seen once and nothing of it stays.
 """
 
 from __future__ import annotations
@@ -74,10 +74,13 @@ class Moments:
 def moments_of(x_s: Tensor, x_t: Tensor) -> Moments:
     """Those of rows (n, d_s) and (n, d_t) that belong together.
 
-    The products are taken in float32 at least; what the rows' own types lose is theirs.
+    The products of a batch are taken in float32 at least, as its activations are, and added up in
+    float64.
     """
-    a, b = x_s.double(), x_t.double().to(x_s.device)
-    return Moments(len(a), a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.T @ b)
+    work = torch.promote_types(torch.promote_types(x_s.dtype, x_t.dtype), torch.float32)
+    a, b = x_s.to(work), x_t.to(x_s.device, work)
+    sums = a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.T @ b
+    return Moments(len(a), *(x.double() for x in sums))
 
 
 def added(sums: dict[str, Moments], more: Mapping[str, Moments]) -> None:

@@ -21,8 +21,8 @@ from ...words import warn
 from ..align.batches import HELD
 from ..job import Job, Moved
 from .aligned import functional, procrustes
-from .distill import distill
-from .judge import judge_of
+from .distill import DEFAULTS, distill
+from .judge import judge_of, remembered
 from .pair import alignment_of
 from .running import both_bases, goals, texts_of
 from .vocabulary import vocabulary
@@ -35,7 +35,7 @@ _WAYS: dict[str, tuple[Callable[[Job], Moved], Mapping[str, Any]]] = {
     "functional": (functional, {**_PLAIN, "after": None}),
     "functional after procrustes": (functional, {**_PLAIN, "after": "procrustes"}),
     "vocabulary": (vocabulary, {"scale": True}),
-    "distill": (distill, {"rounds": 6, "damping": 0.1}),
+    "distill": (distill, DEFAULTS),
 }
 
 
@@ -54,7 +54,8 @@ def auto(job: Job) -> Moved:
         judge = judge_of(
             source, target, job.adapter.modules, [batch for batch in batches if not batch.held]
         )
-        bare = judge.value({}, held)
+        goal = remembered(judge)
+        bare = judge.value({}, held, goal)
         own = {"tokenizers": (source.tokenizer, target.tokenizer), "roles": job.options["roles"]}
         shared = replace(job, source=source.model, target=target.model, options=own)
         shared = replace(shared, alignment=alignment_of(shared))
@@ -67,7 +68,7 @@ def auto(job: Job) -> Moved:
             except LorafoldError as e:
                 skipped[name] = str(e)
                 continue
-            left = judge.value(found[name].modules, held)
+            left = judge.value(found[name].modules, held, goal)
             scores[name] = 1 - left / bare if bare > 0 else 0.0
     return _best(scores, found, skipped, whole=True)
 

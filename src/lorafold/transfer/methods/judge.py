@@ -1,26 +1,32 @@
 """How far what a target predicts is from what the adapter should make of it.
 
-    tokens    both bases have the same ones: KL(goal ‖ target) of the next token,
-              log goal = log t⁰ + log s' − log s, normalised
+    tokens    both bases have the same ones: KL(goal ‖ target) of the next token
     spans     other tokens, causal models: of the text between two places where tokens of both end,
-              the chance p that it should have and the target's q; log p/(1 − p) is that of the bare
-              target plus what the adapter adds to the source's,
-              p log(p/q) + (1 − p) log((1 − p)/(1 − q))
-    vectors   encoders, other tokens or no head: KL as above, of which texts each is most like
+              whether it is what the text has: p log(p/q) + (1 − p) log((1 − p)/(1 − q)) of the
+              chance p that it should have, and the target's q
+    vectors   encoders, other tokens or no head: KL as for tokens, of which texts each is most like
               (`judge_vectors.py`)
     states    anything else: ½‖h_t − (h_t⁰ + M (h_s' − h_s))‖² of the last hidden
               states, M the ridge regression of the target's on the source's
 
-with t⁰, s and s' what the bare target, the bare source and the source with the adapter say: what is
-asked for is the change, so an adapter that does nothing asks for nothing. All is
-summed over the tokens of both that end together. Spans see no more of what is predicted than
+What is asked for is the change that the adapter makes, so one that does nothing asks for nothing.
+With s and s' what the source predicts without and with it, that change is a way from s to s' on
+which as much as possible stays where it is,
+
+    x stays with chance k(x) = min(1, s'(x)/s(x)),  what leaves arrives at y by (s'(y) − s(y))₊
+
+and the goal is where this way leads from the bare target's t: t k + Σ_x t(x) (1 − k(x)) · (s' − s)₊
+/ Σ (s' − s)₊, which is s' where t = s. (Ratios, t s'/s, go wrong where the bases disagree: what the
+adapter makes likely is then made so twice.)
+
+All is summed over the tokens of both that end together. Spans see no more of what is predicted than
 whether it is what the text has, but that is seen whatever the tokens are; mapped states would lose
 most of the effect (on the demo's bases an adapter that was fitted to these kept .10 of its lift
-while its states looked right).
+while its states looked right). The share of the divergence that an update takes away foretells how
+much of the adapter's lift it keeps.
 
-Source: of the goal for tokens, Liu et al., Tuning language models by proxy (2024),
-arXiv:2401.08565.
-The share of it that an update takes away foretells how much of the adapter's lift it keeps.
+Source: of the way, the maximal coupling, as in Leviathan et al., Fast inference from transformers
+via speculative decoding (2022), arXiv:2211.17192.
 """
 
 from __future__ import annotations
@@ -76,9 +82,9 @@ class Judge:
                 change = (after - before).double()
                 return base + (change @ self.between.to(change.device)).to(base)
             if self.by == "spans":
-                odds = _odds(base) + _odds(after) - _odds(before)
-                return torch.nn.functional.logsigmoid(odds)
-            return (base + after - before).log_softmax(-1)
+                base, before, after = map(_both, (base, before, after))
+                return _carried(base, before, after)[:, 0]
+            return _carried(base, before, after)
 
     def said(self, batch: Batch) -> Tensor:
         """What the target says: log-probabilities (n, tokens) or (texts, others), log-chances
@@ -112,15 +118,6 @@ class Judge:
             goal, said = _both(goal), _both(said)
         return (goal.exp() * (goal - said)).sum()
 
-    def drawn(self, said: Tensor, generator: torch.Generator) -> Tensor:
-        """A number whose gradients are, in square, the curvature of `distance` on average."""
-        if self.by == "states":
-            noise = torch.randn(said.shape, generator=generator, device=said.device)
-            return (said * noise).sum()
-        said = _both(said) if self.by == "spans" else said
-        token = torch.multinomial(said.detach().exp(), 1, generator=generator)[:, 0]
-        return torch.nn.functional.nll_loss(said, token, reduction="sum")
-
     def value(self, modules: Modules, batches: Sequence[Batch], goal: Goal | None = None) -> float:
         """The divergence of the target with these updates, a pair of tokens.
 
@@ -137,17 +134,21 @@ class Judge:
         return total / max(count, 1)
 
 
-def remembered(judge: Judge, batches: Sequence[Batch]) -> Goal:
-    """`Judge.goal` of these batches, each made once as far as they fit into a GiB."""
-    kept: dict[int, Tensor] = {}
+def remembered(judge: Judge) -> Goal:
+    """`Judge.goal`, each batch's made once as far as they fit into a GiB."""
+    kept: dict[int, tuple[Batch, Tensor]] = {}  # with the batch, so that its id stays its own
     room = _REMEMBERED
-    for batch in batches:
+
+    def goal(batch: Batch) -> Tensor:
+        nonlocal room
+        if id(batch) in kept:
+            return kept[id(batch)][1]
         found = judge.goal(batch)
-        room -= found.nbytes
-        if room < 0:
-            break
-        kept[id(batch)] = found
-    return lambda batch: kept[id(batch)] if id(batch) in kept else judge.goal(batch)
+        if found.nbytes <= room:
+            kept[id(batch)], room = (batch, found), room - found.nbytes
+        return found
+
+    return goal
 
 
 def judge_of(source: Base, target: Base, adapter: Modules, batches: Sequence[Batch]) -> Judge:
@@ -191,10 +192,15 @@ def _spans(scores: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     return (upto[1:] - upto[:-1])[text[1:] == text[:-1]].float()
 
 
-def _odds(chance: Tensor) -> Tensor:
-    """log p/(1 − p) of log-chances."""
-    yes, no = _both(chance).unbind(1)
-    return yes - no
+def _carried(base: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Where the least way from `before` to `after` leads from `base`; log-chances (n, outcomes)."""
+    change = after - before
+    leaving = -change.clamp_max(0).expm1() * base.exp()
+    arriving = (after.exp() * -(-change.clamp_min(0)).expm1()).double()
+    tiny = torch.finfo(torch.float32).tiny
+    shares = arriving / arriving.sum(-1, keepdim=True).clamp_min(tiny)
+    found = (base.exp() - leaving).double() + leaving.double().sum(-1, keepdim=True) * shares
+    return found.clamp_min(tiny).log().to(base)
 
 
 def _both(chance: Tensor) -> Tensor:

@@ -49,15 +49,15 @@ def both_bases(job: Job) -> Iterator[tuple[Base, Base]]:
         yield source, target
 
 
-def texts_of(job: Job, source: Base, target: Base) -> list[Batch]:
-    """The job's texts as batches of both bases.
+def texts_of(job: Job, source: Base, target: Base, at_once: int | None = None) -> list[Batch]:
+    """The job's texts as batches of both bases, of so many tokens.
 
     Raises:
         MismatchError: there are none.
     """
     if not job.texts:
         raise MismatchError("this method runs texts through both bases: give texts=")
-    return batches_of(source, target, job.texts, None)
+    return batches_of(source, target, job.texts, None, at_once=at_once)
 
 
 def goals(job: Job, source: Base, target: Base) -> Goals:
