@@ -56,7 +56,7 @@ ALIGNED: dict[str, dict[str, Any]] = {
 }
 PARTS = ("plain", "aligned", "distill", "labels", "auto")
 HIDDEN = ("retention", "said")
-LABELS = "none: labels of the same texts"
+LABELS = "no transfer: labels of the same texts"
 LABELS_RATE = 5e-3  # the best of the same two tasks, too
 
 

@@ -320,12 +320,13 @@ def _transfer(r: Result) -> list[Cells]:
 
     texts = r["main"]
     moved, trained = (statistics.fmean(row[key] for row in r["trained"]) for key in _TRAINED)
-    others = ("svd", 0), ("procrustes", texts), ("none: labels of the same texts", texts)
+    others = {"`svd`": ("svd", 0), "`procrustes`": ("procrustes", texts)}
+    others["no transfer, trained on the same texts' labels"] = (_LABELS, texts)
     return [
         (
             f"lift of a native adapter kept on another base, {texts} texts, `distill`",
             f"{mean('distill', texts):.0%}",
-            "; ".join(f"`{name}`: {round(mean(name, count), 2) + 0:.0%}" for name, count in others),
+            "; ".join(f"{what}: {round(mean(*row), 2) + 0:.0%}" for what, row in others.items()),
             mean("distill", texts),
         ),
         (
@@ -359,6 +360,7 @@ def _transfer_encoders(r: Result) -> list[Cells]:
     ]
 
 
+_LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
@@ -477,7 +479,9 @@ def retention_table(r: Result) -> str:
         found.setdefault((row["method"], row["texts"]), {})[row["target"]] = row
 
     def cell(row: Any) -> str:
-        return "–" if row is None else f"{row['mean']:.2f}, {row['worst']:.2f}"
+        if row is None:
+            return "–"
+        return ", ".join(f"{round(row[key], 2) + 0:.2f}" for key in ("mean", "worst"))
 
     def rough(seconds: float) -> str:
         return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
@@ -497,12 +501,14 @@ def retention_table(r: Result) -> str:
         ]
         for (method, texts), rows in found.items()
     ]
-    after = [
-        [row["target"], row["task"], str(row["steps"]), *(f"{row[k]:.2f}" for k in _AFTER)]
-        for row in r["trained"]
-    ]
-    heads_after = ["target", "task", "steps", *_AFTER]
-    return _markdown(heads, shown) + "\n\n" + _markdown(heads_after, after)
+    after: dict[str, dict[str, str]] = {}
+    for row in r["trained"]:
+        after.setdefault(row["task"], {})[row["target"]] = ", ".join(
+            f"{row[k]:.2f}" for k in _AFTER
+        )
+    heads_after = ["task", *(f"`{t}`: moved, trained on, from scratch" for t in targets)]
+    shown_after = [[task, *(cells.get(t, "–") for t in targets)] for task, cells in after.items()]
+    return _markdown(heads, shown) + "\n\n" + _markdown(heads_after, shown_after)
 
 
 def encoders_table(r: Result) -> str:
