@@ -360,6 +360,25 @@ def _transfer_encoders(r: Result) -> list[Cells]:
     ]
 
 
+def _train(r: Result) -> list[Cells]:
+    one, many = r["steps"]
+    mine, theirs = (r["peak"][who] for who in ("lorafold", "PEFT"))
+    return [
+        (
+            f"a training step, {one['what']}: time by PEFT's",
+            f"{one['share']:.2f}×, memory above the model's {_size(mine)}",
+            f"PEFT: {_size(theirs)}",
+            -one["share"],
+        ),
+        (
+            f"a training step of {many['what']}: time by PEFT's",
+            f"{many['share']:.2f}×, one batch",
+            "PEFT: a step of each in turn",
+            -many["share"],
+        ),
+    ]
+
+
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
@@ -384,6 +403,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "route": _route,
     "transfer": _transfer,
     "transfer_encoders": _transfer_encoders,
+    "train": _train,
 }
 
 
