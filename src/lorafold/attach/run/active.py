@@ -64,6 +64,18 @@ class ActiveAt:
             group: (share * t.view(share.shape[1], -1)).flatten(1)[None] for group, t in w.items()
         }
 
+    def rows_of(self, key: str) -> Tensor | None:
+        """The rows that a trainable adapter runs in, on its device; None where that is all of them,
+        or where only the device knows.
+        """
+        w = self.trained_w[key]
+        if self.active.packed is None:
+            return self.active.rows_of(key, w.device)
+        if w.device.type != "cpu":
+            return None
+        found = (w != 0).any(1).nonzero()[:, 0]
+        return found if len(found) < len(w) else None
+
     @property
     def ranks(self) -> int:
         """Rows of factors that each row's mix has here."""
@@ -117,6 +129,7 @@ class Active:
         self._runs: list[bool] | None = None
         self._grouped: dict[tuple[torch.device, bool], Grouping | Segments | None] = {}
         self._blocks: dict[tuple[torch.device, int, bool, int], Blocks] = {}
+        self._rows: dict[tuple[str, torch.device], Tensor | None] = {}
         self._lengths: tuple[int, ...] = ()
         self._entries: list[Entry] = []
         layers, self._dtype = len(devices), dtype
@@ -199,6 +212,7 @@ class Active:
         self._items = self._runs = None
         self._grouped.clear()
         self._blocks.clear()
+        self._rows.clear()
         ids, c, self._entries = _mixes(selection, slots)
         power = _powers(selection, powers)
         ranks = _ranks(selection, paths)
@@ -250,6 +264,15 @@ class Active:
             found = torch.stack([(w != 0).flatten(1).any(1) for w in own]) if own else None
             self._runs = [False] * len(self.layers) if found is None else found.any(0).tolist()
         return self._runs
+
+    def rows_of(self, key: str, device: torch.device) -> Tensor | None:
+        """The rows that a trainable adapter runs in; None where that is all of them."""
+        at = key, device
+        if at not in self._rows:
+            there = (self._values[f"t.{key}"] != 0).any(2).any(0)
+            found = there.nonzero()[:, 0].to(device)
+            self._rows[at] = found if len(found) < len(there) else None
+        return self._rows[at]
 
     def grouped(self, device: torch.device, one: bool = False) -> Grouping | Segments | None:
         """What runs by slot, for layers on a device; None where gathering the factors is better.

@@ -66,13 +66,26 @@ class Factors(nn.Module, ABC):
         total: Tensor = y + delta.to(y.dtype)
         return total
 
-    def rows(self, layer: Any, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """y plus each row's own share; w (rows, r) weights of the ranks, scale included."""
+    def rows(
+        self, layer: Any, y: Tensor, x: Tensor, w: Tensor, only: Tensor | None = None
+    ) -> Tensor:
+        """y plus each row's own share; w (rows, r) weights of the ranks, scale included.
+
+        Args:
+            only: the rows whose weights are not all 0, where that is known: no other is run.
+        """
+        at = None
+        if only is not None:
+            if not len(only):
+                return y
+            n = y.shape[0] // len(w)
+            at = (n * only[:, None] + torch.arange(n, device=only.device)).flatten()
+            x, w = x[at], w[only]
         x = self._dropped(x)
         shares = self.shares if self.training else None
         if shares is not None:  # rows that run whole have a weight at the last rank
             w = torch.where(w[:, -1:] != 0, w * shares, w)
-        weights = w.repeat_interleave(y.shape[0] // len(w), 0)
+        weights = w.repeat_interleave(len(x) // len(w), 0)
         delta: Any = None
         for A, B, g in self.parts(self.rank):
             h = self.kind.down(layer, x, A)
@@ -81,7 +94,8 @@ class Factors(nn.Module, ABC):
             h = (_times(h, g, self.kind) * weights.view(shape)).to(h.dtype)
             part = self.kind.up(layer, h, B)
             delta = part if delta is None else delta + part
-        total: Tensor = y + delta.to(y.dtype)
+        delta = delta.to(y.dtype)
+        total: Tensor = y + delta if at is None else y.index_add(0, at, delta)
         return total
 
     def _dropped(self, x: Tensor) -> Tensor:

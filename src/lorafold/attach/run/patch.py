@@ -202,7 +202,7 @@ class Patch(Site):
                 y = bank.grouped(y, x, by, by.w[group][self.index])
         for key, w in now.trained_w.items():
             fresh: Any = self.fresh[key]
-            y = fresh.rows(layer, y, x, w)
+            y = fresh.rows(layer, y, x, w, None if _is_recorded(y) else now.rows_of(key))
         return y
 
     def _lead(self, layer: Any, y: Tensor) -> tuple[int, ...]:
