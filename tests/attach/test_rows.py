@@ -693,7 +693,8 @@ def test_modules_saved_whole_inside_a_time_first_class(n, length):
     model = TimeFirst().double().eval()
     base = copy.deepcopy(model)
     specs = {
-        name: lf.LoRA(rank=2, targets=["head"], modules_to_save=["linear1"]) for name in ("a", "b")
+        name: lf.LoRA(rank=2, targets=["head"], modules_to_save=["linear1"], dtype=torch.float64)
+        for name in ("a", "b")
     }
     live = lf.attach(model, specs)
     for p in live.parameters():

@@ -67,3 +67,5 @@ def main(out, many, batch):
 if __name__ == "__main__":
     assert issubclass(lf.train.Trainer, Trainer)
     main(Path(sys.argv[1]), sys.argv[2] == "many", int(sys.argv[3]))
+    if torch.distributed.is_initialized():  # its threads outlive the interpreter else
+        torch.distributed.destroy_process_group()
