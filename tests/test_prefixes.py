@@ -97,3 +97,19 @@ def test_a_library_keeps_such_factors_as_they_are(tmp_path):
     assert library.error("plain") > 0
     library.refold(tolerance=0.1, sources={"plain": plain, "a": a, "again": a})
     assert torch.equal(library["a"]["up"].B, a["up"].B)
+
+
+def test_padding_that_would_change_prefixes_is_refused(tmp_path):
+    a = nested(rank_scaling="linear")
+    more = {**a.modules, "down": lf.LowRank(torch.randn(2, 16), torch.randn(19, 2))}
+    mixed = lf.Adapter(more, config=a.config)
+    with pytest.raises(lf.RefusedError, match="'down' would be padded"):
+        lf.save(mixed, tmp_path / "a", pad=True)
+    lf.save(mixed, tmp_path / "a")
+    lf.save(mixed.nested(), tmp_path / "b", pad=True)
+    lf.save(lf.Adapter(more, config={"nested": [1, 8]}), tmp_path / "c", pad=True)
+
+
+def test_a_library_of_such_adapters_alone(tmp_path):
+    library = lf.fold({"a": nested(), "b": nested(6)}, tmp_path / "lib", tolerance=0.2)
+    assert library["b"].config["nested"] == [1, 4, 6]

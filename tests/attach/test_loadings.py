@@ -168,3 +168,20 @@ def test_bad_specifications(library, tmp_path):
     alone = lf.fold(kin(), tmp_path / "own", form="svd", tolerance=0.05)
     with pytest.raises(lf.MismatchError, match="share no side anywhere"):
         lf.attach(model(), lf.Loadings(alone))
+
+
+def test_a_module_that_shares_nothing_keeps_what_it_began_with(tmp_path):
+    g = torch.Generator().manual_seed(9)
+    mixed = {}
+    for name, a in kin().items():
+        own = lf.LowRank(torch.randn(3, 32, generator=g), torch.randn(20, 3, generator=g))
+        mixed[name] = lf.Adapter({"0": a["0"], "2": own})
+    library = lf.fold(mixed, tmp_path / "lib", tolerance=0.05)  # each module its best form
+    shared = {m.path for m in library.contents.modules if m.bases}
+    assert shared == {"0"}
+    live = lf.attach(model(), {"mine": lf.Loadings(library, start="a2")})
+    want = library["a2"]
+    assert live.adapter("mine").distance(want) / want.norm() < 1e-5
+    live.detach()
+    with pytest.warns(UserWarning, match=r"1 modules of the library share no side.*2"):
+        lf.attach(model(), lf.Loadings(library))

@@ -93,3 +93,9 @@ def test_packed(tmp_path):
     t = trainer(tmp_path / "a", data, packing=True, save_strategy="no")
     t.train()
     assert losses(t)[-1] < losses(t)[0]
+
+
+def test_an_adapted_head_is_refused_as_the_loss_goes_past_it(tmp_path):
+    spec = lf.LoRA(rank=4, seed=0, targets=["lm_head", "q_proj"], exclude=())
+    with pytest.raises(lf.RefusedError, match="attached to the output layer"):
+        trainer(tmp_path, [{"text": "a"}], spec)

@@ -400,3 +400,23 @@ def test_a_controller_by_a_callback_reads_a_probe(tmp_path):
     controller.step(3.0)
     callback.resume_from(tmp_path / "a" / "checkpoint-4")
     assert controller.state_dict() == state
+
+
+def test_trained_adapters_that_no_row_names_are_an_error(tmp_path):
+    with pytest.raises(lf.MismatchError, match="'b', 'c' would not be trained"):
+        many(tmp_path, data=rows(8)).train()
+    t = many(tmp_path, data=rows(8), max_steps=1)
+    t.live.use(dict.fromkeys(NAMES, 1.0))  # all of them at once are what every row runs
+    t.train()
+    live = lf.attach(model := llama(), {n: lf.LoRA(rank=4, seed=0) for n in NAMES})
+    optimizer = torch.optim.AdamW(live.parameters(), lr=0.1)
+    controller = lf.OrbitalController(live, optimizer, (1, 2, 4), name="a")
+    with pytest.raises(lf.MismatchError, match="controller= judges one adapter"):
+        lf.train.Trainer(model, arguments(tmp_path), controller=controller)
+
+
+def test_batches_of_one_step_agree_on_the_column(tmp_path, sequential):
+    data = [*rows(4, adapter=["a"]), *rows(4)]
+    t = many(tmp_path, data=data, gradient_accumulation_steps=2, max_steps=1)
+    with pytest.raises(lf.MismatchError, match="of one step's batches"):
+        t.train()

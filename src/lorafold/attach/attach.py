@@ -36,8 +36,7 @@ def attach(
 ) -> Live:
     """Attach adapters to a model in place, without changing its weights; returns the handle.
 
-    Adapters that are given run when `live.use(...)` says so; fresh ones, which are there to be
-    trained, run from the start.
+    Adapters that are given run when `live.use(...)` says so; fresh ones run from the start.
 
     Args:
         model: any module that holds linear, Conv1D, embedding or convolution layers, or is one.

@@ -25,6 +25,7 @@ from ..adapter import ORIGIN, Adapter
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
+from ..prefixes import Prefixes
 from ..roles.roles import Tables
 from ..words import one_line
 from .atomic import new_directory
@@ -173,6 +174,7 @@ def peft_form(
         if adapter.refusal is not None:
             raise RefusedError(f"the adapter can only be saved as it was loaded: {adapter.refusal}")
         modules, ranks = _baked(adapter, pad)
+        _check_prefixes(adapter, modules)
         extras = _baked_biases(extras, config)
         config = _rewritten(config, ranks)
     if not config or "peft_type" not in config:
@@ -184,6 +186,16 @@ def peft_form(
     if twice:
         raise MismatchError(f"{twice[0]!r} is both a module's factor and an extra; drop the extra")
     return {**tensors, **extras}, _retargeted(config, adapter)
+
+
+def _check_prefixes(adapter: Adapter, padded: Mapping[str, LowRank]) -> None:
+    """Refuse padding that would change how strong rank prefixes are."""
+    changed = [p for p, u in adapter.modules.items() if padded[p].rank != u.rank]
+    if changed and Prefixes.of(adapter.config).power:
+        raise RefusedError(
+            "the adapter's rank prefixes are scaled by its ranks (rank_scaling), and "
+            f"{changed[0]!r} would be padded to another: leave out pad=, or save adapter.nested()"
+        )
 
 
 def _as_configured(adapter: Adapter) -> bool:

@@ -54,7 +54,8 @@ def loss_by_adapter(
 def tokens_by_adapter(labels: Tensor, adapter: Tensor, number: int, lengths: Any = None) -> Tensor:
     """How many tokens of each of `number` adapters are predicted, (number,) int64."""
     owner = owners(labels, adapter, lengths)[:, 1:]
-    return torch.bincount(owner[labels[:, 1:] != IGNORED], minlength=number)
+    there = (labels[:, 1:] != IGNORED).flatten().long()
+    return there.new_zeros(number).index_add(0, owner.flatten(), there)
 
 
 def owners(labels: Tensor, adapter: Tensor, lengths: Any = None) -> Tensor:
@@ -96,6 +97,12 @@ def numbers_of(column: Sequence[Any], names: Sequence[str]) -> Tensor:
                 f"{did_you_mean(name, names)}"
             )
     return torch.tensor([names.index(name) for name in column])
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all tensors are finite; the device is waited for once."""
+    there = [t.detach() for t in tensors]
+    return not there or bool(torch.nn.utils.get_total_norm(there, math.inf).isfinite())
 
 
 def the_trained(live: Live) -> str:

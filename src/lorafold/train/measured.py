@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from ..adapter import Adapter
 from ..attach import Live
+from .many import finite
 
 
 class Measured:
@@ -31,7 +30,7 @@ class Measured:
             head = f"{name}/" if len(names) > 1 else ""
             own = list(self._live.parameters(name))
             found[f"{head}trainable"] = sum(p.numel() for p in own)
-            if not all(bool(torch.isfinite(p).all()) for p in own):
+            if not finite(own):
                 found[f"{head}norm"] = math.nan
                 continue
             now, before = self._live.adapter(name), self._last.get(name)

@@ -54,6 +54,11 @@ class AdapterTraining:
         self._lora_plus = _ratio(lora_plus)
         if random_rank is not None and controller is not None:
             raise MismatchError("random_rank= and controller= both choose the rank: give one")
+        if controller is not None and len(self._names) > 1:
+            raise MismatchError(
+                f"controller= judges one adapter by the loss, and {len(self._names)} are trained "
+                "here: train them one by one, or leave it out"
+            )
         self._random_rank, self._controller, self._controlled = random_rank, controller, -1
         for key in ("train_dataset", "eval_dataset"):
             _check_column(options.get(key), self._names)
@@ -94,8 +99,21 @@ class AdapterTraining:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **kw: Any) -> Any:
         """The library's, within `use` of what the rows name."""
         self._control(model, inputs)
+        self._check_named(inputs)
         with self._running(inputs, True):
             return super().training_step(model, inputs, *more, **kw)  # type: ignore[misc]
+
+    def _check_named(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse rows that don't say whose they are, where some trained adapters would get none."""
+        if ROWS in inputs or len(self._names) < 2 or self._random_rank is not None:
+            return
+        now = self.live.active
+        running = set(now) if isinstance(now, dict) else set().union(*now)
+        if idle := [name for name in self._names if name not in running]:
+            raise MismatchError(
+                f"{', '.join(map(repr, idle))} would not be trained: the data has no column "
+                f"{COLUMN} to say whose each row is, and others are in use"
+            )
 
     def _control(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Show a controller the loss of a step's first batch, at full rank."""
@@ -147,13 +165,16 @@ class AdapterTraining:
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         own: Any = self
-        if not batch_samples or ROWS not in batch_samples[0]:
+        named = [ROWS in batch for batch in batch_samples]
+        if not any(named):
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        counts = torch.zeros(len(self._names), dtype=torch.int64)
+        if not all(named):
+            raise MismatchError(f"of one step's batches, some have a column {COLUMN}, some none")
+        counts = torch.zeros(len(self._names), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            labels, rows = batch["labels"].cpu(), batch[ROWS].cpu()
-            counts += tokens_by_adapter(labels, rows, len(self._names), batch.get(LENGTHS))
-        self._counts = own.accelerator.reduce(counts.to(device), "sum")
+            labels, rows, lengths = batch["labels"].to(device), batch[ROWS], batch.get(LENGTHS)
+            counts += tokens_by_adapter(labels, rows, len(self._names), lengths)
+        self._counts = own.accelerator.reduce(counts, "sum")
         return self._counts
 
     # Steps

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, RefusedError
+from ..layers.swap import Swapped
 from .mixin import AdapterTraining
 
 
@@ -82,6 +83,10 @@ def sft_trainer() -> Any:
             MissingExtraError: trl is not there.
         """
 
+        def __init__(self, model: Any = None, *more: Any, **options: Any) -> None:
+            _refuse_head(model)
+            super().__init__(model, *more, **options)
+
     return _public(SFTTrainer)
 
 
@@ -89,6 +94,16 @@ def _missing(name: str, what: str) -> MissingExtraError:
     return MissingExtraError(
         f"lorafold.train.{name} takes {what}, not there: pip install 'lorafold[train]'"
     )
+
+
+def _refuse_head(model: Any) -> None:
+    """TRL computes its loss from the head's weight, past what is attached to the head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, Swapped):
+        raise RefusedError(
+            "an adapter is attached to the output layer, which TRL's loss goes past, so that it "
+            "would not be trained: leave that layer out (exclude=), or use lorafold.train.Trainer"
+        )
 
 
 def _public(made: type) -> type:

@@ -24,7 +24,7 @@ from ...fold.coding.record import StoredPart
 from ...layers.kinds import LayerKind
 from ...layers.sites import Place
 from ...layers.swap import device_of
-from ...words import did_you_mean
+from ...words import did_you_mean, some_of, warn
 from ..run.factors import Factors
 from .places import Places, Standing, library_places
 
@@ -142,20 +142,22 @@ def fresh_loadings(spec: Loadings, at: Standing) -> tuple[dict[str, Factors], Pl
             "the library's adapters share no side anywhere, so there is nothing to load: fold them "
             "with form='shared' (or 'input', 'output'), or attach lf.LoRA(…)"
         )
+    if left := [path for path in places.layers if path not in fresh]:
+        warn(f"{len(left)} modules of the library share no side and don't train: {some_of(left)}")
     layers = {path: places.layers[path] for path in fresh}
     return fresh, Places(layers, {}, {}, {path: places.names[path] for path in fresh})
 
 
 def _at(spec: Loadings, name: str, place: Place, generator: torch.Generator) -> Loaded | None:
-    """One module's factors; None where nothing is shared and no direction of its own asked for."""
+    """One module's factors; None where there are none: nothing shared, begun with or of its own."""
     contents = spec.library.contents
     sides = contents.sides(contents.manifest.numbers[name])
     columns = {s: [basis.columns for basis in bases] for s, bases in sides.items()}
     device = device_of(place.layer)
-    U, V = (torch.cat(c, 1).to(device) if (c := columns[s]) else None for s in ("U", "V"))
-    if U is None and V is None:
-        return None
     out, inner = place.dims
+    U, V = (torch.cat(c, 1).to(device) if (c := columns[s]) else None for s in ("U", "V"))
+    if U is None and V is None:  # no side to load: what it began with, and directions of its own
+        V = torch.zeros(inner, 0, device=device)
     core = torch.zeros(
         out if U is None else U.shape[1], inner if V is None else V.shape[1], dtype=spec.dtype
     )
@@ -169,6 +171,8 @@ def _at(spec: Loadings, name: str, place: Place, generator: torch.Generator) -> 
             ).to(core)
         else:
             rest.append(_multiplied(part, columns))
+    if not (min(core.shape) or spec.extra or rest):
+        return None
     A = torch.randn(spec.extra, inner, generator=generator) * (spec.init_scale / math.sqrt(inner))
     own = A, torch.zeros(out, spec.extra)
     left_over = (

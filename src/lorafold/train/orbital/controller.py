@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...attach import Live
 from ...errors import MismatchError
-from ..many import the_trained
+from ..many import finite, the_trained
 from .sensor import Sensor, Tuning
 
 LOW, BASE, HIGH = "LOW", "BASE", "HIGH"
@@ -247,7 +247,7 @@ class OrbitalController:
         """None is taken after a loss that is not finite, nor with such gradients."""
         parameters = list(self.live.parameters(self.name))
         grads = [p.grad for p in parameters if p.grad is not None]
-        if self._skip or not all(bool(torch.isfinite(g).all()) for g in grads):
+        if self._skip or not finite(grads):
             for p in parameters:
                 p.grad = None
         self._skip = False
@@ -286,7 +286,7 @@ class OrbitalController:
     def _drift(self, kept: _Snapshot) -> float:
         """How far the adapter is from a kept one, in ΔW."""
         present = [p.detach().clone() for p in self.live.parameters(self.name)]
-        if not all(bool(torch.isfinite(p).all()) for p in present):
+        if not finite(present):
             return math.inf
         now = self.live.adapter(self.name)
         with torch.no_grad():
