@@ -24,7 +24,7 @@ def trainer(folder, data, spec=None, **options):
     lf.attach(model, lf.LoRA(rank=4, seed=0) if spec is None else spec)
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(10)
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(10)})
     given = {
         "learning_rate": 5e-3,
         "lr_scheduler_type": "constant",
@@ -93,6 +93,66 @@ def test_packed(tmp_path):
     t = trainer(tmp_path / "a", data, packing=True, save_strategy="no")
     t.train()
     assert losses(t)[-1] < losses(t)[0]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packed_rows_of_many_adapters_train_what_they_train_apart(strategy, tmp_path):
+    tasks = ("roman", "morse", "dates")
+    whose = [tasks[i % 3] for i in range(12)]
+    data = [{"text": texts(task)[i][: 20 + i], "adapter": task} for i, task in enumerate(whose)]
+    specs = {task: lf.LoRA(rank=4, seed=0) for task in tasks}
+    options = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 12}
+    apart = trainer(tmp_path / "a", data, specs, **options)
+    packed = trainer(
+        tmp_path / "b", data, specs, packing=True, packing_strategy=strategy, **options
+    )
+    assert len(packed.train_dataset) < 12  # all of which are one batch
+    (batch,) = packed.get_train_dataloader()
+    assert sorted(batch["lorafold_lengths"]) == sorted(len(row["text"]) + 1 for row in data)
+    for t in (apart, packed):
+        t.train()
+    for a, b in zip(losses(apart), losses(packed), strict=True):
+        assert abs(a - b) < 1e-4
+    for task in tasks:  # Adam makes whole steps of what is rounding where a gradient is next to 0
+        mine, other = apart.live.adapter(task), packed.live.adapter(task)
+        assert mine.distance(other) < 0.02 * mine.norm()
+    assert packed.live.adapter("roman").cosine(packed.live.adapter("morse")) < 0.9
+
+
+def test_one_packed_step_has_the_gradients_of_the_rows_apart(tmp_path):
+    tasks = ("roman", "morse")
+    data = [{"text": texts(tasks[i % 2])[i][: 20 + i], "adapter": tasks[i % 2]} for i in range(8)]
+    grads = []
+    for packing in (False, True):
+        specs = {task: lf.LoRA(rank=4, seed=0) for task in tasks}
+        t = trainer(tmp_path / "a", data, specs, packing=packing, per_device_train_batch_size=8)
+        with torch.no_grad():
+            for p in t.live.parameters():  # B = 0 would leave A without a gradient
+                p.add_(0.01)
+        t.model.train()
+        t.training_step(t.model, next(iter(t.get_train_dataloader())), None)
+        grads.append([p.grad for p in t.live.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(a.abs().max()), rtol=1e-3)
+
+
+def test_packing_that_cuts_anywhere_is_refused_where_rows_have_adapters(tmp_path):
+    data = [{"text": text, "adapter": "default"} for text in texts("roman")]
+    with pytest.raises(lf.RefusedError, match="'wrapped' cuts rows anywhere.*'bfd'"):
+        trainer(tmp_path, data, packing=True, packing_strategy="wrapped")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_does_not_fit_is_counted(packing, tmp_path):
+    data = [{"prompt": "a" * n, "completion": "b" * 9} for n in (10, 60, 70)]
+    t = trainer(tmp_path, data, packing=packing)
+    fit = t.fits["train"]
+    assert (fit.rows, fit.tokens, fit.cut) == (3, 20 + 70 + 80, 2)
+    assert fit.dropped == (0 if packing else 1)  # of the last one, only prompt is left
+    assert (
+        t.fits["train"]
+        == trainer(tmp_path, data, packing=packing, shuffle_dataset=True).fits["train"]
+    )
 
 
 def test_an_adapted_head_is_refused_as_the_loss_goes_past_it(tmp_path):

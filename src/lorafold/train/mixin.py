@@ -27,9 +27,9 @@ from ..errors import MismatchError, RefusedError
 from .many import clip_by_adapter, loss_by_adapter, numbers_of, tokens_by_adapter
 from .measured import Measured
 from .orbital.controller import OrbitalController
+from .packing import COLUMN, sequences
 from .ranks import RandomRank
 
-COLUMN = "adapter"
 CONTROLLER, SEVERAL = "controller_state.safetensors", "adapters"
 ROWS, LENGTHS = "lorafold_rows", "lorafold_lengths"  # what the collator adds to a batch
 
@@ -264,14 +264,14 @@ class RowCollator:
             raise MismatchError(
                 f"some rows of the batch have a column {COLUMN}, and some have none"
             )
-        rows = numbers_of([feature[COLUMN] for feature in features], self.names)
-        rest = [{k: v for k, v in f.items() if k != COLUMN} for f in features]
-        batch = self.inner(rest)
+        owners, lengths = zip(*sequences(features), strict=True)
+        rows = numbers_of(owners, self.names)
+        batch = self.inner([{k: v for k, v in f.items() if k != COLUMN} for f in features])
         batch[ROWS] = rows
-        if len(batch["input_ids"]) != len(features):
+        if len(batch["input_ids"]) != len(features) or len(owners) != len(features):
             if len(batch["input_ids"]) != 1:
                 raise MismatchError("the collator makes other rows than the data has")
-            batch[LENGTHS] = [len(f["input_ids"]) for f in rest]
+            batch[LENGTHS] = list(lengths)
         return batch
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import MissingExtraError, RefusedError
 from ..layers.swap import Swapped
 from .mixin import AdapterTraining
+from .packing import Fit, prepared
 
 
 @functools.cache
@@ -73,19 +74,33 @@ def sft_trainer() -> Any:
         """`trl.SFTTrainer` that saves and resumes the adapters only; see `Trainer` for the rest.
 
         Its data formats, templates, packing and losses are TRL's. `peft_config=` is not for it:
-        what is attached is trained. Packing joins rows before anything is known of adapters, so
-        that with a column `adapter` it is `padding_free=True` that lays rows end to end.
+        what is attached is trained. With a column `adapter`, packed rows hold sequences of many
+        adapters, each of which runs its own (`packing_strategy` "bfd" or "bfd_split").
 
         Not for: other losses (`loss_type`) on rows of many adapters, whose loss is `Trainer`'s.
 
+        Attributes:
+            fits: {"train": …, "eval": …} how each part of the data fits into `max_length`.
+
         Raises:
             MismatchError: nothing is attached to the model, or nothing is trained.
+            RefusedError: an adapter is attached to the output layer; packing that cuts anywhere.
             MissingExtraError: trl is not there.
         """
 
         def __init__(self, model: Any = None, *more: Any, **options: Any) -> None:
             _refuse_head(model)
+            self.fits: dict[str, Fit] = {}
             super().__init__(model, *more, **options)
+
+        def _prepare_dataset(
+            self, dataset: Any, tokens: Any, args: Any, packing: bool, form: Any, name: str
+        ) -> Any:
+            how = super()._prepare_dataset, library.pack_dataset
+            made, fit = prepared(*how, dataset, tokens, args, packing, self._names, form, name)
+            if fit is not None:
+                self.fits[name] = fit
+            return made
 
     return _public(SFTTrainer)
 
