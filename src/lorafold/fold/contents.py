@@ -279,7 +279,10 @@ class Contents:
         if not pieces:
             raise FileError(f"module {self.modules[j].path!r} has no basis {side}{number}")
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 0 if side in "AB" else 1)
-        return whole if side in "AB" or count is None else whole[:, :count]
+        if side in "AB":
+            return whole
+        # In one layout, however many pieces there are: products then round alike after an `add`.
+        return whole[:, :count].contiguous()
 
     def sides(self, j: int) -> dict[str, list[Basis]]:
         """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
