@@ -38,6 +38,13 @@ _TOKENS = re.compile(r"^(?P<path>.*?)(\.token_adapter)?\.trainable_tokens_delta(
 _TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler)\b")
 _WRAPPERS = {"base_layer", "modules_to_save", "token_adapter"}
 
+# Heads that PEFT saves with an adapter, whether or not its config names them.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 # Initialisations that move part of the base weight into the factors, by how their name starts.
 _ALTERING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 
@@ -109,7 +116,7 @@ def extra_kind(key: str, config: Mapping[str, Any]) -> ExtraKind:
         return "training state"
     name = key.removeprefix(PREFIX)
     module, _, parameter = name.rpartition(".")
-    saved = config.get("modules_to_save") or []
+    saved = saved_modules(config)
     parents = [module[: m.end()] for m in re.finditer(r"[^.]+", module)]
     # PEFT takes any module whose name ends in the target, even inside a word.
     if any(p.endswith(str(target)) for p in parents for target in saved):
@@ -124,6 +131,15 @@ def extra_kind(key: str, config: Mapping[str, Any]) -> ExtraKind:
 def _is_embedding(module: str) -> bool:
     # The names that PEFT's save_embedding_layers="auto" looks for.
     return module.rpartition(".")[2] in {"embed_tokens", "lm_head", "wte", "word_embeddings"}
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """The modules that an adapter has whole, by the ends of their names: the config's, and what
+    PEFT takes for granted in its kind of task.
+    """
+    named = [str(name) for name in config.get("modules_to_save") or []]
+    heads = _HEADS_OF_TASKS.get(str(config.get("task_type")), ())
+    return list(dict.fromkeys([*named, *heads]))
 
 
 # What compiling, sharding and checkpointing put between a module and its child.
@@ -225,6 +241,15 @@ def check_bias_scales(
                     f"{key!r} is scaled by α/r, which the two adapters set differently: "
                     "save and load the adapter it comes from with save(…, pad=True) first"
                 )
+
+
+def alpha_of(config: Mapping[str, Any], path: str) -> float:
+    """α that PEFT gives the module at `path`.
+
+    Raises:
+        MismatchError: the config lacks it, or it is no number.
+    """
+    return float(_patterned(config, "alpha_pattern", "lora_alpha", path))
 
 
 def _patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:

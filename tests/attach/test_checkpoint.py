@@ -10,6 +10,7 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.attach.checkpoint import STATE_NAME
+from lorafold.errors import FileError, MismatchError
 
 SPECS = {
     "kaiming": lf.LoRA(rank=3, alpha=6, seed=1),
@@ -206,10 +207,57 @@ def test_a_state_that_lacks_a_module_is_named(tmp_path):
     state = load_file(tmp_path / "a" / STATE_NAME)
     with safe_open(tmp_path / "a" / STATE_NAME, "pt") as f:
         metadata = f.metadata()
-    save_file({k: v for k, v in state.items() if k != "2.B"}, tmp_path / "a" / STATE_NAME, metadata)
+    less = {k: v for k, v in state.items() if k != "2.B"}
+    save_file(less, tmp_path / "a" / STATE_NAME, metadata)
+    with pytest.raises(lf.FileError, match=f"{STATE_NAME}: .*it is damaged"):
+        lf.attach(fresh_model(), tmp_path / "a", trainable=True)
+    metadata["lorafold"] = metadata["lorafold"].replace('"version": 2', '"version": 1')  # unsealed
+    save_file(less, tmp_path / "a" / STATE_NAME, metadata)
     with pytest.raises(lf.MismatchError, match=r"has no 'B' of module '2'"):
         lf.attach(fresh_model(), tmp_path / "a", trainable=True)
     (tmp_path / "a" / STATE_NAME).write_bytes(b"nothing")
-    with pytest.raises(lf.FileError, match="can't be read"):
+    with pytest.raises(lf.FileError, match=f"{STATE_NAME}: 7 bytes are too few"):
         lf.attach(fresh_model(), tmp_path / "a", trainable=True)
     lf.attach(fresh_model(), tmp_path / "a")  # to run it, the state is not needed
+
+
+@pytest.mark.parametrize("kind", ["kaiming", "modulation"])
+def test_no_flipped_bit_of_a_state_goes_unseen(kind, tmp_path):
+    """It trains on as it was saved, or an error names the file."""
+    _, live = trained(SPECS[kind], 1)
+    live.save(tmp_path / "a", metadata={"step": 3})
+    file = tmp_path / "a" / STATE_NAME
+    whole = file.read_bytes()
+    expected = live.adapter("default").digest
+    g = torch.Generator().manual_seed(0)
+    header = int.from_bytes(whole[:8], "little")
+    places = torch.randint(8 * len(whole), (60,), generator=g).tolist()
+    places += torch.randint(8 * (8 + header), (60,), generator=g).tolist()
+    for bit in places:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            again = lf.attach(fresh_model(), tmp_path / "a", trainable=True)
+        except (FileError, MismatchError) as e:
+            unnamed = STATE_NAME not in str(e)
+        else:
+            unnamed = again.adapter("default").digest != expected
+        assert not unnamed
+
+
+def test_a_state_with_nan_or_not_gathered_is_refused(tmp_path):
+    for name, change, says in (
+        ("nan", lambda t: t.fill_(torch.nan), "holds NaN"),
+        ("empty", lambda t: torch.empty(0), r"shape \(0,\).*gathered"),
+    ):
+        _, live = trained(SPECS["kaiming"], 1)
+        live.save(tmp_path / name)
+        file = tmp_path / name / STATE_NAME
+        tensors = load_file(file)
+        tensors["0.A"] = change(tensors["0.A"])
+        save_file(tensors, file, metadata={"lorafold": "{}"})
+        with pytest.raises(MismatchError, match=rf"'0\.A'.*{says}"):
+            live.resume(tmp_path / name)
+        with pytest.raises(MismatchError, match=rf"'0\.A'.*{says}"):
+            lf.attach(fresh_model(), tmp_path / name, trainable=True)

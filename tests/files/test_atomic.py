@@ -144,7 +144,7 @@ def test_a_failed_second_rename_puts_the_old_one_back(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(FileError, match="x can.t be written: broken"):
         fill(tmp_path / "x", "2", overwrite=True)
     assert len(calls) == 3
     assert content(tmp_path / "x") == whole("1")

@@ -1,7 +1,9 @@
 """Bad input in PEFT's format: a FileError or MismatchError of one line, naming file and key."""
 
+import importlib
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -14,7 +16,9 @@ import lorafold as lf
 from lorafold.errors import FileError, MismatchError
 from lorafold.files import open_adapter
 from lorafold.files import safetensors as files_safetensors
+from lorafold.files.base import read_base
 
+saving = importlib.import_module("lorafold.files.save")  # `files.save` is the function
 P = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q", "v"]}
 
@@ -231,3 +235,93 @@ def test_places_without_an_adapter(tmp_path):
         lf.load({A: [1.0]}, alpha=1)
     with pytest.raises(MismatchError, match="config must be a mapping"):
         lf.load(pair("q"), config=3)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 16797696\n"
+DISGUISED = {
+    "a pointer": (POINTER, r"a pointer of git-LFS, not the file itself: .*git lfs pull"),
+    "a page": (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a page of HTML"),
+    "another page": (b"<html lang=en>", "a page of HTML"),
+    "GGUF": (b"GGUF\3\0\0\0" + b"\0" * 60, "a GGUF file"),
+    "a pickle": (b"PK\3\4" + b"\0" * 60, r"a ZIP file.*\.bin"),
+}
+
+
+@pytest.mark.parametrize("name", DISGUISED)
+def test_another_file_under_the_name_is_told(name, tmp_path):
+    data, match = DISGUISED[name]
+    folder = written(tmp_path / "a", pair("q"))
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for file in (weights, config):
+        kept = file.read_bytes()
+        file.write_bytes(data)
+        says = match if file is weights or name not in ("GGUF", "a pickle") else "."
+        with pytest.raises(FileError, match=rf"(?s){file.name}.* {says}"):
+            lf.load(folder)
+        file.write_bytes(kept)
+    (folder / "adapter_model.bin").write_bytes(data)
+    weights.unlink()
+    with pytest.raises(FileError, match=r"adapter_model\.bin"):
+        lf.load(folder, allow_pickle=True)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(FileError, match=rf"(?s)model\.safetensors is {match}"):
+        read_base(str(base))
+
+
+def test_a_download_that_stopped_says_how_far_it_came(tmp_path):
+    folder = written(tmp_path / "a", pair("q"))
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    says = rf"cut off \({len(whole)} bytes expected, {len(whole) - 9} found\)"
+    with pytest.raises(FileError, match=says):
+        lf.load(folder)
+    file.write_bytes(whole[:40])
+    with pytest.raises(FileError, match=r"cut off \(more than \d+ bytes expected, 40 found\)"):
+        lf.load(folder)
+
+
+def test_what_was_not_gathered_is_named_whatever_it_is(tmp_path):
+    """ZeRO 3 leaves tensors of shape (0,) where a rank has nothing of them."""
+    config = {**CONFIG, "modules_to_save": ["score"]}
+    for key in (A, B, f"{P}score.weight"):
+        tensors = {**pair("q"), f"{P}score.weight": torch.ones(2, 3), key: torch.empty(0)}
+        with pytest.raises(MismatchError, match=rf"'{key}' of shape \(0,\).*not gathered"):
+            lf.load(written(tmp_path / key, tensors, config))
+    (tmp_path / "base").mkdir()
+    save_file({"q.weight": torch.empty(0)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"'q\.weight' of shape \(0,\)"):
+        read_base(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", ""])
+def test_a_damaged_config_of_a_base_is_no_absent_one(text, tmp_path):
+    """It says whether weights are tied."""
+    save_file({"q.weight": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    assert read_base(str(tmp_path)).config == {}
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(FileError, match=r"config\.json"):
+        read_base(str(tmp_path))
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path, monkeypatch):
+    """Whoever writes: the library of safetensors, or the system."""
+    adapter = lf.load(pair("q"), alpha=2)
+    full = OSError(28, "No space left on device")
+
+    def fails(*_args, **_options):
+        raise full
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(FileError, match=r"out can't be written: No space left on device"):
+            lf.save(adapter, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "save_file", fails)
+        full = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+        with pytest.raises(FileError, match=r"out can't be written: .*No space left"):
+            lf.save(adapter, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    lf.save(adapter, tmp_path / "out")

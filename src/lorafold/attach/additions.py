@@ -19,7 +19,7 @@ from ..fold import Library
 from ..layers.sites import Place
 from ..layers.swap import Attached, refuse_attached
 from .begin.loadings import Loadings
-from .begin.places import Standing, library_places
+from .begin.places import Standing, library_places, owned_extras
 from .begin.resumed import Checkpoint
 from .begin.specs import Spec
 from .run.board import Site
@@ -129,8 +129,9 @@ def add_all(state: State, named: Mapping[str, Addition], trainable: bool) -> Non
 
 def add_library(state: State, library: Library, dtype: torch.dtype) -> None:
     """Attach all adapters of a library; they are read when they are asked for."""
-    places = library_places(library, Standing(state.model, state.slots.patches))
-    shelf = Shelf(library, dtype, places.names)
+    at = Standing(state.model, state.slots.patches)
+    places = library_places(library, at)
+    shelf = Shelf(library, dtype, places.names, owned_extras(library, at))
     entries = library.contents.manifest.adapters
     state.put({name: Stored(entry, shelf, state.scaling) for name, entry in entries.items()})
     _take_layers(state, places.layers)

@@ -23,7 +23,7 @@ from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.places import Standing, places_of
-from .begin.resumed import HEADER, Training, read_tensors
+from .begin.resumed import HEADER, VERSION, Training, read_tensors, with_seal
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
@@ -41,20 +41,21 @@ def save_trained(
     metadata = source.metadata if metadata is None else metadata
     _refuse_sharded(source)
     first = next(iter(source.fresh.values()))
-    header: dict[str, Any] = {"version": 1, "kind": _kind_of(source), "metadata": metadata}
+    header: dict[str, Any] = {"version": VERSION, "kind": _kind_of(source), "metadata": metadata}
     header["dropout"] = first.dropout
     header["scales"] = {source.names[p]: f.scale for p, f in source.fresh.items()}
     if isinstance(first, Modulation):
         header["select"] = first.select
-    try:
-        text = json.dumps(header, ensure_ascii=False)
-    except TypeError as e:
-        raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
     tensors = {
         f"{source.names[p]}.{key}": value.detach().contiguous().cpu().clone()
         for p, fresh in source.fresh.items()
         for key, value in fresh.state_dict().items()
     }
+    try:
+        header = json.loads(json.dumps(header))  # as it will be read: texts for keys
+        text = json.dumps(with_seal(header, tensors))
+    except (TypeError, ValueError) as e:
+        raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
     form, config = peft_form(source.adapter())
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)

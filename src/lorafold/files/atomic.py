@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from safetensors import SafetensorError
+
 from ..errors import FileError
 from .replacing import Kind, check_apart, check_replaceable, is_free, keep_others
 
@@ -41,6 +43,18 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _STAGING = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _swept: set[Path] = set()  # folders already cleared of what killed writers left, in this process
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Tell what the system says where the target is written as a `FileError` that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        other = os.fsdecode(getattr(e, "filename", None) or "")
+        about = f" ({other})" if other and not _STAGING.search(other) else ""
+        raise FileError(f"{target} can't be written: {reason}{about}") from e
 
 
 @contextlib.contextmanager
@@ -72,7 +86,7 @@ def new_directory(
     Raises:
         FileError: something is there and `overwrite` is False, it is not of this kind, it is (or
             holds) the current directory, or one of the sources is in the way; before the block is
-            entered, except for what appeared meanwhile.
+            entered, except for what appeared meanwhile. Or it can't be written: the disk is full.
 
     Example:
         >>> import tempfile
@@ -84,6 +98,18 @@ def new_directory(
         'whole'
     """
     target = _resolved(path)
+    with _told(target):
+        yield from _appearing(path, target, kind, sources, overwrite)
+
+
+def _appearing(
+    path: str | os.PathLike[str],
+    target: Path,
+    kind: Kind,
+    sources: Iterable[str | os.PathLike[str] | None],
+    overwrite: bool,
+) -> Iterator[Path]:
+    """The staging directory; what follows makes it the target."""
     check_apart(target, sources)
     check_replaceable(target, kind, overwrite, path)
     replaces = not is_free(target)
@@ -124,8 +150,16 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     Args:
         path: the file.
         data: all of its content.
+
+    Raises:
+        FileError: it can't be written: the disk is full, a folder is not there.
     """
     target = _resolved(path)
+    with _told(target):
+        _replace(target, data)
+
+
+def _replace(target: Path, data: bytes) -> None:
     temporary = _sibling(target, "tmp")
     descriptor = os.open(temporary, CREATE_FLAGS, 0o666)
     try:

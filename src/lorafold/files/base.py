@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..naming import Base, is_head, is_shared, kind
-from .safetensors import Entry, open_file, read_entries, read_tensors
+from .config import read_text
+from .peft_keys import check_gathered
+from .safetensors import Entry, file_errors, open_file, read_entries, read_tensors
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
@@ -199,7 +201,8 @@ def read_base(path: str) -> BaseFiles:
     entries: dict[str, Entry] = {}
     if not path:  # which would be the working directory
         raise FileError("no such folder: ''")
-    files, index = _files(Path(path))
+    with file_errors(path):
+        files, index = _files(Path(path))
     for file in files:
         found = read_entries(file)
         twice = found.keys() & entries.keys()
@@ -208,16 +211,29 @@ def read_base(path: str) -> BaseFiles:
         entries |= found
     if not entries:
         raise FileError(f"{path}: there are no tensors in it")
+    weights = ((k, e.shape) for k, e in entries.items() if k.endswith((".weight", ".bias")))
+    check_gathered(weights, path)
     return BaseFiles(path, entries, tuple(files), index, _config(files[0].parent))
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The model's configuration; {} where there is none."""
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The model's configuration; {} where there is none.
+
+    Raises:
+        FileError: it is damaged: what it says of tied weights would be lost.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
         return {}
-    return config if isinstance(config, dict) else {}
+    try:
+        config = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, FileError):
+            raise
+        raise FileError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(config, dict):
+        raise FileError(f"{path}: must hold a JSON object, found a {type(config).__name__}")
+    return config
 
 
 def _files(path: Path) -> tuple[list[Path], Path | None]:
@@ -240,11 +256,12 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _indexed(index: Path) -> list[Path]:
+    text = read_text(index)
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        parts = json.loads(text)["weight_map"].values()
         names = sorted(set(parts))
         strange = [name for name in names if name in ("", ".", "..") or Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise FileError(f"{index}: not an index of safetensors files ({e})") from e
     if strange:  # a name is never a path
         raise FileError(f"{index} names {strange[0]!r}, which is no file beside it")

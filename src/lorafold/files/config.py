@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MismatchError
+from .formats.foreign import MLX
+from .safetensors import disguise
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -25,14 +27,18 @@ def read_text(path: Path) -> str:
     """The file's text.
 
     Raises:
-        FileError: it can't be read, or is not UTF-8.
+        FileError: it can't be read, is not UTF-8, or is another file under its name.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e
     except OSError as e:
         raise FileError(f"{path}: {e.strerror or e}") from e
+    says = disguise(text[:100].encode())
+    if says is not None:
+        raise FileError(f"{path} is {says}")
+    return text
 
 
 def parsed(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,6 +64,8 @@ def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, 
     Raises:
         FileError: another method, or r or lora_alpha missing; naming file and field.
     """
+    if "lora_parameters" in config or "fine_tune_type" in config:
+        raise FileError(f"{where}: {MLX}")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise FileError(

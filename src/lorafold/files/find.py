@@ -8,6 +8,7 @@ that was killed has left.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,9 @@ from .config import (
     SUBSPACE_NAME,
     WEIGHTS_NAME,
 )
+from .formats.foreign import foreign
 from .hub import snapshot
+from .safetensors import read_entries
 
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
 
@@ -247,5 +250,13 @@ def _none(path: Path) -> str:
         )
     if is_library(path):
         return f"{path} is a library: Library.open(path)[name] reads one of its adapters"
+    others = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+    for other in others:
+        with contextlib.suppress(FileError):
+            told = foreign(read_entries(other))
+            if told is not None:
+                return f"{other}: {told}"
     has = "there is only adapter_config.json" if (path / CONFIG_NAME).is_file() else "neither is"
+    if others:
+        has = f"there is {some_of((p.name for p in others), 2)}: if that is one, give its own path"
     return f"{path} is no adapter: it needs {WEIGHTS_NAME} and {CONFIG_NAME}, {has}"

@@ -11,6 +11,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ from ..roles.onto import onto
 from ..roles.roles import Tables
 from ..words import did_you_mean
 from . import safetensors
+from .alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .config import checked, parsed, plain, read_text
 from .find import Location, locate
 from .formats.portable import is_portable, portable_plan
@@ -240,9 +242,10 @@ def open_adapter(
     """
     if isinstance(source, Adapter):
         return AdapterFile.of(source)
-    place = locate(source, revision=revision, allow_pickle=allow_pickle)
-    text = None if place.config is None else read_text(place.config)
-    nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
+    with safetensors.file_errors(str(source)):
+        place = locate(source, revision=revision, allow_pickle=allow_pickle)
+        text = None if place.config is None else read_text(place.config)
+        nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
     if place.weights.suffix != ".safetensors":
         _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
@@ -323,23 +326,49 @@ def _open_safetensors(
     where = str(place.weights)
     with safetensors.open_file(where) as f:
         header, size = safetensors.header_bytes(f, where)
-    digest = hashlib.sha256(header)
-    digest.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
-    record = _records.get(digest.digest())
-    if record is None:
-        found, metadata = safetensors.parse_header(header, size, where)
-        if is_portable(metadata):
-            record = _of_roles(found, metadata, size, alpha, where)
-        else:
-            _check_alpha(alpha, text is not None, where)
-            config = None if text is None else parsed(text, str(place.config))
-            entries, config = plain_keys(found, config, where)
-            shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-            plan = make_plan(shapes, config, alpha, where)
-            record = _Record({**(config or {}), **_origin(metadata)}, plan, entries, size)
-        _check_something(record, where)
-        _records[digest.digest()] = record
+        hashed = hashlib.sha256(header)
+        hashed.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
+        digest = hashed.digest()
+        record = _records.get(digest)
+        if record is None:
+            found, metadata = safetensors.parse_header(header, size, where)
+            if is_portable(metadata):
+                record = _of_roles(found, metadata, size, alpha, where)
+            else:
+                config = None if text is None else parsed(text, str(place.config))
+                alphas, config = _said(metadata, config, alpha, where)
+                entries, config = plain_keys(found, config, where)
+                shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+                beside = alpha_keys(shapes)
+                numbers = safetensors.read_tensors(
+                    f, ((key, entries[key]) for key in beside.values()), where
+                )
+                alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
+                plan = make_plan(shapes, config, alphas, where)
+                kept = common_config(alphas.parts.values()) if config is None else config
+                record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
+                if beside:  # which the header does not tell apart
+                    return AdapterFile(place.path, record, nbytes, file=where)
+            _records[digest] = record
     return AdapterFile(place.path, record, nbytes, file=where)
+
+
+def _said(
+    metadata: Mapping[str, str], config: dict[str, Any] | None, alpha: float | None, where: str
+) -> tuple[Alphas, dict[str, Any] | None]:
+    """What is said of α, and the config: that in the header, where there is no other."""
+    header, inside = header_says(metadata, where)
+    parts = {} if inside is None else by_part(inside, where)
+    if config is None and parts.keys() == {""}:
+        config = parts[""]
+    _check_alpha(alpha, config is not None, where)
+    alphas = Alphas(alpha, header, parts=parts)
+    if config is not None:
+        try:
+            alphas.check_header(config)
+        except MismatchError as e:
+            raise MismatchError(f"{where}: {e}") from e
+    return alphas, config
 
 
 def _of_roles(
@@ -359,7 +388,7 @@ def _of_roles(
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a header says beside the format, such as how the adapter came about: `save` has it."""
-    told = {key: text for key, text in metadata.items() if key != "format"}
+    told = {key: text for key, text in metadata.items() if key not in ("format", *SAID)}
     return {ORIGIN: {"metadata": told}} if told else {}
 
 
@@ -367,24 +396,14 @@ def _record_of(
     tensors: Mapping[str, Tensor], config: dict[str, Any] | None, alpha: float | None, where: str
 ) -> _Record:
     shapes = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
-    record = _Record(config or {}, make_plan(shapes, config, alpha, where), {}, 0)
-    _check_something(record, where)
-    return record
-
-
-def _check_something(record: _Record, where: str) -> None:
-    if not record.slots and not record.extra_keys:
-        raise FileError(f"{where}: there are no tensors in it")
+    modules = {stem: tensors[key] for stem, key in alpha_keys(shapes).items()}
+    plan = make_plan(shapes, config, Alphas(alpha, modules=modules), where)
+    return _Record(config or {}, plan, {}, 0)
 
 
 def _check_alpha(alpha: float | None, has_config: bool, where: str) -> None:
     if has_config and alpha is not None:
         raise MismatchError(f"{where}: there is a config, which has its own α; leave out alpha=")
-    if not has_config and alpha is None:
-        raise FileError(
-            f"{where}: there is no adapter_config.json, so the scale is unknown; give alpha= "
-            "(the α it was trained with; the rank is the factors' own)"
-        )
 
 
 def _assembled(
@@ -433,6 +452,10 @@ def _copied(key: str, t: Tensor) -> Tensor:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     loader: Callable[..., Any] = torch.load
+    with safetensors.open_file(path) as f:
+        says = safetensors.disguise(f.read(100))
+    if says is not None and "torch.save" not in says:
+        raise FileError(f"{path} is {says}")
     try:
         tensors = loader(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged pickle can raise anything

@@ -6,8 +6,9 @@
 The stem is the module path, except that PEFT's wrappers show: `<path>.base_layer.out_proj` is
 the output projection of a MultiheadAttention, and one trailing `.base_layer` per further wrapper
 marks a targeted parameter (`target_parameters`). An adapter name after `lora_A` and a missing
-prefix are both accepted. What compiling and sharding put into names (`_orig_mod.`, `module.`, the
-prefix twice) is taken out first, of the keys and of the config: `plain_keys`.
+prefix are both accepted, and so is `lora_A` without `.weight` (loralib). What compiling and
+sharding put into names (`_orig_mod.`, `module.`, the prefix twice) is taken out first, of the keys
+and of the config: `plain_keys`.
 
 A targeted 3-D parameter holds E experts, each of them a module here, `<module>.<parameter>[e]`:
 A (E·r, in) counts the expert slowest, B (out, E·r) fastest. Which parameter a wrapper belongs to
@@ -21,14 +22,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from ..errors import MismatchError
-from ..parts import LINEAR, PREFIX, Layout, plain_name, refusal_reason, scaling
+from ..errors import FileError, MismatchError
+from ..parts import LINEAR, PREFIX, Layout, extra_kind, plain_name, refusal_reason, scaling
+from ..words import some_of
+from .alphas import Alphas, alpha_keys
+from .formats.foreign import foreign, no_pair
 from .peft_targets import finds_module, parameters_of
 
 Shape = tuple[int, ...]
@@ -36,7 +40,8 @@ Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 _KEY = re.compile(
     rf"(?:{re.escape(PREFIX)})?(?P<stem>.+)\."
-    r"(?:(?P<plain>lora_[AB])(?:\.[^.]+)?\.weight|(?P<embedding>lora_embedding_[AB])(?:\.[^.]+)?)"
+    r"(?:(?P<plain>lora_[AB])(?:(?:\.[^.]+)?\.weight)?"
+    r"|(?P<embedding>lora_embedding_[AB])(?:\.[^.]+)?)"
 )
 _OUT_PROJ = ".base_layer.out_proj"
 _T = TypeVar("_T")
@@ -141,22 +146,27 @@ def _plain_names(value: Any) -> Any:
 
 
 def make_plan(
-    tensors: Tensors, config: Mapping[str, Any] | None, alpha: float | None, where: str
+    tensors: Tensors, config: Mapping[str, Any] | None, alphas: Alphas, where: str
 ) -> Plan:
     """Find the modules among the tensors of a PEFT file.
 
     Args:
         tensors: {key: (dtype, shape)}.
         config: the adapter's configuration; None where there is none.
-        alpha: α, for a file without a config; the rank is then the factors' own.
+        alphas: what is said of α; without a config the rank is the factors' own.
         where: the file, for messages.
 
     Raises:
+        FileError: a format that is not read, no module and nothing else that is known, or no α.
         MismatchError: naming file and key: an A without B or the reverse, ranks that disagree
             with each other or with the config, a dtype that is not floating point, two keys for
             one module.
     """
+    told = foreign(tensors)
+    if told is not None:
+        raise FileError(f"{where}: {told}")
     pairs, extra_keys = _pairs(tensors, where)
+    _check_found(tensors, pairs, extra_keys, config, alphas, where)
     plain: list[tuple[_Pair, Shape, Shape]] = []
     for pair in pairs:
         if set(pair.keys) != {"A", "B"}:
@@ -170,14 +180,56 @@ def make_plan(
             extra_keys += pair.keys.values()
         else:
             plain.append((pair, *shapes))
+    used = alpha_keys(tensors)
+    taken = {used[pair.stem] for pair, _, _ in plain if pair.stem in used}
+    extra_keys = [key for key in extra_keys if key not in taken]
     try:
-        slots = _slots(plain, tensors, config, alpha)
+        slots = _slots(plain, tensors, config, alphas)
     except MismatchError as e:
         raise MismatchError(f"{where}: {e}") from e
     # In the order of the file, which is the order in which they are read.
     order = {key: i for i, key in enumerate(tensors)}
     slots = dict(sorted(slots.items(), key=lambda item: order[item[1].A]))
     return Plan(slots, tuple(sorted(extra_keys, key=order.__getitem__)))
+
+
+def check_gathered(shapes: Iterable[tuple[str, Shape]], where: str) -> None:
+    """Refuse tensors that a sharded run has left empty when it saved.
+
+    Raises:
+        MismatchError: naming them.
+    """
+    empty = [key for key, shape in shapes if shape == (0,)]
+    if empty:
+        raise MismatchError(
+            f"{where}: {some_of(empty, 2)} of shape (0,): the parameters were sharded (ZeRO 3, "
+            "FSDP) and not gathered when this was saved; save it again from the gathered state "
+            "dict (stage3_gather_16bit_weights_on_model_save, FULL_STATE_DICT)"
+        )
+
+
+def _check_found(
+    tensors: Tensors,
+    pairs: list[_Pair],
+    extra_keys: list[str],
+    config: Mapping[str, Any] | None,
+    alphas: Alphas,
+    where: str,
+) -> None:
+    """Refuse a file in which nothing is known, what is not whole, and modules without a scale."""
+    if not tensors:
+        raise FileError(f"{where}: there are no tensors in it")
+    check_gathered(((key, shape) for key, (_, shape) in tensors.items()), where)
+    kinds = {extra_kind(key, config or {}) for key in extra_keys}
+    if not pairs and (config is None or "unknown" in kinds):
+        raise FileError(f"{where}: {no_pair(tensors)}")
+    unscaled = [pair.stem for pair in pairs if config is None and not alphas.known(pair.stem)]
+    if unscaled:
+        of = "" if len(unscaled) == len(pairs) else f" of {some_of(unscaled)}"
+        raise FileError(
+            f"{where}: there is no adapter_config.json, so the scale{of} is unknown; give alpha= "
+            "(the α it was trained with; the rank is the factors' own)"
+        )
 
 
 def stem_scaling(config: Mapping[str, Any], layout: Layout, path: str) -> tuple[int, float]:
@@ -259,7 +311,7 @@ def _slots(
     plain: list[tuple[_Pair, Shape, Shape]],
     tensors: Tensors,
     config: Mapping[str, Any] | None,
-    alpha: float | None,
+    alphas: Alphas,
 ) -> dict[str, Slot]:
     stems = {pair.stem for pair, _, _ in plain}
     slots: dict[str, Slot] = {}
@@ -270,9 +322,9 @@ def _slots(
             wrapped.setdefault(owner, []).append((pair, A, B))
         else:
             path, layout = _layout(pair, A, stems)
-            _add(slots, path, _slot(pair, A, B, path, layout, tensors, config, alpha))
+            _add(slots, path, _slot(pair, A, B, path, layout, tensors, config, alphas))
     for owner, group in wrapped.items():
-        for path, slot in _parameter_slots(owner, group, tensors, config).items():
+        for path, slot in _parameter_slots(owner, group, tensors, config, alphas).items():
             _add(slots, path, slot)
     return slots
 
@@ -304,18 +356,18 @@ def _slot(
     layout: Layout,
     tensors: Tensors,
     config: Mapping[str, Any] | None,
-    alpha: float | None,
+    alphas: Alphas,
 ) -> Slot:
     rank = A[0]
     if config is None:
-        assert alpha is not None
-        scale = alpha / rank * (OUT_PROJ_TIMES if layout.is_out_proj else 1)
+        scale = alphas.of(pair.stem, rank) / rank * (OUT_PROJ_TIMES if layout.is_out_proj else 1)
     else:
         expected, scale = stem_scaling(config, layout, path)
         if rank != expected:
             raise MismatchError(
                 f"{pair.keys['A']!r} is {A}, but the config gives {path!r} the rank {expected}"
             )
+        alphas.check(pair.stem, config, layout.group(path))
     dtype = _common_dtype(pair, tensors)
     return Slot(
         pair.keys["A"], pair.keys["B"], (B[0], math.prod(A[1:])), rank, scale, layout, dtype
@@ -335,6 +387,7 @@ def _parameter_slots(
     group: list[tuple[_Pair, Shape, Shape]],
     tensors: Tensors,
     config: Mapping[str, Any] | None,
+    alphas: Alphas,
 ) -> dict[str, Slot]:
     names = parameters_of(config or {}, owner)
     if len(names) != len(group):
@@ -349,6 +402,7 @@ def _parameter_slots(
     for (pair, A, B), name in zip(group, order, strict=True):
         path = f"{owner}.{name}"
         rank, scale = scaling(config or {}, path)
+        alphas.check(pair.stem, config or {}, path)
         a, b = pair.keys["A"], pair.keys["B"]
         count, rest = divmod(A[0], rank)
         if rest:

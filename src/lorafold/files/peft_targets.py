@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import MismatchError
+from ..parts import saved_modules
 
 
 def finds_module(config: Mapping[str, Any], path: str) -> bool:
@@ -73,8 +74,7 @@ def _excluded(config: Mapping[str, Any], path: str) -> bool:
             return True
     elif excluded and any(path == e or path.endswith(f".{e}") for e in excluded):
         return True
-    saved = config.get("modules_to_save") or []
-    return any(_match(rf"(^|.*\.){m}($|\..*)", path) for m in saved)
+    return any(_match(rf"(^|.*\.){m}($|\..*)", path) for m in saved_modules(config))
 
 
 def _layer_wanted(config: Mapping[str, Any], path: str) -> bool:

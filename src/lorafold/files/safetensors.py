@@ -11,17 +11,19 @@ A header that promises anything other than what the file holds is refused before
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import FileError
@@ -76,6 +78,43 @@ class Entry:
         return _CODES[self.dtype]
 
 
+# How other files begin that get the name of one: what they are, and what to do.
+_DISGUISES = (
+    (
+        b"version https://git-lfs.github.com/",
+        "a pointer of git-LFS, not the file itself: fetch it (git lfs pull)",
+    ),
+    (b"<!doctype", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
+    (b"<html", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
+    (b"<?xml", "an XML text, not the file: fetch it again, from where it can be downloaded"),
+    (b"gguf", "a GGUF file of llama.cpp, which is not read"),
+    (b"pk\x03\x04", "a ZIP file, most likely what torch.save wrote: its name should end in .bin"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it first"),
+)
+_ENOUGH = 64  # bytes that show which
+
+
+def disguise(start: bytes) -> str | None:
+    """What a file is that has another's name, by how it begins; None where nothing is known."""
+    start = start[:_ENOUGH].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((says for begin, says in _DISGUISES if start.startswith(begin)), None)
+
+
+@contextlib.contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Tell what the system, or the safetensors library, says of a file as a `FileError`.
+
+    Args:
+        path: what is named where they don't name the file.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise FileError(f"{e.filename or os.fspath(path)}: {e.strerror or e}") from e
+    except SafetensorError as e:
+        raise FileError(f"{os.fspath(path)}: {e}") from e
+
+
 # Reading a file
 
 
@@ -98,7 +137,11 @@ def header_bytes(file: FileIO, path: Path) -> tuple[bytes, int]:
         FileError: the file is empty, cut off, or no safetensors file.
     """
     size = os.fstat(file.fileno()).st_size
-    length = header_length(_read(file, 0, min(8, size), path), size, path)
+    start = _read(file, 0, min(_ENOUGH, size), path)
+    says = disguise(start)
+    if says is not None:
+        raise FileError(f"{os.fspath(path)} is {says}")
+    length = header_length(start[:8], size, path)
     return _read(file, 8, length, path), size
 
 
@@ -153,7 +196,7 @@ def header_length(start: bytes | bytearray, size: int, where: Path) -> int:
     if 8 + length > size:
         raise FileError(
             f"{where}: the header takes {length} bytes, but the file ends after {size}: "
-            "it is cut off; fetch it again"
+            f"it is cut off (more than {8 + length} bytes expected, {size} found); fetch it again"
         )
     return length
 
@@ -183,9 +226,10 @@ def parse_header(
             raise FileError(f"{where}: the bytes of {key!r} {what} those before it")
         end = entry.stop
         if end > size:
+            whole = max(entry.stop for entry in found.values())
             raise FileError(
                 f"{where}: {key!r} reaches to byte {end}, but the file ends after {size}: "
-                "it is cut off; fetch it again"
+                f"it is cut off ({whole} bytes expected, {size} found); fetch it again"
             )
     if end != size:
         raise FileError(f"{where}: {size - end} bytes after the last tensor belong to none")

@@ -19,11 +19,12 @@ from ...layers.storage import storage_of
 from ...layers.swap import base_modules, plain_copy
 from ...layers.targets import Target, matches
 from ...naming import Base, Shape
-from ...parts import LINEAR, Layout, Parts, extra_kind, plain_name, wraps
+from ...parts import LINEAR, Layout, Parts, extra_kind, plain_name, saved_modules, wraps
 from ...placing import Placement, Spot, check_replicated, placed
 from ...words import warn
 
-_RUN = ("saved module", "base weight")  # extra tensors that may stand beside updates
+_RUN = ("saved module", "training state")  # extra tensors that may stand beside updates
+_NEVER_RUN = ("dora magnitude", "lora bias", "trained tokens", "grouped convolution")
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,13 @@ def places_of(name: str, adapter: Adapter, at: Standing) -> Places:
     """
     if adapter.refusal is not None:
         raise RefusedError(f"adapter {name!r}: {adapter.refusal}")
+    model, known = at.model, at.known
     for key in adapter.extras:
         kind = extra_kind(key, adapter.config)
-        if kind not in (*_RUN, "training state") and "original_module" not in key.split("."):
+        if kind in _NEVER_RUN:
             raise _not_run(name, key, kind)
-    model, known = at.model, at.known
     plan = _placed(f"adapter {name!r}", adapter.parts, at)
+    _check_run(name, adapter, model, plan)
     layers, experts, names = {}, {}, {}  # type: Any, Any, dict[str, str]
     for path, spot in _updates(plan).items():
         names[path] = spot.part
@@ -143,6 +145,24 @@ def library_places(library: Library, at: Standing) -> Places:
         check_dims(path, place.dims, modules[spots[path].part].shape)
     _list_unplaced("the library", plan)
     return Places(layers, {}, {}, {path: spot.part for path, spot in spots.items()})
+
+
+def owned_extras(library: Library, at: Standing) -> dict[str, frozenset[str]]:
+    """{adapter of a library: its extra tensors that are the model's own}, where there are some."""
+    found = {}
+    for name, entry in library.contents.manifest.adapters.items():
+        config = library.contents.config(name) if entry.extras else {}
+        kinds = {key: extra_kind(key, config) for key in entry.extras}
+        if not {"base weight", "bias", "unknown"}.isdisjoint(kinds.values()):
+            extras = library.contents.extras(name)
+            parts = Parts({}, {key: tuple(t.shape) for key, t in extras.items()}, config, {})
+            spots = placed(parts, Base(at.tensors, parts.names())).spots
+            found[name] = frozenset(
+                spot.part
+                for spot in spots
+                if spot.what == "whole" and _is_own(at.model, spot, extras[spot.part])
+            )
+    return found
 
 
 def _placed(whose: str, parts: Parts, at: Standing) -> Placement:
@@ -237,24 +257,41 @@ def _not_run(name: str, key: str, kind: str) -> RefusedError:
     )
 
 
+def _check_run(name: str, adapter: Adapter, model: nn.Module, plan: Placement) -> None:
+    """Refuse extra tensors that are neither run nor the model's own, as a state dict has them.
+
+    Raises:
+        RefusedError: naming one.
+    """
+    spots = {spot.part: spot for spot in plan.spots if spot.what == "whole"}
+    for key, value in adapter.extras.items():
+        kind = extra_kind(key, adapter.config)
+        if kind in _RUN or "original_module" in key.split("."):
+            continue
+        if kind == "base weight" and key not in spots:
+            continue  # told with what else has no place
+        if key not in spots or not _is_own(model, spots[key], value):
+            raise _not_run(name, key, kind)
+
+
+def _is_own(model: nn.Module, spot: Spot, value: Tensor) -> bool:
+    """Whether a tensor has the values that the model has in its place."""
+    own = getattr(model.get_submodule(_owner(spot)), spot.pieces[0].key.rpartition(".")[2]).detach()
+    return own.shape == value.shape and torch.equal(own.cpu(), value.cpu().to(own.dtype))
+
+
 def _copies(name: str, adapter: Adapter, model: nn.Module, plan: Placement) -> dict[str, nn.Module]:
     """{path: copy} of the modules that an adapter's file holds whole.
 
     Raises:
         MismatchError: one has other tensors than the model's.
-        RefusedError: a weight of the base that is not the model's.
     """
-    targets = [str(t) for t in adapter.config.get("modules_to_save") or []]
+    targets = saved_modules(adapter.config)
     tensors: dict[str, dict[str, Tensor]] = {}
     for spot in plan.spots:
-        if spot.what != "whole":
+        if spot.what != "whole" or extra_kind(spot.part, adapter.config) != "saved module":
             continue
         key, value = spot.pieces[0].key, adapter.extras[spot.part]
-        if extra_kind(spot.part, adapter.config) == "base weight":
-            own = getattr(model.get_submodule(_owner(spot)), key.rpartition(".")[2]).detach()
-            if own.shape != value.shape or not torch.equal(own.cpu(), value.cpu().to(own.dtype)):
-                raise _not_run(name, spot.part, "base weight")
-            continue
         words = key.split(".")
         above = [".".join(words[:at]) for at in range(1, len(words))]
         path = next((p for p in above if any(p.endswith(t) for t in targets)), _owner(spot))

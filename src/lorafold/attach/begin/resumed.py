@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,20 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...adapter import Adapter
+from ...adapter import Adapter, combined_digest, tensor_digest
 from ...errors import FileError, MismatchError
 from ...files import load
 from ...files.config import STATE_NAME
+from ...files.peft_keys import check_gathered
+from ...files.safetensors import header_bytes, open_file, parse_header
+from ...files.safetensors import read_tensors as read
 from ...layers.sites import Place
 from ...layers.swap import device_of
 from ...prefixes import Prefixes
+from ...words import one_line
 from ..run.factors import Factors, Modulation, Pair
 from .loadings import Loaded
 
 HEADER = "lorafold"  # the key of the header's text
+VERSION = 2
+_SEAL = "sha256"  # of all the rest
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class Training:
         """The file at a path.
 
         Raises:
-            FileError: it can't be read.
+            FileError: it can't be read, or is damaged. MismatchError: NaN or infinity in it.
         """
         header, flat = read_tensors(path)
+        _check_header(path, header, flat)
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in flat.items():
             module, _, name = key.rpartition(".")
@@ -106,14 +113,57 @@ class Checkpoint:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file's header of ours and its tensors.
+    """A file's header of ours, {} where it has none, and its tensors.
 
     Raises:
-        FileError: it can't be read.
+        FileError: it can't be read. MismatchError: NaN or infinity in it, or what was not gathered.
     """
+    metadata, tensors = read_whole(path)
     try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {}).get(HEADER, "{}"))
-            return header, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        raise FileError(f"{path}: can't be read ({e})") from e
+        header = json.loads(metadata.get(HEADER, "{}"))
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{path}: its header {HEADER!r} is no JSON ({e})") from e
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: its header {HEADER!r} must be an object, found {header!r:.40}")
+    return header, tensors
+
+
+def read_whole(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """A file's metadata and its tensors.
+
+    Raises:
+        FileError: it can't be read. MismatchError: NaN or infinity in it, or what was not gathered.
+    """
+    with open_file(path) as f:
+        header, size = header_bytes(f, path)
+        entries, metadata = parse_header(header, size, path)
+        check_gathered(((key, entry.shape) for key, entry in entries.items()), str(path))
+        tensors = dict(zip(entries, read(f, entries.items(), path), strict=True))
+    for key, t in tensors.items():
+        if not bool((t.float() if t.itemsize == 1 else t).isfinite().all()):
+            raise MismatchError(f"{path}: {key!r} holds NaN or infinity")
+    return metadata, tensors
+
+
+def with_seal(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A header, JSON's values, with a digest of it and of the tensors."""
+    text = json.dumps({k: v for k, v in header.items() if k != _SEAL}, sort_keys=True)
+    parts = [tensor_digest(key, t) for key, t in tensors.items()]
+    return {**header, _SEAL: combined_digest([hashlib.sha256(text.encode()).digest(), *parts])}
+
+
+def _check_header(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a state of training that is not as it was written.
+
+    Raises:
+        FileError: it is damaged, or of a later version.
+    """
+    version = header.get("version")
+    if version not in (1, VERSION):
+        raise FileError(
+            f"{path}: no state of training of a version that is read (1 or {VERSION}), found "
+            f"{one_line(version)}"
+        )
+    # The first version had no seal.
+    if version == VERSION and header != with_seal(header, tensors):
+        raise FileError(f"{path}: what it holds is not what was written: it is damaged")

@@ -30,12 +30,18 @@ class Shelf:
 
     Args:
         library: the library. dtype: of its sides on the device. names: {a layer's path in the
-            model: the library's name of it}.
+            model: the library's name of it}. owned: {adapter: its extras that are the model's own}.
     """
 
-    def __init__(self, library: Library, dtype: torch.dtype, names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        library: Library,
+        dtype: torch.dtype,
+        names: Mapping[str, str],
+        owned: Mapping[str, frozenset[str]],
+    ) -> None:
         self._library, self._dtype, self._names = copy.copy(library), dtype, dict(names)
-        self._modules = library.contents.modules
+        self._modules, self._owned = library.contents.modules, dict(owned)
         self._known: dict[tuple[str, torch.device], _Sides] = {}
 
     def __deepcopy__(self, memo: Any) -> Shelf:
@@ -68,7 +74,7 @@ class Shelf:
             raise RefusedError(f"adapter {name!r}: {entry.refusal}")
         for key in entry.extras:
             kind = extra_kind(key, contents.config(name))
-            if kind != "training state":
+            if kind != "training state" and key not in self._owned.get(name, ()):
                 raise RefusedError(
                     f"adapter {name!r} carries {key!r} ({kind}), which does not run from a "
                     "library: attach library[name] itself, or apply it to the weights "

@@ -25,7 +25,7 @@ from ...words import did_you_mean
 from ..config import SUBSPACE_NAME, read_text
 from ..find import adapters_at, is_adapter, is_subspace, name_of
 from ..peft import load
-from ..peft_keys import plain_key
+from ..peft_keys import check_gathered, plain_key
 from ..safetensors import open_file, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
@@ -207,6 +207,7 @@ def _meta(path: Path) -> dict[str, Any]:
 
 def _read_all(path: Path) -> dict[str, Tensor]:
     entries = read_entries(path)
+    check_gathered(((key, entry.shape) for key, entry in entries.items()), str(path))
     with open_file(path) as f:
         return dict(zip(entries, read_tensors(f, entries.items(), path), strict=True))
 

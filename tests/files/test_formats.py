@@ -1,0 +1,271 @@
+"""What is not in PEFT's form is an error that names it; α is taken from wherever a file says it."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.cli import main
+from lorafold.errors import FileError, MismatchError
+
+A, B = torch.randn(2, 8), torch.randn(6, 2)
+Q = {"m.q.lora_A.weight": A, "m.q.lora_B.weight": B}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}
+
+
+def pair(down, up):
+    return {down: A.clone(), up: B.clone()}
+
+
+FOREIGN = {
+    "kohya": (pair("lora_unet_q.lora_down.weight", "lora_unet_q.lora_up.weight"), "kohya-ss"),
+    "dotted": (pair("m.q.lora_down.weight", "m.q.lora_up.weight"), "kohya-ss"),
+    "loha": (pair("lora_unet_q.hada_w1_a", "lora_unet_q.hada_w1_b"), "LyCORIS"),
+    "lokr": (pair("lora_unet_q.lokr_w1", "lora_unet_q.lokr_w2"), "LyCORIS"),
+    "diffusers 1": (
+        pair("attn1.processor.to_q_lora.down.weight", "attn1.processor.to_q_lora.up.weight"),
+        "older form of diffusers",
+    ),
+    "diffusers 2": (
+        pair("unet.to_q.lora.down.weight", "unet.to_q.lora.up.weight"),
+        "older form of diffusers",
+    ),
+    "diffusers' text encoder": (
+        pair("te.q_proj.lora_linear_layer.down.weight", "te.q_proj.lora_linear_layer.up.weight"),
+        "older form of diffusers",
+    ),
+    "MLX": (pair("model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"), "MLX"),
+    "torchtune": (pair("layers.0.q.lora_a.weight", "layers.0.q.lora_b.weight"), "torchtune"),
+    "NeMo": (
+        pair("q.adapter.linear_in.weight", "q.adapter.linear_out.weight"),
+        "NeMo or Megatron",
+    ),
+    "AdapterHub": (pair("q.loras.sql.lora_A", "q.loras.sql.lora_B"), "AdapterHub"),
+    "AdaLoRA": ({**Q, "m.q.lora_E": A.clone()}, "another method than LoRA"),
+    "prompts": ({"prompt_embeddings": A}, "another method than LoRA"),
+    "a model": ({"model.embed_tokens.weight": A, "model.norm.weight": B}, "none of its 2 tensors"),
+    "beside PEFT's": ({**Q, "m.v.lora_down.weight": A.clone()}, "kohya-ss"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_format_that_is_not_read_is_named(name, tmp_path):
+    tensors, says = FOREIGN[name]
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file)
+    for alpha in (None, 8):
+        with pytest.raises(FileError, match=rf"x\.safetensors: .*{re.escape(says)}"):
+            lf.load(file, alpha=alpha)
+    with pytest.raises(FileError, match=rf"state dict: .*{re.escape(says)}"):
+        lf.load(tensors, alpha=8)
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    with pytest.raises(FileError, match=re.escape(says)):
+        lf.load(tmp_path / "adapter_model.bin", alpha=8, allow_pickle=True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(FileError, match=re.escape(says)):
+        lf.load(file)
+
+
+@pytest.mark.parametrize("verb", ["info", "resize", "diff", "fold"])
+def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
+    tensors, _ = FOREIGN["kohya"]
+    file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
+    save_file(tensors, file)
+    more = {"resize": [out, "--rank", "1"], "diff": [file], "fold": ["-o", out]}
+    with pytest.raises(SystemExit) as ended:
+        main([verb, file, "--alpha", "4", *more.get(verb, [])])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "kohya-ss" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_one_says_what_it_is(tmp_path):
+    tensors, _ = FOREIGN["MLX"]
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 2}})
+    )
+    for path in (tmp_path, tmp_path / "adapters.safetensors"):
+        with pytest.raises(FileError, match=r"MLX.*lorafold extract"):
+            lf.load(path)
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(Q, other / "pytorch_lora_weights.safetensors")
+    with pytest.raises(FileError, match=r"pytorch_lora_weights\.safetensors.*its own path"):
+        lf.load(other)
+
+
+def test_what_is_saved_whole_needs_no_pair(tmp_path):
+    """PEFT writes adapters of heads and tokens alone: their config says what they are."""
+    for name, tensors, more in (
+        ("head", {"score.weight": A}, {"modules_to_save": ["score"]}),
+        ("tokens", {"wte.trainable_tokens_delta": A}, {"trainable_token_indices": {"wte": [0, 1]}}),
+    ):
+        adapter = lf.load(tensors, config={**CONFIG, **more})
+        assert not adapter.modules
+        lf.save(adapter, tmp_path / name)
+        assert lf.load(tmp_path / name).extras.keys() == tensors.keys()
+
+
+def test_factors_without_weight_in_their_keys_are_read():
+    """As loralib and LitGPT write them: the same factors."""
+    plain = lf.load({"m.q.lora_A": A, "m.q.lora_B": B}, alpha=6)
+    assert plain.digest == lf.load(Q, alpha=6).digest
+
+
+# α, wherever it is said
+
+
+def written(path, tensors=Q, metadata=None, config=None):
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors", metadata=metadata)
+    if config is not None:
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return path / "adapter_model.safetensors"
+
+
+PARTS = {"m.r": 2, "m.lora_alpha": 3, "x.r": 4, "x.lora_alpha": 1}
+NUMBERS = {
+    "beside the factors": ({"m.q.alpha": torch.tensor(3.0)}, None),
+    "in half precision": ({"m.q.alpha": torch.tensor([3], dtype=torch.bfloat16)}, None),
+    "as an integer": ({"m.q.alpha": torch.tensor(3)}, None),
+    "lora_alpha": ({}, {"lora_alpha": "3"}),
+    "network_alpha": ({}, {"network_alpha": "3.0"}),
+    "ss_network_alpha": ({}, {"ss_network_alpha": "3.0"}),
+    "alpha": ({}, {"alpha": "3.0", "lora_alpha": "3"}),
+    "a config": ({}, {"lora_adapter_metadata": json.dumps({**CONFIG, "lora_alpha": 3})}),
+    "a part's config": (
+        {},
+        {
+            "lora_adapter_metadata": json.dumps(
+                {"m.r": 2, "m.lora_alpha": 3, "x.r": 4, "x.lora_alpha": 1}
+            )
+        },
+    ),
+    "a module's goes first": ({"m.q.alpha": torch.tensor(3.0)}, {"ss_network_alpha": "1"}),
+}
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_alpha_is_what_the_file_says(how, tmp_path):
+    more, metadata = NUMBERS[how]
+    file = written(tmp_path / "a", {**Q, **more}, metadata)
+    found = lf.load(file)
+    assert found["m.q"].scale == 1.5
+    assert not found.extras
+    lf.save(found, tmp_path / "again")
+    again = lf.load(tmp_path / "again")
+    assert torch.allclose(again["m.q"].dense(), 1.5 * B @ A)
+    if how != "a config":  # which goes without alpha= as a file does
+        assert lf.load(file, alpha=3)["m.q"].scale == 1.5
+        with pytest.raises(MismatchError, match=r"α is 3, and alpha= says 16: leave out alpha="):
+            lf.load(file, alpha=16)
+    half = lf.load(file).resize(rank=1)
+    lf.save(half, tmp_path / "half")
+    assert lf.load(tmp_path / "half").distance(half) < 1e-6 * half.norm()
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_alpha_that_contradicts_the_config_is_an_error(how, tmp_path):
+    more, metadata = NUMBERS[how]
+    file = written(tmp_path / "a", {**Q, **more}, metadata, CONFIG)
+    with pytest.raises(MismatchError, match=r"adapter_model\.safetensors: .*(remove one of them)"):
+        lf.load(file)
+    same = written(tmp_path / "b", {**Q, **more}, metadata, {**CONFIG, "lora_alpha": 3})
+    if how != "a module's goes first":
+        assert lf.load(same)["m.q"].scale == 1.5
+
+
+def test_each_module_has_its_own_alpha(tmp_path):
+    more = {k.replace("m.q", "m.v"): t.clone() for k, t in Q.items()}
+    numbers = {"m.q.alpha": torch.tensor(3.0), "m.v.alpha": torch.tensor(8.0)}
+    scales = {p: u.scale for p, u in lf.load({**Q, **more, **numbers}).items()}
+    assert scales == {"m.q": 1.5, "m.v": 4.0}
+    files = []
+    for name, alpha in (("one", 3.0), ("two", 5.0)):  # headers alike: nothing is shared
+        files.append(written(tmp_path / name, {**Q, "m.q.alpha": torch.tensor(alpha)}))
+    opened = [lf.files.open_adapter(f) for f in files]
+    assert [f.scales["m.q"] for f in opened] == [1.5, 2.5]
+    with pytest.raises(FileError, match=r"scale of 'm\.v' is unknown; give alpha="):
+        lf.load({**Q, **more, "m.q.alpha": torch.tensor(3.0)})
+
+
+def test_an_alpha_that_is_none_is_named(tmp_path):
+    for name, metadata, says in (
+        ("a", {"lora_alpha": "much"}, "must be α, found 'much'"),
+        ("b", {"lora_alpha": "1", "alpha": "2"}, "'lora_alpha' in the header says that α is 1"),
+        ("c", {"lora_adapter_metadata": "{"}, "not valid JSON"),
+        ("d", {"lora_adapter_metadata": "{}"}, "'r' must be a number"),
+        ("e", {"lora_adapter_metadata": '{"m.r": 3, "m.lora_alpha": 3}'}, "rank 2, but .* says 3"),
+    ):
+        with pytest.raises((FileError, MismatchError), match=rf"adapter_model.*{says}"):
+            lf.load(written(tmp_path / name, Q, metadata))
+
+
+# Heads of tasks, and the base's own weights
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, head="score"):
+        super().__init__()
+        self.m = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 6)})
+        self.norm = torch.nn.LayerNorm(6)
+        self.add_module(head, torch.nn.Linear(6, 3, bias=False))
+
+    def forward(self, x):
+        return list(self.children())[-1](self.norm(self.m["q"](x)))
+
+
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("SEQ_CLS", "score"), ("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")],
+)
+def test_a_task_has_its_head_saved(task, head):
+    """PEFT adds it to modules_to_save itself, whether or not the config names it."""
+    torch.manual_seed(0)
+    model = Classifier(head)
+    tensors = {**Q, f"{head}.weight": torch.randn(3, 6)}
+    adapter = lf.load(tensors, config={**CONFIG, "task_type": task})
+    x = torch.randn(2, 8)
+    with lf.attach(model, adapter).use("default"):
+        y = model(x)
+    h = model.norm(model.m["q"](x) + adapter["m.q"](x))
+    assert torch.allclose(y, h @ tensors[f"{head}.weight"].T, atol=1e-5)
+    with pytest.raises(lf.RefusedError, match=head):
+        lf.attach(Classifier(head), lf.load(tensors, config=CONFIG))
+
+
+def test_the_models_own_weights_do_no_harm(tmp_path):
+    """A whole state dict of a PEFT model: what is equal to the base is no change of it."""
+    torch.manual_seed(0)
+    model = Classifier()
+    state = {f"base_model.model.{k}": t.clone() for k, t in model.state_dict().items()}
+    state["base_model.model.m.q.base_layer.weight"] = state.pop("base_model.model.m.q.weight")
+    state["base_model.model.m.q.base_layer.bias"] = state.pop("base_model.model.m.q.bias")
+    adapter = lf.load({**Q, **state}, config=CONFIG)
+    x, plain = torch.randn(2, 8), lf.load(Q, config=CONFIG)
+    with lf.attach(model, plain).use("default") as live:
+        expected = model(x)
+    live.detach()
+    with lf.attach(model, adapter).use("default") as live:
+        assert torch.equal(model(x), expected)
+    live.detach()
+    library = lf.fold({"a": adapter}, tolerance=0)
+    with lf.attach(model, library).use("a") as live:
+        assert torch.allclose(model(x), expected, atol=1e-6)
+    live.detach()
+    applied, plainly = (a.apply_to(model.state_dict()) for a in (adapter, plain))
+    assert all(torch.equal(t, plainly[k]) for k, t in applied.items())
+    other = dict(adapter.extras)
+    other["base_model.model.norm.weight"] = other["base_model.model.norm.weight"] + 1
+    changed = lf.load({**Q, **other}, config=CONFIG)
+    with pytest.raises(lf.RefusedError, match=r"norm\.weight"):
+        lf.attach(model, changed)
+    library = lf.fold({"a": changed}, tolerance=0)
+    live = lf.attach(model, library)
+    with pytest.raises(lf.RefusedError, match=r"norm\.weight"), live.use("a"):
+        pass
