@@ -415,7 +415,8 @@ def _merged_extras(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str
 
 
 # A config's field that tells where an adapter comes from: "metadata", texts for the header of its
-# file, and "card", the text of a README.md. `save` takes it out of the config.
+# file, "card", the text of a README.md, and "record", that of a JSON file beside. `save` takes it
+# out of the config.
 ORIGIN = "lorafold_origin"
 
 _TARGETS = (

@@ -30,6 +30,7 @@ VERBS = {
     "add": "Add adapters to a library.",
     "rm": "Remove adapters from a library.",
     "verify": "Check a library's checksums, and its errors against the sources.",
+    "steer": "Train a dial from pairs of answers.",
     "route": "Choose adapters for texts: fit a router, ask it.",
     "report": "Write one page of pictures about a collection of adapters.",
     "bench": "Time a library: open, rebuild, project, add.",

@@ -21,6 +21,7 @@ PORTABLE_NAME = "portable.safetensors"  # by roles, lorafold's own
 SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
 LIBRARY_NAME = "library.json"
 STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on
+RECORD_NAME = "steering.json"  # beside an adapter, what was measured of it along its dial
 
 
 def read_text(path: Path) -> str:

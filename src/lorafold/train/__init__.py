@@ -22,6 +22,11 @@ _HOME = {
     "conflict_averse": "steering.loss",
     "steer_backward": "steering.loss",
     "steering_loss": "steering.loss",
+    "steer": "steering.steer",
+    "sweep": "steering.sweep",
+    "read_pairs": "steering.pairs",
+    "joined_rounds": "steering.rounds",
+    "proportional": "steering.rounds",
     "RandomRank": "ranks",
     "loss_by_adapter": "many",
     "clip_by_adapter": "many",
@@ -39,6 +44,11 @@ if TYPE_CHECKING:
     from .steering.loss import conflict_averse as conflict_averse
     from .steering.loss import steer_backward as steer_backward
     from .steering.loss import steering_loss as steering_loss
+    from .steering.pairs import read_pairs as read_pairs
+    from .steering.rounds import joined_rounds as joined_rounds
+    from .steering.rounds import proportional as proportional
+    from .steering.steer import steer as steer
+    from .steering.sweep import sweep as sweep
 
     Trainer: Any  # classes, of trainers.py
     SFTTrainer: Any

@@ -12,17 +12,21 @@ Source: Dowell & Jarratt, A modified regula falsi method for computing the root 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...attach import Live
 from ...errors import MismatchError
 from ...layers.modes import evaluating
 from .barrier import aggregated, token_kl
+from .tokens import Text, continued, logits_of
+
+# From a strength to a block in which the model runs with it; at 0 it is the base.
+At: TypeAlias = "Callable[[float], AbstractContextManager[Any]]"
 
 MOST = 12  # evaluations
 CLOSE = 0.05
@@ -46,6 +50,10 @@ class Calibration:
 
     def __float__(self) -> float:
         return self.c
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
 
 
 def calibrate_c(
@@ -74,37 +82,72 @@ def calibrate_c(
 
     Not for: what a trait gains by it, which a score of your own measures.
     """
-    if not kl > 0 or not math.isfinite(kl) or start == 0 or not math.isfinite(start):
-        raise MismatchError(f"kl must be above 0 and start not 0, found {kl!r} and {start!r}")
-    own = _the_only(live) if name is None else name
+    own = the_only(live) if name is None else name
     given = dict(prompts) if hasattr(prompts, "keys") else {"input_ids": prompts}
+
+    def at(c: float) -> tuple[Tensor, float]:
+        text, moved = moved_text(live.model, lambda c: live.use(own, c=c), c, given, tokens)
+        return text.tokens, float(aggregated(moved, "p95"))
+
+    return strength_at(at, kl, start, canary)
+
+
+def moved_text(
+    model: nn.Module, at: At, c: float, prompts: Mapping[str, Tensor], tokens: int
+) -> tuple[Text, Tensor]:
+    """Greedy continuations at c, and the KL of each of their tokens from c = 0, (tokens,)."""
+    with evaluating(model):
+        with at(c):
+            text = continued(model, prompts, tokens)
+            now = logits_of(model, text.given)
+        with at(0.0):
+            base = logits_of(model, text.given)
+    return text, text.predicted(token_kl(now, base))
+
+
+def strength_at(
+    f: Callable[[float], tuple[Tensor, float]],
+    target: float,
+    start: float = 1.0,
+    canary: Callable[[Tensor], bool] | None = None,
+) -> Calibration:
+    """The c at which a divergence that grows with |c| is `target`, on the side of `start`.
+
+    Args:
+        f: from c to what the canary is shown, and the divergence. target: nats.
+
+    Raises:
+        MismatchError: it is 0 at any c, or options out of range.
+    """
+    if not target > 0 or not math.isfinite(target) or start == 0 or not math.isfinite(start):
+        raise MismatchError(f"kl must be above 0 and start not 0, found {target!r} and {start!r}")
     tried: list[tuple[float, float]] = []
     sign, passed = math.copysign(1.0, start), 0.0
 
-    def f(size: float) -> float | None:
+    def of(size: float) -> float | None:
         nonlocal passed
-        texts, found = _moved(live, own, given, sign * size, tokens)
+        shown, found = f(sign * size)
         tried.append((sign * size, found))
-        if canary is not None and not canary(texts):
+        if canary is not None and not canary(shown):
             return None
         passed = max(passed, size)
         return found
 
-    low, high, stopped = _bracket(f, abs(start), kl)
-    while not stopped and low and high and len(tried) < MOST and not _near(tried[-1][1], kl):
+    low, high, stopped = _bracket(of, abs(start), target)
+    while not stopped and low and high and len(tried) < MOST and not _near(tried[-1][1], target):
         size = _between(low, high)
-        found = f(size)
+        found = of(size)
         if found is None:
             stopped = True
-        elif found < kl:
-            low, high = (size, math.log(found / kl), 0), (high[0], _half(high), high[2] + 1)
+        elif found < target:
+            low, high = (size, math.log(found / target), 0), (high[0], _half(high), high[2] + 1)
         else:
-            low, high = (low[0], _half(low), low[2] + 1), (size, math.log(found / kl), 0)
+            low, high = (low[0], _half(low), low[2] + 1), (size, math.log(found / target), 0)
     if stopped:
-        at = next((v for c, v in tried if abs(c) == passed), 0.0)
-        return Calibration(sign * passed, at, tuple(tried), _near(at, kl), True)
-    c, at = min(tried, key=lambda one: abs(math.log(max(one[1], 1e-300) / kl)))
-    return Calibration(c, at, tuple(tried), _near(at, kl))
+        here = next((v for c, v in tried if abs(c) == passed), 0.0)
+        return Calibration(sign * passed, here, tuple(tried), _near(here, target), True)
+    c, here = min(tried, key=lambda one: abs(math.log(max(one[1], 1e-300) / target)))
+    return Calibration(c, here, tuple(tried), _near(here, target))
 
 
 _End = tuple[float, float, int]  # c, log f(c) / kl as it counts, and how often it stayed
@@ -159,33 +202,7 @@ def _near(found: float, kl: float) -> bool:
     return abs(found / kl - 1) <= CLOSE
 
 
-def _moved(
-    live: Live, name: str, given: dict[str, Any], c: float, tokens: int
-) -> tuple[Tensor, float]:
-    """Greedy continuations at c, and the 95th percentile of their tokens' KL from c = 0."""
-    model: Any = live.model
-    with evaluating(model):
-        with live.use(name, c=c):
-            options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": 1}
-            whole = model.generate(**given, **options)
-            mask = _mask(given, whole)
-            now = model(input_ids=whole, attention_mask=mask).logits
-        with live.use(name, c=0):
-            base = model(input_ids=whole, attention_mask=mask).logits
-    first = given["input_ids"].shape[1]
-    kl = token_kl(now[:, first - 1 : -1], base[:, first - 1 : -1])
-    return whole[:, first:], float(aggregated(kl.flatten(), "p95"))
-
-
-def _mask(given: dict[str, Any], whole: Tensor) -> Tensor:
-    mask = given.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(whole)
-    more = whole.shape[1] - mask.shape[1]
-    return torch.cat([mask, mask.new_ones(len(mask), more)], 1)
-
-
-def _the_only(live: Live) -> str:
+def the_only(live: Live) -> str:
     if len(live.names) != 1:
         raise MismatchError(f"say which adapter is meant by name=; there are {live.names}")
     return live.names[0]

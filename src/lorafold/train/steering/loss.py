@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...attach import Live
 from ...errors import MismatchError
-from ..many import IGNORED, the_trained
+from ...words import one_of
+from ..many import the_trained
 from .barrier import KLBarrier, token_kl
+from .tokens import SIDES, both_logits, mean_logp, predicted
 
-SIDES = ("chosen", "rejected")
+REFERENCES = ("base", "kept")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,9 @@ def steering_loss(
     barrier: KLBarrier | None = None,
     cap: float = 1.0,
     name: str | None = None,
+    reference: str = "base",
 ) -> Steering:
     """The loss of a batch of pairs at ±c; `backward()` of `.loss` trains the adapter.
-
-    The reference is the model at c = 0: the pristine base, or with `live.gate = "always"` the
-    rounds that are kept.
 
     Args:
         model: gives `logits` (B, T, vocabulary). live: its handle.
@@ -73,6 +72,8 @@ def steering_loss(
             `input_ids` (B, T) and `labels`, -100 where nothing is to be predicted.
         c: the strength. barrier: the price of movement. cap: nats a token that are pushed for.
         name: of the adapter; the only trained one when None.
+        reference: "base", the model at c = 0: the pristine base, unless `live.gate` is "always";
+            or "kept", what the gate lets run of the rounds that are kept, at c and at −c.
 
     Raises:
         MismatchError: a batch without these, or options out of range.
@@ -83,21 +84,27 @@ def steering_loss(
     barrier = KLBarrier() if barrier is None else barrier
     if not c > 0 or not cap > 0:
         raise MismatchError(f"c and cap must be above 0, found {c!r} and {cap!r}")
+    if reference not in REFERENCES:
+        raise MismatchError(f"reference must be {one_of(REFERENCES)}, found {reference!r}")
     for side in SIDES:
         if side not in batch or not {"input_ids", "labels"} <= set(batch[side]):
             raise MismatchError(f"the batch needs {side!r} with input_ids and labels")
-    with torch.no_grad(), live.use(name, c=0):
-        base = {side: _logits(model, batch[side]) for side in SIDES}
-    before = {side: _mean_logp(base[side], batch[side]["labels"]) for side in SIDES}
+    base: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
     losses, margins, kls, nlls = [], [], [], []
     for sign, side in zip((1, -1), SIDES, strict=True):
+        if not base or reference == "kept":
+            still = {"c": 0} if reference == "base" else {"c": sign * c, "rank": 0}
+            with torch.no_grad(), live.use(name, **still):
+                base = both_logits(model, batch)
+            before = {s: mean_logp(base[s], batch[s]["labels"]) for s in SIDES}
         with live.use(name, c=sign * c):
-            now = {s: _logits(model, batch[s]) for s in SIDES}
-        logp = {s: _mean_logp(now[s], batch[s]["labels"]) for s in SIDES}
+            now = both_logits(model, batch)
+        logp = {s: mean_logp(now[s], batch[s]["labels"]) for s in SIDES}
         moved = {s: logp[s] - before[s] for s in SIDES}
         margin = sign * (moved["chosen"] - moved["rejected"])
         kl = torch.cat(
-            [_predicted(token_kl(now[s], base[s], barrier.top), batch[s]) for s in SIDES]
+            [predicted(token_kl(now[s], base[s], barrier.top), batch[s]["labels"]) for s in SIDES]
         )
         losses.append((cap - margin).clamp_min(0).mean() + barrier(kl))
         margins.append(float(margin.detach().mean()))
@@ -106,28 +113,6 @@ def steering_loss(
     return Steering(
         (losses[0], losses[1]), (margins[0], margins[1]), torch.cat(kls), (nlls[0], nlls[1])
     )
-
-
-def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
-    found: Any = model(**{k: v for k, v in given.items() if k != "labels"})
-    logits: Tensor = found["logits"] if isinstance(found, Mapping) else found
-    return logits
-
-
-def _mean_logp(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean log probability of each row's labels, (B,), nats a token."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logp = F.log_softmax(logits[:, :-1].to(wide), -1)
-    targets = labels[:, 1:]
-    there = targets != IGNORED
-    own = logp.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1) * there
-    return own.sum(1) / there.sum(1).clamp_min(1)
-
-
-def _predicted(kl: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """The divergences where something is to be predicted, (tokens,)."""
-    found: Tensor = kl[:, :-1][given["labels"][:, 1:] != IGNORED]
-    return found
 
 
 def conflict_averse(gradients: Sequence[Sequence[Tensor]], radius: float = 0.5) -> list[Tensor]:

@@ -1,0 +1,143 @@
+"""A run of steering on the disk, to go on with: `run.safetensors`, and a folder for each round.
+
+`round1`, `round2`, … are PEFT directories of what is kept. The file holds the round that is being
+trained: `now.<i>` and `best.<i>`, its parameters in their order, `adam.<i>.<moment>`, and in its
+header what was asked for, which has to be the same when it goes on, and what was seen so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import FileError, MismatchError
+from ...files import load
+from ...files.atomic import new_directory
+from ...files.replacing import Kind
+from ...files.save import peft_form, write_form
+from .calibrate import Calibration
+from .rounds import named
+from .steer import Judged, Round, Run
+
+FILE, HEADER, VERSION = "run.safetensors", "lorafold_steering_run", 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+RUN = Kind(
+    "a run of steering",
+    lambda folder: (folder / FILE).is_file(),
+    re.compile(re.escape(FILE)),
+    folders=re.compile(r"round\d+"),
+)
+
+
+def save_run(run: Run, path: str | os.PathLike[str]) -> None:
+    """Write a run as it is, between two steps, in place of an earlier state of one.
+
+    Raises:
+        FileError: something else is at `path`.
+    """
+    live, now = run.live, run.now
+    header: dict[str, Any] = {"version": VERSION, **_asked(run)}
+    header["kept"] = {} if live is None else live.kept
+    header["done"] = [r.to_dict() for r in run.done]
+    header["now"] = None if now is None else [now.step, [asdict(j) for j in now.judged]]
+    tensors: dict[str, Tensor] = {"none": torch.zeros(1)}
+    if now is not None and live is not None:
+        for i, p in enumerate(live.parameters(named(now.number))):
+            tensors[f"now.{i}"] = p.detach()
+            tensors |= {f"adam.{i}.{m}": now.optimizer.state[p][m] for m in _MOMENTS if now.step}
+        tensors |= {f"best.{i}": t for i, t in enumerate(now.best)}
+    apart = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+    with new_directory(path, RUN, overwrite=True) as staging:
+        for name in header["kept"]:
+            assert live is not None
+            (staging / name).mkdir()
+            write_form(staging / name, *peft_form(live.adapter(name)))
+        save_file(apart, staging / FILE, metadata={"format": "pt", HEADER: json.dumps(header)})
+
+
+def load_run(run: Run, path: str | os.PathLike[str]) -> None:
+    """Put a fresh run where a saved one was left.
+
+    Raises:
+        FileError: no run is there, or it can't be read. MismatchError: other pairs or options.
+    """
+    header, tensors = _read(Path(path))
+    for what, here in _asked(run).items():
+        if header.get(what) != here:
+            raise MismatchError(f"{path} is a run {_other(what, header.get(what), here)}")
+    done = [_round(told) for told in header["done"]]
+    kept = {name: (load(Path(path) / name), c) for name, c in header["kept"].items()}
+    run.restore(kept, done)
+    if header["now"] is not None:
+        _go_on(run, header["now"], tensors)
+
+
+def _go_on(run: Run, told: Any, tensors: dict[str, Tensor]) -> None:
+    """Bring the round that was being trained back to its step."""
+    now, (step, judged) = run.begin(), told
+    assert run.live is not None
+    parameters = list(run.live.parameters(named(now.number)))
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.copy_(tensors[f"now.{i}"])
+            if step:
+                moments = {m: tensors[f"adam.{i}.{m}"].to(p.device) for m in _MOMENTS}
+                now.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    best = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(parameters) if judged]
+    now.go_on(step, best, [_judged(j) for j in judged])
+
+
+def _asked(run: Run) -> dict[str, Any]:
+    """What a run is of: its options, its pairs, the shapes of its model."""
+    pairs = hashlib.sha256(repr(run.encoded.pairs).encode()).hexdigest()
+    shapes = [list(p.shape) for n, p in sorted(run.model.named_parameters()) if "lorafold" not in n]
+    model = hashlib.sha256(repr(shapes).encode()).hexdigest()
+    return {"options": run.options.facts(), "pairs": pairs, "model": model}
+
+
+def _other(what: str, there: Any, here: Any) -> str:
+    if what != "options":
+        return f"with other {'pairs' if what == 'pairs' else 'shapes of the base'}: give the same"
+    there = there if isinstance(there, dict) else {}
+    name = next(k for k in here if there.get(k) != here[k])
+    return f"with {name} {there.get(name)!r}, and not {here[name]!r}: give the same options"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = path / FILE
+    if not file.is_file():
+        raise FileError(f"{path}: there is no run to go on with")
+    try:
+        with safe_open(file, "pt") as opened:
+            header = json.loads((opened.metadata() or {}).get(HEADER, "null"))
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as e:
+        raise FileError(f"{file}: can't be read ({e})") from e
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        raise FileError(f"{file}: this is no run of steering that this version reads")
+    return header, tensors
+
+
+def _round(told: dict[str, Any]) -> Round:
+    found = told["calibration"]
+    if found is not None:
+        found = Calibration(**{**found, "tried": tuple(map(tuple, found["tried"]))})
+    judged = tuple(map(_judged, told["judged"]))
+    return Round(**{**told, "judged": judged, "calibration": found})
+
+
+def _judged(told: dict[str, Any]) -> Judged:
+    return Judged(
+        told["step"], told["loss"], tuple(told["margins"]), told["kl"], tuple(told["nll"])
+    )
