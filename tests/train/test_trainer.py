@@ -258,6 +258,28 @@ def test_each_of_many_is_what_it_is_alone(collator, accumulate, tmp_path, sequen
             torch.testing.assert_close(p, q, atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_the_held_out_loss_of_many_does_not_depend_on_the_batches(batch, tmp_path):
+    data = rows(16, seed=4, adapter=["a", "a", "a", "b", "c"])
+    t = many(tmp_path, data=data, eval_dataset=data, per_device_eval_batch_size=batch)
+    with torch.no_grad():
+        for p in t.live.parameters():
+            p.add_(0.1)
+    found = t.evaluate()
+    whole = 0.0
+    for name in NAMES:
+        sums = count = 0
+        for row in (row for row in data if row["adapter"] == name):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad(), t.live.use(name):
+                logits = t.model(ids).logits[0, :-1]
+            sums += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+        assert abs(found[f"eval_loss/{name}"] - sums / count) < 1e-4
+        whole += sums / count
+    assert abs(found["eval_loss"] - whole) < 1e-4
+
+
 def test_many_are_saved_each_alone_and_go_on(tmp_path):
     data = rows(16, adapter=NAMES)
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "data": data}
@@ -296,6 +318,37 @@ def test_what_is_no_model_with_adapters(tmp_path):
         trainer(tmp_path, model=model)
     with pytest.raises(lf.MismatchError, match="give the model itself"):
         lf.train.Trainer("base")
+
+
+@pytest.mark.parametrize("kind", [*SPECS, "loadings"])
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=["checkpointing", "bf16"]
+)
+def test_every_kind_trains_with_the_librarys_own_options(kind, options, tmp_path):
+    def spec():
+        if kind in SPECS:
+            return SPECS[kind]()
+        paths = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+        g = torch.Generator().manual_seed(0)
+        shared = {p: torch.randn(4, 32, generator=g) for p in paths}
+        made = {
+            name: lf.Adapter(
+                {p: lf.LowRank(A, torch.randn(32, 4, generator=g)) for p, A in shared.items()}
+            )
+            for name in "xyz"
+        }
+        return lf.Loadings(lf.fold(made, form="output", rank=4), seed=0)
+
+    found = []
+    for more in ({}, options):
+        t = trainer(tmp_path, spec(), max_steps=6, eval_dataset=rows(16), **more)
+        before = t.evaluate()["eval_loss"]
+        t.train()
+        assert t.evaluate()["eval_loss"] < before
+        assert all(p.dtype == torch.float32 for p in t.live.parameters())
+        found.append(losses(t))
+    for p, q in zip(*found, strict=True):
+        assert abs(p - q) < (0.1 if "bf16" in options else 1e-4)
 
 
 @pytest.mark.parametrize(

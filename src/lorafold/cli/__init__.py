@@ -22,6 +22,7 @@ VERBS = {
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
     "verify-merge": "Check, tensor by tensor, what a merged checkpoint holds of an adapter.",
     "extract": "Make an adapter of what differs between two checkpoints.",
+    "train": "Train an adapter on examples, and measure what it gains on those held out.",
     "align": "Align two base models by texts run through both.",
     "transfer": "Move adapters to another base model, or to other shapes.",
     "fold": "Fold many adapters into one library with a bounded error.",

@@ -23,6 +23,8 @@ LIBRARY_NAME = "library.json"
 STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on
 RECORD_NAME = "steering.json"  # beside an adapter, what was measured of it along its dial
 
+CHECKPOINTS, RECIPE_NAME = "checkpoints", "recipe.json"  # of a training run, and how it goes on
+
 
 def read_text(path: Path) -> str:
     """The file's text.

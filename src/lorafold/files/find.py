@@ -18,10 +18,12 @@ from pathlib import Path
 from ..errors import FileError
 from ..words import some_of, warn
 from .config import (
+    CHECKPOINTS,
     CONFIG_NAME,
     LIBRARY_NAME,
     PICKLE_NAME,
     PORTABLE_NAME,
+    RECIPE_NAME,
     SUBSPACE_NAME,
     WEIGHTS_NAME,
 )
@@ -65,6 +67,11 @@ def is_subspace(path: str | os.PathLike[str]) -> bool:
 def is_library(path: str | os.PathLike[str]) -> bool:
     """Whether the directory holds a library."""
     return os.path.isfile(Path(path, LIBRARY_NAME))
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether the directory holds the checkpoints of a training run."""
+    return path.name == CHECKPOINTS and os.path.isfile(path / RECIPE_NAME)
 
 
 def in_library(text: str) -> tuple[str, str] | None:
@@ -114,7 +121,8 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
             return places, []
         taken = set(places)
         below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        return places, sorted(p for p in below if p not in taken and not is_library(p))
+        below = (p for p in below if not is_library(p) and not is_of_a_run(p))
+        return places, sorted(p for p in below if p not in taken)
     kept = {path: None for path in found if holds_any(path)}
     if not kept:
         raise FileError(f"no adapter matches {os.fspath(text)!r}, only {some_of(map(str, found))}")

@@ -63,7 +63,7 @@ def _card(facts: Mapping[str, Any], base_model: str | None) -> str:
     if base_model:
         front.insert(1, f"base_model: {json.dumps(base_model)}")
     options = {**facts.get("options", {}), "space": facts["space"], "seed": facts["seed"]}
-    said = ", ".join(f"{name} {_cell(value)}" for name, value in options.items())
+    said = ", ".join(f"{name} {cell(value)}" for name, value in options.items())
     lines = [
         *front,
         "---",
@@ -78,24 +78,24 @@ def _card(facts: Mapping[str, Any], base_model: str | None) -> str:
     ]
     for source in facts["sources"]:
         row = (source["name"], source["weight"], source["digest"])
-        lines.append("| " + " | ".join(map(_cell, row)) + " |")
+        lines.append("| " + " | ".join(map(cell, row)) + " |")
     if facts.get("error") is not None:
         lines += ["", f"Cut to its rank, it is off by {facts['error']:.3g} of what was cut."]
     if facts.get("missing"):
         lines += ["", "Missing in some adapters, where they count as zero:", ""]
-        lines += [f"- {_cell(path)}: {_cell(who)}" for path, who in facts["missing"].items()]
+        lines += [f"- {cell(path)}: {cell(who)}" for path, who in facts["missing"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A value as text that is no markup of any kind."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping) and len(value) > 8:
         return f"by {len(value)} patterns"
     if isinstance(value, Mapping):
-        return ", ".join(f"{_cell(k)}: {_cell(v)}" for k, v in value.items())
+        return ", ".join(f"{cell(k)}: {cell(v)}" for k, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_cell, value))
-    text = html.escape("".join(c if c.isprintable() else " " for c in str(value)))
+        return ", ".join(map(cell, value))
+    text = html.escape("".join(c if c.isprintable() else " " for c in str(value)), quote=False)
     return re.sub(r"([\\`*_\[\]|#!~$])", r"\\\1", text)

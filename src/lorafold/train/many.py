@@ -43,12 +43,19 @@ def loss_by_adapter(
     Returns:
         A scalar, nats. An adapter without tokens adds nothing.
     """
+    sums = sums_by_adapter(logits, labels, adapter, len(counts), lengths)
+    return (sums / counts.to(sums).clamp_min(1)).sum()
+
+
+def sums_by_adapter(
+    logits: Tensor, labels: Tensor, adapter: Tensor, number: int, lengths: Any = None
+) -> Tensor:
+    """The sum of each of `number` adapters' next-token losses, (number,), nats."""
     flat = logits[:, :-1].flatten(0, 1)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     losses = F.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none", ignore_index=IGNORED)
     owner = owners(labels, adapter, lengths)[:, 1:].flatten()
-    sums = losses.new_zeros(len(counts)).index_add(0, owner, losses)
-    return (sums / counts.to(sums).clamp_min(1)).sum()
+    return losses.new_zeros(number).index_add(0, owner, losses)
 
 
 def tokens_by_adapter(labels: Tensor, adapter: Tensor, number: int, lengths: Any = None) -> Tensor:
@@ -101,7 +108,7 @@ def numbers_of(column: Sequence[Any], names: Sequence[str]) -> Tensor:
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers of all tensors are finite; the device is waited for once."""
-    there = [t.detach() for t in tensors]
+    there = [t.detach() for t in tensors if t.numel()]  # no norm is of nothing
     return not there or bool(torch.nn.utils.get_total_norm(there, math.inf).isfinite())
 
 

@@ -24,7 +24,7 @@ from ..attach import Live
 from ..attach.begin.resumed import read_tensors
 from ..collection.folders import folder_names
 from ..errors import MismatchError, RefusedError
-from .many import clip_by_adapter, loss_by_adapter, numbers_of, tokens_by_adapter
+from .many import clip_by_adapter, numbers_of, sums_by_adapter, tokens_by_adapter
 from .measured import Measured
 from .orbital.controller import OrbitalController
 from .packing import COLUMN, sequences
@@ -69,6 +69,7 @@ class AdapterTraining:
         self._measured = Measured(self.live)
         self._guard: Any = None
         self._counts = torch.ones(len(self._names))  # tokens of each in this step of the optimiser
+        self._tally = torch.zeros(2, len(self._names), device=own.args.device)  # of an evaluation
 
     # Rows
 
@@ -132,6 +133,20 @@ class AdapterTraining:
         with self._running(inputs, False):
             return super().prediction_step(model, inputs, *more, **kw)  # type: ignore[misc]
 
+    def evaluation_loop(self, *args: Any, **kw: Any) -> Any:
+        """The library's; of many adapters the sum of each one's mean over all its tokens."""
+        own: Any = self
+        self._tally.zero_()
+        found = super().evaluation_loop(*args, **kw)  # type: ignore[misc]
+        sums, counts = own.accelerator.reduce(self._tally, "sum")
+        all_of = zip(self._names, sums.tolist(), counts.tolist(), strict=True)
+        means = {n: s / c for n, s, c in all_of if c}
+        if means:
+            key = f"{kw.get('metric_key_prefix', 'eval')}_loss"
+            found.metrics.update({f"{key}/{name}": mean for name, mean in means.items()})
+            found.metrics[key] = sum(means.values())
+        return found
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -158,7 +173,10 @@ class AdapterTraining:
             counts = tokens_by_adapter(labels, rows, len(self._names), lengths)
         given = {k: v for k, v in inputs.items() if k not in (ROWS, LENGTHS, "labels")}
         outputs = model(**given)
-        loss = loss_by_adapter(outputs["logits"], labels, rows, counts, lengths)
+        sums = sums_by_adapter(outputs["logits"], labels, rows, len(self._names), lengths)
+        if not model.training:
+            self._tally += torch.stack([sums.detach(), counts.to(sums)]).to(self._tally)
+        loss = (sums / counts.to(sums).clamp_min(1)).sum()
         own.loss_is_scaled_for_ga = True
         loss = loss * own.accelerator.num_processes if model.training else loss
         return (loss, outputs) if return_outputs else loss

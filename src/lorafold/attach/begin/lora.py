@@ -39,7 +39,7 @@ def fresh_factors(
     if r > min(out, inner):
         raise MismatchError(
             f"rank {r} is above min(out, in) = {min(out, inner)} of module {path!r}: lower rank=, "
-            "or give it one of its own by rank_pattern="
+            "leave it out by exclude=, or give it one of its own by rank_pattern="
         )
     device = device_of(layer)
     start = None
