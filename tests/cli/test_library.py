@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -347,11 +348,13 @@ def test_verify_finds_damage(here, cli):
     shard.write_bytes(data)
     ran = cli("verify", "lib")
     assert ran.code == 1
-    assert ran.out == ""
+    assert shard.name in ran.out
     assert ran.err.count("\n") == 1
     assert shard.name in ran.err
+    assert "lorafold repair lib" in ran.err
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("pattern", ["library.json", "adapters-*", "shard-*"])
 @pytest.mark.parametrize("how", ["cut", "emptied", "gone", "edited"])
 def test_verify_finds_every_file_that_is_not_right(here, cli, pattern, how):
@@ -364,9 +367,64 @@ def test_verify_finds_every_file_that_is_not_right(here, cli, pattern, how):
         path.write_bytes({"cut": raw[:-9], "emptied": b"", "edited": b"x" + raw[1:]}[how])
     ran = cli("verify", "lib", "--json")
     assert ran.code == (2 if (pattern, how) == ("library.json", "gone") else 1)
-    assert ran.out == ""
     assert ran.err.count("\n") == 1
     assert path.name in ran.err
+    if pattern == "library.json":
+        assert ran.out == ""
+        return
+    assert not ran.json["ok"]
+    assert len(ran.json["damage"]) == 1
+    assert path.name in ran.json["damage"][0]
+    assert not any(row["ok"] for row in ran.json["adapters"])
+
+
+@pytest.fixture
+def damaged(here, cli):
+    """A library, one adapter of which is in a shard of its own, that was cut."""
+    assert cli("add", "lib", "adapters/sql", "--name", "new").code == 0
+    with lf.Library.open("lib") as lib:
+        shard = here / "lib" / lib.entry("new")["shard"]
+    os.truncate(shard, 100)
+    return shard
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_library_is_used_as_far_as_it_goes(here, cli, damaged):
+    ran = cli("ls", "lib", "--json")
+    assert (ran.code, ran.err.count("\n")) == (0, 1)
+    assert ran.err.startswith("warning: ")
+    assert damaged.name in ran.err
+    assert {row["name"] for row in ran.json if row["problem"]} == {"new"}
+    assert "lost" in cli("ls", "lib").out
+    assert cli("info", "lib").code == 0
+    assert cli("unfold", "lib", "sql", "-o", "one").code == 0
+    ran = cli("unfold", "lib", "-o", "all", "--json")
+    assert ran.code == 1
+    assert list(ran.json["lost"]) == ["new"]
+    assert "'new'" in ran.err
+    assert sorted(os.listdir("all")) == ["law", "poems", "sql"]
+    assert cli("rm", "lib", "law").code == 0
+    found = cli("verify", "lib", "--json")
+    assert found.code == 1
+    assert [row["name"] for row in found.json["adapters"] if not row["ok"]] == ["new"]
+    assert cli("rm", "lib", "new").code == 0
+    assert cli("verify", "lib").code == 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("given", [False, True])
+def test_repair(here, cli, damaged, given):
+    ran = cli("repair", "lib", *(["--name", "new=adapters/sql"] if given else []))
+    assert ran.code == 0
+    assert damaged.name in ran.out
+    assert ("rebuilt" if given else "dropped") in ran.out
+    assert cli("verify", "lib").code == 0
+    assert ("new" in cli("ls", "lib").out) == given
+    again = cli("repair", "lib", "--sources", "adapters", "--json")
+    kept = 4 if given else 3
+    assert again.json == {
+        "path": "lib", "damage": [], "rebuilt": [], "dropped": {}, "lost_lists": 0, "kept": kept,
+    }  # fmt: skip
 
 
 def test_verify_of_what_is_no_library_or_source_is_bad_input(here, cli):

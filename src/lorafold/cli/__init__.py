@@ -31,6 +31,7 @@ VERBS = {
     "add": "Add adapters to a library.",
     "rm": "Remove adapters from a library.",
     "verify": "Check a library's checksums, and its errors against the sources.",
+    "repair": "Make a damaged library whole again: rebuild what is lost, or drop it.",
     "steer": "Train a dial from pairs of answers.",
     "route": "Choose adapters for texts: fit a router, ask it.",
     "report": "Write one page of pictures about a collection of adapters.",

@@ -36,6 +36,7 @@ def library_facts(out: Console, stats: Mapping[str, Any]) -> None:
             ("forms", ", ".join(f"{form} ×{n}" for form, n in stats["forms"].items())),
             ("same start", "; ".join(group_words(stats)) or _no_groups(stats)),
             ("plain SVD", svd_words(stats)),
+            ("damaged", "\n".join(stats["damage"])),
         ],
     )
     remark = sharing_remark(stats)

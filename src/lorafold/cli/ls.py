@@ -21,7 +21,8 @@ def ls(lib: str) -> None:
     """List the adapters of a library.
 
     For each: the error against its original, the bytes it takes in the library beside what is
-    shared, the bytes of its original files, its ranks, and the start of its digest.
+    shared ("lost", where a file that it needs is damaged), the bytes of its original files, its
+    ranks, and the start of its digest.
     """
     from ..fold import Library
 
@@ -44,6 +45,7 @@ def _rows(lib: Library) -> list[dict[str, Any]]:
                 "parameters": entry["parameters"],
                 "exact": bool(entry.get("exact")),
                 "digest": entry["digest"],
+                "problem": entry.get("problem"),
             }
         )
     return rows
@@ -58,7 +60,7 @@ def _show(out: Console, rows: list[dict[str, Any]]) -> None:
                 row["name"],
                 output.span(row["ranks"]),
                 "exact" if row["exact"] and not row["error"] else output.percent(row["error"]),
-                output.size(row["bytes"]),
+                "lost" if row["problem"] else output.size(row["bytes"]),
                 output.size(row["file_bytes"]),
                 output.count(row["parameters"]),
                 row["digest"][:8],

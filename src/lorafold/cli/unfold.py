@@ -11,7 +11,7 @@ import click
 
 from ..collection.folders import NAMES_FILE, folder_names, known_names, write_names
 from . import _output as output
-from ._command import command
+from ._command import CheckFailed, command
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ def unfold(
 
     All of them, or those named. An adapter goes to DIR/NAME; where its name is no plain folder
     name it goes to one made from it, listed in DIR/names.json. Factors are float32 unless --dtype
-    says otherwise; adapters stored exactly come out bit for bit.
+    says otherwise; adapters stored exactly come out bit for bit. Where the library is damaged, all
+    that can be read are written, and the exit status is 1.
     """
+    from ..errors import FileError
     from ..files import save
     from ..files.replacing import check_apart, check_replaceable
     from ..files.save import ADAPTER
@@ -57,11 +59,18 @@ def unfold(
             check_replaceable(path, ADAPTER, overwrite, path)
         renamed = {folders[name]: name for name in wanted if folders[name] != name}
         known = known_names(Path(folder)) if renamed else {}
-        written = []
+        written: list[dict[str, Any]] = []
+        lost: dict[str, str] = {}
         with output.progress("unfolding") as advance:
             for k, (name, entry) in enumerate(wanted.items()):
                 advance(k, len(wanted), name)
-                path, adapter = Path(folder, folders[name]), opened[name]
+                path = Path(folder, folders[name])
+                try:
+                    adapter = opened[name]
+                except FileError as e:
+                    lost[name] = str(e)
+                    renamed.pop(folders[name], None)
+                    continue
                 save(
                     adapter,
                     path,
@@ -75,8 +84,12 @@ def unfold(
                 written.append({**row, "rounding": rounding})
     if renamed:
         write_names(Path(folder), known, renamed)
-    found = {"path": folder, "dtype": dtype, "adapters": written}
+    found = {"path": folder, "dtype": dtype, "adapters": written, "lost": lost}
     output.report(found, lambda out: _show(out, found, renamed))
+    if lost:
+        name, why = next(iter(lost.items()))
+        of = output.count(len(wanted), "adapter")
+        raise CheckFailed(f"{len(lost)} of {of} can't be read, {name!r} first: {why}")
 
 
 def _rounding(adapter: Adapter, path: Path) -> float | None:

@@ -30,19 +30,13 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     """Check a library's checksums, and its errors against the sources.
 
     Without a SOURCE only the checksums are read. With sources, named as for fold, every one of
-    them is compared with what comes out of the library. Exit status 1 if anything is wrong.
+    them is compared with what comes out of the library. All that is wrong is told: damaged files,
+    and the adapters that they concern. Exit status 1 if there is any.
     """
-    from ..errors import FileError
-
     with _library(lib) as opened:
         given = named_handles(sources, named) if sources or named else None
-        try:
-            with output.progress("comparing" if given else "reading checksums") as advance:
-                found = opened.verify(given, strict=False, progress=advance)
-        except FileError as e:
-            if given is not None:
-                named_handles(sources, named)  # where it is a source that can't be read, it says so
-            raise CheckFailed(str(e)) from e
+        with output.progress("comparing" if given else "reading checksums") as advance:
+            found = opened.verify(given, strict=False, progress=advance)
         rows = [
             {
                 "name": name,
@@ -55,27 +49,36 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
         ]
         data = {
             "path": lib,
-            "shards": opened.stats()["shards"],
+            "shards": len(opened.contents.state.shards),
             "bytes": opened.nbytes,
             "measured": given is not None,
-            "ok": all(row["ok"] for row in rows),
+            "ok": not found.damage and all(row["ok"] for row in rows),
+            "damage": found.damage,
             "adapters": rows,
         }
     output.report(data, lambda out: _show(out, data))
     wrong = [row for row in rows if not row["ok"]]
-    if wrong:
-        adapters = output.count(len(rows), "adapter")
-        raise CheckFailed(f"{len(wrong)} of {adapters} failed: {wrong[0]['problem']}")
+    told = [f"{output.count(len(found.damage), 'file')} damaged"] if found.damage else []
+    if wrong or not told:
+        told.append(f"{len(wrong)} of {output.count(len(rows), 'adapter')} failed")
+    if not data["ok"]:
+        hint = f" (lorafold repair {lib} makes the rest whole)" if found.damage else ""
+        first = [*found.damage, *(row["problem"] for row in wrong)][0]
+        raise CheckFailed(f"{', '.join(told)}: {first}{hint}")
 
 
 def _library(path: str) -> Library:
     """What is there but can't be opened is what this command looks for."""
+    import warnings
+
     from ..errors import FileError
     from ..files.find import is_library
     from ..fold import Library
 
     try:
-        return Library.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of damage, which is told in full below
+            return Library.open(path)
     except FileError as e:
         if is_library(path):
             raise CheckFailed(str(e)) from e
@@ -84,8 +87,21 @@ def _library(path: str) -> Library:
 
 def _show(out: Console, d: dict[str, Any]) -> None:
     checked = f"{output.count(d['shards'], 'shard')}, {output.size(d['bytes'])}"
-    output.say(out, f"{d['path']}: checksums are right ({checked})")
+    if d["damage"]:
+        output.say(out, f"{d['path']} is damaged ({checked} are there):")
+        output.say(out, "\n".join(f"  {line}" for line in d["damage"]))
+    else:
+        output.say(out, f"{d['path']}: checksums are right ({checked})")
     rows = d["adapters"]
+    if d["damage"] and not d["measured"]:
+        bad = [(row["name"], row["problem"]) for row in rows if not row["ok"]]
+        output.say(
+            out, f"\n{len(rows) - len(bad)} of {output.count(len(rows), 'adapter')} are whole"
+        )
+        if bad:
+            output.say(out)
+            output.table(out, ["adapter", "what is wrong"], bad)
+        return
     if not d["measured"]:
         worst = output.percent(max((row["error"] for row in rows), default=0.0))
         adapters = output.count(len(rows), "adapter")

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from .fold import fold as fold
     from .library import Library as Library
     from .library import Projection as Projection
+    from .repair import Repair as Repair
+    from .repair import repair as repair
 
-__all__ = ["Library", "Projection", "fold"]
+__all__ = ["Library", "Projection", "Repair", "fold", "repair"]
 
-make_face(__name__, {"fold": "fold", "Library": "library", "Projection": "library"})
+make_face(
+    __name__,
+    {
+        "fold": "fold",
+        "Library": "library",
+        "Projection": "library",
+        "Repair": "repair",
+        "repair": "repair",
+    },
+)

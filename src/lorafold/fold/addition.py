@@ -183,12 +183,12 @@ def write_added(
     entry = dataclasses.replace(
         entry,
         order=before.adapters.next_order() if old is None else old.order,
-        layouts=_own_layouts(modules, handle),
+        layouts=own_layouts(modules, handle),
     )
     return writer, dataclasses.replace(before.changed([entry]), modules=modules)
 
 
-def _own_layouts(modules: tuple[ModuleEntry, ...], handle: Handle) -> dict[str, Layout]:
+def own_layouts(modules: tuple[ModuleEntry, ...], handle: Handle) -> dict[str, Layout]:
     """Layouts that differ from the library's for the module."""
     own = {m.path: handle.layouts.get(m.path, Layout()) for m in modules if m.path in handle.shapes}
     return {
@@ -434,17 +434,18 @@ def nearest_sides(c: Contents, j: int, block: Block) -> tuple[Numbered, Numbered
     Returns:
         ((number, U), (number, V)); a side that is the adapter's own is (−1, None).
     """
-    found = c.sides(j)
+    sides = c.sides(j).items()
+    found = {s: [(n, b) for n, b in enumerate(bases) if b.columns.shape[1]] for s, bases in sides}
     if not found["U"] and not found["V"]:
         return None
     chosen: list[Numbered] = []
     for side, X in (("U", block.U), ("V", block.V)):
         if len(found[side]) == 1:
-            chosen.append((0, found[side][0]))
+            chosen.append(found[side][0])
             continue
         best: Numbered = (-1, None)
         least = np.inf
-        for number, basis in enumerate(found[side]):
+        for number, basis in found[side]:
             miss = X - basis.columns @ basis.coordinates(X)
             lost = float(((miss.double() ** 2).sum(1) * block.S**2).sum())
             if lost < least:

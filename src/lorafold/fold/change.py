@@ -7,8 +7,9 @@ copied as bytes, never decoded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +62,14 @@ def add_to(
         )
     for path, (out, inner, _) in handle.shapes.items():
         c.check_shape(path, (out, inner))
-    with c.changing() as t:
+    with c.changing() as (t, now):
         if name in t.manifest.adapters and not replace:
             raise MismatchError(
                 f"the library already has an adapter {name!r}; use replace=True or another name"
             )
-        writer, manifest = write_added(c, t, name, handle, tolerance, form)
+        writer, manifest = write_added(now, t, name, handle, tolerance, form)
         _commit(t, manifest, writer)
-    return c.entry(name).error
+        return manifest.entry(name).error
 
 
 # remove and refold
@@ -76,7 +77,7 @@ def add_to(
 
 def remove_from(c: Contents, name: str) -> None:
     """See `Library.remove`."""
-    with c.changing() as t:
+    with c.changing() as (t, _):
         t.manifest.entry(name)
         _commit(t, t.manifest.changed((), {name}), None)
 
@@ -97,7 +98,9 @@ def refold_all(
     settings = Options.of(**given)
     if settings.retention is not None:
         raise MismatchError("refold takes no retention=: fold the sources with it instead")
-    with c.changing() as t:
+    with c.changing() as (t, now):
+        if t.state.damage:
+            raise FileError(f"a damaged library is not refolded: {t.state.problems()}")
         there = t.manifest.adapters
         handles: dict[str, Handle] = {}
         old: dict[str, float] = {}
@@ -111,7 +114,7 @@ def refold_all(
                 )
             handles = {name: found[name] for name in there}
         else:
-            handles = {name: Stored(c, name, original=True) for name in there}
+            handles = {name: Stored(now, name, original=True) for name in there}
             old = {name: entry.error for name, entry in there.items()}
         bounds: dict[str, float] = {}
         if not asked:  # every adapter keeps the bound it has
@@ -129,9 +132,13 @@ def _commit(t: Transaction, manifest: Manifest, fresh: ShardWriter | None) -> No
     if fresh is not None and fresh.info is not None:
         shards[fresh.info.name] = Shard.of(fresh)
     alive = {name: shard for name, shard in shards.items() if name in manifest.used}
-    merged = _to_merge(manifest, alive)
+    if any(part.lost for part in manifest.parts):
+        alive = {}  # nobody knows what is dead
+    merged = {name: alive[name] for name in _to_merge(manifest, alive)}
     if merged:
-        manifest = _merge(t, manifest, {name: alive[name] for name in merged})
+        # That one of them is damaged is no reason against a change of another adapter: they stay.
+        with contextlib.suppress(FileError):
+            manifest = merge_shards(t, manifest, merged)
     t.commit(manifest)
 
 
@@ -146,7 +153,7 @@ def _to_merge(manifest: Manifest, alive: Mapping[str, Shard]) -> list[str]:
     return chosen
 
 
-def _merge(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -> Manifest:
+def merge_shards(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -> Manifest:
     """Copy what is alive in some shards into one new shard, byte for byte.
 
     Raises:
@@ -158,7 +165,7 @@ def _merge(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -> Mani
     extras = sum(len(e.extras) for e in entries)
     pieces = sum(len(p) for m in modules for p in m.bases.values())
     writer = t.new_shard(header_capacity=256 + 120 * (len(modules) + extras + pieces))
-    index = {name: shard.read("at").astype(np.int64) for name, shard in old.items()}
+    index = {name: old[name].read("at").astype(np.int64) for name in {e.shard for e in entries}}
     at = np.zeros((len(modules), len(entries) + 1), np.int64)
     moved: dict[tuple[str, str], str] = {}  # pieces of bases → their new tensors
     for j, module in enumerate(modules):
@@ -229,38 +236,64 @@ class Check:
     problem: str | None = None
 
 
+class Checks(dict[str, Check]):
+    """Name → `Check`.
+
+    Attributes:
+        damage: what is wrong with files, a line each.
+    """
+
+    def __init__(self, damage: Iterable[str]) -> None:
+        super().__init__()
+        self.damage = list(damage)
+
+
 def checked(
     c: Contents, sources: Mapping[str, Handle] | None, strict: bool, progress: Progress | None
-) -> dict[str, Check]:
-    """Every adapter as stored, or compared with its source; strict: broken bounds are raised.
+) -> Checks:
+    """Every adapter as stored, or compared with its source; strict: what is wrong is raised.
 
-    What is stored exactly is compared with its digest at least.
+    Where files are damaged all adapters are read, to see which of them that concerns. What is
+    stored exactly is compared with its digest at least.
     """
+    state = c.state.verified()
+    if strict and state.damage:
+        raise FileError(state.problems())
     names = list(c.manifest.adapters if sources is None else sources)
     entries = {name: c.entry(name) for name in names}  # an unknown name is told at once
-    found = {}
+    if state.damage:
+        entries |= dict(c.manifest.adapters)
+    found = Checks(damage.text for damage in state.damage.values())
     for k, (name, entry) in enumerate(entries.items()):
         if progress is not None:
-            progress(k, len(names), name)
-        bound, problem, error = entry.bound(c.manifest.options.tolerance), None, None
-        try:
-            if entry.exact and entry.error == 0:
-                _check_digest(c, entry)
-            error = entry.error if sources is None else _measured(c, entry, sources[name])
-        except ToleranceError as e:
-            if strict:
-                raise
-            problem = str(e)
+            progress(k, len(entries), name)
+        bound, error = entry.bound(c.manifest.options.tolerance), None
+        whole = state.damage or (entry.exact and entry.error == 0)
+        problem = is_as_stored(c, entry) if whole else None
+        if problem is None:
+            try:
+                source = None if sources is None else sources.get(name)
+                error = entry.error if source is None else _measured(c, entry, source)
+            except ToleranceError as e:
+                problem = str(e)
+        if strict and problem is not None:
+            raise ToleranceError(problem)
         found[name] = Check(error, bound, problem)
     return found
 
 
-def _check_digest(c: Contents, entry: AdapterEntry) -> None:
-    """Raise for an exactly stored adapter that is not the one that was stored."""
-    if c.adapter(entry.name).digest != entry.digest:
-        raise ToleranceError(
-            f"{entry.name!r} is stored exactly, but its tensors are not those of its digest"
-        )
+def is_as_stored(c: Contents, entry: AdapterEntry) -> str | None:
+    """Read all of an adapter: why it can't be, or is not what its digest says; None if it is."""
+    problem = c.problem(entry.name)
+    if problem is not None:
+        return problem
+    try:
+        adapter = c.adapter(entry.name)
+    except FileError as e:
+        return str(e)
+    if entry.exact and entry.error == 0 and adapter.digest != entry.digest:
+        return f"{entry.name!r} is stored exactly, but its tensors are not those of its digest"
+    return None
 
 
 def _measured(c: Contents, entry: AdapterEntry, handle: Handle) -> float:

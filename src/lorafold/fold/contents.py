@@ -24,7 +24,7 @@ from ..words import did_you_mean
 from .coding.bases import Basis, read_basis
 from .coding.flat_part import read_side
 from .coding.record import StoredPart, decode, rank_of, stored_parts, unsealed
-from .store.entries import AdapterEntry, ModuleEntry
+from .store.entries import AdapterEntry, ModuleEntry, Piece
 from .store.manifest import Manifest
 from .store.shard import Shard
 from .store.store import Store, Transaction
@@ -37,10 +37,9 @@ _UNFIT = (
 
 
 class Contents:
-    """The records and bases of a store, decoded when asked for; bases and indices are kept.
+    """The records and bases of one state of a store, decoded when asked for and then kept.
 
-    It follows its store when that changes through `changing`. Only then: what others do to the
-    folder meanwhile is not seen.
+    What is changed later does not reach it: what it gives belongs together.
 
     Args:
         store: the files. device: where what is read shall be.
@@ -50,6 +49,7 @@ class Contents:
 
     def __init__(self, store: Store, device: torch.device | str | None = None) -> None:
         self.store = store
+        self.state = store.state
         self.device = device
         self._indices: dict[str, np.ndarray] = {}
         self._pieces: dict[tuple[str, str], Tensor] = {}
@@ -57,30 +57,32 @@ class Contents:
 
     @property
     def manifest(self) -> Manifest:
-        """What the library says of itself."""
-        return self.store.manifest
+        return self.state.manifest
 
     @property
     def modules(self) -> tuple[ModuleEntry, ...]:
         """The modules; a module's position is its number."""
-        return self.store.manifest.modules
+        return self.state.manifest.modules
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[Transaction]:
-        """A transaction on the store, which this follows."""
+    def changing(self) -> Iterator[tuple[Transaction, Contents]]:
+        """A transaction on the store, and what the store holds under its lock."""
         with self.store.transaction() as t:
-            self._forget()
-            yield t
-        self._forget()
+            yield t, self.now()
 
-    def _forget(self) -> None:
+    def now(self) -> Contents:
+        """What the store holds now."""
+        if self.store.state is self.state:
+            return self
+        twin = Contents(self.store, self.device)
         # Shards never change, so what was decoded of one stays right while the library names it.
-        there = self.store.shards
-        self._indices = {n: at for n, at in self._indices.items() if n in there}
-        self._known_sides = {
-            k: b for k, b in self._known_sides.items() if all(s in there for s, _ in k)
+        there = twin.state.shards
+        twin._indices = {n: at for n, at in list(self._indices.items()) if n in there}
+        twin._known_sides = {
+            k: b for k, b in list(self._known_sides.items()) if all(s in there for s, _ in k)
         }
-        self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] in there}
+        twin._pieces = {k: piece for k, piece in list(self._pieces.items()) if k[0] in there}
+        return twin
 
     # Adapters
 
@@ -223,11 +225,25 @@ class Contents:
                 f"decoded: its manifest and shards do not belong together ({e})"
             ) from e
 
-    def _shard(self, name: str) -> Shard:
+    def problem(self, name: str) -> str | None:
+        """Why nothing of an adapter can be read; None where its shard is open, with its index.
+
+        Not for: what else is damaged within a shard, which is told when it is read.
+
+        Raises:
+            UnknownNameError: no such adapter.
+        """
+        entry = self.entry(name)
+        if entry.shard in self.state.missing:
+            return self.state.damage[entry.shard].text
         try:
-            return self.store.shards[name]
-        except KeyError:
-            raise FileError(f"the library's manifest uses {name}, which it does not name") from None
+            self._index(entry)
+        except FileError as e:
+            return str(e)
+        return None
+
+    def _shard(self, name: str) -> Shard:
+        return self.state.shard(name, self.store.path)
 
     def _index(self, entry: AdapterEntry) -> np.ndarray:
         """Where records begin and end in the adapter's shard: (modules, rows + 1)."""
@@ -263,19 +279,11 @@ class Contents:
         """
         out, inner = self.modules[j].shape
         d = {"U": out, "V": inner, "A": inner * (count or 0), "B": out * (count or 0)}[side]
-        pieces = []
+        pieces: list[Tensor] = []
         for piece in self.modules[j].bases.get(f"{side}{number}", ()):
-            key = piece.shard, piece.tensor
-            if key not in self._pieces:
-                record = self._shard(piece.shard).read_bytes(piece.tensor)
-                read = read_side(record, d, side, self.device).rows if side in "AB" else None
-                self._pieces[key] = (
-                    read_basis(record, d, side, self.device).columns if read is None else read
-                )
-            found = self._pieces[key]
-            if piece.columns != found.shape[0 if side in "AB" else 1]:
-                raise FileError(f"{piece.tensor} of {piece.shard} has not {piece.columns} vectors")
-            pieces.append(found)
+            if side in "UV" and count is not None and sum(p.shape[1] for p in pieces) >= count:
+                break  # of what follows, which may be damaged, nothing is asked for
+            pieces.append(self._piece(piece, d, side))
         if not pieces:
             raise FileError(f"module {self.modules[j].path!r} has no basis {side}{number}")
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 0 if side in "AB" else 1)
@@ -284,12 +292,29 @@ class Contents:
         # In one layout, however many pieces there are: products then round alike after an `add`.
         return whole[:, :count].contiguous()
 
+    def _piece(self, piece: Piece, d: int, side: str) -> Tensor:
+        key = piece.shard, piece.tensor
+        if key not in self._pieces:
+            record = self._shard(piece.shard).read_bytes(piece.tensor)
+            read = read_side(record, d, side, self.device).rows if side in "AB" else None
+            self._pieces[key] = (
+                read_basis(record, d, side, self.device).columns if read is None else read
+            )
+        found = self._pieces[key]
+        if piece.columns != found.shape[0 if side in "AB" else 1]:
+            raise FileError(f"{piece.tensor} of {piece.shard} has not {piece.columns} vectors")
+        return found
+
     def sides(self, j: int) -> dict[str, list[Basis]]:
         """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
         found: dict[str, list[Basis]] = {"U": [], "V": []}
         for name, pieces in self.modules[j].bases.items():
             if name[0] in found:
                 key = tuple((piece.shard, piece.tensor) for piece in pieces)
+                if not key:  # emptied by a repair; it keeps its number, which records name
+                    none = torch.empty(self.modules[j].shape["UV".index(name[0])], 0)
+                    found[name[0]].append(Basis(none.to(self.device), b"", 0))
+                    continue
                 if key not in self._known_sides:
                     self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)
                 found[name[0]].append(self._known_sides[key])
@@ -305,14 +330,7 @@ class Contents:
             )
 
     def as_it_is(self) -> Contents:
-        """The same for reading; changes of this one don't reach it.
-
-        Raises:
-            FileError: it was closed.
-        """
-        if self.store.closed:
-            where = self.store.path or "in memory"
-            raise FileError(f"the library {where} is closed: open it again")
+        """The same for reading; closing this one does not reach it, a closed one is refused."""
         return Contents(self.store.as_it_is(), self.device)
 
 

@@ -19,9 +19,10 @@ from ..collection.sources import named_handles
 from ..errors import MismatchError
 from ..lowrank import LowRank
 from .addition import projection
-from .change import Check, add_to, checked, refold_all, remove_from
+from .change import Checks, add_to, checked, refold_all, remove_from
 from .contents import Contents, Stored
 from .options import Progress
+from .repair import warn_of_damage
 from .stats import library_html, library_stats
 from .store.store import Store
 
@@ -51,7 +52,8 @@ class Library(Mapping[str, Adapter]):
 
     `lib["sql"]` gives the adapter back, its factors float32 with scale 1 unless it is stored
     exactly. Reading is safe while other processes change the folder: this object keeps the state
-    it opened until it changes the library itself or is opened anew.
+    it opened until it changes the library itself or is opened anew. Where several threads share
+    it, each call sees one state; several calls that must see the same go to a `copy.copy` of it.
 
     Not for: serving from a folder that others change (`attach` keeps it as it was then), nor a file
     that other programs read: `lf.save(lib[name], path)` or `lorafold unfold` write PEFT's.
@@ -74,34 +76,43 @@ class Library(Mapping[str, Adapter]):
     ) -> Library:
         """Open a folder that `fold` wrote.
 
+        Where files of it are damaged or missing, that is warned of; it gives the adapters that
+        don't need them, and names those of which it knows that they do
+        (`entry(name)["problem"]`).
+
         Args:
             path: the folder. device, dtype: of the adapters it gives.
 
         Raises:
-            FileError: no library there, or a damaged one.
+            FileError: no library there, or its manifest is damaged.
         """
-        return cls(Store.open(path), device, dtype)
+        lib = cls(Store.open(path), device, dtype)
+        warn_of_damage(lib.contents)
+        return lib
 
     # What is in it
 
     @property
     def contents(self) -> Contents:
-        """What it holds, piece by piece: records, bases, an adapter's parts at a module."""
-        return self._contents
+        """What it holds now, piece by piece: records, bases, an adapter's parts at a module."""
+        found = self._contents
+        if found.state is not found.store.state:
+            found = self._contents = found.now()
+        return found
 
     @property
     def names(self) -> list[str]:
         """The adapters' names, in the order in which they came."""
-        return list(self._contents.manifest.adapters)
+        return list(self.contents.manifest.adapters)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._contents.manifest.adapters)
+        return iter(self.contents.manifest.adapters)
 
     def __len__(self) -> int:
-        return len(self._contents.manifest.adapters)
+        return len(self.contents.manifest.adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._contents.manifest.adapters
+        return name in self.contents.manifest.adapters
 
     def __dir__(self) -> list[str]:
         return [name for name in vars(type(self)) if not name.startswith("_")]
@@ -111,61 +122,66 @@ class Library(Mapping[str, Adapter]):
         return f"Library({len(self)} adapters, {self.nbytes:,} bytes{where})"
 
     def _repr_html_(self) -> str:
-        return library_html(repr(self), self._contents)
+        return library_html(repr(self), self.contents)
 
     @property
     def path(self) -> str | None:
         """The folder; None in memory."""
-        path = self._contents.store.path
+        path = self.contents.store.path
         return None if path is None else str(path)
 
     @property
     def base_model(self) -> str | None:
         """The base that the adapters belong to."""
-        return self._contents.manifest.base_model
+        return self.contents.manifest.base_model
 
     @property
     def tolerance(self) -> float | None:
         """The bound that every adapter keeps unless it has its own; None when folded by size."""
-        return self._contents.manifest.options.tolerance
+        return self.contents.manifest.options.tolerance
 
     @property
     def nbytes(self) -> int:
         """Bytes of the library on disk (or as it would be written)."""
-        return self._contents.store.nbytes
+        return self.contents.store.nbytes
 
     @property
     def file_bytes(self) -> int:
         """Bytes of the adapters' files as they were when folded."""
-        return sum(e.file_bytes for e in self._contents.manifest.adapters.values())
+        return sum(e.file_bytes for e in self.contents.manifest.adapters.values())
 
     def error(self, name: str) -> float:
         """‖ΔŴ − ΔW‖ / ‖ΔW‖ of an adapter, measured on what was written."""
-        return self._contents.entry(name).error
+        return self.contents.entry(name).error
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of an adapter, as plain JSON types.
 
         Returns:
             The fields that docs/formats.md names, and bound (what its error keeps below, None when
-            folded by size), ranks (the original's), bytes (its records, without what is shared).
+            folded by size), ranks (the original's), bytes (its records, without what is shared),
+            and problem, where its shard is lost: what happened to that.
         """
-        entry = self._contents.entry(name)
-        return {
+        c = self.contents
+        entry = c.entry(name)
+        found = {
             **entry.to_json(),
-            "bound": entry.bound(self.tolerance),
+            "bound": entry.bound(c.manifest.options.tolerance),
             "ranks": list(entry.ranks),
-            "bytes": self._contents.own_bytes(name),
         }
+        problem = c.problem(name)
+        if problem is not None:
+            return {**found, "bytes": 0, "problem": problem}
+        return {**found, "bytes": c.own_bytes(name)}
 
     def stats(self) -> dict[str, Any]:
         """Bytes, errors and forms, in total and per module; see docs/fold.md."""
-        return library_stats(self._contents)
+        return library_stats(self.contents)
 
     # Reading
 
     def __getitem__(self, name: str) -> Adapter:
-        adapter = self._contents.adapter(name)
+        adapter = self.contents.adapter(name)
         return adapter if self._dtype is None else adapter.to(dtype=self._dtype)
 
     def update(self, name: str, path: str) -> LowRank:
@@ -174,13 +190,13 @@ class Library(Mapping[str, Adapter]):
         Raises:
             UnknownNameError: no such adapter, or it does not have the module.
         """
-        u = self._contents.update(name, path)
+        u = self.contents.update(name, path)
         return u if self._dtype is None else u.to(dtype=self._dtype)
 
     def __lorafold_handles__(self, name: str | None = None) -> dict[str, Stored]:
         """Its adapters as sources, as they are now (`collection.sources`); or the one of a name."""
-        contents = self._contents.as_it_is()
-        names = self.names if name is None else [name]
+        contents = self.contents.as_it_is()
+        names = contents.manifest.adapters if name is None else [name]
         return {n: Stored(contents, n) for n in names}
 
     # Comparing
@@ -196,7 +212,7 @@ class Library(Mapping[str, Adapter]):
             MismatchError: it has a module of another shape; a share that is none.
             RefusedError: ΔW algebra would be wrong.
         """
-        return Projection(*projection(self._contents, adapter, warn))
+        return Projection(*projection(self.contents, adapter, warn))
 
     @overload
     def verify(
@@ -206,30 +222,30 @@ class Library(Mapping[str, Adapter]):
     @overload
     def verify(
         self, sources: Any = ..., *, strict: Literal[False], progress: Progress | None = ...
-    ) -> dict[str, Check]: ...
+    ) -> Checks: ...
 
     def verify(
         self, sources: Any = None, *, strict: bool = True, progress: Progress | None = None
-    ) -> dict[str, float] | dict[str, Check]:
+    ) -> dict[str, float] | Checks:
         """Check the checksums, what is stored exactly, and against the sources where given.
 
         Args:
             sources: as for `fold`; each name must be in the library.
-            strict: raise for the first adapter that is not what its source says; otherwise all are
-                compared, and told by `Check`s. Damaged files are raised for either way.
+            strict: raise for damaged files, and for the first adapter that is not what its source
+                says; otherwise all are compared, and told by `Check`s.
             progress: called with (done, total, name).
 
         Returns:
             name → error: measured against the sources, or as stored. Where not strict, name → a
-            `Check`: its error (None where it can't be compared), its bound, and what is wrong.
+            `Check`: its error (None where it can't be compared), its bound, and what is wrong; with
+            `.damage`, what is wrong with files.
 
         Raises:
-            FileError: a damaged shard. ToleranceError: an error above its bound, or an exactly
+            FileError: damaged files. ToleranceError: an error above its bound, or an exactly
                 stored adapter that is not the source's.
         """
-        self._contents.store.verify()
         handles = None if sources is None else named_handles(sources)
-        found = checked(self._contents, handles, strict, progress)
+        found = checked(self.contents, handles, strict, progress)
         if not strict:
             return found
         return {n: check.error for n, check in found.items() if check.error is not None}
@@ -263,7 +279,7 @@ class Library(Mapping[str, Adapter]):
         Raises:
             MismatchError: the name is taken, or shapes or bases disagree.
         """
-        c = self._contents
+        c = self.contents
         return add_to(c, adapter, name, replace=replace, tolerance=tolerance, form=form)
 
     def remove(self, name: str) -> None:
@@ -272,7 +288,7 @@ class Library(Mapping[str, Adapter]):
         Raises:
             UnknownNameError: no such name.
         """
-        remove_from(self._contents, name)
+        remove_from(self.contents, name)
 
     def refold(self, tolerance: float | None = None, sources: Any = None, **options: Any) -> None:
         """Fold everything anew, from the sources or from what is stored.
@@ -286,7 +302,7 @@ class Library(Mapping[str, Adapter]):
         Raises:
             ToleranceError: a bound that can't be met without the sources; nothing has changed.
         """
-        refold_all(self._contents, tolerance, sources, options)
+        refold_all(self.contents, tolerance, sources, options)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Library:
         """Write the library to a folder (a copy, where it already has one).
@@ -297,30 +313,32 @@ class Library(Mapping[str, Adapter]):
         Raises:
             FileError: something is at `path` and `overwrite` is False.
         """
-        store = self._contents.store.save(path, overwrite=overwrite)
-        return Library(store, self._contents.device, self._dtype)
+        store = self.contents.store.save(path, overwrite=overwrite)
+        return Library(store, self.contents.device, self._dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Library:
-        """The same library, giving its adapters on `device` in `dtype`."""
-        c = self._contents
-        return Library(c.store, device or c.device, dtype or self._dtype)
+        """The same library, giving its adapters on `device` in `dtype`: a copy.
+
+        Copies (of `copy.copy` too) are as independent as if the folder had been opened again: what
+        is changed through one, or that it is closed, does not reach the other.
+        """
+        c = self.contents
+        return Library(c.store.as_it_is(), device or c.device, dtype or self._dtype)
 
     def __copy__(self) -> Library:
-        """The library as it is: changes of this one don't reach it."""
-        c = self._contents
-        return Library(c.store.as_it_is(), c.device, self._dtype)
+        return self.to()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Library:
-        return self.to()  # what is stored never changes, so both read the same
+        return self.to()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             raise MismatchError("a library in memory can't be pickled: save it to a folder first")
-        return _opened, (self.path, self._contents.device, self._dtype)
+        return _opened, (self.path, self.contents.device, self._dtype)
 
     def close(self) -> None:
         """Let go of the files."""
-        self._contents.store.close()
+        self.contents.store.close()
 
     def __enter__(self) -> Library:
         return self

@@ -44,7 +44,7 @@ def fold_by_retention(
         found[name] = _Search(name, handle, options, score)
     contents = _folded(handles, options, {name: s.tolerance for name, s in found.items()})
     for name, search in found.items():
-        if search.searched and not search.keeps(contents.adapter(name)):
+        if search.searched and not search.keeps(contents.now().adapter(name)):
             form = "svd" if search.passed else "exact"
             tolerance = search.tolerance
             adapter = handles[name].load()

@@ -20,14 +20,15 @@ def library_stats(c: Contents) -> dict[str, Any]:
         adapters, base_model, tolerance, options; bytes (the library), file_bytes (the adapters'
         files), ratio; parameters (of all factors); error {"mean", "max"}; bits (mean packed bits a
         number, scales apart); plain_svd_bytes (truncated float16 SVD per adapter at the same
-        tolerance; 0 when folded by size); shards; forms {form: modules}; init_groups; modules:
-        path, shape, form, ranks of the shared sides, adapters, parameters of their factors, bytes
-        of the records and of the bases, certificate; clamped: how many directions there were where
-        a rank asked for more.
+        tolerance; 0 when folded by size); shards; damage (of files, in words); forms
+        {form: modules}; init_groups; modules: path, shape, form, ranks of the shared sides,
+        adapters, parameters of their factors, bytes of the records and of the bases, certificate;
+        clamped: how many directions there were where a rank asked for more.
     """
     entries = list(c.manifest.adapters.values())
     errors = np.array([e.error for e in entries] or [0.0])
     file_bytes = sum(e.file_bytes for e in entries)
+    readable = [e for e in entries if c.problem(e.name) is None]
     nbytes = c.store.nbytes
     forms: dict[str, int] = {}
     for module in c.modules:
@@ -44,10 +45,11 @@ def library_stats(c: Contents) -> dict[str, Any]:
         "error": {"mean": float(errors.mean()), "max": float(errors.max())},
         "bits": float(np.mean([e.bits for e in entries if e.bits is not None] or [0.0])),
         "plain_svd_bytes": c.manifest.plain_svd_bytes,
-        "shards": len(c.store.shards),
+        "shards": len(c.state.shards),
+        "damage": [damage.text for damage in c.state.damage.values()],
         "forms": forms,
         "init_groups": _groups(entries),
-        "modules": [_module(c, j, module, entries) for j, module in enumerate(c.modules)],
+        "modules": [_module(c, j, module, readable) for j, module in enumerate(c.modules)],
     }
 
 
@@ -88,7 +90,10 @@ def _module(
         "parameters": sum(ranks) * sum(module.shape),
         "record_bytes": sum(held),
         "basis_bytes": sum(
-            c.basis_size(p.shard, p.tensor) for pieces in module.bases.values() for p in pieces
+            c.basis_size(p.shard, p.tensor)
+            for pieces in module.bases.values()
+            for p in pieces
+            if p.shard not in c.state.missing
         ),
         "ranks": {name: sum(p.columns for p in pieces) for name, pieces in module.bases.items()},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS, READ_FLAGS
@@ -50,8 +51,8 @@ class Descriptor:
     def __reduce__(self) -> str:
         raise TypeError(f"shard {self.name} is an open file, which can't be pickled")
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)  # `os` itself may be gone by then, at the end of the process
 
     def rename(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         """Give the file another name, in place of what has that."""

@@ -90,10 +90,10 @@ class Manifest:
         it: there are few, and a long one is hardly ever written again.
         """
         fresh: dict[str, Any] = {e.name: e for e in entries}
-        moved = {name for name in fresh if name in self.adapters} | set(leaving)
-        parts = [part.without(moved) for part in self.parts] if moved else list(self.parts)
-        kept = []
-        for part in sorted(parts, key=lambda part: len(part.entries)):
+        parts = [part.without({*fresh, *leaving}) for part in self.parts]
+        kept = [part for part in parts if part.lost]
+        whole = [part for part in parts if not part.lost]
+        for part in sorted(whole, key=lambda part: len(part.entries)):
             # One that is mostly gone is written anew, too.
             if len(part.entries) <= _LONGER * len(fresh) or len(part.gone) > len(part.entries):
                 fresh |= dict(part.entries.items_as_they_are())
@@ -238,13 +238,13 @@ def read_manifest(path: Path) -> bytes:
 
 
 def parse_manifest(
-    raw: bytes, where: str, part: Callable[[FileInfo], bytes], known: Iterable[Part] = ()
+    raw: bytes, where: str, part: Callable[[FileInfo], bytes | None], known: Iterable[Part] = ()
 ) -> tuple[Manifest, dict[str, ShardInfo]]:
     """The manifest and what it says about its shards, checked.
 
     Args:
         raw: as read. where: the file, for messages.
-        part: reads a list of adapters that the manifest names.
+        part: reads a list of adapters that the manifest names, checked; None where it is lost.
         known: parts that need not be read again.
 
     Raises:
@@ -257,7 +257,7 @@ def parse_manifest(
     for name, info in shards.items():
         if info.name != name:
             raise FileError(f"{where}: {name} is {info.name} by its checksums")
-    have = {p.file: p for p in known if p.file is not None}
+    have = {p.file: p for p in known if p.file is not None and not p.lost}
     parts = [_part(p, have, part, where) for p in whole.adapters]
     manifest = Manifest(
         whole.base_model,
@@ -313,16 +313,18 @@ def _check_version(value: Any, where: str) -> None:
 
 
 def _part(
-    p: _PartFile, known: Mapping[FileInfo, Part], load: Callable[[FileInfo], bytes], where: str
+    p: _PartFile,
+    known: Mapping[FileInfo, Part],
+    load: Callable[[FileInfo], bytes | None],
+    where: str,
 ) -> Part:
-    """A list of adapters, read and checked, or as it is known."""
+    """A list of adapters, read, or as it is known."""
     info, gone = FileInfo(p.file, p.bytes, p.sha256), frozenset(p.gone)
     before = known.get(info)
     if before is not None and before.gone <= gone:
         return before.without(gone - before.gone)
     raw = load(info)
-    file = f"{where.removesuffix(MANIFEST)}{p.file}"
-    if len(raw) != p.bytes or hashlib.sha256(raw).hexdigest() != p.sha256:
-        raise FileError(f"{file} is damaged: it is not what {MANIFEST} says of it")
-    entries = Entries.read(raw, file)
+    if raw is None:
+        return Part(Entries.of(()), gone, info, lost=True)
+    entries = Entries.read(raw, f"{where.removesuffix(MANIFEST)}{p.file}")
     return Part(entries.without(gone) if gone else entries, gone, info)

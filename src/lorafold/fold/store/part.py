@@ -145,6 +145,10 @@ class FileInfo:
     nbytes: int
     sha256: str
 
+    def fits(self, raw: bytes) -> bool:
+        """Whether these are its bytes."""
+        return len(raw) == self.nbytes and hashlib.sha256(raw).hexdigest() == self.sha256
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -153,15 +157,18 @@ class Part:
     Args:
         entries: of those that are there. gone: names that the file lists, but that have left or are
             in another part by now. file: None before it is written.
+        lost: whether the file is damaged, so that nobody knows what it lists. It is named on, for
+            it may be put back.
     """
 
     entries: Entries
     gone: frozenset[str] = frozenset()
     file: FileInfo | None = None
+    lost: bool = False
 
     def without(self, names: Collection[str]) -> Part:
-        """The part less some adapters."""
-        leave = frozenset(name for name in names if name in self.entries)
+        """The part less some adapters; of a lost one any could be."""
+        leave = frozenset(name for name in names if self.lost or name in self.entries)
         if not leave:
             return self
         return replace(self, entries=self.entries.without(leave), gone=self.gone | leave)

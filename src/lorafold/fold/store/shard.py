@@ -7,6 +7,7 @@ Opening checks the size, and the header against its checksum; `Shard.verify` che
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import struct
@@ -77,6 +78,10 @@ class Shard:
     def close(self) -> None:
         """Let go of the file; a read that runs in another thread still ends well."""
         self._source = None
+
+    def twin(self) -> Shard:
+        """The same file, closed apart from this."""
+        return copy.copy(self)
 
     @property
     def closed(self) -> bool:

@@ -26,17 +26,11 @@ from typing import Any
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory, writer_lock
 from ...files.replacing import Kind, check_apart
-from .manifest import (
-    FORMAT,
-    MANIFEST,
-    Manifest,
-    named_files,
-    parse_manifest,
-    read_manifest,
-)
-from .part import PART_NAME, FileInfo
+from .manifest import FORMAT, MANIFEST, Manifest, named_files, read_manifest
+from .part import PART_NAME
 from .shard import Shard
 from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
+from .state import State, read_state
 
 _LOCK = ".lock"
 _LEFT_BY_WRITERS = re.compile(
@@ -59,7 +53,6 @@ LIBRARY = Kind(
     _is_known,
     re.compile("|".join((re.escape(MANIFEST), re.escape(_LOCK), _LEFT_BY_WRITERS.pattern))),
 )
-_RETRIES = 10  # manifests replaced while a reader was opening shards; each needs one more writer
 
 
 class Store:
@@ -70,9 +63,8 @@ class Store:
 
     Attributes:
         path: the folder; None in memory.
-        manifest: what the library says.
-        shards: name -> `Shard`, in the manifest's order. Replaced, not changed, by a transaction:
-            what was taken from it before stays readable.
+        state: what it holds. Replaced at once, and never changed, by a transaction: what was taken
+            from it before stays readable.
 
     Example:
         >>> import numpy as np
@@ -89,20 +81,30 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.manifest = Manifest()
-        self.shards: dict[str, Shard] = {}
-        self._raw = b""  # the manifest as written
+        self.state = State()
         self._alone = threading.Lock()  # what the lock file is to a store on disk
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the library says."""
+        return self.state.manifest
+
+    @property
+    def shards(self) -> Mapping[str, Shard]:
+        """Name → `Shard`, in the manifest's order, without those that are lost."""
+        return self.state.shards
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open a library's folder and all of its shards.
 
+        Shards and lists that are damaged are left out, and named in `state.damage`.
+
         Args:
             path: the folder.
 
         Raises:
-            FileError: no library there, a newer one than this version reads, or a damaged one.
+            FileError: no library there, a newer one than this version reads, or a damaged manifest.
         """
         if not os.fspath(path):  # which would be the working directory
             raise FileError("no such folder: ''")
@@ -158,20 +160,29 @@ class Store:
 
         Raises:
             FileError: something is at `path` and `overwrite` is False, another process is changing
-                it, or a shard of this store is damaged.
+                it, or this store is damaged.
         """
+        state = self.state
+        if state.damage:
+            raise FileError(f"a damaged library is not copied: {state.problems()}")
         with _replaced(Path(os.path.abspath(path)), self.path, overwrite, timeout) as folder:
-            for name, shard in self.shards.items():
+            for name, shard in state.shards.items():
                 shard.copy_to(folder / name)
-            manifest = _written(self.manifest, folder, anew=True)
-            raw = manifest.to_bytes({name: shard.stated for name, shard in self.shards.items()})
+            manifest = _written(state.manifest, folder, anew=True)
+            raw = manifest.to_bytes({name: shard.stated for name, shard in state.shards.items()})
             replace_file(folder / MANIFEST, raw)
         return Store.open(path)
 
     def as_it_is(self) -> Store:
-        """The same for reading; changes of this one don't reach it."""
+        """The same for reading and changing; what either does to itself does not reach the other.
+
+        Raises:
+            FileError: it was closed.
+        """
+        if self.closed:
+            raise FileError(f"the library {self.path or 'in memory'} is closed: open it again")
         twin = Store(self.path)
-        twin._become(self._raw, self.manifest, self.shards)
+        twin.state = self.state.twin()
         return twin
 
     @property
@@ -183,22 +194,24 @@ class Store:
         """Read all shards and compare with the checksums in the manifest.
 
         Raises:
-            FileError: naming the first damaged shard.
+            FileError: naming the first damaged file.
         """
-        for shard in self.shards.values():
-            shard.verify()
+        found = self.state.verified()
+        if found.damage:
+            raise FileError(found.problems())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files, on disk or as they would be."""
-        parts = sum(p.file.nbytes for p in self.manifest.parts if p.file is not None)
-        return len(self._raw) + parts + sum(shard.nbytes for shard in self.shards.values())
+        """Bytes of all files, on disk or as they would be, without those that are lost."""
+        state = self.state
+        parts = sum(p.file.nbytes for p in state.manifest.parts if p.file and not p.lost)
+        return len(state.raw) + parts + sum(shard.nbytes for shard in state.shards.values())
 
     def close(self) -> None:
         """Let go of all shards."""
         for shard in self.shards.values():
             shard.close()
-        self._raw = b""  # so that a transaction opens them again
+        self.state = replace(self.state, raw=b"")  # so that a transaction opens them again
 
     def __enter__(self) -> Store:
         return self
@@ -209,36 +222,10 @@ class Store:
     def _load(self) -> None:
         """Make this store what the disk says now; shards open already stay open."""
         assert self.path is not None
-        raw = read_manifest(self.path)
-        for _ in range(_RETRIES):
-            if self._raw and raw == self._raw:
-                return
-            try:
-                manifest, infos = parse_manifest(
-                    raw, str(self.path / MANIFEST), self._read_part, self.manifest.parts
-                )
-                shards = self._open_shards(infos)
-            except FileError:
-                # Either the library is damaged, or a writer removed a file after we read which
-                # there are; then the manifest has changed, too.
-                again = read_manifest(self.path)
-                if again == raw:
-                    raise
-                raw = again
-            else:
-                self._become(raw, manifest, shards)
-                return
-        raise FileError(f"{self.path} changes faster than it can be opened; try again")
+        self.state = read_state(self.path, self.state)
 
-    def _open_shards(self, infos: Mapping[str, ShardInfo]) -> dict[str, Shard]:
-        assert self.path is not None
-        shards = {}
-        for name, info in infos.items():
-            known = self.shards.get(name)
-            if known is None or known.closed or known.info != info:
-                known = Shard.open(self.path / name, info)
-            shards[name] = known
-        return shards
+    def _become(self, state: State) -> None:
+        self.state = state
 
     def named_by(self, raw: bytes) -> set[str]:
         """The files that a manifest of this folder names.
@@ -246,24 +233,8 @@ class Store:
         Raises:
             FileError: it is none.
         """
-        if raw == self._raw:
-            parts = {part.file.name for part in self.manifest.parts if part.file is not None}
-            return {*self.shards, *parts}
-        return named_files(raw, f"{self.path}/{MANIFEST}")
-
-    def _read_part(self, info: FileInfo) -> bytes:
-        assert self.path is not None
-        try:
-            return (self.path / info.name).read_bytes()
-        except FileNotFoundError as e:
-            raise FileError(f"{self.path / info.name} is missing") from e
-        except OSError as e:
-            raise FileError(f"{self.path / info.name} can't be read: {e.strerror}") from e
-
-    def _become(self, raw: bytes, manifest: Manifest, shards: dict[str, Shard]) -> None:
-        # Shards that are dropped here close when nobody holds them any more. Closing them now would
-        # break a reader in another thread.
-        self._raw, self.manifest, self.shards = raw, manifest, shards
+        state = self.state
+        return state.files if raw == state.raw else named_files(raw, f"{self.path}/{MANIFEST}")
 
 
 class Transaction:
@@ -273,12 +244,12 @@ class Transaction:
 
     Attributes:
         manifest: as it stands on the disk under the writer's lock; an empty one for a new store.
-        shards: the shards it names.
+        shards: the shards it names, without those that are lost.
+        state: both, and what is damaged.
     """
 
     def __init__(self, store: Store, kind: str, timeout: float) -> None:
-        self.manifest = Manifest()
-        self.shards: dict[str, Shard] = {}
+        self.state = State()
         self._store = store
         self._kind = kind
         self._timeout = timeout
@@ -288,6 +259,14 @@ class Transaction:
         self._writers: list[ShardWriter] = []
         self._named: list[ShardWriter] = []  # those with their names for good
         self._state = "new"
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.state.manifest
+
+    @property
+    def shards(self) -> Mapping[str, Shard]:
+        return self.state.shards
 
     def __enter__(self) -> Transaction:
         if self._state != "new":
@@ -314,7 +293,7 @@ class Transaction:
         if self._kind == "change":
             if store.path is not None:
                 store._load()  # another writer may have come between
-            self.manifest, self.shards = store.manifest, store.shards
+            self.state = store.state
 
     def __exit__(self, kind: object, error: BaseException | None, trace: Any) -> None:
         if self._state == "committed":
@@ -362,27 +341,38 @@ class Transaction:
                 be written; nothing has changed then.
         """
         self._check_open()
-        shards = self._shards_of(manifest)
+        shards, missing = self._shards_of(manifest)
         manifest = _written(manifest, self._folder)
-        raw = manifest.to_bytes({name: shard.stated for name, shard in shards.items()})
+        stated = {name: shard.stated for name, shard in shards.items()}
+        raw = manifest.to_bytes({**missing, **stated})
+        lists = {part.file.name for part in manifest.parts if part.file is not None}
+        damage = {n: d for n, d in self.state.damage.items() if n in lists or n in missing}
+        state = State(raw, manifest, shards, missing, damage)
         if self._folder is not None:
             self._check_undisturbed()
             sync_directory(self._folder)  # the files' names are safe before the manifest has them
             replace_file(self._folder / MANIFEST, raw)
         if self._in_place or self._folder is None:
-            self._end(raw, manifest, shards)
+            self._end(state)
             self._place.close()
         else:
             self._place.close()  # gives the folder its name
             for shard in shards.values():
                 assert self._store.path is not None
                 shard.moved_to(self._store.path)
-            self._end(raw, manifest, shards)
+            self._end(state)
         return self._store
 
-    def _shards_of(self, manifest: Manifest) -> dict[str, Shard]:
-        """What a manifest uses, the old ones first; new ones get their names, others go."""
+    def _shards_of(self, manifest: Manifest) -> tuple[dict[str, Shard], dict[str, ShardInfo]]:
+        """What a manifest uses, the old ones first; new ones get their names, others go.
+
+        Returns:
+            Those that are open, and those that are lost: they are named on as long as they are
+            used, for they may be put back. While a list is lost, nobody knows what that uses.
+        """
         used = manifest.used
+        if any(part.lost for part in manifest.parts):
+            used |= self.shards.keys() | self.state.missing.keys()
         fresh: dict[str, ShardWriter] = {}
         for writer in self._writers:
             if not writer.aborted:
@@ -391,7 +381,8 @@ class Transaction:
                     fresh[name] = writer
                 else:
                     writer.abort()
-        unknown = sorted(used - self.shards.keys() - fresh.keys())
+        missing = {n: i for n, i in self.state.missing.items() if n in used and n not in fresh}
+        unknown = sorted(used - self.shards.keys() - fresh.keys() - missing.keys())
         if unknown:
             raise FileError(f"there is no shard {unknown[0]}; there are {len(self.shards)}")
         # One that was there already and is written again takes the other's place: it is whole.
@@ -402,16 +393,18 @@ class Transaction:
                 writer.rename(self._folder)
             # Opened before the manifest names them: what can't be opened is not committed.
             shards[name] = Shard.of(writer)
-        return shards
+        return shards, missing
 
-    def _end(self, raw: bytes, manifest: Manifest, shards: dict[str, Shard]) -> None:
+    def _end(self, state: State) -> None:
         self._state = "committed"
-        self._store._become(raw, manifest, shards)
+        # Shards that are dropped here close when nobody holds them any more. Closing them now would
+        # break a reader in another thread.
+        self._store._become(state)
 
     def _check_undisturbed(self) -> None:
         """On some network file systems a lock keeps out this machine's processes only."""
         store = self._store
-        if self._kind == "change" and store.path and read_manifest(store.path) != store._raw:
+        if self._kind == "change" and store.path and read_manifest(store.path) != store.state.raw:
             raise FileError(f"{store.path} was changed by another process in spite of the lock")
 
     def _check_open(self) -> None:
