@@ -6,8 +6,8 @@
 Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
 measurements. Results are kept by machine; of several that measured one row, the README shows the
 less flattering. Where none did the row is left out; where a file lacks a number that the row needs,
-this script fails. The tables of docs/merge.md and docs/transfer.md lie between markers, too: each
-shows one run whole, of several machines the first.
+this script fails. The tables of docs/merge.md, docs/steering.md and docs/transfer.md lie between
+markers, too: each shows one run whole, of several machines the first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "docs" / "merge.md", ROOT / "docs" / "transfer.md"]
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("merge", "steering", "transfer"))]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 88
 
@@ -379,6 +379,28 @@ def _train(r: Result) -> list[Cells]:
     ]
 
 
+def _steering(r: Result) -> list[Cells]:
+    rows = []
+    level = max(row["KL"] for row in r["rows"] if row["way"] == "dial")
+    for trait in dict.fromkeys(row["trait"] for row in r["rows"]):
+        won = {
+            row["way"]: row["margin"]
+            for row in r["rows"]
+            if (row["trait"], row["KL"]) == (trait, level)
+        }
+        others = {k: v for k, v in won.items() if k != "dial" and v is not None}
+        peers = "; ".join(f"{way}: {margin:.2f}" for way, margin in others.items())
+        rows.append(
+            (
+                f"steering to {trait} at KL {level:g}: margin won, nats a token",
+                f"{won['dial']:.2f}",
+                peers,
+                won["dial"] - max(others.values()),
+            )
+        )
+    return rows
+
+
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
@@ -404,6 +426,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "transfer": _transfer,
     "transfer_encoders": _transfer_encoders,
     "train": _train,
+    "steering": _steering,
 }
 
 
@@ -568,8 +591,25 @@ def encoders_table(r: Result) -> str:
     )
 
 
+def steering_table(r: Result) -> str:
+    """What each way of steering wins and costs at each level of KL."""
+    heads = ["trait", "way", "KL", "margin", "won", "in text", "NLL", "repeated", "met"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        first = [row["trait"], row["way"], f"{row['KL']:.2g}"]
+        if not row["met"]:
+            return [*first, *(["–"] * 5), "0"]
+        spread = "" if row["±"] is None else f" ± {row['±']:.2f}"
+        shares = (f"{100 * row[k]:+.0f} %" for k in ("won", "in text"))
+        own = [f"{row['margin']:.2f}{spread}", *shares, f"{row['NLL']:+.3f}"]
+        return [*first, *own, f"{100 * row['repeated']:+.0f} %", str(row["met"])]
+
+    return _markdown(heads, [cells(row) for row in r["rows"]])
+
+
 TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
     "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
+    "steering.md": [("ways", "steering", steering_table)],
     "transfer.md": [
         ("retention", "transfer", retention_table),
         ("encoders", "transfer_encoders", encoders_table),

@@ -8,6 +8,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.train.steering import steer as module
+from lorafold.train.steering.sweep import Scales
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,4 +135,24 @@ def test_stopped_by_ctrl_c_it_keeps_what_there_is_and_goes_on(pairs, cli, monkey
     assert not Path("dial").exists()
     assert cli(*args, "--resume", "--json").json["rounds"][0]["steps"] == 4
     assert len(calls) == 4  # one more step was left
+    assert not Path("dial.unfinished").exists()
+
+
+def test_stopped_while_it_is_measured(pairs, cli, monkeypatch):
+    point = Scales.point
+
+    def interrupted(self, model, at, c):
+        if c == 0:
+            raise KeyboardInterrupt
+        return point(self, model, at, c)
+
+    args = ("steer", "demo", "--pairs", pairs, "-o", "dial", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr(Scales, "point", interrupted)
+        ran = cli(*args)
+    assert ran.code == 2
+    assert "interrupted while measuring; what was trained is kept in dial.unfinished" in ran.err
+    assert not Path("dial").exists()
+    assert cli(*args, "--resume").code == 0
+    assert Path("dial/steering.json").exists()
     assert not Path("dial.unfinished").exists()

@@ -22,6 +22,7 @@ from lorafold.train.steering.tokens import (
     batches,
     continued,
     encoded,
+    prompts_for,
     prompts_of,
     split,
 )
@@ -148,19 +149,28 @@ def test_a_batch_predicts_answers_only():
 def test_prompts_of_other_lengths_are_continued_as_alone():
     model = llama()
     pairs = [Tokens(tuple(range(3, 3 + n)), (1,), (2,)) for n in (2, 5, 9)]
-    together = continued(model, prompts_of(pairs, 9), 4)
+    together = continued(model, prompts_of(pairs), 4)
     with torch.no_grad():
         logits = model(**together.given).logits
         for i, pair in enumerate(pairs):
-            alone = continued(model, prompts_of([pair], 1), 4)
+            alone = continued(model, prompts_of([pair]), 4)
             assert together.tokens[i].tolist() == alone.tokens[0].tolist()
             theirs = model(**alone.given).logits[0, -4:]
             torch.testing.assert_close(logits[i, -4:], theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_continuations_stay_within_the_context():
+    model = llama()
+    long = Tokens(tuple(range(1, 31)), (1,), (2,))
+    assert prompts_for(model, [long], 5)["input_ids"].tolist() == [list(range(4, 31))]
+    assert prompts_for(model, [long], 2)["input_ids"].shape == (1, 30)
+    with pytest.raises(lf.MismatchError, match="tokens must be below 32"):
+        steered(model, tokens=32)
+
+
 def test_what_follows_an_end_is_not_the_models_text():
     model = llama()
-    prompts = prompts_of([Tokens((3, 4), (1,), (2,))], 1)
+    prompts = prompts_of([Tokens((3, 4), (1,), (2,))])
     prompts = {key: value.repeat(2, 1) for key, value in prompts.items()}
     prompts["input_ids"][1] += 7  # so that the rows end at different places, if at all
     free = continued(model, prompts, 6).tokens

@@ -110,6 +110,11 @@ def test_the_dial_raises_one_answer_and_the_other(kind):
     assert scores[1] < scores[0]
 
 
+def test_changes_of_singular_values_train_in_float32():
+    live = lf.attach(llama().bfloat16(), lf.PiSSA(rank=4, dtype=torch.bfloat16))
+    assert {p.dtype for p in live.parameters()} == {torch.float32}
+
+
 def test_the_push_is_capped():
     model = llama()
     live = lf.attach(model, lf.LoRA(rank=4, seed=0))

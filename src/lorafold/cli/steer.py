@@ -101,9 +101,11 @@ def steer(
         load_run(run, left)
     with output.progress("steering") as advance:
         _go(run, left, advance)
-        facts = _written(run, base, target, others, overwrite, advance)
-    if resume:
-        shutil.rmtree(left)
+        try:
+            facts = _written(run, base, target, others, overwrite, advance)
+        except KeyboardInterrupt:
+            raise LorafoldError(f"interrupted while measuring; {_on(left)}") from None
+    shutil.rmtree(left)
     output.report({"path": target, **facts}, lambda out: _show(out, target, facts))
 
 
@@ -157,14 +159,15 @@ def _go(run: Run, left: Path, advance: output.Advance) -> None:
 
     with _stopping() as stop:
         ended = run.go(advance, stop)
+    now, number = run.now, len(run.done)
+    save_run(run, left)  # before it is measured, too, which takes a while
     if not ended:
-        now = run.now
-        save_run(run, left)
-        at = f"round {len(run.done) + 1}" + (f", step {now.step}" if now is not None else "")
-        raise LorafoldError(
-            f"interrupted in {at}; what was trained is kept in {left}: the same command with "
-            "--resume goes on"
-        )
+        at = f"behind round {number}" if now is None else f"in round {number + 1}, step {now.step}"
+        raise LorafoldError(f"interrupted {at}; {_on(left)}")
+
+
+def _on(left: Path) -> str:
+    return f"what was trained is kept in {left}: the same command with --resume goes on"
 
 
 @contextlib.contextmanager

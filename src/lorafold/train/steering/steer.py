@@ -25,8 +25,8 @@ from .loss import Steering, steer_backward, steering_loss
 from .options import Options
 from .pairs import pairs_of
 from .rounds import joined_rounds, named, proportional, rescale
-from .sweep import PROMPTS, Progress
-from .tokens import batch_of, batches, context_of, device_of, encoded, prompts_of, split
+from .sweep import Progress
+from .tokens import batch_of, batches, context_of, device_of, encoded, prompts_for, split
 
 CLIP = 1.0  # norm of the gradient
 
@@ -133,6 +133,7 @@ class Run:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.encoded = encoded(pairs_of(pairs), tokenizer, context_of(model))
         self.train, self.held = split(self.encoded.pairs, options.heldout, options.seed)
+        prompts_for(model, self.held, options.tokens)  # now, and not after a round
         self.done: list[Round] = []
         self.now: Now | None = None
         self.live: Live | None = None
@@ -145,7 +146,7 @@ class Run:
     def go(
         self, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Train until the last round has ended, or between two steps `stop()` is true.
+        """Train until the last round has ended, or between two steps or rounds `stop()` is true.
 
         Returns:
             Whether the last round has ended.
@@ -159,6 +160,8 @@ class Run:
             if not self._trained(progress, stop):
                 return False
             self._end()
+            if stop():
+                return False
         return True
 
     def restore(self, kept: Mapping[str, tuple[Adapter, float]], done: Sequence[Round]) -> None:
@@ -275,7 +278,7 @@ class Run:
         else:
             c = o.c
             if o.kl is not None:
-                prompts = prompts_of(self.held, PROMPTS, device_of(self.model))
+                prompts = prompts_for(self.model, self.held, o.tokens)
                 own: dict[str, Any] = {"name": name, "tokens": o.tokens, "start": o.c}
                 calibration = calibrate_c(live, prompts, o.kl, **own)
                 c = calibration.c

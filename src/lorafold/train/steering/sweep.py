@@ -34,13 +34,13 @@ from .tokens import (
     logits_of,
     mean_logp,
     predicted,
-    prompts_of,
+    prompts_for,
 )
 
 Progress: TypeAlias = "Callable[[int, int, str], None]"
 
 STRENGTHS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-ROWS, PROMPTS, GRAM = 16, 32, 4  # of a batch; that are continued; tokens that count as repeated
+ROWS, GRAM = 16, 4  # of a batch; tokens that count as repeated
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Scales:
     def point(self, model: nn.Module, at: At, c: float) -> Point:
         """All figures at one strength."""
         margins, wins, kl = self._answers(model, at, c)
-        prompts = prompts_of(self.pairs, PROMPTS, device_of(model))
+        prompts = prompts_for(model, self.pairs, self.tokens)
         text, moved = moved_text(model, at, c, prompts, self.tokens)
         rows = [row[there].tolist() for row, there in zip(text.tokens, text.written, strict=True)]
         written = [str(self.tokenizer.decode(row)) for row in rows]

@@ -17,6 +17,7 @@ from ..many import IGNORED
 from .pairs import Pair
 
 SIDES = ("chosen", "rejected")
+MOST_PROMPTS = 32  # that are continued
 MOST_HELD = 128  # prompts that are held out: more would tell little more, and each look runs them
 Batch = dict[str, dict[str, Tensor]]
 
@@ -126,9 +127,23 @@ def batches(pairs: Sequence[Tokens], size: int, seed: int, skip: int = 0) -> Ite
         epoch += 1
 
 
-def prompts_of(pairs: Sequence[Tokens], most: int, device: Any = None) -> dict[str, Tensor]:
-    """The first different prompts, filled up on the left, to be continued."""
-    rows = list(dict.fromkeys(p.prompt for p in pairs))[:most]
+def prompts_for(model: nn.Module, pairs: Sequence[Tokens], tokens: int) -> dict[str, Tensor]:
+    """The first different prompts, to be continued by so many tokens within the model's context.
+
+    Raises:
+        MismatchError: more tokens than the context has.
+    """
+    context = context_of(model)
+    if context is not None and tokens >= context:
+        raise MismatchError(f"tokens must be below {context}, the context; found {tokens}")
+    return prompts_of(pairs, device_of(model), None if context is None else context - tokens)
+
+
+def prompts_of(
+    pairs: Sequence[Tokens], device: Any = None, room: int | None = None
+) -> dict[str, Tensor]:
+    """The first different prompts, or their ends, filled up on the left."""
+    rows = list(dict.fromkeys(p.prompt[-(room or 0) :] for p in pairs))[:MOST_PROMPTS]
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
