@@ -109,6 +109,8 @@ def test_files_without_pairs(tmp_path):
     for name, says in (("empty", "no pairs in it"), ("bytes", "not UTF-8"), ("none", "No such")):
         with pytest.raises(lf.FileError, match=says):
             lf.train.read_pairs(tmp_path / f"{name}.jsonl")
+    (tmp_path / "pairs.csv").write_text('prompt,chosen,rejected\na,"b,",c\n')
+    assert lf.train.read_pairs(tmp_path / "pairs.csv") == [Pair("a", "b,", "c")]
     with pytest.raises(lf.MismatchError, match="pair 1: it lacks 'prompt'"):
         pairs_of([{"chosen": "a", "rejected": "b"}])
     with pytest.raises(lf.MismatchError, match="there are no pairs"):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +26,7 @@ _BARRIER = ("lambda_", "hinge", "aggregate", "top")
 
 @command("steer", example="lorafold steer demo --pairs pairs.jsonl -o dial")
 @click.argument("base", metavar="BASE")
-@click.option(
-    "--pairs", required=True, metavar="FILE", help="JSON lines: prompt, chosen, rejected."
-)
+@click.option("--pairs", required=True, metavar="FILE", help="Rows of prompt, chosen, rejected.")
 @click.option("-o", "--output", "target", required=True, metavar="OUT", help="Adapter to write.")
 @click.option("--rounds", type=int, default=1, help="Rounds of training (1).")
 @click.option(
@@ -155,10 +150,11 @@ def _opened(base: str, device: str | None) -> tuple[Any, Any]:
 
 def _go(run: Run, left: Path, advance: output.Advance) -> None:
     """Train; where that is interrupted, keep what there is and say how to go on."""
+    from ..train.job.stopping import Interrupts
     from ..train.steering.state import save_run
 
-    with _stopping() as stop:
-        ended = run.go(advance, stop)
+    with Interrupts(lambda: click.echo("stopping after this step", err=True)) as interrupts:
+        ended = run.go(advance, lambda: interrupts.asked)
     now, number = run.now, len(run.done)
     save_run(run, left)  # before it is measured, too, which takes a while
     if not ended:
@@ -168,26 +164,6 @@ def _go(run: Run, left: Path, advance: output.Advance) -> None:
 
 def _on(left: Path) -> str:
     return f"what was trained is kept in {left}: the same command with --resume goes on"
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed in the block; pressed again, it ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def note(*_: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-        click.echo("stopping after this step", err=True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _written(

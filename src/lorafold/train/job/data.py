@@ -76,9 +76,9 @@ def read_data(paths: Sequence[str], columns: Mapping[str, str], lines: int) -> D
     unused: dict[str, None] = {}
     first: tuple[str, bool] | None = None
     for path in paths:
-        data = _bytes(path)
+        data = bytes_of(path)
         before = len(rows)
-        for where, raw in _read(path, data, lines):
+        for where, raw in rows_in(path, data, lines):
             try:
                 row, kind, left = _checked(_renamed(raw, columns))
                 _alike(first, (kind, COLUMN in row))
@@ -120,15 +120,20 @@ def shared(train: Sequence[Row], held: Sequence[Row]) -> int:
 # Files
 
 
-def _bytes(path: str) -> bytes:
+def bytes_of(path: str) -> bytes:
+    """A file's bytes; a `FileError` names it."""
     try:
         return Path(path).read_bytes()
     except OSError as e:
         raise FileError(f"{path}: {e.strerror or e}") from e
 
 
-def _read(path: str, data: bytes, lines: int) -> Iterator[tuple[str, Any]]:
-    """(where, row) of everything in a file."""
+def rows_in(path: str, data: bytes, lines: int = 1) -> Iterator[tuple[str, Any]]:
+    """(where, row) of everything in a file of these bytes.
+
+    Raises:
+        FileError: no rows of a kind that is known, by file and line.
+    """
     kind = Path(path).suffix.lower()
     if kind == ".parquet":
         yield from _parquet(path, data)

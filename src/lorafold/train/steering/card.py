@@ -65,7 +65,7 @@ def strength(facts: Mapping[str, Any]) -> str:
 
 def _card(facts: Mapping[str, Any], base_model: str | None) -> str:
     front = ["---", "library_name: peft", "tags:", "- lora", "- steering"]
-    if base_model:
+    if base_model and not base_model.startswith((".", "/", "~")) and "\\" not in base_model:
         front.insert(1, f"base_model: {json.dumps(base_model)}")
     pairs, sweep = facts["pairs"], facts["sweep"]
     columns = [" | ".join(COLUMNS), "|".join("---:" for _ in COLUMNS)]

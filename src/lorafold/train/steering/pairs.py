@@ -1,17 +1,15 @@
-"""Pairs of answers: what is read of a file of JSON lines, each line checked."""
+"""Pairs of answers: what is read of a file, each row checked."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...errors import FileError, MismatchError
-from ...files.config import read_text
 from ...words import one_line
+from ..job.data import bytes_of, rows_in
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -76,22 +74,17 @@ def pairs_of(rows: Iterable[Any]) -> list[Pair]:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """The pairs of a file of JSON lines with prompt, chosen and rejected; empty lines are skipped.
+    """The pairs of a file with the columns prompt, chosen and rejected: JSON lines, CSV, Parquet.
 
     Raises:
-        FileError: it can't be read, or a line of it is no pair, by file and line.
+        FileError: it can't be read, or a row of it is no pair, by file and line.
     """
-    file = Path(path)
-    found = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
+    file, found = os.fspath(path), []
+    for where, row in rows_in(file, bytes_of(file)):
         try:
-            found.append(Pair.of(json.loads(line)))
+            found.append(Pair.of(row))
         except MismatchError as e:
-            raise FileError(f"{file}: line {number}: {e}") from None
-        except ValueError as e:
-            raise FileError(f"{file}: line {number}: not valid JSON ({e})") from None
+            raise FileError(f"{file}: {where}: {e}") from None
     if not found:
         raise FileError(f"{file}: there are no pairs in it")
     return found
