@@ -24,17 +24,17 @@ class Options:
 
     kind: Any = field(default_factory=lambda: LoRA(rank=8, alpha=16))
     rounds: int = 1
-    steps: int = 200
+    steps: int = 100
     batch: int = 8
-    lr: float = 2e-3
+    lr: float = 5e-3
     c: float = 1.0
     cap: float = 1.0
     barrier: KLBarrier = field(default_factory=KLBarrier)
     reference: str = "base"
     kl: float | None = 1.0
     heldout: float = 0.2
-    every: int = 20
-    patience: int = 4
+    every: int = 10
+    patience: int = 3
     tokens: int = 32
     tolerance: float | None = None
     seed: int = 0

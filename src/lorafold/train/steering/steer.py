@@ -315,13 +315,13 @@ def steer(
         pairs: `Pair`s, or rows with the columns prompt, chosen and rejected.
         kind: `lf.LoRA` or `lf.PiSSA`, or a list with one for each round; LoRA of rank 8 when None.
         progress: is called with (done, total, stage).
-        options: rounds (1), steps (of each round, at most; 200), batch (8), lr (2e-3, falling to
-            0), c (at which it is trained; 1), cap (of the margin, nats a token; 1), barrier,
-            reference ("base" or "kept"), kl (that c = 1 is calibrated to: 1 nat at the 95th
-            percentile of greedy text; None for no calibration), heldout (share of the prompts, of
-            128 at most; 0.2), every (steps between looks at them; 20), patience (looks that may
-            bring nothing; 4), tokens (of a continuation; 32), tolerance (of `resize`, for the
-            result; None: exact), seed (0).
+        options: rounds (1), steps (of each round, at most; 100), batch (8), lr (5e-3, falling to
+            0; PiSSA takes about four times as much), c (at which it is trained; 1), cap (of the
+            margin, nats a token; 1), barrier, reference ("base" or "kept"), kl (that c = 1 is
+            calibrated to: 1 nat at the 95th percentile of greedy text; None for no calibration),
+            heldout (share of the prompts, of 128 at most; 0.2), every (steps between looks at them;
+            10), patience (looks that may bring nothing; 3), tokens (of a continuation; 32),
+            tolerance (of `resize`, for the result; None: exact), seed (0).
 
     Raises:
         MismatchError: pairs or options that are not these; a loss that is not finite; a first round
