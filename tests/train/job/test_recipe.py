@@ -1,5 +1,7 @@
 """Options, and config files of three dialects that say the same."""
 
+import sys
+
 import pytest
 
 import lorafold as lf
@@ -197,6 +199,12 @@ def test_what_theirs_means(text, means, tmp_path):
 def test_options_out_of_range(given, says):
     with pytest.raises(lf.MismatchError, match=says):
         Recipe.of({**BARE, **given})
+
+
+def test_without_pyyaml(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(lf.MissingExtraError, match=r"pip install 'lorafold\[train\]'"):
+        config(tmp_path, OURS)
 
 
 def test_alpha_is_twice_the_rank_unless_it_is_given():

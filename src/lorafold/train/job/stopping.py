@@ -107,7 +107,7 @@ def careful_trainer() -> Any:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             try:
                 super()._save_checkpoint(model, trial)
-            except (OSError, RuntimeError, SafetensorError) as e:
+            except (OSError, RuntimeError, SafetensorError, FileError) as e:
                 shutil.rmtree(folder, ignore_errors=True)
                 last = last_checkpoint(folder.parent)
                 kept = "" if last is None else f"; {last} is whole"
@@ -120,6 +120,7 @@ def careful_trainer() -> Any:
 
 
 def _reason(e: BaseException) -> str:
+    e = e.__cause__ or e if isinstance(e, FileError) else e  # which names a hidden folder
     return str(getattr(e, "strerror", None) or e).strip().splitlines()[0]
 
 
