@@ -1,4 +1,4 @@
-"""What commands that write adapters share: the dtype."""
+"""What commands that write share: the dtype of adapters, how long to wait for other writers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 DTYPES = ["float32", "float16", "bfloat16"]
 
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="Of the factors written.")
+
+timeout_option = click.option(
+    "--timeout",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for others who change the library.",
+)
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

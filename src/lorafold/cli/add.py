@@ -9,6 +9,7 @@ import click
 from . import _output as output
 from ._command import command
 from ._source import named
+from ._writing import timeout_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     type=click.Choice(["svd", "exact"]),
     help="Keep it off the shared bases, or bit for bit.",
 )
+@timeout_option
 def add(
     lib: str,
     adapters: tuple[str, ...],
@@ -34,6 +36,7 @@ def add(
     replace: bool,
     tolerance: float | None,
     form: str | None,
+    timeout: float,
 ) -> None:
     """Add adapters to a library.
 
@@ -43,7 +46,7 @@ def add(
     """
     from ..fold import Library
 
-    with Library.open(lib) as opened:
+    with Library.open(lib, timeout=timeout) as opened:
         found = named(adapters)
         if name is not None:
             if len(found) != 1:

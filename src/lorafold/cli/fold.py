@@ -13,6 +13,7 @@ from . import _output as output
 from ._command import command, settings
 from ._library import library_facts, library_table
 from ._source import named as named_handles
+from ._writing import timeout_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +61,7 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
 @click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
 @click.option("--alpha", type=float, help="α of the adapters in a vLoRA folder.")
 @click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
+@timeout_option
 def fold(
     sources: tuple[str, ...],
     path: str,

@@ -9,6 +9,7 @@ import click
 from . import _output as output
 from ._command import command
 from ._source import named as named_handles
+from ._writing import timeout_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     help="The source of the adapter NAME; can be given again.",
 )
 @click.option("--memory", default="1GiB", show_default=True, help="Limit for what is held at once.")
-def repair(lib: str, sources: tuple[str, ...], named: tuple[str, ...], memory: str) -> None:
+@timeout_option
+def repair(
+    lib: str, sources: tuple[str, ...], named: tuple[str, ...], memory: str, timeout: float
+) -> None:
     """Make a damaged library whole again: rebuild what is lost, or drop it.
 
     What can still be read stays as it is, bit for bit. Adapters that can't are folded again from
@@ -44,7 +48,7 @@ def repair(lib: str, sources: tuple[str, ...], named: tuple[str, ...], memory: s
 
     given = named_handles(sources, named) if sources or named else None
     with output.progress("repairing") as advance:
-        done = repaired(lib, given, memory=memory, progress=advance)
+        done = repaired(lib, given, memory=memory, timeout=timeout, progress=advance)
     data = {
         "path": lib,
         "damage": list(done.damage),

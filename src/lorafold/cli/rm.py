@@ -6,12 +6,14 @@ import click
 
 from . import _output as output
 from ._command import command
+from ._writing import timeout_option
 
 
 @command("rm", example="lorafold rm lib law")
 @click.argument("lib", metavar="LIB")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def rm(lib: str, names: tuple[str, ...]) -> None:
+@timeout_option
+def rm(lib: str, names: tuple[str, ...], timeout: float) -> None:
     """Remove adapters from a library.
 
     Their names are free again. What others share with them stays, and the bytes of a shard are
@@ -19,7 +21,7 @@ def rm(lib: str, names: tuple[str, ...]) -> None:
     """
     from ..fold import Library
 
-    with Library.open(lib) as opened:
+    with Library.open(lib, timeout=timeout) as opened:
         wanted = list(dict.fromkeys(names))
         for name in wanted:
             opened.entry(name)  # an unknown one is told before anything is removed

@@ -18,7 +18,6 @@ import secrets
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +32,8 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
+
+HAS_LOCKS = fcntl is not None
 
 READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 CREATE_FLAGS = (
@@ -195,50 +196,6 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def writer_lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock file `path`, alone among all processes; it ends with the process at the latest.
-
-    Args:
-        path: the lock file; created where missing, never removed.
-        timeout: seconds to wait for the present holder.
-
-    Raises:
-        FileError: it is held by someone else for longer than `timeout`, or can't be locked.
-    """
-    deadline = time.monotonic() + timeout
-    pause = 0.001
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as e:
-            raise FileError(f"{path.parent} can't be changed: {e.strerror}") from e
-        try:
-            held = _try_lock(descriptor)
-        except OSError as e:
-            os.close(descriptor)
-            raise FileError(f"{path.parent} can't be locked: {e.strerror}") from e
-        if held and _is_still_at(descriptor, path):
-            break
-        os.close(descriptor)
-        if held:  # of a directory that was replaced as we waited: lock the new one
-            continue
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise FileError(
-                f"{path.parent} is being changed by another process (or by another transaction of "
-                f"this one); waited {timeout:g} s"
-            )
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, 0.05)
-    try:
-        yield
-    finally:
-        # Closing alone would leave the lock with a child process forked meanwhile.
-        _unlock(descriptor)
-        os.close(descriptor)
-
-
 def set_aside(path: str | os.PathLike[str]) -> list[Path]:
     """Old states of `path` left under a hidden name by an overwrite killed between two renames.
 
@@ -252,6 +209,31 @@ def set_aside(path: str | os.PathLike[str]) -> list[Path]:
     except OSError:
         return []
     return [target.parent / name for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock without waiting; False when someone else holds it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of what `try_lock` locked."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_still_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file, itself and not by a link."""
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
@@ -315,7 +297,7 @@ def _new_staging(target: Path) -> tuple[Path, int | None]:
         lock = None
         try:
             lock = os.open(staging, READ_FLAGS)
-            if _try_lock(lock) and _is_still_at(lock, staging):
+            if try_lock(lock) and is_still_at(lock, staging):
                 return staging, lock
         except FileNotFoundError:
             pass
@@ -344,7 +326,7 @@ def _remove_dead_staging(parent: Path) -> None:
         with contextlib.suppress(OSError):
             lock = os.open(path, READ_FLAGS)
             try:
-                if _try_lock(lock):
+                if try_lock(lock):
                     _remove(path)
             finally:
                 os.close(lock)
@@ -438,30 +420,3 @@ def _renameat2(source: bytes, target: bytes, flags: int) -> int:
     here = -100  # AT_FDCWD; the paths are absolute
     done: int = library.renameat2(here, source, here, target, flags)
     return ctypes.get_errno() if done else 0
-
-
-# Locks
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock without waiting; False when someone else holds it."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-def _unlock(descriptor: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _is_still_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(descriptor), there)

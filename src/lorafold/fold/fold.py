@@ -12,6 +12,7 @@ from .one_pass import folded
 from .options import Options, with_options
 from .retention import fold_by_retention
 from .store.store import Store
+from .store.turns import TIMEOUT
 
 
 @with_options
@@ -20,6 +21,7 @@ def fold(
     path: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
+    timeout: float = TIMEOUT,
     **options: Any,
 ) -> Library:
     """Fold adapters into one library.
@@ -46,6 +48,7 @@ def fold(
         memory: limit for what is held of the collection at once.
         device: where the algebra runs.
         overwrite: replace the library at `path`; other files in its folder stay.
+        timeout: seconds to wait for others who change a library that is to be replaced.
         progress: called with (done, total, stage).
 
     Returns:
@@ -69,7 +72,7 @@ def fold(
     if path is not None:
         check_apart(path, (handle.path for handle in handles.values()))
     if settings.retention is not None:
-        return Library(fold_by_retention(handles, settings, path, overwrite))
-    with Store.create(path, overwrite=overwrite) as t:
+        return Library(fold_by_retention(handles, settings, path, overwrite, timeout))
+    with Store.create(path, overwrite=overwrite, timeout=timeout) as t:
         store = t.commit(folded(handles, settings, t))
     return Library(store)

@@ -25,6 +25,7 @@ from .options import Progress
 from .repair import warn_of_damage
 from .stats import library_html, library_stats
 from .store.store import Store
+from .store.turns import TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class Library(Mapping[str, Adapter]):
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, device: Any = None, dtype: torch.dtype | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        timeout: float = TIMEOUT,
     ) -> Library:
         """Open a folder that `fold` wrote.
 
@@ -82,11 +88,12 @@ class Library(Mapping[str, Adapter]):
 
         Args:
             path: the folder. device, dtype: of the adapters it gives.
+            timeout: seconds that a change waits for its turn, where others change the folder, too.
 
         Raises:
             FileError: no library there, or its manifest is damaged.
         """
-        lib = cls(Store.open(path), device, dtype)
+        lib = cls(Store.open(path, timeout), device, dtype)
         warn_of_damage(lib.contents)
         return lib
 
@@ -334,7 +341,8 @@ class Library(Mapping[str, Adapter]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             raise MismatchError("a library in memory can't be pickled: save it to a folder first")
-        return _opened, (self.path, self.contents.device, self._dtype)
+        c = self.contents
+        return _opened, (self.path, c.device, self._dtype, c.store.timeout)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -347,5 +355,5 @@ class Library(Mapping[str, Adapter]):
         self.close()
 
 
-def _opened(path: str, device: Any, dtype: torch.dtype | None) -> Library:
-    return Library.open(path, device=device, dtype=dtype)
+def _opened(path: str, device: Any, dtype: torch.dtype | None, timeout: float) -> Library:
+    return Library.open(path, device=device, dtype=dtype, timeout=timeout)

@@ -32,6 +32,7 @@ from .store.entries import ModuleEntry, Piece
 from .store.manifest import MANIFEST, Manifest
 from .store.state import State, remedy
 from .store.store import Store, Transaction
+from .store.turns import TIMEOUT
 from .survey import Survey
 from .write import Builder, check_contract
 
@@ -72,6 +73,7 @@ def repair(
     sources: Any = None,
     *,
     memory: str | int = "1GiB",
+    timeout: float = TIMEOUT,
     progress: Progress | None = None,
 ) -> Repair:
     """Make a library whole again: adapters that are lost are folded anew, or leave it.
@@ -88,6 +90,7 @@ def repair(
         path: the library's folder.
         sources: as for `fold`; of those that are lost. Others are passed over.
         memory: limit for what is held of the sources at once.
+        timeout: seconds to wait for others who change the library.
         progress: called with (done, total, stage).
 
     Returns:
@@ -107,7 +110,7 @@ def repair(
         ()
     """
     handles = {} if sources is None else named_handles(sources)
-    c = Contents(_opened(path))
+    c = Contents(_opened(path, timeout))
     with c.changing() as (t, now):
         if progress is not None:
             progress(0, 2, "reading")
@@ -136,9 +139,9 @@ def repair(
     )
 
 
-def _opened(path: str | os.PathLike[str]) -> Store:
+def _opened(path: str | os.PathLike[str], timeout: float) -> Store:
     try:
-        return Store.open(path)
+        return Store.open(path, timeout)
     except FileError as e:
         if not is_library(path):
             raise

@@ -30,11 +30,12 @@ def fold_by_retention(
     options: Options,
     path: str | os.PathLike[str] | None,
     overwrite: bool,
+    timeout: float,
 ) -> Store:
     """See `fold(retention=…, score=…)`."""
     assert options.score is not None
     if path is not None:
-        with Store.create(path, overwrite=overwrite):
+        with Store.create(path, overwrite=overwrite, timeout=timeout):
             pass  # what is in the way is found before the scores are run
     score = _Counted(options.score)
     found = {}
@@ -49,7 +50,8 @@ def fold_by_retention(
             tolerance = search.tolerance
             adapter = handles[name].load()
             add_to(contents, adapter, name, replace=True, tolerance=tolerance, form=form)
-    return contents.store if path is None else contents.store.save(path, overwrite=overwrite)
+    store = contents.store
+    return store if path is None else store.save(path, overwrite=overwrite, timeout=timeout)
 
 
 def _folded(

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from lorafold.errors import FileError
 from lorafold.files import atomic
+from lorafold.fold.store import turns
 from lorafold.fold.store.entries import ModuleEntry, Piece
 from lorafold.fold.store.manifest import MANIFEST, Manifest
 from lorafold.fold.store.shard import Shard
@@ -555,7 +556,7 @@ def test_two_writers_take_turns(tmp_path, monkeypatch):
             go_on()
         os.sched_yield()
 
-    monkeypatch.setattr(atomic.time, "sleep", wait)
+    monkeypatch.setattr(turns.time, "sleep", wait)
     with store.transaction(timeout=60) as t:
         assert t.manifest.base_model == "child"  # read under the lock
         assert t.shards.keys() == set(used(t))
@@ -585,7 +586,7 @@ def test_the_lock_of_a_replaced_library_does_not_count(tmp_path, monkeypatch):
     """A writer that waited at the old folder must not change what is no longer there."""
     path = tmp_path / "lib"
     store = create(path, 1)
-    lock, replaced = atomic._try_lock, []
+    lock, replaced = turns.try_lock, []
 
     def replaced_meanwhile(descriptor):
         if not replaced:
@@ -593,14 +594,14 @@ def test_the_lock_of_a_replaced_library_does_not_count(tmp_path, monkeypatch):
             create(None, 5).save(path, overwrite=True)
         return lock(descriptor)
 
-    monkeypatch.setattr(atomic, "_try_lock", replaced_meanwhile)
+    monkeypatch.setattr(turns, "try_lock", replaced_meanwhile)
     with store.transaction(timeout=0) as t:
         t.commit(saying("late", used(t)))
     assert state_at(path) == ("late", [5])
 
 
 def test_a_lock_that_does_not_lock_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_try_lock", lambda _: True)
+    monkeypatch.setattr(turns, "try_lock", lambda _: True)
     store, other = create(tmp_path / "lib", 1), Store.open(tmp_path / "lib")
     with (
         pytest.raises(FileError, match="in spite of the lock"),

@@ -3,7 +3,7 @@
     library.json             the manifest: what the library says, its shards and lists of adapters
     shard-<hex>.safetensors  named by what is in it; size and checksums in the manifest
     adapters-<hex>.json      the adapters whose records are in one shard; likewise
-    .lock                    locked by whoever changes the library, empty
+    .lock, .lock.<n>.wait    locked by whoever changes the library, or waits for it; empty
 
 A change writes new files beside the old ones, flushes them, and replaces the manifest: that one
 rename is the change. Files it no longer names are removed after it. A reader opens all shards at
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FileError
-from ...files.atomic import new_directory, replace_file, sync_directory, writer_lock
+from ...files.atomic import new_directory, replace_file, sync_directory
 from ...files.replacing import Kind, check_apart
 from .manifest import FORMAT, MANIFEST, Manifest, named_files, read_manifest
 from .part import PART_NAME
 from .shard import Shard
 from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
 from .state import State, read_state
+from .turns import LOCK, TICKET, TIMEOUT, turn
 
-_LOCK = ".lock"
 _LEFT_BY_WRITERS = re.compile(
     rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}"
     rf"|\.({re.escape(MANIFEST)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
@@ -51,7 +51,9 @@ def _is_known(path: Path) -> bool:
 LIBRARY = Kind(
     "a library",
     _is_known,
-    re.compile("|".join((re.escape(MANIFEST), re.escape(_LOCK), _LEFT_BY_WRITERS.pattern))),
+    re.compile(
+        "|".join((re.escape(MANIFEST), re.escape(LOCK), TICKET.pattern, _LEFT_BY_WRITERS.pattern))
+    ),
 )
 
 
@@ -63,6 +65,7 @@ class Store:
 
     Attributes:
         path: the folder; None in memory.
+        timeout: seconds that a change waits for its turn.
         state: what it holds. Replaced at once, and never changed, by a transaction: what was taken
             from it before stays readable.
 
@@ -79,8 +82,9 @@ class Store:
         array([1., 1., 1.], dtype=float32)
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, timeout: float = TIMEOUT) -> None:
         self.path = path
+        self.timeout = timeout
         self.state = State()
         self._alone = threading.Lock()  # what the lock file is to a store on disk
 
@@ -95,26 +99,26 @@ class Store:
         return self.state.shards
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Store:
+    def open(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Store:
         """Open a library's folder and all of its shards.
 
         Shards and lists that are damaged are left out, and named in `state.damage`.
 
         Args:
-            path: the folder.
+            path: the folder. timeout: seconds that a change waits for its turn.
 
         Raises:
             FileError: no library there, a newer one than this version reads, or a damaged manifest.
         """
         if not os.fspath(path):  # which would be the working directory
             raise FileError("no such folder: ''")
-        store = cls(Path(os.path.abspath(path)))
+        store = cls(Path(os.path.abspath(path)), timeout)
         store._load()
         return store
 
     @staticmethod
     def create(
-        path: str | os.PathLike[str] | None, *, overwrite: bool = False, timeout: float = 10
+        path: str | os.PathLike[str] | None, *, overwrite: bool = False, timeout: float = TIMEOUT
     ) -> Transaction:
         """A transaction whose `commit` makes a new store; nothing is at `path` before it.
 
@@ -129,31 +133,32 @@ class Store:
                 process is changing it.
         """
         return Transaction(
-            Store(None if path is None else Path(os.path.abspath(path))),
+            Store(None if path is None else Path(os.path.abspath(path)), timeout),
             "overwrite" if overwrite else "create",
             timeout,
         )
 
-    def transaction(self, timeout: float = 10) -> Transaction:
-        """A change of this store, alone among all processes.
+    def transaction(self, timeout: float | None = None) -> Transaction:
+        """A change of this store, alone among all processes, in their order of asking.
 
         Args:
-            timeout: seconds to wait for another writer.
+            timeout: seconds to wait for the turn; None is the store's.
 
         Raises:
             FileError: when entered: another process is changing the library, or it is gone.
         """
-        return Transaction(self, "change", timeout)
+        return Transaction(self, "change", self.timeout if timeout is None else timeout)
 
     def save(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, timeout: float = 10
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, timeout: float | None = None
     ) -> Store:
         """Write this store to a folder, shard by shard as it is.
 
         Args:
             path: the folder.
             overwrite: replace the library that is there; other files in its folder stay.
-            timeout: seconds to wait for another writer of a library to be replaced.
+            timeout: seconds to wait for other writers of a library to be replaced; None is the
+                store's.
 
         Returns:
             The store opened from the folder; this one stays what it is.
@@ -165,13 +170,14 @@ class Store:
         state = self.state
         if state.damage:
             raise FileError(f"a damaged library is not copied: {state.problems()}")
+        timeout = self.timeout if timeout is None else timeout
         with _replaced(Path(os.path.abspath(path)), self.path, overwrite, timeout) as folder:
             for name, shard in state.shards.items():
                 shard.copy_to(folder / name)
             manifest = _written(state.manifest, folder, anew=True)
             raw = manifest.to_bytes({name: shard.stated for name, shard in state.shards.items()})
             replace_file(folder / MANIFEST, raw)
-        return Store.open(path)
+        return Store.open(path, timeout)
 
     def as_it_is(self) -> Store:
         """The same for reading and changing; what either does to itself does not reach the other.
@@ -181,7 +187,7 @@ class Store:
         """
         if self.closed:
             raise FileError(f"the library {self.path or 'in memory'} is closed: open it again")
-        twin = Store(self.path)
+        twin = Store(self.path, self.timeout)
         twin.state = self.state.twin()
         return twin
 
@@ -284,7 +290,7 @@ class Transaction:
         if store.path is None:
             place.enter_context(_held(store._alone, self._timeout))
         elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
-            place.enter_context(writer_lock(store.path / _LOCK, self._timeout))
+            place.enter_context(turn(store.path, self._timeout))
             place.enter_context(_without_leftovers(store))
             self._folder, self._in_place = store.path, True
         else:
@@ -483,5 +489,5 @@ def _replaced(path: Path, source: Path | None, overwrite: bool, timeout: float) 
     check_apart(path, [source])
     with contextlib.ExitStack() as stack:
         if overwrite and _is_library(path):
-            stack.enter_context(writer_lock(path / _LOCK, timeout))
+            stack.enter_context(turn(path, timeout))
         yield stack.enter_context(new_directory(path, LIBRARY, overwrite=overwrite))
