@@ -102,12 +102,15 @@ def test_what_appeared_meanwhile_is_not_replaced(tmp_path, renames):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_what_a_link_points_to_is_replaced(tmp_path, renames):
+def test_nothing_is_replaced_through_a_link(tmp_path, renames):
     fill(tmp_path / "far" / "real", "1")
     (tmp_path / "link").symlink_to(tmp_path / "far" / "real")
-    fill(tmp_path / "link", "2", overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    assert content(tmp_path / "far" / "real") == whole("2")
+    (tmp_path / "dangling").symlink_to(tmp_path / "far" / "new")
+    for name in ("link", "dangling"):
+        with pytest.raises(FileError, match="is a symbolic link to .*far"):
+            fill(tmp_path / name, "2", overwrite=True)
+        assert (tmp_path / name).is_symlink()
+    assert content(tmp_path / "far" / "real") == whole("1")
     assert os.listdir(tmp_path / "far") == ["real"]
 
 
@@ -117,7 +120,7 @@ def test_paths_that_are_no_place_are_refused(tmp_path, monkeypatch):
     (tmp_path / "here" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "deep")
     for path, message in [
-        (tmp_path / "loop", "leads nowhere|exists already"),
+        (tmp_path / "loop", "is a symbolic link"),
         (tmp_path / "file" / "x", "not a directory"),
         (tmp_path / "file" / "x" / "y", "not a directory"),
         ("/", "root"),
@@ -235,9 +238,13 @@ def test_replace_file_writes_and_keeps_permissions(tmp_path):
     replace_file(path, b"one")
     path.chmod(0o640)
     (tmp_path / "link").symlink_to(path)
-    replace_file(tmp_path / "link", b"two")
+    replace_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    replace_file(tmp_path / "link", b"three")  # takes the link's place
+    assert path.read_bytes() == b"two"
+    assert (tmp_path / "link").read_bytes() == b"three"
+    assert not (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["f", "link"]
 
 

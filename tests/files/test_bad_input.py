@@ -319,7 +319,7 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path, monkeypatch):
         with pytest.raises(FileError, match=r"out can't be written: No space left on device"):
             lf.save(adapter, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "save_file", fails)
+        patched.setattr(saving, "save_tensors", fails)
         full = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
         with pytest.raises(FileError, match=r"out can't be written: .*No space left"):
             lf.save(adapter, tmp_path / "out")

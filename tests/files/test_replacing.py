@@ -153,6 +153,7 @@ def test_anything_else_is_refused_by_name(tmp_path, overwrite, kind):
         match = "it is not a thing: it holds 'thesis.tex'"
         if kind == "link":
             target.symlink_to(real, target_is_directory=True)
+            match = "is a symbolic link to"
     before = tree(tmp_path)
     for path in (target, f"{target}/", tmp_path / "no" / ".." / "precious"):
         with pytest.raises(FileError, match=f"precious.*{match}"):

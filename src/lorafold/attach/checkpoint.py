@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
+from ..files.safetensors import save_tensors
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.places import Standing, places_of
 from .begin.resumed import HEADER, VERSION, Training, read_tensors, with_seal
@@ -59,7 +59,7 @@ def save_trained(
     form, config = peft_form(source.adapter())
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)
-        save_file(tensors, staging / STATE_NAME, metadata={"format": "pt", HEADER: text})
+        save_tensors(tensors, staging / STATE_NAME, metadata={"format": "pt", HEADER: text})
 
 
 def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +71,8 @@ def new_directory(
 
     On normal exit every file in it is flushed to the disk and the directory renamed into place; on
     an exception it is removed and whatever is at `path` stays untouched. Missing parents are
-    created. A symbolic link at `path` is followed: what it points to is replaced, not the link.
+    created. A symbolic link at `path` is refused. An old state of it that an overwrite set aside
+    when it was killed, where names can't be exchanged, is put back first.
 
     An empty directory counts as nothing. Of what is replaced, only the files go that are of the
     kind's own; the others stay.
@@ -98,7 +100,7 @@ def new_directory(
         >>> (folder / "out" / "a.txt").read_text()
         'whole'
     """
-    target = _resolved(path)
+    target = _place(path)
     with _told(target):
         yield from _appearing(path, target, kind, sources, overwrite)
 
@@ -112,6 +114,7 @@ def _appearing(
 ) -> Iterator[Path]:
     """The staging directory; what follows makes it the target."""
     check_apart(target, sources)
+    _recover(target, kind)
     check_replaceable(target, kind, overwrite, path)
     replaces = not is_free(target)
     created = _make_parents(target.parent)
@@ -146,7 +149,8 @@ def _appearing(
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file, new or in place of the old one, so that a reader sees the one or the other.
 
-    The permissions of a file that is replaced are kept, and a symbolic link is followed.
+    The permissions of a file that is replaced are kept. Of a symbolic link it takes the place: what
+    that leads to stays as it is.
 
     Args:
         path: the file.
@@ -155,7 +159,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         FileError: it can't be written: the disk is full, a folder is not there.
     """
-    target = _resolved(path)
+    target = _place(path)
     with _told(target):
         _replace(target, data)
 
@@ -197,7 +201,9 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
 
 
 def set_aside(path: str | os.PathLike[str]) -> list[Path]:
-    """Old states of `path` left under a hidden name by an overwrite killed between two renames.
+    """Old states of `path` that overwrites left under hidden names, the newest last.
+
+    They were killed between two renames, on file systems that can't exchange names.
 
     Args:
         path: what was being overwritten.
@@ -206,9 +212,19 @@ def set_aside(path: str | os.PathLike[str]) -> list[Path]:
     pattern = re.compile(re.escape(f".{_short(target)}.") + r"[0-9a-f]{16}\.old")
     try:
         names = os.listdir(target.parent)
+        found = [target.parent / name for name in names if pattern.fullmatch(name)]
+        return sorted(found, key=lambda path: (os.lstat(path).st_mtime_ns, path))
     except OSError:
         return []
-    return [target.parent / name for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def appears(path: str | os.PathLike[str]) -> bool:
+    """Whether something is at `path`, or comes there in a moment: an overwrite has it set aside."""
+    for pause in (0.001, 0.01, 0.1):
+        if os.path.lexists(path) or not set_aside(path):
+            break
+        time.sleep(pause)
+    return os.path.lexists(path)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -246,14 +262,9 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 # Names
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Absolute, and what a symbolic link at `path` points to."""
+def _place(path: str | os.PathLike[str]) -> Path:
+    """Absolute; a link that it is is not followed."""
     target = Path(os.path.abspath(path))
-    if target.is_symlink():
-        try:
-            target = target.resolve()
-        except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links, before Python 3.13
-            raise FileError(f"{path} is a symbolic link that leads nowhere: {e}") from e
     if not target.name:
         raise FileError(f"{path} is the root of a file system, not a place to write to")
     return target
@@ -332,6 +343,35 @@ def _remove_dead_staging(parent: Path) -> None:
                 os.close(lock)
 
 
+def _recover(target: Path, kind: Kind) -> None:
+    """After an overwrite that was killed between two renames, put the old state back.
+
+    One that was killed after them has left an old state that nobody needs, and that goes.
+    """
+    for old in set_aside(target):
+        if _has_writer(old.with_suffix(".tmp")):
+            continue
+        with contextlib.suppress(OSError):
+            if is_free(target):
+                os.rename(old, target)
+            elif kind.known(target) and kind.known(old):
+                _remove_replaced(old, target, kind)
+
+
+def _has_writer(staging: Path) -> bool:
+    """Whether whoever writes there is alive."""
+    try:
+        lock = os.open(staging, READ_FLAGS)
+    except OSError:
+        return False
+    try:
+        return not try_lock(lock)
+    except OSError:  # no locks on this file system
+        return True
+    finally:
+        os.close(lock)
+
+
 def _remove(path: Path) -> None:
     """Remove a file or a tree, as far as it goes: what remains is hidden, and in nobody's way."""
     if path.is_dir() and not path.is_symlink():
@@ -387,7 +427,7 @@ def _move_into_place(staging: Path, target: Path, replaces: bool) -> None:
     elif not replaces:
         raise FileError(f"{target} appeared while it was being written; give overwrite=True")
     elif not _rename_with(staging, target, _RENAME_EXCHANGE):
-        old = _sibling(target, "old")
+        old = staging.with_suffix(".old")  # by whose lock it is known if the writer lives
         os.rename(target, old)
         try:
             os.rename(staging, target)

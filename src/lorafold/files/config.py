@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MismatchError
+from .disk.held import read_regular
 from .formats.foreign import MLX
 from .safetensors import disguise
 
@@ -26,14 +27,17 @@ RECORD_NAME = "steering.json"  # beside an adapter, what was measured of it alon
 CHECKPOINTS, RECIPE_NAME = "checkpoints", "recipe.json"  # of a training run, and how it goes on
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, raw: bytes | None = None) -> str:
     """The file's text.
+
+    Args:
+        path: the file. raw: what is in it, where that is read already.
 
     Raises:
         FileError: it can't be read, is not UTF-8, or is another file under its name.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (read_regular(path) if raw is None else raw).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e
     except OSError as e:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..words import some_of, warn
+from .atomic import appears, set_aside
 from .config import (
     CHECKPOINTS,
     CONFIG_NAME,
@@ -201,7 +202,7 @@ def locate(
     path = Path(source)
     if not os.fspath(source):  # which would be the working directory
         raise FileError("no such file or directory: ''")
-    if not os.path.lexists(path):
+    if not appears(path):
         path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
@@ -216,7 +217,11 @@ def locate(
 
 
 def _fetched(text: str, revision: str | None, allow_pickle: bool) -> Path:
-    found = in_library(text)
+    found, aside = in_library(text), set_aside(text)
+    if aside:
+        raise FileError(
+            f"{text} does not exist; an interrupted overwrite left its old state in {aside[-1]}"
+        )
     if found is not None:
         raise FileError(
             f"{text} is in a library: Library.open({found[0]!r})[{found[1]!r}] reads it"

@@ -30,6 +30,7 @@ from ..words import did_you_mean
 from . import safetensors
 from .alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .config import checked, parsed, plain, read_text
+from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
@@ -57,13 +58,15 @@ class _Record:
         )
 
 
+_ATTEMPTS = 20  # to open what is overwritten meanwhile; each needs one more writer
 _records: weakref.WeakValueDictionary[bytes, _Record] = weakref.WeakValueDictionary()
 
 
 class AdapterFile:
     """An adapter of which only the header has been read.
 
-    Not made directly: see `open_adapter`. It holds no open file; every read opens the file anew.
+    Not made directly: see `open_adapter`. What it reads is of the file that it opened, whatever
+    takes its path meanwhile, or it is an error: tensors and config belong together.
 
     Not for: algebra; `load()` gives the `Adapter`, which has it.
 
@@ -87,7 +90,7 @@ class AdapterFile:
         path: Path | None,
         record: _Record,
         nbytes: int,
-        file: str | None = None,
+        file: Held | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         self.path, self.nbytes = path, nbytes
@@ -208,16 +211,14 @@ class AdapterFile:
 
     @property
     def _where(self) -> str:
-        return self._file or str(self.path or "adapter")
+        return str(self.path or "adapter") if self._file is None else self._file.path
 
     def _tensors(self, keys: Iterable[str]) -> list[Tensor]:
-        assert self._file is not None
-        entries = self._record.entries
-        with safetensors.open_file(self._file) as f:
-            size = os.fstat(f.fileno()).st_size
-            if size != self._record.size:
-                raise FileError(f"{self._file}: the file was changed since it was opened")
-            return safetensors.read_tensors(f, ((k, entries[k]) for k in keys), self._file)
+        held, entries = self._file, self._record.entries
+        assert held is not None
+        found = safetensors.read_tensors(held.file(), ((k, entries[k]) for k in keys), held.path)
+        held.file()  # which says if it was written to meanwhile
+        return found
 
 
 def open_adapter(
@@ -243,16 +244,38 @@ def open_adapter(
     if isinstance(source, Adapter):
         return AdapterFile.of(source)
     with safetensors.file_errors(str(source)):
-        place = locate(source, revision=revision, allow_pickle=allow_pickle)
-        text = None if place.config is None else read_text(place.config)
-        nbytes = sum(p.stat().st_size for p in (place.weights, place.config) if p is not None)
+        place, weights, text, nbytes = _opened_together(source, revision, allow_pickle)
     if place.weights.suffix != ".safetensors":
         _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
-        tensors, config = plain_keys(_unpickled(place.weights), config, str(place.weights))
+        tensors, config = plain_keys(_unpickled(weights), config, str(place.weights))
         record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
         return AdapterFile.of(_assembled(tensors, record, where), place.path, nbytes)
-    return _open_safetensors(place, text, alpha, nbytes)
+    return _open_safetensors(place, weights, text, alpha, nbytes)
+
+
+def _opened_together(
+    source: str | os.PathLike[str], revision: str | None, allow_pickle: bool
+) -> tuple[Location, Held, str | None, int]:
+    """Where an adapter is, its tensors' file, its config's text, and the bytes of both.
+
+    Both files were at their paths at one moment: where an overwrite came between, once more.
+    """
+    for attempt in range(_ATTEMPTS):
+        last = attempt == _ATTEMPTS - 1
+        place = locate(source, revision=revision, allow_pickle=allow_pickle)
+        try:
+            config = None if place.config is None else Held(place.config)
+            weights = Held(place.weights)
+            raw = None if config is None else config.read()
+        except (FileNotFoundError, ChangedError):
+            if last:
+                raise
+            continue
+        if config is None or (config.is_there() and weights.is_there()):
+            text = None if place.config is None else read_text(place.config, raw)
+            return place, weights, text, weights.size + (0 if config is None else config.size)
+    raise ChangedError(f"{source} changes faster than it can be opened; try again")
 
 
 def load(
@@ -313,44 +336,50 @@ def load(
         return adapter if base is None else onto(adapter, base, tables=tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
-    opened = open_adapter(source, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
-    adapter = opened.load(device, dtype)
+    for attempt in range(_ATTEMPTS):
+        opened = open_adapter(source, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
+        try:
+            adapter = opened.load(device, dtype)
+            break
+        except ChangedError:  # overwritten in place, as other programs do
+            if attempt == _ATTEMPTS - 1:
+                raise
     if base is None:
         return adapter
     return onto(adapter, base, packings=opened.packings or None, tables=tables)
 
 
 def _open_safetensors(
-    place: Location, text: str | None, alpha: float | None, nbytes: int
+    place: Location, weights: Held, text: str | None, alpha: float | None, nbytes: int
 ) -> AdapterFile:
     where = str(place.weights)
-    with safetensors.open_file(where) as f:
-        header, size = safetensors.header_bytes(f, where)
-        hashed = hashlib.sha256(header)
-        hashed.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
-        digest = hashed.digest()
-        record = _records.get(digest)
-        if record is None:
-            found, metadata = safetensors.parse_header(header, size, where)
-            if is_portable(metadata):
-                record = _of_roles(found, metadata, size, alpha, where)
-            else:
-                config = None if text is None else parsed(text, str(place.config))
-                alphas, config = _said(metadata, config, alpha, where)
-                entries, config = plain_keys(found, config, where)
-                shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-                beside = alpha_keys(shapes)
-                numbers = safetensors.read_tensors(
-                    f, ((key, entries[key]) for key in beside.values()), where
-                )
-                alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
-                plan = make_plan(shapes, config, alphas, where)
-                kept = common_config(alphas.parts.values()) if config is None else config
-                record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
-                if beside:  # which the header does not tell apart
-                    return AdapterFile(place.path, record, nbytes, file=where)
-            _records[digest] = record
-    return AdapterFile(place.path, record, nbytes, file=where)
+    f = weights.file()
+    header, size = safetensors.header_bytes(f, where)
+    hashed = hashlib.sha256(header)
+    hashed.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
+    digest = hashed.digest()
+    record = _records.get(digest)
+    if record is None:
+        found, metadata = safetensors.parse_header(header, size, where)
+        if is_portable(metadata):
+            record = _of_roles(found, metadata, size, alpha, where)
+        else:
+            config = None if text is None else parsed(text, str(place.config))
+            alphas, config = _said(metadata, config, alpha, where)
+            entries, config = plain_keys(found, config, where)
+            shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+            beside = alpha_keys(shapes)
+            numbers = safetensors.read_tensors(
+                f, ((key, entries[key]) for key in beside.values()), where
+            )
+            alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
+            plan = make_plan(shapes, config, alphas, where)
+            kept = common_config(alphas.parts.values()) if config is None else config
+            record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
+            if beside:  # which the header does not tell apart
+                return AdapterFile(place.path, record, nbytes, file=weights)
+        _records[digest] = record
+    return AdapterFile(place.path, record, nbytes, file=weights)
 
 
 def _said(
@@ -450,16 +479,18 @@ def _copied(key: str, t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def _unpickled(held: Held) -> dict[str, Tensor]:
     loader: Callable[..., Any] = torch.load
-    with safetensors.open_file(path) as f:
+    path = held.path
+    with open(os.dup(held.file().number), "rb") as f:
         says = safetensors.disguise(f.read(100))
-    if says is not None and "torch.save" not in says:
-        raise FileError(f"{path} is {says}")
-    try:
-        tensors = loader(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a damaged pickle can raise anything
-        raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
+        if says is not None and "torch.save" not in says:
+            raise FileError(f"{path} is {says}")
+        f.seek(0)
+        try:
+            tensors = loader(f, map_location="cpu", weights_only=True)
+        except Exception as e:  # a damaged pickle can raise anything
+            raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise FileError(f"{path}: must hold a dict of tensors")
     return {str(k): _copied(k, t) for k, t in tensors.items()}

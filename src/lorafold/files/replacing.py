@@ -66,6 +66,7 @@ def check_replaceable(
         FileError: it may not; the message calls it `given`.
     """
     _check_named(given)
+    check_no_link(given)
     free, refusal = is_free(target), None
     if not target.is_dir():
         refusal = f"it is a file, not the folder of {kind.name}"
@@ -81,6 +82,21 @@ def check_replaceable(
     if os.path.lexists(target) and (here == target or target in here.parents):
         # Nearly always a slip, and it would pull the ground from under the caller's shell.
         raise FileError(f"{given} is or holds the current directory; it won't be overwritten")
+
+
+def check_no_link(given: str | os.PathLike[str]) -> None:
+    """Check that what is to be written is no symbolic link: what that leads to is somebody's.
+
+    Raises:
+        FileError: it is one.
+    """
+    place = os.path.abspath(given)  # "x/" would be what the link leads to
+    if os.path.islink(place):
+        where = os.readlink(place)
+        raise FileError(
+            f"{given} is a symbolic link to {where}, and nothing is written through one: name the "
+            "folder that it leads to, or remove it"
+        )
 
 
 def _check_named(target: str | os.PathLike[str]) -> None:

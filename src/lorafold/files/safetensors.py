@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import FileError
+from .disk.held import Descriptor, open_regular
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation reads no more
 _MAX_DIMENSIONS = 64  # of a numpy array, which a tensor is read through
@@ -61,6 +63,7 @@ DTYPES: dict[str, torch.dtype] = {
 _CODES = {dtype: name for name, dtype in DTYPES.items()}
 
 Path = str | os.PathLike[str]
+Opened = FileIO | Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,12 @@ def open_file(path: Path) -> FileIO:
         FileError: it can't be opened.
     """
     try:
-        return open(path, "rb", buffering=0)
+        return FileIO(open_regular(path))
     except OSError as e:
         raise FileError(f"{os.fspath(path)}: {e.strerror or e}") from e
 
 
-def header_bytes(file: FileIO, path: Path) -> tuple[bytes, int]:
+def header_bytes(file: Opened, path: Path) -> tuple[bytes, int]:
     """The header's JSON, not yet parsed, and the size of the file.
 
     Raises:
@@ -156,7 +159,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return parse_header(header, size, path)[0]
 
 
-def read_tensors(file: FileIO, wanted: Iterable[tuple[str, Entry]], path: Path) -> list[Tensor]:
+def read_tensors(file: Opened, wanted: Iterable[tuple[str, Entry]], path: Path) -> list[Tensor]:
     """The tensors at those entries, each in memory of its own.
 
     Raises:
@@ -174,6 +177,25 @@ def room(entry: Entry) -> tuple[Tensor, memoryview]:
     """A tensor of the entry's dtype and shape, and its bytes, to be filled."""
     flat = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
     return flat.view(entry.dtype).reshape(entry.shape), flat.numpy().data
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file, with the permissions that any new file has here.
+
+    Args:
+        tensors: on the CPU, contiguous, no two sharing memory.
+        path: the file, in a folder that nobody else writes to.
+        metadata: what the header says beside.
+    """
+    from safetensors.torch import save_file
+
+    number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    mode = os.fstat(number).st_mode
+    os.close(number)
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    os.chmod(path, stat.S_IMODE(mode))  # the library's own are for the owner alone
 
 
 # Headers
@@ -322,23 +344,30 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return product < 2**63
 
 
-def _read(file: FileIO, start: int, length: int, path: Path) -> bytes:
+def _read(file: Opened, start: int, length: int, path: Path) -> bytes:
     buffer = bytearray(length)
     _fill(file, start, memoryview(buffer), str(path))
     return bytes(buffer)
 
 
-def _fill(file: FileIO, start: int, view: memoryview, what: str) -> None:
+def _fill(file: Opened, start: int, view: memoryview, what: str) -> None:
     try:
-        file.seek(start)
-        done = 0
-        while done < len(view):  # one read gives at most 2 GiB on Linux
-            n = file.readinto(view[done:])
+        while len(view):  # one read gives at most 2 GiB on Linux
+            # At a place of its own, as several threads may read.
+            n = _read_at(file.fileno(), view, start)
             if not n:
                 raise FileError(f"{what} ends too early: the file is cut off or was changed")
-            done += n
+            view, start = view[n:], start + n
     except OSError as e:
         raise FileError(f"{what} can't be read: {e.strerror or e}") from e
+
+
+def _read_at(number: int, view: memoryview, start: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(number, [view], start)
+    part = os.pread(number, len(view), start)
+    view[: len(part)] = part
+    return len(part)
 
 
 # Tensors as bytes

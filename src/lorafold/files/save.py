@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapter import ORIGIN, Adapter
@@ -35,6 +34,7 @@ from .formats.portable import portable_form
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
+from .safetensors import save_tensors
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def save(
             adapter, dtype=dtype, base_model=base_model, base=base, tables=tables
         )
         with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
-            save_file(_separate(named), staging / PORTABLE_NAME, metadata=metadata)
+            save_tensors(_separate(named), staging / PORTABLE_NAME, metadata=metadata)
         return
     if format != "peft":
         raise MismatchError(f"format must be 'peft' or 'portable', found {one_line(format)}")
@@ -153,7 +153,7 @@ def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
     except TypeError as e:
         raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
     metadata = {"format": "pt", **origin.get("metadata", {})}
-    save_file(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
+    save_tensors(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
     if "card" in origin:
         (folder / _CARD).write_text(f"{origin['card']}\n{_MARK}\n", encoding="utf-8")
     if "record" in origin:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attach import Live
 from ..attach.begin.resumed import read_tensors
 from ..collection.folders import folder_names
 from ..errors import MismatchError, RefusedError
+from ..files.safetensors import save_tensors
 from .many import clip_by_adapter, numbers_of, sums_by_adapter, tokens_by_adapter
 from .measured import Measured
 from .orbital.controller import OrbitalController
@@ -341,7 +341,7 @@ def save_controller(folder: Path, controller: OrbitalController) -> None:
     header = {"lorafold": json.dumps(controller.state_dict())}
     tensors = {k: t.contiguous().cpu() for k, t in controller.tensors().items()}
     with tempfile.TemporaryDirectory(prefix=".controller-", dir=folder) as beside:
-        save_file(tensors, Path(beside) / CONTROLLER, metadata=header)
+        save_tensors(tensors, Path(beside) / CONTROLLER, metadata=header)
         os.replace(Path(beside) / CONTROLLER, folder / CONTROLLER)
 
 

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Callable
 
 from ...errors import FileError
-from ...files.atomic import CREATE_FLAGS, READ_FLAGS
+from ...files.atomic import CREATE_FLAGS
+from ...files.disk.held import open_regular
 
 
 class Descriptor:
@@ -29,7 +30,7 @@ class Descriptor:
             FileError: it is missing, or can't be opened.
         """
         try:
-            return cls(os.open(path, READ_FLAGS), str(path))
+            return cls(open_regular(path), str(path))
         except FileNotFoundError as e:
             raise FileError(f"shard {path} is missing") from e
         except OSError as e:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import FileError, MismatchError, UnknownNameError
-from ...files.atomic import set_aside
+from ...files.atomic import appears, set_aside
 from ...files.config import LIBRARY_NAME
+from ...files.disk.held import read_regular
 from ...words import did_you_mean
 from ..options import FORMS, RECORDED, Options
 from .entries import AdapterEntry, ModuleEntry, sha256, shard_name
@@ -221,8 +222,10 @@ def read_manifest(path: Path) -> bytes:
         FileError: there is none, or it can't be read.
     """
     try:
-        return (path / MANIFEST).read_bytes()
+        return read_regular(path / MANIFEST)
     except FileNotFoundError as e:
+        if not path.exists() and appears(path):
+            return read_manifest(path)
         if path.is_dir():
             raise FileError(f"{path} is not a library: it holds no {MANIFEST}") from e
         aside = set_aside(path)

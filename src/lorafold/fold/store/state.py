@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import FileError
+from ...files.disk.held import read_regular
 from .manifest import MANIFEST, Manifest, parse_manifest, read_manifest
 from .part import FileInfo
 from .shard import Shard
@@ -166,7 +167,7 @@ def _state_of(folder: Path, raw: bytes, before: State) -> State:
 
 def _checked_list(path: Path, info: FileInfo) -> bytes:
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError as e:
         raise FileError(f"{path} is missing") from e
     except OSError as e:

@@ -25,7 +25,7 @@ from typing import Any
 
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory
-from ...files.replacing import Kind, check_apart
+from ...files.replacing import Kind, check_apart, check_no_link
 from .manifest import FORMAT, MANIFEST, Manifest, named_files, read_manifest
 from .part import PART_NAME
 from .shard import Shard
@@ -112,7 +112,7 @@ class Store:
         """
         if not os.fspath(path):  # which would be the working directory
             raise FileError("no such folder: ''")
-        store = cls(Path(os.path.abspath(path)), timeout)
+        store = cls(_folder(path), timeout)
         store._load()
         return store
 
@@ -132,6 +132,8 @@ class Store:
             FileError: when entered: something is at `path` and `overwrite` is False, or another
                 process is changing it.
         """
+        if path is not None:
+            check_no_link(path)
         return Transaction(
             Store(None if path is None else Path(os.path.abspath(path)), timeout),
             "overwrite" if overwrite else "create",
@@ -439,6 +441,12 @@ class _LeftWithoutCommitError(Exception):
     """Tells the place of a transaction that nothing is to be kept."""
 
 
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, where a link leads to it: it stays the one, wherever that leads later."""
+    found = Path(os.path.abspath(path))
+    return Path(os.path.realpath(found)) if found.is_symlink() else found
+
+
 def _is_library(path: Path) -> bool:
     """Whether a library of this version is at `path`, whatever the state of its shards."""
     try:
@@ -486,6 +494,7 @@ def _remove_leftovers(store: Store) -> None:
 @contextlib.contextmanager
 def _replaced(path: Path, source: Path | None, overwrite: bool, timeout: float) -> Iterator[Path]:
     """A directory to take the place of `path`, whose writers are kept out if it is a library."""
+    check_no_link(path)
     check_apart(path, [source])
     with contextlib.ExitStack() as stack:
         if overwrite and _is_library(path):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import FileError, MismatchError
 from ...files import load
 from ...files.atomic import new_directory
 from ...files.replacing import Kind
+from ...files.safetensors import save_tensors
 from ...files.save import peft_form, write_form
 from .calibrate import Calibration
 from .rounds import named
@@ -63,7 +63,7 @@ def save_run(run: Run, path: str | os.PathLike[str]) -> None:
             assert live is not None
             (staging / name).mkdir()
             write_form(staging / name, *peft_form(live.adapter(name)))
-        save_file(apart, staging / FILE, metadata={"format": "pt", HEADER: json.dumps(header)})
+        save_tensors(apart, staging / FILE, metadata={"format": "pt", HEADER: json.dumps(header)})
 
 
 def load_run(run: Run, path: str | os.PathLike[str]) -> None:
