@@ -56,8 +56,7 @@ class Library(Mapping[str, Adapter]):
     it opened until it changes the library itself or is opened anew. Where several threads share
     it, each call sees one state; several calls that must see the same go to a `copy.copy` of it.
 
-    Not for: serving from a folder that others change (`attach` keeps it as it was then), nor a file
-    that other programs read: `lf.save(lib[name], path)` or `lorafold unfold` write PEFT's.
+    Not for: a file that other programs read: `lf.save(lib[name], path)` and `unfold` write PEFT's.
 
     Example:
         >>> import torch, lorafold as lf
@@ -82,13 +81,12 @@ class Library(Mapping[str, Adapter]):
     ) -> Library:
         """Open a folder that `fold` wrote.
 
-        Where files of it are damaged or missing, that is warned of; it gives the adapters that
-        don't need them, and names those of which it knows that they do
-        (`entry(name)["problem"]`).
+        Where files of it are damaged or missing, that is warned of, and it gives the adapters that
+        don't need them; `entry(name)["problem"]` is said of those in a lost shard.
 
         Args:
             path: the folder. device, dtype: of the adapters it gives.
-            timeout: seconds that a change waits for its turn, where others change the folder, too.
+            timeout: seconds that a change waits for its turn among others.
 
         Raises:
             FileError: no library there, or its manifest is damaged.
@@ -166,8 +164,8 @@ class Library(Mapping[str, Adapter]):
 
         Returns:
             The fields that docs/formats.md names, and bound (what its error keeps below, None when
-            folded by size), ranks (the original's), bytes (its records, without what is shared),
-            and problem, where its shard is lost: what happened to that.
+            folded by size), ranks (the original's), bytes (its records, without what is shared);
+            problem: what happened to its shard, where that is lost.
         """
         c = self.contents
         entry = c.entry(name)
@@ -177,9 +175,8 @@ class Library(Mapping[str, Adapter]):
             "ranks": list(entry.ranks),
         }
         problem = c.problem(name)
-        if problem is not None:
-            return {**found, "bytes": 0, "problem": problem}
-        return {**found, "bytes": c.own_bytes(name)}
+        lost = None if problem is None else {"bytes": 0, "problem": problem}
+        return {**found, **(lost or {"bytes": c.own_bytes(name)})}
 
     def stats(self) -> dict[str, Any]:
         """Bytes, errors and forms, in total and per module; see docs/fold.md."""
@@ -312,10 +309,7 @@ class Library(Mapping[str, Adapter]):
         refold_all(self.contents, tolerance, sources, options)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Library:
-        """Write the library to a folder (a copy, where it already has one).
-
-        Returns:
-            The library opened from there.
+        """Write the library to a folder (a copy, where it has one); that, opened, is returned.
 
         Raises:
             FileError: something is at `path` and `overwrite` is False.
@@ -324,10 +318,9 @@ class Library(Mapping[str, Adapter]):
         return Library(store, self.contents.device, self._dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Library:
-        """The same library, giving its adapters on `device` in `dtype`: a copy.
+        """A copy, giving its adapters on `device` in `dtype`, and independent (`copy.copy` too).
 
-        Copies (of `copy.copy` too) are as independent as if the folder had been opened again: what
-        is changed through one, or that it is closed, does not reach the other.
+        What is changed through one, or that it is closed, does not reach the other.
         """
         c = self.contents
         return Library(c.store.as_it_is(), device or c.device, dtype or self._dtype)
@@ -341,8 +334,7 @@ class Library(Mapping[str, Adapter]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             raise MismatchError("a library in memory can't be pickled: save it to a folder first")
-        c = self.contents
-        return _opened, (self.path, c.device, self._dtype, c.store.timeout)
+        return _opened, (self.path, self.contents.device, self._dtype, self.contents.store.timeout)
 
     def close(self) -> None:
         """Let go of the files."""
