@@ -7,6 +7,8 @@ equal configs (a collection trained by one script) share everything but their pa
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import weakref
@@ -336,17 +338,27 @@ def load(
         return adapter if base is None else onto(adapter, base, tables=tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
-    for attempt in range(_ATTEMPTS):
-        opened = open_adapter(source, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
-        try:
-            adapter = opened.load(device, dtype)
-            break
-        except ChangedError:  # overwritten in place, as other programs do
-            if attempt == _ATTEMPTS - 1:
-                raise
+    opened, adapter = _loaded(
+        functools.partial(
+            open_adapter, source, alpha=alpha, revision=revision, allow_pickle=allow_pickle
+        ),
+        functools.partial(AdapterFile.load, device=device, dtype=dtype),
+    )
     if base is None:
         return adapter
     return onto(adapter, base, packings=opened.packings or None, tables=tables)
+
+
+def _loaded(
+    opens: Callable[[], AdapterFile], load: Callable[[AdapterFile], Adapter]
+) -> tuple[AdapterFile, Adapter]:
+    """What opens and loads; once more, where it was overwritten in place on the way."""
+    for _ in range(_ATTEMPTS):
+        opened = opens()
+        with contextlib.suppress(ChangedError):
+            return opened, load(opened)
+    opened = opens()
+    return opened, load(opened)
 
 
 def _open_safetensors(
