@@ -430,6 +430,7 @@ OPERATIONS = {
     "balanced": lambda u, v: u.balanced(),
     "prefix": lambda u, v: u.prefix(2),
     "to": lambda u, v: u.to(dtype=torch.float64),
+    "unscaled": lambda u, v: u.unscaled(),
     "call": lambda u, v: u(torch.ones(2, u.shape[1])),
     "add": lambda u, v: u + v,
     "distance": lambda u, v: (u - v).norm(),

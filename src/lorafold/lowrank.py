@@ -21,6 +21,10 @@ from torch import Tensor
 from .errors import MismatchError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# ‖ΔW‖ below this share of Σ ‖b_k‖ ‖a_k‖: the terms cancel, and float32 loses what is left.
+_CANCELS = 1e-3
+_NOISE = 1e-14  # a share of that sum that is rounding in float64 too
+_LOW, _HIGH = 2.0**-100, 2.0**120  # largest numbers of a factor between keep float32's precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +144,26 @@ class LowRank:
         return S.to(self._work_dtype)
 
     def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Q_B (out, p), Q_A (in, q) and the float64 core (p, q) with ΔW = Q_B core Q_Aᵀ."""
+        """Q_B (out, p), Q_A (in, q) and the float64 core (p, q) with ΔW = Q_B core Q_Aᵀ.
+
+        Where the factors cancel so far that their dtype loses digits, from float64 throughout; what
+        is no more than rounding in that is 0.
+        """
         dtype = self._work_dtype
+        sides, core, size = self._core_in(dtype)
+        if self.A.is_meta or not bool(torch.linalg.matrix_norm(core) < _CANCELS * size):
+            return sides, self.scale * core
+        (Q_B, Q_A), core, size = self._core_in(torch.float64)
+        core = torch.where(torch.linalg.matrix_norm(core) > _NOISE * size, core, 0.0)
+        return (Q_B.to(dtype), Q_A.to(dtype)), self.scale * core
+
+    def _core_in(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """The same without the scale, from QRs in `dtype`, and Σ ‖b_k‖ ‖a_k‖."""
         Q_B, R_B = torch.linalg.qr(self.B.to(dtype))
         Q_A, R_A = torch.linalg.qr(self.A.to(dtype).T)
-        return (Q_B, Q_A), self.scale * (R_B.double() @ R_A.double().T)
+        R_B, R_A = R_B.double(), R_A.double()
+        size = torch.linalg.vector_norm(R_B, dim=0) @ torch.linalg.vector_norm(R_A, dim=0)
+        return (Q_B, Q_A), R_B @ R_A.T, size
 
     # Other forms of the same update, and lower-rank ones
 
@@ -178,6 +197,22 @@ class LowRank:
             A `LowRank` with scale 1 and rank min(r, out, in).
         """
         return from_svd(*self.svd())
+
+    def unscaled(self, dtype: torch.dtype | None = None) -> LowRank:
+        """The same update with its scale multiplied into B, in `dtype` (float32 at least if None).
+
+        Numbers that float32 can't hold well are evened out: A and B are both brought to the square
+        root of their product's size, by a power of two, which is exact.
+        """
+        dtype = dtype or self._work_dtype
+        A, B = self.A.to(dtype), self.B.to(dtype) * self.scale
+        if A.is_meta or all(_LOW < _largest(t) < _HIGH for t in (A, B)):
+            return LowRank(A, B)
+        e_A, e_B, e = (math.frexp(x)[1] for x in (_largest(self.A), _largest(self.B), self.scale))
+        half = (e_A + e_B + e) // 2
+        A = self.A.double() * 2.0 ** (half - e_A)
+        B = self.B.double() * (self.scale * 2.0**-e) * 2.0 ** (e_A + e - half)
+        return LowRank(A.to(dtype), B.to(dtype))
 
     def prefix(self, rank: int) -> LowRank:
         """The first `rank` rows of A and columns of B, at the same scale.
@@ -245,11 +280,13 @@ class LowRank:
             return NotImplemented
         _same_shape(self, other)
         dtype = torch.promote_types(self._work_dtype, other._work_dtype)
-        A = torch.cat([self.A.to(dtype), other.A.to(dtype)])
         if self.scale == other.scale:
-            return LowRank(A, torch.cat([self.B.to(dtype), other.B.to(dtype)], 1), self.scale)
-        B = [self.scale * self.B.to(dtype), other.scale * other.B.to(dtype)]
-        return LowRank(A, torch.cat(B, 1))
+            pair, scale = (self, other), self.scale
+        else:
+            pair, scale = (self.unscaled(dtype), other.unscaled(dtype)), 1.0
+        A = torch.cat([u.A.to(dtype) for u in pair])
+        B = torch.cat([u.B.to(dtype) for u in pair], 1)
+        return LowRank(A, B, scale)
 
     def __sub__(self, other: LowRank) -> LowRank:
         if not isinstance(other, LowRank):
@@ -275,6 +312,10 @@ def _product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
     if 1e-20 < largest < 1e30 or dtype == torch.float64:
         return product
     return X.double() @ Y.double()
+
+
+def _largest(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.detach(), math.inf).item())
 
 
 def _is_finite(t: Tensor) -> bool:

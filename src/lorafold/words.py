@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,11 @@ def one_line(value: object, most: int = 80) -> str:
     """What was found, in one line that is not too long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def note(text: str) -> None:
+    """Tell it to the logger `lorafold`; commands print it with --verbose."""
+    logging.getLogger("lorafold").info(text)
 
 
 def warn(text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -43,6 +44,30 @@ def report(data: Any, show: Callable[[Console], None]) -> None:
         click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
     else:
         show(console())
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[None]:
+    """With --verbose, what lorafold tells its logger goes to stderr."""
+    if not settings().verbose:
+        yield
+        return
+    logger, handler = logging.getLogger("lorafold"), logging.Handler(logging.INFO)
+    before = logger.level, logging.root.manager.disable
+    handler.emit = _noted  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logging.disable(before[1])
+
+
+def _noted(record: logging.LogRecord) -> None:
+    click.echo(f"note: {one_line(record.getMessage())}", err=True)
 
 
 def console() -> Console:

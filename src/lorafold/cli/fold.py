@@ -79,7 +79,7 @@ def fold(
     function = None if score is None else score_function(score)
     from ..fold.fold import fold as fold_sources
 
-    with output.progress("folding") as advance:
+    with output.notes(), output.progress("folding") as advance:
         lib = fold_sources(
             named_handles(sources, named, alpha=alpha),
             path,

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..lowrank import LowRank
+
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
-VANISHED = 1e-35  # singular values below count as zero: float32 factors may not hold them
+_CANCELS = 1e-12  # ‖B A‖² below this share of (Σ ‖b_k‖ ‖a_k‖)²: float64 Grams hold but rounding
+_LEAST, _MOST = 2.0**-100, 2.0**120  # largest numbers of a factor between keep their digits
 _LOW, _HIGH = 2.0**-60, 2.0**100  # squared norms between have good float32 Grams
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
@@ -90,6 +93,11 @@ def joined_factors(
     rights = _stacked([_padded(a, 0, r) for a in A], device)
     if any(scale != 1 for scale in scales):
         lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
+    top = torch.stack([torch.linalg.vector_norm(X, torch.inf, (1, 2)) for X in (lefts, rights)])
+    for k in torch.nonzero(~((top > _LEAST) & (top < _MOST)).all(0))[:, 0].tolist():
+        if scales[k] and B[k].any() and A[k].any():  # not just zero
+            u = LowRank(A[k], B[k], scales[k]).unscaled(torch.float32)
+            lefts[k], rights[k] = _padded(u.B, 1, r), _padded(u.A, 0, r)
     return Factors(members, lefts, rights)
 
 
@@ -117,19 +125,34 @@ def decompose(B: Tensor, A: Tensor, most: int | None = None) -> tuple[Tensor, Te
         U (n, out, m), S (n, k) float64 descending, V (n, in, m) with k = min(r, out, in), and m the
         smaller of k and `most`.
     """
-    root, inverse, bad = _roots(gram(A.mT))
-    square, Z = torch.linalg.eigh(root.mT @ gram(B) @ root)
+    G_A, G_B = gram(A.mT), gram(B)
+    root, inverse, bad = _roots(G_A)
+    square, Z = torch.linalg.eigh(root.mT @ G_B @ root)
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
-    S = torch.where((_NOISE * S[:, :1] < S) & (S > VANISHED), S, 0.0)
+    S = torch.where(_NOISE * S[:, :1] < S, S, 0.0)
     Z, wanted = Z.flip(2)[:, :, :k][:, :, :most], S[:, :most]
     S_inverse = torch.where(wanted > 0, 1 / wanted.clamp_min(1e-300), 0.0)
     to_U = root @ Z * S_inverse[:, None, :]
     to_V = inverse @ Z * (wanted > 0)[:, None, :]
-    if bad:
-        # The columns of A (or B) nearly cancel here: float32 products would lose them.
-        return (B.double() @ to_U).to(B.dtype), S, (A.mT.double() @ to_V).to(A.dtype)
-    return B @ to_U.to(B.dtype), S, A.mT @ to_V.to(A.dtype)
+    # Where the columns of A (or B) nearly cancel, float32 products would lose them.
+    wide = torch.float64 if bad else B.dtype
+    U, V = ((X.to(wide) @ Y.to(wide)).to(X.dtype) for X, Y in ((B, to_U), (A.mT, to_V)))
+    for i in _cancelling(S.square().sum(1), G_B, G_A):
+        left, s, right = LowRank(A[i], B[i]).svd()
+        S[i] = torch.where(_NOISE * s[0] < s, s, 0.0).double()
+        live = S[i, : U.shape[2]] > 0
+        U[i], V[i] = left[:, : len(live)] * live, right[: len(live)].T * live
+    return U, S, V
+
+
+def _cancelling(square: Tensor, G_B: Tensor, G_A: Tensor) -> list[int]:
+    """The rows whose factors, with these Grams, are so much larger than their product's norm,
+    squared, that Grams do not tell it: QRs do, row by row.
+    """
+    terms = (G_B.diagonal(0, 1, 2) * G_A.diagonal(0, 1, 2)).sqrt().sum(1)
+    found: list[int] = (square < _CANCELS * terms**2).nonzero()[:, 0].tolist()
+    return found
 
 
 def _roots(G: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -194,28 +217,21 @@ def sizes(X: Tensor) -> Tensor:
 
 def squared_norms(B: Tensor, A: Tensor) -> Tensor:
     """‖B_i A_i‖² for a batch, (n,) float64; B (n, out, r), A (n, r, in)."""
-    return (gram(B) * gram(A.mT)).sum((1, 2)).clamp_min(0)
+    G_B, G_A = gram(B), gram(A.mT)
+    square = (G_B * G_A).sum((1, 2)).clamp_min(0)
+    for i in _cancelling(square, G_B, G_A):
+        square[i] = LowRank(A[i], B[i]).norm() ** 2
+    return square
 
 
 def squared_differences(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Tensor:
     """‖B_i A_i − B̂_i Â_i‖² for a batch, (n,) float64.
 
     The factors are concatenated and their Grams taken in float64: exact to 1e-8 of the norm,
-    where the expansion in float32 is off by 2e-4. Where a bad gauge makes the factors far larger
-    than their product, and the difference small, it is taken from their QRs instead.
+    where the expansion in float32 is off by 2e-4; and where that is not enough, their QRs.
     """
-    r = B.shape[2]
     B, A = torch.cat([B, -B_hat.to(B.dtype)], 2), torch.cat([A, A_hat.to(A.dtype)], 1)
-    G_B, G_A = gram(B), gram(A.mT)
-    difference = (G_B * G_A).sum((1, 2)).clamp_min(0)
-    size = (G_B[:, :r, :r] * G_A[:, :r, :r]).sum((1, 2))
-    largest = G_B.diagonal(0, 1, 2).sum(1) * G_A.diagonal(0, 1, 2).sum(1)
-    poor = torch.nonzero((largest > 1e3 * size) & (difference < 1e-12 * largest))[:, 0]
-    if len(poor):
-        R_B = torch.linalg.qr(B[poor].double(), mode="r")[1]
-        R_A = torch.linalg.qr(A[poor].mT.double(), mode="r")[1]
-        difference[poor] = (R_B @ R_A.mT).square().sum((1, 2))
-    return difference
+    return squared_norms(B, A)
 
 
 def squared_residuals(B: Tensor, A: Tensor, B_hat: Tensor, A_hat: Tensor) -> Tensor:
@@ -293,5 +309,9 @@ def singular_values(factors: Factors, exact: bool = True) -> Tensor:
         lam, W = torch.linalg.eigh(G_A)
         root = W * lam.clamp_min(0).sqrt()[:, None, :]
     squares = torch.linalg.eigvalsh(root.mT @ G_B @ root)
-    S = squares.clamp_min(0).sqrt().flip(1)
-    return torch.where(S > VANISHED, S, 0.0)
+    S: Tensor = squares.clamp_min(0).sqrt().flip(1)
+    for i in _cancelling(S.square().sum(1), G_B, G_A):
+        found = LowRank(factors.A[i], factors.B[i]).spectrum()
+        S[i, : len(found)] = found.double()
+        S[i, len(found) :] = 0
+    return S

@@ -134,8 +134,7 @@ def _relative(lost: float, size: float) -> float:
 
 def _block_of(u: LowRank) -> Block:
     """One update as a block."""
-    B, A = (u.scale * u.B.float())[None], u.A.float()[None]
-    return Block(np.zeros(1, np.int64), *decompose(B, A))
+    return joined_factors(np.zeros(1, np.int64), [(u.B, u.A, u.scale)]).decomposed()
 
 
 def write_added(

@@ -21,6 +21,7 @@ from .planning.forms import Planner
 from .planning.plan import ModulePlan
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
+_LARGEST = 1e37  # of a singular value: coefficients are float32
 _NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
 
 
@@ -65,9 +66,19 @@ class Survey:
             S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
             stack.forget()
             width = max(s.shape[1] for s in S)
-            self.singular_values[path] = np.concatenate(
-                [np.pad(s, ((0, 0), (0, width - s.shape[1]))) for s in S]
+            self._found(path, np.concatenate([_wide(s, width) for s in S]))
+
+    def _found(self, path: str, S: np.ndarray) -> None:
+        """Keep a module's singular values, which float32 must hold."""
+        top = S.max(1, initial=0.0)
+        if not (top <= _LARGEST).all():
+            row = int(np.flatnonzero(~(top <= _LARGEST))[0])
+            name = self.collection.names[int(self.stacks[path].members[row])]
+            raise MismatchError(
+                f"adapter {name!r}: its update at {path!r} is of norm {top[row]:.3g}, and float32 "
+                f"coefficients go up to {_LARGEST:g}; leave it out, or use form='exact'"
             )
+        self.singular_values[path] = S
 
     def _spectra(self, f: Factors) -> torch.Tensor:
         """Singular values (n, r); where no bits depend on them, what has their norm, (n, 1)."""
@@ -79,7 +90,7 @@ class Survey:
     def know(self, path: str, factors: Factors, block: Block) -> None:
         """Take in a module that was read and decomposed elsewhere."""
         self.stacks[path].hold(factors, block)
-        self.singular_values[path] = block.S.cpu().numpy()
+        self._found(path, block.S.cpu().numpy())
 
     def plans(self, many: int) -> Iterator[dict[str, ModulePlan]]:
         """The plans worth writing, the cheapest by prediction first.
@@ -196,3 +207,8 @@ class Survey:
             torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0),
             block.V,
         )
+
+
+def _wide(S: np.ndarray, width: int) -> np.ndarray:
+    """(n, r) singular values with zeros to (n, width)."""
+    return np.pad(S, ((0, 0), (0, width - S.shape[1])))

@@ -23,6 +23,7 @@ from ..collection.batch import (
 from ..collection.limits import threads
 from ..collection.stack import Stack
 from ..errors import ToleranceError
+from ..words import note
 from .coding.flat_part import code_parts
 from .coding.record import NOTHING, Coded, Target, code, decode, exact_record, sealed
 from .planning.budget import Ledger, module_budgets
@@ -330,7 +331,14 @@ def code_as_planned(
         U, V = basis_at(plan.U, u), basis_at(plan.V, v)
         numbers = [(u if U else None, v if V else None)] * len(members)
         known = None if block is None else block.take(members)
-        part = code(f.take(members), target.take(members), numbers, U, V, block=known)
+        some, wanted = f.take(members), target.take(members)
+        try:
+            part = code(some, wanted, numbers, U, V, block=known)
+        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+            if U is None and V is None:
+                raise
+            note(f"form {plan.form!r}: {len(members)} updates get sides of their own: {e}")
+            part = code(some, wanted, block=known)
         result = result.replaced(members, part)
     return result
 

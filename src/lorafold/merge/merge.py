@@ -189,7 +189,7 @@ class _Run:
 
     def _members(self, path: str) -> Members:
         there = [path in h.shapes for h in self._handles]
-        updates = [self._collection.read(i, path) if t else None for i, t in enumerate(there)]
+        updates = [_read(self._collection, i, path) if t else None for i, t in enumerate(there)]
         job = self._job
         weights, kept = job.weights.at(path), job.densities.at(path)
         return Members(path, self._names, tuple(updates), weights, kept, job.seed)
@@ -288,3 +288,9 @@ _METHODS: dict[str, Callable[[Job, Members], LowRank]] = {
         m, job.options["grams"], job.options["off_diagonal"]
     ),
 }
+
+
+def _read(collection: Collection, i: int, path: str) -> LowRank:
+    """Adapter i's update at a module; an extreme scale is multiplied into its factors."""
+    u = collection.read(i, path)
+    return u if u.scale == 0 or 2.0**-60 < abs(u.scale) < 2.0**60 else u.unscaled()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import VANISHED, Factors, power_of_two, sizes
+from ...collection.batch import Factors, power_of_two, sizes
 from ...errors import FileError
 from .rows import (
     code_rows,
@@ -166,7 +166,7 @@ def code_parts(
         number: the basis's number at its module. wide: keep loadings in float32.
         rows: (n,) which rows of the fitted stack the block is, where it is of that stack.
     """
-    zero = sizes(f.A) * sizes(f.B) <= VANISHED
+    zero = sizes(f.A) * sizes(f.B) == 0
     if bool(zero.all()):  # and maybe of a lower rank
         return FlatParts([b""] * len(zero), torch.zeros_like(f.B), torch.zeros_like(f.A))
     kind = torch.float32 if wide else torch.float16

@@ -38,6 +38,7 @@ from .rows import (
 # Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
 # are good to 1e-7 of the norm.
 _PLAIN = 1e-3
+VANISHED = 1e-35  # singular values up to this have no coefficient: float32 lacks digits for them
 _RESIDUAL = 0.7  # of the budget: what the shared sides may miss before a residual is looked at
 NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
 _PAIRS = struct.Struct("<BB")
@@ -206,7 +207,8 @@ def _coded(
         missed: (n,) squared norms that a single part on shared sides misses, and of the updates.
     """
     n = len(numbers)
-    energy = torch.cat([p.S for p in parts], 1).cpu().numpy() ** 2
+    S = torch.cat([p.S for p in parts], 1).cpu().numpy()
+    energy = np.where(S > VANISHED, S**2, 0.0)
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     lost = np.zeros(n) if missed is None else missed[0]
     bits = target.less(lost).bits(energy, cost)
@@ -235,9 +237,11 @@ def _coded(
 def _measured_in_core(f: Factors, target: Target, part: _Part, total: np.ndarray) -> bool:
     """Whether the error is that of the core and what the sides miss: both are shared, no bound is a
     small difference of large numbers, and ‖A‖ ‖B‖ is not so far above ‖ΔW‖ that the decomposition
-    itself has lost digits.
+    itself has lost digits, nor ‖ΔW‖ so small that float32 has none for its singular values.
     """
     if part.U is None or part.V is None or (target.amount < _PLAIN * total).any():
+        return False
+    if (total < 1e4 * VANISHED**2).any():
         return False
     size = sizes(f.A) * sizes(f.B)
     return not bool((size.cpu().numpy() > 1e3 * np.sqrt(total)).any())

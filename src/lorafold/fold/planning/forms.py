@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ...collection.limits import threads
 from ...collection.stack import Stack
+from ...words import note
 from .costs import Costs, reaching
 from .flat import coded_side, flat_spectrum, predicted_nbytes
 from .plan import FlatBases, ModulePlan
@@ -46,20 +48,29 @@ class Planner:
             # What is predicted to be far above the plan without sharing isn't worth fitting.
             plans.append(self.costs.on_own_sides(stack, S))
             limit = _HOPELESS * plans[0].nbytes
+        failed = False
         for form in forms:
             if form == "svd" or (len(stack) < 2 and form != "flat"):
                 if not plans:
                     plans.append(self.costs.on_own_sides(stack, S))
-            elif form == "flat":
-                with threads(self.flat_threads):
-                    plans += self._flat(stack, S, limit)
-            else:
-                sharing = sharing or Sharing(
-                    self.costs, self.groups, stack, S, [f for f in forms if f in SIDES]
-                )
-                plans += [plan for plan in [sharing.plan(form, limit)] if plan is not None]
+                continue
+            try:
+                if form == "flat":
+                    with threads(self.flat_threads):
+                        plans += self._flat(stack, S, limit)
+                else:
+                    sharing = sharing or Sharing(
+                        self.costs, self.groups, stack, S, [f for f in forms if f in SIDES]
+                    )
+                    plans += [plan for plan in [sharing.plan(form, limit)] if plan is not None]
+            except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+                failed = True
+                note(f"form {form!r} is left out at module {stack.path!r}: {e}")
+        if failed and not plans:
+            plans.append(self.costs.on_own_sides(stack, S))
         return sorted(
-            (p for p in plans if p.form in forms or len(stack) < 2), key=lambda p: p.nbytes
+            (p for p in plans if p.form in forms or failed or len(stack) < 2),
+            key=lambda p: p.nbytes,
         )
 
     def _flat(self, stack: Stack, S: np.ndarray, limit: float) -> list[ModulePlan]:
