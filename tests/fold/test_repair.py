@@ -287,3 +287,20 @@ def test_killed_anywhere_a_repair_can_be_done_again(template, tmp_path, adapters
     assert seen == sorted(seen)
     assert seen[-1]
     assert not seen[0]
+
+
+def test_who_has_it_open_sees_the_loss_and_can_save_it(library, adapters):
+    lib = lf.Library.open(library)
+    whole = readable(lib)
+    (library / lib.entry("a5")["shard"]).unlink()
+    with pytest.raises(FileError, match=r"is missing; who has it open still can save"):
+        lib.verify()
+    checks = lib.verify(strict=False)
+    assert len(checks.damage) == 1
+    assert all(check.problem is None for check in checks.values())
+    with lib.save(library.with_name("saved")) as saved:
+        saved.verify()
+        assert readable(saved) == whole
+    other = lf.Library.open(library.with_name("saved"))
+    lf.Library.open(library.with_name("saved")).refold(tolerance=0.3, sources=adapters)
+    other.verify()  # the files that it has open are gone because a writer has moved on

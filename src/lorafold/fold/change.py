@@ -256,7 +256,7 @@ def checked(
     Where files are damaged all adapters are read, to see which of them that concerns. What is
     stored exactly is compared with its digest at least.
     """
-    state = c.state.verified()
+    state = c.state.verified(c.store.path)
     if strict and state.damage:
         raise FileError(state.problems())
     names = list(c.manifest.adapters if sources is None else sources)

@@ -64,8 +64,8 @@ def warn_of_damage(c: Contents) -> None:
     which = f"{len(lost)} of its {len(there)} adapters can't be read"
     if not lost:
         which = "adapters that need it can't be read"
-    path = c.store.path
-    warn(f"the library {path} is damaged: {c.state.problems()}; {which}; {remedy(path)}")
+    advice = remedy(c.store.path, all(damage.lost for damage in c.state.damage.values()))
+    warn(f"the library {c.store.path} is damaged: {c.state.problems()}; {which}; {advice}")
 
 
 def repair(
@@ -114,7 +114,7 @@ def repair(
     with c.changing() as (t, now):
         if progress is not None:
             progress(0, 2, "reading")
-        state = t.state.verified()
+        state = t.state.verified(c.store.path)
         unsure = [damage.text for damage in state.damage.values() if not damage.lost]
         if unsure:
             raise FileError(

@@ -81,16 +81,26 @@ class State:
         if name in self.shards:
             return self.shards[name]
         if name in self.damage:
-            raise FileError(f"{self.damage[name].text}; {remedy(folder)}")
+            damage = self.damage[name]
+            raise FileError(f"{damage.text}; {remedy(folder, damage.lost)}")
         raise FileError(f"the library's manifest uses {name}, which it does not name")
 
     def twin(self) -> State:
         """The same, with shards that are closed apart from these."""
         return replace(self, shards={name: shard.twin() for name, shard in self.shards.items()})
 
-    def verified(self) -> State:
-        """The same with all damage that is found by reading every shard."""
+    def verified(self, folder: Path | None) -> State:
+        """The same with all damage that is found by reading every shard.
+
+        Args:
+            folder: where the shards should have their names, unless a writer has moved on.
+        """
         found = dict(self.damage)
+        for name in self.shards if _is_current(self.raw, folder) else ():
+            path = Path(folder or "", name)
+            if not path.exists():
+                text = f"shard {path} is missing; who has it open still can save the library anew"
+                found[name] = Damage(text, True)
         for name, shard in self.shards.items():
             try:
                 shard.verify()
@@ -104,8 +114,18 @@ class State:
         return f"{first} (and {len(rest)} more files)" if rest else first
 
 
-def remedy(folder: Path | None) -> str:
+def _is_current(raw: bytes, folder: Path | None) -> bool:
+    """Whether a folder still has the manifest."""
+    try:
+        return folder is not None and read_manifest(folder) == raw
+    except FileError:
+        return False
+
+
+def remedy(folder: Path | None, lost: bool = True) -> str:
     """What to do about damage."""
+    if not lost:
+        return "it may be whole: make it readable, and open the library again"
     return (
         "put the file back from a copy of the library, or see what else is left by "
         f"`lorafold repair {shlex.quote(str(folder))}` (lorafold.fold.repair)"

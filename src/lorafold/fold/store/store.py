@@ -204,7 +204,7 @@ class Store:
         Raises:
             FileError: naming the first damaged file.
         """
-        found = self.state.verified()
+        found = self.state.verified(self.path)
         if found.damage:
             raise FileError(found.problems())
 
