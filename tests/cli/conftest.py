@@ -68,7 +68,7 @@ def cli():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, make_adapter):
-    """A folder with adapters/{sql,poems,law}, base/, lib/ and texts/; not to be changed."""
+    """A folder with adapters/{sql,poems,law}, base/, lib/, texts/, pairs; not to be changed."""
     folder = tmp_path_factory.mktemp("world")
     for seed, (name, rank) in enumerate({"sql": 4, "poems": 4, "law": 2}.items()):
         adapter = make_adapter(PATHS, rank, seed=seed, base_model="base")
@@ -83,6 +83,10 @@ def world(tmp_path_factory, make_adapter):
     (folder / "texts").mkdir()
     for name, lines in TEXTS.items():
         (folder / "texts" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    words = ("horse", "green", "table", "river", "stone", "cloud", "music", "paper")
+    pairs = [{"prompt": f"{w} -> ", "chosen": f"({w})", "rejected": f"{w} {w}"} for w in words]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "other.txt").write_text("\n".join(TEXTS["poems"]) + "\n")
     return folder
 
 

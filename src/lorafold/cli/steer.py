@@ -73,7 +73,7 @@ def steer(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Train a dial from pairs of answers: +c raises the chosen, -c the rejected ones.
+    """Train a dial from pairs of answers.
 
     BASE is the folder of a model, or demo, the packaged one. Each round is trained against KL from
     the base, calibrated, and kept; OUT is all of them as one adapter, beside the table of what it
