@@ -164,27 +164,27 @@ def merge_shards(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -
     modules = manifest.modules
     extras = sum(len(e.extras) for e in entries)
     pieces = sum(len(p) for m in modules for p in m.bases.values())
-    writer = t.new_shard(header_capacity=256 + 120 * (len(modules) + extras + pieces))
-    index = {name: old[name].read("at").astype(np.int64) for name in {e.shard for e in entries}}
-    at = np.zeros((len(modules), len(entries) + 1), np.int64)
-    moved: dict[tuple[str, str], str] = {}  # pieces of bases → their new tensors
-    for j, module in enumerate(modules):
-        with writer.stream(f"m{j}") as stream:
-            records = _records(j, entries, old, index)
-            at[j, 1:] = np.cumsum([stream.write(record) for record in records])
-        for name, held in module.bases.items():
-            for k, piece in enumerate(held):
-                if piece.shard in old:
-                    moved[piece.shard, piece.tensor] = f"b{j}.{name}.{k}"
-                    with writer.stream(f"b{j}.{name}.{k}") as stream:
-                        stream.write(old[piece.shard].read_bytes(piece.tensor))
-    writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
-    kept: list[tuple[AdapterEntry, dict[str, Any]]] = []
-    for row, e in enumerate(entries):
-        names = {key: f"x{row}.{k}" for k, key in enumerate(e.extras)}
-        for key, tensor in e.extras.items():
-            writer.add(names[key], old[e.shard].read_tensor(tensor))
-        kept.append((e, {"row": row, "extras": names}))
+    with t.new_shard(header_capacity=256 + 120 * (len(modules) + extras + pieces)) as writer:
+        index = {name: old[name].read("at").astype(np.int64) for name in {e.shard for e in entries}}
+        at = np.zeros((len(modules), len(entries) + 1), np.int64)
+        moved: dict[tuple[str, str], str] = {}  # pieces of bases → their new tensors
+        for j, module in enumerate(modules):
+            with writer.stream(f"m{j}") as stream:
+                records = _records(j, entries, old, index)
+                at[j, 1:] = np.cumsum([stream.write(record) for record in records])
+            for name, held in module.bases.items():
+                for k, piece in enumerate(held):
+                    if piece.shard in old:
+                        moved[piece.shard, piece.tensor] = f"b{j}.{name}.{k}"
+                        with writer.stream(f"b{j}.{name}.{k}") as stream:
+                            stream.write(old[piece.shard].read_bytes(piece.tensor))
+        writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
+        kept: list[tuple[AdapterEntry, dict[str, Any]]] = []
+        for row, e in enumerate(entries):
+            names = {key: f"x{row}.{k}" for k, key in enumerate(e.extras)}
+            for key, tensor in e.extras.items():
+                writer.add(names[key], old[e.shard].read_tensor(tensor))
+            kept.append((e, {"row": row, "extras": names}))
     shard = writer.close().name
     manifest = manifest.changed(dataclasses.replace(e, shard=shard, **new) for e, new in kept)
 
