@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import peft
@@ -134,14 +134,19 @@ def widths() -> tuple[Rows, bool]:
     return rows, right
 
 
-def by_transformers(model: Any) -> Any:
-    """The same model, quantised by transformers with bitsandbytes."""
+def by_transformers(
+    model: Any, loader: Any = AutoModelForCausalLM, skip: Sequence[str] | None = None
+) -> Any:
+    """The same model, quantised by transformers with bitsandbytes, modules to skip aside."""
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=None if skip is None else list(skip),
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        found = AutoModelForCausalLM.from_pretrained(
+        found = loader.from_pretrained(
             folder, dtype=torch.float32, quantization_config=config, device_map="cpu"
         )
     for module in found.modules():
@@ -150,18 +155,18 @@ def by_transformers(model: Any) -> Any:
     return found.eval()
 
 
-def on_peft(base: Any, live: Any) -> Any:
-    """PEFT's adapter on another base, with the factors that `live` has."""
-    leaves = sorted({path.rpartition(".")[2] for path in live._state.slots.patches})
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=leaves)
+def on_peft(base: Any, start: lf.Adapter) -> Any:
+    """PEFT's adapter on a base in 4 bits, with factors of rank `RANK` to begin with."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=sorted(start))
     theirs = peft.get_peft_model(base, config)
-    kinds = {type(m).__name__ for m in theirs.modules() if hasattr(m, "lora_A")}
-    assert kinds == {"Linear4bit"}, kinds
+    layers = {n: m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {type(m).__name__ for m in layers.values()} == {"Linear4bit"}, layers
+    assert len(layers) == len(start)
     with torch.no_grad():
-        for path, factors in live._state.trained("default").fresh.items():
-            layer = theirs.get_submodule(f"base_model.model.{path}")
-            layer.lora_A["default"].weight.copy_(factors.A)
-            layer.lora_B["default"].weight.copy_(factors.B)
+        for path, u in start.items():
+            layer = layers[f"base_model.model.{path}"]
+            layer.lora_A["default"].weight.copy_(u.A)
+            layer.lora_B["default"].weight.copy_(u.B)
     return theirs
 
 
@@ -207,7 +212,7 @@ def peers(repeats: int) -> tuple[Rows, dict[str, Any]]:
     footprint = footprint.with_adapters(live)
     sizes = {"lorafold": footprint.after, "bitsandbytes": model_bytes(base)}
     assert sizes["lorafold"] == sizes["bitsandbytes"], sizes
-    theirs = on_peft(base, live)
+    theirs = on_peft(base, live.adapter("default"))
     tokens = torch.randint(VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
 
     def logits(run: Any) -> Callable[[], torch.Tensor]:

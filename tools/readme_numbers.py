@@ -6,7 +6,7 @@
 Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
 measurements. Results are kept by machine; of several that measured one row, the README shows the
 less flattering. Where none did the row is left out; where a file lacks a number that the row needs,
-this script fails. The tables of docs/merge.md, docs/steering.md and docs/transfer.md lie between
+this script fails. The tables of docs/merge.md, qlora.md, steering.md and transfer.md lie between
 markers, too: each shows one run whole, of several machines the first.
 """
 
@@ -25,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("merge", "steering", "transfer"))]
+TABLED = ("merge", "qlora", "steering", "transfer")
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in TABLED)]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 88
 
@@ -185,6 +186,23 @@ def _qlora(r: Result) -> list[Cells]:
             ms["PEFT on bitsandbytes"] / ms["lorafold"],
         ),
     ]
+
+
+def _qlora_train(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for name in r["runs"]:
+        found = {row[_GAINED]: row for row in r["shares"] if row["of"] == name}
+        ours, peer, elsewhere = (found[k] for k in ("nf4", "PEFT, nf4", "nf4, run in float32"))
+        rows.append(
+            (
+                f"training on an NF4 base, {name}: of what the loss falls by in float32",
+                f"{ours['mean']:.1%}, worst seed {ours['worst']:.1%}; moved to the float32 base "
+                f"{elsewhere['mean']:.1%}",
+                f"PEFT on bitsandbytes: {peer['mean']:.1%}",
+                ours["worst"],
+            )
+        )
+    return rows
 
 
 def _attach(r: Result) -> list[Cells]:
@@ -404,6 +422,7 @@ def _steering(r: Result) -> list[Cells]:
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
+_GAINED = "share of what float32 gains"
 ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "demo": _demo,
     "coder": _coder,
@@ -418,6 +437,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "attach_library": _attach_library,
     "packed": _packed,
     "qlora": _qlora,
+    "qlora_train": _qlora_train,
     "merge": _merge,
     "merge_quality": _merge_quality,
     "similarity": _similarity,
@@ -607,8 +627,21 @@ def steering_table(r: Result) -> str:
     return _markdown(heads, [cells(row) for row in r["rows"]])
 
 
+def qlora_table(r: Result) -> str:
+    """Held-out losses by base and run, mean over seeds."""
+    runs = r["runs"]
+    heads = ["held-out loss", *runs]
+    ends = next(iter(runs.values()))[0]
+    shown = [
+        [end, *(f"{statistics.fmean(run[end] for run in found):.3f}" for found in runs.values())]
+        for end in ends
+    ]
+    return _markdown(heads, shown)
+
+
 TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
     "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
+    "qlora.md": [("qlora", "qlora_train", qlora_table)],
     "steering.md": [("ways", "steering", steering_table)],
     "transfer.md": [
         ("retention", "transfer", retention_table),

@@ -13,6 +13,7 @@ import lorafold
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("plotly", reason="plotly is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 EXAMPLES = Path(lorafold.__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -23,8 +24,8 @@ def cells(notebook, kind):
     return [c for c in data["cells"] if c["cell_type"] == kind]
 
 
-def test_there_are_four():
-    assert len(NOTEBOOKS) == 4
+def test_there_are_five():
+    assert len(NOTEBOOKS) == 5
     index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"]({path.name})" in index for path in NOTEBOOKS)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attach import Live
+from .checks import check_model, check_running, trained_now
 from .measured import Measured
 from .mixin import resume_controller, resume_from, save_controller, save_into
 from .orbital.controller import OrbitalController
@@ -43,10 +44,16 @@ class AdapterCallback(_Callback):
         Raises:
             FileError, MismatchError: as `Live.resume`.
         """
-        resume_from(Path(folder), self.live, self.live.trained)
+        resume_from(Path(folder), self.live, trained_now(self.live))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        """Guard the optimiser."""
+        """Guard the optimiser.
+
+        Raises:
+            MismatchError: the trainer has another model, or some trained adapter does not run.
+        """
+        check_model(self.live, kw.get("model"))
+        check_running(self.live, trained_now(self.live))
         optimizer = getattr(kw.get("optimizer"), "optimizer", kw.get("optimizer"))
         if optimizer is not None and args.world_size == 1:
             self._guard = self.live.guard(optimizer)
@@ -61,7 +68,7 @@ class AdapterCallback(_Callback):
         """Write the adapters into the checkpoint."""
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_into(folder, self.live, self.live.trained)
+            save_into(folder, self.live, trained_now(self.live))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
         """Add the sizes to what is logged."""

@@ -24,6 +24,7 @@ from ..attach.begin.resumed import read_tensors
 from ..collection.folders import folder_names
 from ..errors import MismatchError, RefusedError
 from ..files.safetensors import save_tensors
+from .checks import check_model, check_parameters, check_running, trained_now
 from .many import clip_by_adapter, numbers_of, sums_by_adapter, tokens_by_adapter
 from .measured import Measured
 from .orbital.controller import OrbitalController
@@ -50,7 +51,7 @@ class AdapterTraining:
         **options: Any,
     ) -> None:
         self.live = handle_of(model)
-        self._names = self.live.trained
+        self._names = trained_now(self.live)
         self._lora_plus = _ratio(lora_plus)
         if random_rank is not None and controller is not None:
             raise MismatchError("random_rank= and controller= both choose the rank: give one")
@@ -65,6 +66,11 @@ class AdapterTraining:
         with _not_purely_quantized(model):
             super().__init__(model, args, *more, **options)  # type: ignore[call-arg]
         own: Any = self
+        if self._lora_plus != 1 and own.optimizer is not None:
+            raise MismatchError(
+                "lora_plus= is for the optimiser that the trainer makes, and optimizers= brings "
+                "one: set the rates of its groups, or leave one of the two out"
+            )
         own.data_collator = RowCollator(own.data_collator, self._names)
         self._measured = Measured(self.live)
         self._guard: Any = None
@@ -106,15 +112,9 @@ class AdapterTraining:
 
     def _check_named(self, inputs: Mapping[str, Any]) -> None:
         """Refuse rows that don't say whose they are, where some trained adapters would get none."""
-        if ROWS in inputs or len(self._names) < 2 or self._random_rank is not None:
-            return
-        now = self.live.active
-        running = set(now) if isinstance(now, dict) else set().union(*now)
-        if idle := [name for name in self._names if name not in running]:
-            raise MismatchError(
-                f"{', '.join(map(repr, idle))} would not be trained: the data has no column "
-                f"{COLUMN} to say whose each row is, and others are in use"
-            )
+        chosen = self._random_rank is not None or self._controller is not None
+        if ROWS not in inputs and not chosen:
+            check_running(self.live, self._names)
 
     def _control(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Show a controller the loss of a step's first batch, at full rank."""
@@ -200,6 +200,7 @@ class AdapterTraining:
     def create_optimizer(self, model: Any = None) -> Any:
         """The library's, with the learning rate of B times `lora_plus`, and guarded."""
         own: Any = self
+        check_parameters(self.live, self._names)
         if own.optimizer is None:
             super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
             if self._lora_plus != 1:
@@ -305,10 +306,7 @@ def handle_of(model: Any) -> Live:
             f"lorafold.attach(model, lorafold.LoRA(…)); found a {type(model).__name__}"
         )
     live = Live.of(model)
-    if not live.trained:
-        raise MismatchError(
-            "no adapter is trained here: attach lorafold.LoRA(…), or with trainable=True"
-        )
+    check_model(live, model)
     return live
 
 
