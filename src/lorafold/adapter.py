@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import MismatchError, RefusedError, UnknownNameError
 from .lowrank import LowRank, cosine, from_svd
 from .naming import Base, kind
-from .parts import LINEAR, Parts, check_bias_scales, refusal_reason
+from .parts import LINEAR, Parts, check_bias_scales, extra_kind, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
 from .prefixes import Prefixes, regauged
@@ -326,6 +326,20 @@ class Adapter(Mapping[str, LowRank]):
                     f"{theirs[p].shape} in the other"
                 )
         return mine, theirs
+
+
+def idle(a: Adapter) -> str | None:
+    """Why an adapter does nothing to any model; None where it does something.
+
+    What is saved whole (a head, biases, trained tokens) counts as doing something.
+    """
+    if any(extra_kind(key, a.config) != "training state" for key in a.extras):
+        return None
+    if all(u.scale == 0 for u in a.modules.values()):
+        return "α is 0"
+    if any(u.scale != 0 and u.A.any() and u.B.any() for u in a.modules.values()):
+        return None
+    return "every update is zero (B = 0, as before training)"
 
 
 def _regauged(a: Adapter, modules: Mapping[str, LowRank]) -> Adapter:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import MismatchError
+from .patterns import matches
 
 PREFIX = "base_model.model."
 
@@ -117,9 +118,9 @@ def extra_kind(key: str, config: Mapping[str, Any]) -> ExtraKind:
     name = key.removeprefix(PREFIX)
     module, _, parameter = name.rpartition(".")
     saved = saved_modules(config)
-    parents = [module[: m.end()] for m in re.finditer(r"[^.]+", module)]
+    ends = [m.end() for m in re.finditer(r"[^.]+", module)] if saved else []
     # PEFT takes any module whose name ends in the target, even inside a word.
-    if any(p.endswith(str(target)) for p in parents for target in saved):
+    if any(module.endswith(target, 0, end) for end in ends for target in saved):
         return "saved module"
     if parameter == "bias" and config.get("bias", "none") != "none":
         return "bias"
@@ -255,12 +256,21 @@ def alpha_of(config: Mapping[str, Any], path: str) -> float:
 def _patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:
     for pattern, value in (config.get(patterns) or {}).items():
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error as e:
-            raise MismatchError(f"{patterns} key {pattern!r} is no regular expression: {e}") from e
+            found = patterned(pattern, path)
+        except MismatchError as e:
+            raise MismatchError(f"{patterns} key {e}") from e
         if found:
             return _number(value, f"{patterns}[{pattern!r}]")
     return _number(config.get(default), default)
+
+
+def patterned(pattern: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means the module at `path`.
+
+    Raises:
+        MismatchError: it is no regular expression.
+    """
+    return matches(pattern, path, r"(.*\.)?(…)$")
 
 
 def _number(value: Any, field: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import MismatchError
 
 NESTED, SCALING = "nested", "rank_scaling"
+_INIT = "init_lora_weights"  # some readers refuse what is not True
 POWERS = {"constant": 0.0, "linear": 1.0, "sqrt": 0.5}
 
 
@@ -93,5 +94,6 @@ class Prefixes:
 
 
 def regauged(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of factors in another gauge."""
-    return {key: value for key, value in config.items() if key not in (NESTED, SCALING)}
+    """A config of factors in another gauge, which are no longer as they were initialised."""
+    kept = {key: value for key, value in config.items() if key not in (NESTED, SCALING)}
+    return {**kept, _INIT: True} if _INIT in kept else kept

@@ -261,3 +261,13 @@ def test_a_state_with_nan_or_not_gathered_is_refused(tmp_path):
             live.resume(tmp_path / name)
         with pytest.raises(MismatchError, match=rf"'0\.A'.*{says}"):
             lf.attach(fresh_model(), tmp_path / name, trainable=True)
+
+
+def test_a_dtype_that_is_asked_for_is_the_factors(tmp_path):
+    for kind in ("kaiming", "modulation"):
+        _, live = trained(SPECS[kind], 1)
+        live.save(tmp_path / kind)
+        asked = lf.attach(fresh_model(), tmp_path / kind, trainable=True, dtype=torch.bfloat16)
+        assert {p.dtype for p in asked.parameters()} == {torch.bfloat16}
+        own = lf.attach(fresh_model(), tmp_path / kind, trainable=True)
+        assert {p.dtype for p in own.parameters()} == {torch.float32}

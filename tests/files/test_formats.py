@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import lorafold as lf
+from lorafold.adapter import idle
 from lorafold.cli import main
 from lorafold.errors import FileError, MismatchError
+from lorafold.merge.verify import verify_merge
 
 A, B = torch.randn(2, 8), torch.randn(6, 2)
 Q = {"m.q.lora_A.weight": A, "m.q.lora_B.weight": B}
@@ -269,3 +271,68 @@ def test_the_models_own_weights_do_no_harm(tmp_path):
     live = lf.attach(model, library)
     with pytest.raises(lf.RefusedError, match=r"norm\.weight"), live.use("a"):
         pass
+
+
+# What does nothing, and what means nothing
+
+
+@pytest.mark.parametrize(("alpha", "b", "why"), [(0, 1, "α is 0"), (6, 0, "B = 0")])
+def test_an_adapter_that_does_nothing_is_called_so(alpha, b, why, tmp_path, capsys):
+    model = Classifier()
+    folder = tmp_path / "a"
+    written(
+        folder,
+        {"m.q.lora_A.weight": A, "m.q.lora_B.weight": b * B},
+        None,
+        {**CONFIG, "lora_alpha": alpha},
+    )
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    for command in (["info"], ["check", "--base", str(tmp_path / "base")]):
+        with pytest.raises(SystemExit):
+            main([command[0], str(folder), *command[1:]])
+        assert f"it does nothing: {why}" in capsys.readouterr().out.replace(
+            "every update is zero (", ""
+        )
+    with pytest.warns(UserWarning, match=rf"'default' does nothing: .*{why}"):
+        lf.attach(model, folder).detach()
+    assert idle(lf.load(Q, alpha=1)) is None
+    head = {"m.q.lora_A.weight": A, "m.q.lora_B.weight": 0 * B, "score.weight": torch.ones(3, 6)}
+    assert idle(lf.load(head, config={**CONFIG, "modules_to_save": ["score"]})) is None
+
+
+def test_patterns_that_mean_no_module_are_told():
+    config = {**CONFIG, "alpha_pattern": {"m.q": 3, "q_proj": 4}, "rank_pattern": {"v": 3}}
+    with pytest.warns(UserWarning, match="no module of the file") as told:
+        assert lf.load(Q, config=config)["m.q"].scale == 1.5
+    assert [str(w.message).partition(": ")[2] for w in told] == [
+        "rank_pattern has 'v', by which no module of the file is meant",
+        "alpha_pattern has 'q_proj', by which no module of the file is meant",
+    ]
+
+
+def test_factors_that_changed_are_not_as_they_began(tmp_path):
+    """Readers refuse what says that it is: vLLM a "pissa", others what they don't know."""
+    adapter = lf.load(Q, config={**CONFIG, "init_lora_weights": "gaussian"})
+    for name, changed in (("nested", adapter.nested()), ("sum", adapter + adapter)):
+        lf.save(changed, tmp_path / name)
+        said = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert said["init_lora_weights"] is True
+    lf.save(adapter, tmp_path / "same")
+    said = json.loads((tmp_path / "same" / "adapter_config.json").read_text())
+    assert said["init_lora_weights"] == "gaussian"
+
+
+def test_a_merge_that_keeps_nothing_says_so():
+    adapter = lf.load(Q, alpha=6)
+    with pytest.warns(UserWarning, match="updates are all zero: .*a higher density"):
+        merged = lf.merge({"a": adapter, "b": adapter}, "magnitude", density=1e-9)
+    assert merged.norm() == 0
+
+
+def test_a_base_is_a_path():
+    adapter = lf.load(Q, alpha=6)
+    with pytest.raises(FileError, match="a base is given as a path, not as NoneType"):
+        verify_merge(None, adapter, "merged")
+    with pytest.raises(FileError, match="a base is given as a path, not as int"):
+        lf.extract(3, "merged", rank=1)

@@ -144,7 +144,7 @@ def _plan(state: State, name: str, x: Addition, at: Standing, trainable: bool) -
         in_use = functools.partial(directions_in_use, state)
         return Trained.plan_fresh(x, at, in_use)
     if trainable or isinstance(x, Checkpoint):
-        return Trained.plan(name, x, at, state.slots.dtype)
+        return Trained.plan(name, x, at, state.slots.dtype, state.slots.asked_dtype)
     return Given.plan(name, x, at)
 
 

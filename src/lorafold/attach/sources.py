@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import ORIGIN, Adapter
+from ..adapter import ORIGIN, Adapter, idle
 from ..errors import MismatchError, RefusedError
 from ..fold.store.entries import AdapterEntry
 from ..layers.sites import place_at
@@ -26,6 +26,7 @@ from ..layers.targets import found_layers
 from ..lowrank import LowRank
 from ..parts import PREFIX, plain_name
 from ..prefixes import Prefixes, regauged
+from ..words import warn
 from .begin.loadings import Loadings, fresh_loadings
 from .begin.lora import fresh_factors
 from .begin.modulation import fresh_modulation
@@ -104,6 +105,8 @@ class Given(Source):
     def plan(cls, name: str, a: Adapter, at: Standing) -> Plan:
         """What an adapter needs, or the error that says why it does not fit."""
         places = places_of(name, a, at)
+        if (why := idle(a)) is not None:
+            warn(f"adapter {name!r} does nothing: {why}")
         parts = {path: part for path, part in places.names.items() if part in a}
         return Plan(cls(a, parts, at.scaling), places)
 
@@ -161,8 +164,19 @@ class Trained(Source):
         self.key = ""
 
     @classmethod
-    def plan(cls, name: str, x: Adapter | Checkpoint, at: Standing, dtype: torch.dtype) -> Plan:
-        """What an adapter needs that is to be trained on, from its checkpoint where it has one."""
+    def plan(
+        cls,
+        name: str,
+        x: Adapter | Checkpoint,
+        at: Standing,
+        dtype: torch.dtype,
+        asked: torch.dtype | None = None,
+    ) -> Plan:
+        """What an adapter needs that is to be trained on, from its checkpoint where it has one.
+
+        Args:
+            dtype: of its factors. asked: of a checkpoint's, which keep their own when None.
+        """
         a, training = (x.adapter, x.training) if isinstance(x, Checkpoint) else (x, None)
         places = places_of(name, a, at)
         if places.experts:
@@ -172,7 +186,7 @@ class Trained(Source):
         for path, place in places.layers.items():
             part = places.names[path]
             if training is not None:
-                fresh[path] = training.factors(part, place, prefixes)
+                fresh[path] = training.factors(part, place, prefixes).to(dtype=asked)
                 continue
             u = a[part].to(device_of(place.layer), dtype)
             fresh[path] = Pair(place.kind, u.A.clone(), u.B.clone(), u.scale, prefixes=prefixes)

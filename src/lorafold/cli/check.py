@@ -44,9 +44,9 @@ _MAY_BE_NEW = {"saved module"}  # may be new: a classifier that the base doesn't
 def check(adapter: str, base: str, **options: Any) -> None:
     """Check an adapter's names and shapes against its base.
 
-    Reads the headers of the base's safetensors files and no weights. Tells what matches nothing or
-    has the wrong shape (exit status 1), modules of the same kinds that the adapter doesn't touch,
-    and what a reader that knows plain ΔW only would ignore.
+    Reads the headers of the base's safetensors files and no weights of it. Tells what matches
+    nothing or has the wrong shape (exit status 1), modules of the same kinds that the adapter
+    doesn't touch, and what a reader that knows plain ΔW only would ignore.
     """
     file = opened(adapter, **options)
     found = checked(adapter, file, base)
@@ -58,6 +58,7 @@ def check(adapter: str, base: str, **options: Any) -> None:
 
 def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
     """The comparison, in JSON's types."""
+    from ..adapter import idle
     from ..files.base import read_base
     from ..parts import extra_kind
     from ..placing import placed
@@ -98,6 +99,7 @@ def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
         "layers_to_transform": file.config.get("layers_to_transform"),
         "ignored": _ignored(file),
         "refusal": file.refusal,
+        "idle": idle(file.load()),
     }
 
 
@@ -244,6 +246,8 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
         output.table(out, ["what", ">count", "why"], rows2)
     if d["refusal"]:
         output.say(out, f"\nnot for ΔW algebra: {d['refusal']}")
+    if d["idle"]:
+        output.say(out, f"\nit does nothing: {d['idle']}")
 
 
 def _renamed(renamed: Mapping[str, str]) -> str | None:

@@ -131,6 +131,7 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
         path: as it was given.
         file: the opened adapter; its tensors are read.
     """
+    from ..adapter import idle
     from ..parts import extra_kind
 
     adapter = file.load()
@@ -169,6 +170,7 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
         "init": config.get("init_lora_weights", True) if config else None,
         "extras": extras,
         "refusal": refusal,
+        "idle": idle(adapter),
         "digest": adapter.digest,
         "per_module": modules,
     }
@@ -228,6 +230,8 @@ def _show_one(out: Console, d: dict[str, Any]) -> None:
         output.facts(out, ((f"  {kind}", _keys(kind, keys)) for kind, keys in d["extras"].items()))
     if d["refusal"]:
         output.say(out, f"\nnot for ΔW algebra: {d['refusal']}")
+    if d["idle"]:
+        output.say(out, f"\nit does nothing: {d['idle']}")
     if settings().verbose:
         output.say(out)
         output.table(
@@ -284,6 +288,8 @@ def _show_many(out: Console, found: list[dict[str, Any]]) -> None:
             output.say(out, f"can't be read: {d['error']}")
         elif d["refusal"]:
             output.say(out, f"\n{Path(d['path']).name}: not for ΔW algebra: {d['refusal']}")
+        elif d["idle"]:
+            output.say(out, f"\n{Path(d['path']).name} does nothing: {d['idle']}")
 
 
 def _short(targets: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..naming import Base, is_head, is_shared, kind
-from .config import read_text
+from .config import json_object, read_text
 from .peft_keys import check_gathered
 from .safetensors import Entry, file_errors, open_file, read_entries, read_tensors
 
@@ -191,7 +191,7 @@ class Weights:
         return self._last[1]
 
 
-def read_base(path: str) -> BaseFiles:
+def read_base(path: str | os.PathLike[str]) -> BaseFiles:
     """The base in a folder, or a safetensors file.
 
     Raises:
@@ -199,6 +199,9 @@ def read_base(path: str) -> BaseFiles:
             damaged header.
     """
     entries: dict[str, Entry] = {}
+    if not isinstance(path, str | os.PathLike):
+        raise FileError(f"a base is given as a path, not as {type(path).__name__}")
+    path = os.fspath(path)
     if not path:  # which would be the working directory
         raise FileError("no such folder: ''")
     with file_errors(path):
@@ -225,15 +228,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(config, dict):
-        raise FileError(f"{path}: must hold a JSON object, found a {type(config).__name__}")
-    return config
+    return json_object(read_text(path), path)
 
 
 def _files(path: Path) -> tuple[list[Path], Path | None]:
@@ -256,12 +251,12 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    text = read_text(index)
+    whole = json_object(read_text(index), index)
     try:
-        parts = json.loads(text)["weight_map"].values()
+        parts = whole["weight_map"].values()
         names = sorted(set(parts))
         strange = [name for name in names if name in ("", ".", "..") or Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise FileError(f"{index}: not an index of safetensors files ({e})") from e
     if strange:  # a name is never a path
         raise FileError(f"{index} names {strange[0]!r}, which is no file beside it")

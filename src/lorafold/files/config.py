@@ -21,6 +21,7 @@ PICKLE_NAME = "adapter_model.bin"
 PORTABLE_NAME = "portable.safetensors"  # by roles, lorafold's own
 SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
 LIBRARY_NAME = "library.json"
+_LONGEST = 64 << 20  # bytes of a config, or an index of tensors
 STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on
 RECORD_NAME = "steering.json"  # beside an adapter, what was measured of it along its dial
 
@@ -37,6 +38,8 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
         FileError: it can't be read, is not UTF-8, or is another file under its name.
     """
     try:
+        if raw is None and path.stat().st_size > _LONGEST:
+            raise FileError(f"{path}: {path.stat().st_size:,} bytes are too many for a config")
         text = (read_regular(path) if raw is None else raw).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e
@@ -54,15 +57,26 @@ def parsed(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileError: not JSON, not an object, or not a LoRA's.
     """
+    return checked(json_object(text, where), where)
+
+
+def json_object(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object that a JSON text holds.
+
+    Raises:
+        FileError: it is none, or nests more than it says: each `{}` takes 30 times its bytes.
+    """
     if not text.strip():
         raise FileError(f"{where}: the file is empty; fetch it again")
+    if text.count("{") + text.count("[") > 10_000 + len(text) // 16:
+        raise FileError(f"{where}: not valid JSON of its kind: brackets without end")
     try:
-        config = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise FileError(f"{where}: not valid JSON ({e})") from e
-    if not isinstance(config, dict):
-        raise FileError(f"{where}: must hold a JSON object, found a {type(config).__name__}")
-    return checked(config, where)
+    if not isinstance(found, dict):
+        raise FileError(f"{where}: must hold a JSON object, found a {type(found).__name__}")
+    return found
 
 
 def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, Any]:

@@ -29,8 +29,17 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import FileError, MismatchError
-from ..parts import LINEAR, PREFIX, Layout, extra_kind, plain_name, refusal_reason, scaling
-from ..words import some_of
+from ..parts import (
+    LINEAR,
+    PREFIX,
+    Layout,
+    extra_kind,
+    patterned,
+    plain_name,
+    refusal_reason,
+    scaling,
+)
+from ..words import some_of, warn
 from .alphas import Alphas, alpha_keys
 from .formats.foreign import foreign, no_pair
 from .peft_targets import finds_module, parameters_of
@@ -62,6 +71,7 @@ _LEADING = re.compile(rf"^(\^?)(?:(?:module|base_model\\?\.model){_DOT})+")
 OUT_PROJ_TIMES = 2.0
 
 # The order in which mixture-of-experts layers register their parameters.
+_MANY = 6  # parameters of one module, of which not every order is tried
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2", "w3")
 
 
@@ -187,10 +197,22 @@ def make_plan(
         slots = _slots(plain, tensors, config, alphas)
     except MismatchError as e:
         raise MismatchError(f"{where}: {e}") from e
+    _tell_unused(config or {}, slots, where)
     # In the order of the file, which is the order in which they are read.
     order = {key: i for i, key in enumerate(tensors)}
     slots = dict(sorted(slots.items(), key=lambda item: order[item[1].A]))
     return Plan(slots, tuple(sorted(extra_keys, key=order.__getitem__)))
+
+
+def _tell_unused(config: Mapping[str, Any], slots: Mapping[str, Slot], where: str) -> None:
+    """Warn of patterns of a config that no module is meant by."""
+    groups = {slot.layout.group(path) for path, slot in slots.items()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        unused = [
+            key for key in config.get(name) or {} if not any(patterned(key, g) for g in groups)
+        ]
+        if unused and groups:
+            warn(f"{where}: {name} has {some_of(unused)}, by which no module of the file is meant")
 
 
 def check_gathered(shapes: Iterable[tuple[str, Shape]], where: str) -> None:
@@ -247,7 +269,7 @@ def parameter_order(names: list[str], shapes: list[tuple[int, int]] | None = Non
     """
     known = {name: i for i, name in enumerate(_ORDER)}
     default = sorted(names, key=known.__getitem__) if set(names) <= set(known) else list(names)
-    if shapes is None or _fit(default, shapes):
+    if shapes is None or len(names) > _MANY or _fit(default, shapes):
         return default
     fitting = [list(p) for p in itertools.permutations(default) if _fit(list(p), shapes)]
     return fitting[0] if len(fitting) == 1 else default

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import MismatchError
 from ..parts import saved_modules
+from ..patterns import matches
 
 
 def finds_module(config: Mapping[str, Any], path: str) -> bool:
@@ -74,7 +75,7 @@ def _excluded(config: Mapping[str, Any], path: str) -> bool:
             return True
     elif excluded and any(path == e or path.endswith(f".{e}") for e in excluded):
         return True
-    return any(_match(rf"(^|.*\.){m}($|\..*)", path) for m in saved_modules(config))
+    return any(_match(m, path, r"(^|.*\.)…($|\..*)") for m in saved_modules(config))
 
 
 def _layer_wanted(config: Mapping[str, Any], path: str) -> bool:
@@ -84,20 +85,28 @@ def _layer_wanted(config: Mapping[str, Any], path: str) -> bool:
     patterns = config.get("layers_pattern") or []
     if isinstance(patterns, str):
         patterns = [patterns]
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    match = next((m for e in expressions if (m := _match(e, path))), None)
-    if match is None:
+    layer = next((n for p in patterns for n in [_number(p, path)] if n is not None), None)
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        layer = None if match is None else int(match[1])
+    if layer is None:
         return False
-    layer = int(match[1])
     return layer in wanted if isinstance(wanted, Sequence) else layer == wanted
 
 
+def _number(pattern: str, path: str) -> int | None:
+    """The first number between dots that comes after what the pattern means."""
+    numbers = re.finditer(r"(?<=\.)\d+(?=\.)", path)
+    before = r"(.*\.)?(…)\.\Z"
+    return next((int(m[0]) for m in numbers if _match(pattern, path[: m.start()], before)), None)
+
+
 def _fullmatch(pattern: str, path: str) -> bool:
-    return _match(rf"(?:{pattern})\Z", path) is not None
+    return _match(pattern, path, r"(?:…)\Z")
 
 
-def _match(pattern: str, path: str) -> re.Match[str] | None:
+def _match(pattern: str, path: str, form: str) -> bool:
     try:
-        return re.match(pattern, path)
-    except re.error as e:
-        raise MismatchError(f"{pattern!r} in the config is no regular expression: {e}") from e
+        return matches(pattern, path, form)
+    except MismatchError as e:
+        raise MismatchError(f"in the config {e}") from e

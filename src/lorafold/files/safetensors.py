@@ -17,7 +17,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any, TypeGuard
@@ -31,6 +31,11 @@ from ..errors import FileError
 from .disk.held import Descriptor, open_regular
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation reads no more
+_LONGEST_KEY = 10_000  # letters, of a key and so of a module's path
+_LONGEST_ENTRY = 4096  # letters, of what a header says of one tensor
+_LONGEST_WIDE = 16 << 20  # bytes of a header with letters beyond ASCII
+_METADATA = "__metadata__"
+_SPACES, _BLANK = " \t\r\n", (" ", "\t", "\r", "\n")
 _MAX_DIMENSIONS = 64  # of a numpy array, which a tensor is read through
 
 _NAMES = {
@@ -97,9 +102,9 @@ _DISGUISES = (
 _ENOUGH = 64  # bytes that show which
 
 
-def disguise(start: bytes) -> str | None:
+def disguise(start: bytes | bytearray) -> str | None:
     """What a file is that has another's name, by how it begins; None where nothing is known."""
-    start = start[:_ENOUGH].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    start = bytes(start[:_ENOUGH]).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next((says for begin, says in _DISGUISES if start.startswith(begin)), None)
 
 
@@ -133,7 +138,7 @@ def open_file(path: Path) -> FileIO:
         raise FileError(f"{os.fspath(path)}: {e.strerror or e}") from e
 
 
-def header_bytes(file: Opened, path: Path) -> tuple[bytes, int]:
+def header_bytes(file: Opened, path: Path) -> tuple[bytearray, int]:
     """The header's JSON, not yet parsed, and the size of the file.
 
     Raises:
@@ -235,12 +240,22 @@ def parse_header(
         FileError: naming the file and the key: no JSON, keys twice, a dtype or shape that is
             none, ranges that overlap, leave holes, or reach beyond the end.
     """
-    parsed = _json(header, where)
-    metadata = parsed.pop("__metadata__", {})
-    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise FileError(f"{where}: __metadata__ in the header must map texts to texts")
     data = end = 8 + len(header)
-    found = {key: _entry(key, value, data, where) for key, value in parsed.items()}
+    found: dict[str, Entry] = {}
+    metadata: Any = {}
+    try:
+        # What no encoder writes could not be written again: a lone surrogate, spelled \ud800.
+        for key, value in _members(_decoded(header)):
+            if key == _METADATA:
+                metadata = value
+            else:
+                found[sys.intern(key)] = _entry(key, value, data, where)
+    except FileError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{where}: the header is not valid JSON ({e})") from e
+    if not isinstance(metadata, dict):
+        raise FileError(f"{where}: __metadata__ in the header must map texts to texts")
     found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
     for key, entry in found.items():
         if entry.start != end:
@@ -291,27 +306,90 @@ def header_of(
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _json(header: bytes | bytearray, where: Path) -> dict[str, Any]:
-    try:
-        # What no encoder writes could not be written again: a lone surrogate, spelled \ud800.
-        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{where}: the header is not valid JSON ({e})") from e
-    if not isinstance(parsed, dict):
-        raise FileError(
-            f"{where}: the header must be a JSON object, found a {type(parsed).__name__}"
-        )
-    return parsed
+def _decoded(header: bytes | bytearray) -> str:
+    if len(header) > _LONGEST_WIDE and not header.isascii():
+        raise ValueError("so long a one is ASCII")  # or takes four times its bytes
+    return header.decode("utf-8").strip(_SPACES)
+
+
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) of a header, one after another, so that no more grows than was looked at."""
+    at = yield from _object(text, 0, _header_value)
+    if at != len(text):
+        raise ValueError(f"something follows it at letter {at}")
+
+
+def _object(
+    text: str, at: int, read: Callable[[str, str, int], tuple[Any, int]]
+) -> Generator[tuple[str, Any], None, int]:
+    """The members of an object; returns where it ends."""
+    if text[at : at + 1] != "{":
+        raise ValueError("it must be a JSON object")
+    keys: set[str] = set()
+    at = _skipped(text, at + 1)
+    closed = text[at : at + 1] == "}"
+    while not closed:
+        if text[at : at + 1] != '"':
+            raise ValueError(f"no key at letter {at}")
+        key, at = _decoder.raw_decode(text, at)
+        key.encode()  # raises a ValueError where it is no Unicode
+        if len(key) > _LONGEST_KEY:
+            raise ValueError(f"the key {key[:40]!r}… has {len(key):,} letters")
+        if key in keys:
+            raise ValueError(f"the key {key!r} appears twice")
+        keys.add(key)
+        at = _skipped(text, at)
+        if text[at : at + 1] != ":":
+            raise ValueError(f"no ':' at letter {at}")
+        value, at = read(key, text, _skipped(text, at + 1))
+        yield key, value
+        at = _skipped(text, at)
+        closed = text[at : at + 1] == "}"
+        if not closed and text[at : at + 1] != ",":
+            raise ValueError(f"no ',' at letter {at}")
+        at = at if closed else _skipped(text, at + 1)
+    return at + 1
+
+
+def _header_value(key: str, text: str, at: int) -> tuple[Any, int]:
+    if key == _METADATA and text[at : at + 1] == "{":
+        texts: dict[str, str] = {}
+        members = _object(text, at, _text_value)
+        while True:
+            try:
+                name, value = next(members)
+            except StopIteration as e:
+                return texts, e.value
+            texts[name] = value
+    value, end = _decoder.raw_decode(text[at : at + _LONGEST_ENTRY])
+    return value, at + end
+
+
+def _text_value(key: str, text: str, at: int) -> tuple[str, int]:
+    if text[at : at + 1] != '"':
+        raise ValueError("__metadata__ must map texts to texts")
+    value, end = _decoder.raw_decode(text, at)
+    value.encode()
+    return value, end
+
+
+def _skipped(text: str, at: int) -> int:
+    while text[at : at + 1] in _BLANK:
+        at += 1
+    return at
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
-        key.encode()  # raises a ValueError where it is no Unicode
+        key.encode()
         if key in result:
             raise ValueError(f"the key {key!r} appears twice")
-        result[sys.intern(key)] = value
+        result[key] = value
     return result
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_no_twins)
 
 
 def _entry(key: str, value: Any, data: int, where: Path) -> Entry:
@@ -344,10 +422,10 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return product < 2**63
 
 
-def _read(file: Opened, start: int, length: int, path: Path) -> bytes:
+def _read(file: Opened, start: int, length: int, path: Path) -> bytearray:
     buffer = bytearray(length)
     _fill(file, start, memoryview(buffer), str(path))
-    return bytes(buffer)
+    return buffer
 
 
 def _fill(file: Opened, start: int, view: memoryview, what: str) -> None:

@@ -86,7 +86,7 @@ def extract(
     Not for: an adapter's own size (`Adapter.resize`).
     """
     _check(rank, tolerance)
-    before, after = (Weights(read_base(os.fspath(path))) for path in (base, tuned))
+    before, after = (Weights(read_base(path)) for path in (base, tuned))
     _check_same(before, after)
     model = str(before.files.config.get("model_type"))
     modules: dict[str, LowRank] = {}

@@ -164,7 +164,7 @@ class Merge:
             adapter = load(adapter)
         if adapter.refusal is not None:
             raise RefusedError(adapter.refusal)
-        seen = read_base(os.fspath(base))
+        seen = read_base(base)
         if dtype is not None and seen.config.get("quantization_config"):
             raise RefusedError(f"{base} is quantised: its tensors keep their dtypes")
         plan = _planned(seen, adapter)

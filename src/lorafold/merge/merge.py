@@ -163,7 +163,12 @@ class _Run:
             facts = self._facts(error, missing)
             config[ORIGIN] = origin(facts, self._collection.base_model)
         layouts = {p: lay for p, lay in self._collection.layouts.items() if p in modules}
-        return Adapter(modules, extras.tensors, config, self._collection.base_model, layouts)
+        base = self._collection.base_model
+        merged = Adapter(modules, extras.tensors, config, base, layouts)
+        if not self._quiet and not any(u.norm() for u in modules.values()):
+            rule = "its weights are 0, or its rule keeps no entry (a higher density keeps more)"
+            warn(f"the merged adapter's updates are all zero: {rule}")
+        return merged
 
     def _modules(self) -> tuple[dict[str, LowRank], float | None]:
         """The merged modules; and how far those that were cut are off, relative to all of them."""

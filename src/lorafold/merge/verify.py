@@ -141,9 +141,7 @@ def verify_merge(
         adapter = load(adapter)
     if adapter.refusal is not None:
         raise RefusedError(adapter.refusal)
-    before, after = (
-        Weights(read_base(os.fspath(path)), adapter.parts.names()) for path in (base, merged)
-    )
+    before, after = (Weights(read_base(path), adapter.parts.names()) for path in (base, merged))
     plans = [placed(adapter.parts, w.named) for w in (before, after)]
     if not plans[0].spots:
         raise MismatchError(f"nothing of the adapter has a place in {base}: is it the base?")

@@ -36,7 +36,7 @@ def tensors_of(base: Any) -> Tensors:
         MismatchError: it is none of these.
     """
     if isinstance(base, str | os.PathLike):
-        weights = Weights(read_base(os.fspath(base)))
+        weights = Weights(read_base(base))
         return Tensors(tuple(weights.files.entries), weights.files.named, weights.read)
     state = base if isinstance(base, Mapping) else getattr(base, "state_dict", dict)()
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):

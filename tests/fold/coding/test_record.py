@@ -1,5 +1,7 @@
 """One adapter at one module as bytes: whatever the parts, they decode to the update."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -162,3 +164,29 @@ def test_predictions_are_the_bytes_written(updates):
     coded = code(block.factors(), Target("error", target), block=block)
     written = np.array([len(r) for r in coded.records])
     assert (np.abs(written - told) < 12).all()
+
+
+def test_what_no_writer_writes_does_not_grow():
+    """Few bytes for many numbers: pairs between thin sides, rows of no bits, many parts."""
+
+    def thin(count):
+        bits = bytes([0x11]) * ((count + 1) // 2)
+        head = (
+            struct.pack("<BB", 1, 3)
+            + struct.pack("<HH", 0, 1) * 2
+            + struct.pack("<HBf", count, 0, 1.0)
+        )
+        return head + bits + b"\0\x3c" * count + b"\xff" * (2 * count // 8 + 1)
+
+    def basis(side, number, columns):
+        return torch.ones(4096, columns)
+
+    with pytest.raises(FileError, match=r"60000 pairs between sides of \[1, 1\]"):
+        decode(thin(60_000), (4096, 4096), basis)
+    empty = struct.pack("<BB", 1, 0) + struct.pack("<HBf", 4000, 0, 1.0) + b"\0" * (2000 + 8000)
+    with pytest.raises(FileError, match="rows of 0 bits"):
+        decode(empty, (4096, 4096), basis)
+    one = decode(thin(1), (8, 8), lambda side, number, columns: torch.ones(8, columns))
+    assert one.rank == 1
+    with pytest.raises(FileError, match="more parts"):
+        decode(thin(1) * 40, (8, 8), lambda side, number, columns: torch.ones(8, columns))

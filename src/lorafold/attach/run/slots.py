@@ -75,6 +75,11 @@ class Slots:
             self.dtype = torch.promote_types(self.dtype, dtype)
 
     @property
+    def asked_dtype(self) -> torch.dtype | None:
+        """The dtype that was asked for; None where it follows from the adapters."""
+        return self.dtype if self._fixed_dtype else None
+
+    @property
     def _open(self) -> bool:
         """Whether nothing has fixed the rank yet."""
         return not self.tables and not self._fixed_rank

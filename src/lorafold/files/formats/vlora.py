@@ -8,7 +8,6 @@ high half, and a float scale per block of the flattened components. Its files ho
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ...errors import FileError, MismatchError, UnknownNameError
 from ...lowrank import LowRank
 from ...parts import PREFIX
 from ...words import did_you_mean
-from ..config import SUBSPACE_NAME, read_text
+from ..config import SUBSPACE_NAME, json_object, read_text
 from ..find import adapters_at, is_adapter, is_subspace, name_of
 from ..peft import load
 from ..peft_keys import check_gathered, plain_key
@@ -193,12 +192,7 @@ class _Subspace(Mapping[str, Adapter]):
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(read_text(path))
-    except ValueError as e:
-        raise FileError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(meta, dict):
-        raise FileError(f"{path}: must hold a JSON object")
+    meta = json_object(read_text(path), path)
     for field, kind in (("layer_names", list), ("task_ids", list), ("rank", int)):
         if not isinstance(meta.get(field), kind):
             raise FileError(f"{path}: {field!r} is missing or of the wrong kind")

@@ -41,6 +41,7 @@ _PLAIN = 1e-3
 VANISHED = 1e-35  # singular values up to this have no coefficient: float32 lacks digits for them
 _RESIDUAL = 0.7  # of the budget: what the shared sides may miss before a residual is looked at
 NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
+_MOST_PARTS = 4  # times the smaller side: the ranks of all parts of one update together
 _PAIRS = struct.Struct("<BB")
 _SIDE = struct.Struct("<HH")  # basis, how many of its columns
 _EXACT_HEAD = struct.Struct("<BI")
@@ -351,6 +352,8 @@ def decode(
             raise FileError(f"a record of the library has a part of unknown kind {kind}")
         lefts.append(left)
         rights.append(right)
+        if sum(left.shape[1] for left in lefts) > _MOST_PARTS * min(shape):
+            raise FileError("a record of the library has more parts than an update can have")
     if not lefts:
         return LowRank(torch.zeros(1, inner, device=device), torch.zeros(out, 1, device=device))
     return LowRank(torch.cat(rights), torch.cat(lefts, 1))
@@ -434,6 +437,9 @@ def _read_pairs(
     record: bytes, start: int, shape: tuple[int, int], device: torch.device | str | None
 ) -> tuple[StoredPart, int]:
     numbers, dims, start = _pairs_head(record, start, shape)
+    count, _ = skipped_rows(record, start, dims)
+    if count > min(dims):  # a core has no more directions than either of its sides
+        raise FileError(f"a record of the library has {count} pairs between sides of {dims}")
     (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
     # √|c| on either side keeps A and B of one size, as after training.
     root = c.abs().sqrt()

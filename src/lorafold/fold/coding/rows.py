@@ -157,6 +157,8 @@ def read_rows(
     """
     bits, kind, top, start = _head(data, start)
     count = len(bits)
+    if not bits.all():  # none is written, and they would be large for their bytes
+        raise FileError("a record of the library has rows of 0 bits")
     relative = np.frombuffer(data, kind, count, start).astype(np.float32)
     start += count * kind.itemsize
     coefficients = torch.from_numpy(relative * np.float32(top)).to(device)

@@ -186,7 +186,7 @@ def digest_of(given: Any) -> str | None:
 def _corners(given: Any) -> Iterator[tuple[Tensor, list[int]]]:
     """The first rows' first numbers of every matrix, and its shape."""
     if isinstance(given, str | os.PathLike):
-        for file in read_base(os.fspath(given)).files:
+        for file in read_base(given).files:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     part = opened.get_slice(name)
