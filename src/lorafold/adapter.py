@@ -328,6 +328,14 @@ class Adapter(Mapping[str, LowRank]):
         return mine, theirs
 
 
+def on_base(adapter: Adapter, base_model: str) -> Adapter:
+    """The same adapter, on a base that is called so."""
+    config = dict(adapter.config)
+    if "base_model_name_or_path" in config:
+        config["base_model_name_or_path"] = base_model
+    return replace(adapter, config=config, base_model=base_model)
+
+
 def idle(a: Adapter) -> str | None:
     """Why an adapter does nothing to any model; None where it does something.
 

@@ -271,3 +271,56 @@ def test_a_dtype_that_is_asked_for_is_the_factors(tmp_path):
         assert {p.dtype for p in asked.parameters()} == {torch.bfloat16}
         own = lf.attach(fresh_model(), tmp_path / kind, trainable=True)
         assert {p.dtype for p in own.parameters()} == {torch.float32}
+
+
+def flat_file(path, live, metadata):
+    tensors = {
+        f"{key}.{p.replace('.', '__')}": t.detach().clone()
+        for p, fresh in live._state.trained("default").fresh.items()
+        for key, t in fresh.state_dict().items()
+        if key != "index"
+    }
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def test_a_flat_file_is_at_its_own_scale(tmp_path):
+    """alpha in its header is another than here: the update is the same, not the factors."""
+    model, live = trained(lf.LoRA(rank=3, alpha=12, seed=1))
+    said = {"r": "3", "alpha": "12", "kind": "lora", "targets": "0,2", "step": "7"}
+    file = flat_file(tmp_path / "flat.safetensors", live, said)
+    again = fresh_model()
+    handle = lf.attach(again, lf.LoRA(rank=3, alpha=6, seed=1))
+    assert handle.resume(file) == {"step": "7"}
+    torch.testing.assert_close(again(X), model(X))
+    loaded = lf.load(file)
+    trained_one = live.adapter("default")
+    assert loaded.distance(trained_one) < 1e-6 * trained_one.norm()
+    with pytest.raises(MismatchError, match="α is 12, and alpha= says 6"):
+        lf.load(file, alpha=6)
+
+
+def test_a_flat_file_of_singular_values_is_read(tmp_path):
+    _, live = trained(SPECS["modulation"])
+    file = flat_file(tmp_path / "flat.safetensors", live, {"kind": "pissa"})
+    loaded, expected = lf.load(file), live.adapter("default")
+    assert loaded.distance(expected) < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"r": "4"}, "says r 4, the tensors have .3."),
+        ({"kind": "pissa"}, "says kind 'pissa', the keys are of 'lora'"),
+        ({"targets": '["1"]'}, "targets are 1, and it holds '0', '2'"),
+        ({"alpha": "much"}, "'alpha' in the header must be a number, found 'much'"),
+    ],
+)
+def test_a_flat_file_that_contradicts_itself_is_refused(said, match, tmp_path):
+    _, live = trained(SPECS["kaiming"], 1)
+    file = flat_file(tmp_path / "flat.safetensors", live, said)
+    before = live.adapter("default").digest
+    for read in (live.resume, lf.load):
+        with pytest.raises(MismatchError, match=rf"flat\.safetensors: .*{match}"):
+            read(file)
+    assert live.adapter("default").digest == before

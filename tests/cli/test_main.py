@@ -309,6 +309,10 @@ def test_messages_name_the_options_of_the_command_that_runs():
     assert as_flags("r.yaml: drop_rate must lie", own) == "r.yaml: drop_rate must lie"
     assert as_flags("gamma must lie", own) == "gamma must lie"
     assert as_flags("rank='x' is none; rank=None", own) == "--rank 'x' is none; rank=None"
+    assert as_flags("give a lower rate= than 1", {"option"}) == "give a lower --option rate= than 1"
+    assert as_flags("give a lower rate= than 1", own) == "give a lower rate= than 1"
+    assert as_flags("give dtype=torch.float32", {"dtype"}) == "give --dtype float32"
+    assert as_flags("with tables={end: kind}", {"tables"}) == "with --tables"
 
 
 def test_a_group_alone_tells_its_commands(cli):

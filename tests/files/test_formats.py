@@ -336,3 +336,30 @@ def test_a_base_is_a_path():
         verify_merge(None, adapter, "merged")
     with pytest.raises(FileError, match="a base is given as a path, not as int"):
         lf.extract(3, "merged", rank=1)
+
+
+def test_one_base_under_two_spellings(tmp_path, capsys):
+    for name, base in (("a", "org/base"), ("b", "base")):
+        written(tmp_path / name, Q, None, {**CONFIG, "base_model_name_or_path": base})
+    sources = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(MismatchError, match="base_model="):
+        lf.fold(sources)
+    lib = lf.fold(sources, base_model="org/base", tolerance=0)
+    assert lib.base_model == lib["b"].base_model == "org/base"
+    one = lf.fold(sources[0], tmp_path / "lib")
+    with pytest.raises(MismatchError, match="if these are one, give base_model='org/base'"):
+        one.add(sources[1])
+    one.add(sources[1], base_model="org/base")
+    again = lf.load(sources[1], base_model="org/base")
+    assert again.distance(lf.load(sources[0])) < 1e-4
+    with pytest.raises(SystemExit) as ended:
+        main(["add", str(tmp_path / "lib"), str(sources[1]), "--name", "c"])
+    assert ended.value.code == 2
+    assert "if these are one, give --base-model 'org/base'" in capsys.readouterr().err
+    for command in (
+        ["add", str(tmp_path / "lib"), str(sources[1]), "--name", "c"],
+        ["fold", *map(str, sources), "-o", str(tmp_path / "lib2")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--base-model", "org/base"])
+        assert not ended.value.code

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
+from lorafold.cli import main
 from lorafold.errors import FileError, MismatchError, UnknownNameError
 from lorafold.files import load_many
 
@@ -66,6 +67,57 @@ def test_what_is_missing_is_named(subspace):
         lf.load(subspace, alpha=6)
     with pytest.raises(UnknownNameError, match="did you mean 'sql'"):
         load_many(subspace, alpha=6)["sqll"]
+
+
+def ran(capsys, *words):
+    """Status and what was printed of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    said = capsys.readouterr()
+    return ended.value.code, said.out + said.err
+
+
+def test_a_folder_is_a_source_everywhere(subspace, tmp_path, capsys):
+    expected = load_many(subspace, alpha=6)
+    lib = lf.fold(subspace, alpha=6, tolerance=0)
+    assert lib.names == list(expected)
+    assert lib["sql"].digest == expected["sql"].digest
+    alone = lf.fold(f"{subspace}:x.y", alpha=6, tolerance=0)
+    assert alone.names == ["x.y"]
+    with pytest.raises(FileError, match="give alpha="):
+        lf.fold(subspace)
+    code, said = ran(capsys, "diff", f"{subspace}:sql", f"{subspace}:poems", "--alpha", 6, "--json")
+    assert code == 0
+    assert json.loads(said)["norm_a"] == pytest.approx(expected["sql"].norm())
+    assert "give --alpha" in ran(capsys, "diff", f"{subspace}:sql", f"{subspace}:poems")[1]
+    assert "did you mean 'sql'" in ran(capsys, "info", f"{subspace}:sqll", "--alpha", 6)[1]
+    for command in ("info", "ls"):
+        code, said = ran(capsys, command, subspace, "--json")
+        facts = json.loads(said)
+        assert [t["name"] for t in facts["tasks"]] == list(expected)
+        assert (code, facts["modules"], facts["rank"]) == (0, 3, 3)
+
+
+def test_verify_finds_what_is_wrong(subspace, capsys):
+    assert ran(capsys, "verify", subspace)[0] == 0
+    for file in (*subspace.glob("subspace*.safetensors"), subspace / "task_sql.safetensors"):
+        good = load_file(file)
+        used = [k for k in good if any(w in k for w in ("components_", "scales_", "loadings_"))]
+        if not used:
+            continue
+        key = used[0]
+        damaged = good[key].clone().fill_(math.nan)
+        save_file({**good, key: damaged}, file)
+        code, said = ran(capsys, "verify", subspace)
+        assert (code, "holds NaN" in said) == (1, True)
+        if "components" in key:
+            save_file({**good, key: 2 * good[key]}, file)
+            code, said = ran(capsys, "verify", subspace)
+            assert (code, "not orthonormal, off by 3" in said) == (1, True)
+        save_file({**good, key: good[key][..., :-1].contiguous()}, file)
+        assert ran(capsys, "verify", subspace)[0] == 1
+        save_file(good, file)
+    assert ran(capsys, "verify", subspace)[0] == 0
 
 
 def rewritten_meta(folder, **changes):

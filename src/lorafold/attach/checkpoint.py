@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FileError, MismatchError, RefusedError
+from ..errors import MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
+from ..files.formats.flat import read_flat
 from ..files.safetensors import save_tensors
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.places import Standing, places_of
-from .begin.resumed import HEADER, VERSION, Training, read_tensors, with_seal
+from .begin.resumed import HEADER, VERSION, Training, read_whole, with_seal
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
-
-_KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
 
 
 def save_trained(
@@ -71,7 +70,7 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
     metadata: dict[str, Any] = {}
     select: str | None = None
     if place.is_file():
-        found_kind, found = _flat(state, source, place)
+        found_kind, found, metadata = _flat(state, source, place)
     elif beside.is_file():
         training = Training.at(beside)
         header, found = training.header, dict(training.tensors)
@@ -136,27 +135,25 @@ def _plain(
     }
 
 
-def _flat(state: State, source: Trained, path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """A file with keys such as `A.layers__0__q_proj`."""
-    _, tensors = read_tensors(path)
+def _flat(
+    state: State, source: Trained, path: Path
+) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """A file with keys such as `A.layers__0__q_proj`: kind, tensors by module, and what is said.
+
+    Without an α in its header it is taken to be at the scale that is trained with here.
+    """
+    metadata, tensors = read_whole(path)
+    flat = read_flat(tensors, metadata, str(path))
     patches = {
         plain: state.slots.patches[p] for p, plain in source.names.items() if p in source.fresh
     }
     names = {p.replace(".", "__"): p for p in patches}
-    found: dict[str, dict[str, Tensor]] = {}
-    kinds = set()
-    for key, value in tensors.items():
-        letter, _, module = key.partition(".")
-        if letter not in _KINDS:
-            raise FileError(
-                f"{path}: key {key!r} is none of {', '.join(f'{k}.<module>' for k in _KINDS)}"
-            )
-        kinds.add(_KINDS[letter])
-        found.setdefault(names.get(module, module.replace("__", ".")), {})[letter] = value
-    if len(kinds) != 1:
-        raise FileError(f"{path}: holds {' and '.join(sorted(kinds)) or 'no tensors'}")
-    kind = kinds.pop()
-    if kind == "pissa":
+    found = {names.get(n, n.replace("__", ".")): dict(parts) for n, parts in flat.modules.items()}
+    if flat.alpha is not None:
+        own = {source.names[p]: f for p, f in source.fresh.items()}
+        ranks = {p: len(parts["A"]) for p, parts in found.items() if "A" in parts}
+        _rescale(found, {p: flat.alpha / r for p, r in ranks.items()}, own)
+    if flat.kind == "pissa":
         for p, parts in found.items():
             if p in patches and "S" in parts:
                 # The directions' numbers are not in such a file: the nearest singular values'.
@@ -164,7 +161,7 @@ def _flat(state: State, source: Trained, path: Path) -> tuple[str, dict[str, dic
                 spectrum = torch.linalg.svdvals(W)
                 distance = (parts["S"].to(spectrum)[:, None] - spectrum).abs()
                 parts["index"] = distance.argmin(1)
-    return kind, found
+    return flat.kind, found, dict(flat.metadata)
 
 
 def _check(

@@ -26,7 +26,9 @@ from ..words import did_you_mean, escaped
 CHECK_FAILED, BAD_INPUT = 1, 2
 
 # With no value, True, … for any, or a plain word or name in quotes.
-_VALUE = r"(?:True\b|'?…'?|(?=[\s;,:)]|$)|(?P<value>'[^'\s]+'))"
+_VALUE = (
+    r"(?:True\b|'?…'?|\{[^}]*\}|(?=[\s;,:)]|$)|(?P<value>'[^'\s]+')|torch\.(?P<dtype>[a-z]+\d+))"
+)
 # What messages call as the Python API does, and the command line has as a flag.
 _KEYWORDS = re.compile(
     r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
@@ -234,13 +236,19 @@ def as_flags(text: str, keywords: Iterable[str] = ()) -> str:
             begins with one (`drop_rate must …`) is about it.
     """
     names = "|".join(sorted(map(re.escape, keywords), key=len, reverse=True))
+    if "base_model" in keywords:
+        text = text.replace("use dataclasses.replace(adapter, base_model=…)", "give --base-model")
     for pattern in [rf"\b({names})_?={_VALUE}", rf"^({names})_?(?= must )"] if names else []:
         text = re.sub(pattern, _as_flag, text)
-    return _KEYWORDS.sub(_as_flag, text)
+    text = _KEYWORDS.sub(_as_flag, text)
+    if "option" in keywords:  # what is left is a method's own: `--option NAME=VALUE`
+        text = re.sub(r"(?<=[\s(])([a-z_]+)=(?=[\s;,:)]|$)", r"--option \1=", text)
+    return text
 
 
 def _as_flag(match: re.Match[str]) -> str:
-    value = match.groupdict().get("value")
+    found = match.groupdict()
+    value = found.get("value") or found.get("dtype")
     return "--" + match[1].replace("_", "-") + (f" {value}" if value else "")
 
 

@@ -50,10 +50,15 @@ def opened(text: str, **options: Any) -> AdapterFile:
         FileError: a library without a name after it, or what `open_adapter` says.
         UnknownNameError: the library has no such name.
     """
-    from ..files import AdapterFile, open_adapter
-    from ..files.find import in_library, is_library
+    from ..files import AdapterFile, load_many, open_adapter
+    from ..files.find import in_library, in_subspace, is_library
     from ..fold import Library
 
+    inside = in_subspace(text)
+    if inside is not None:
+        return AdapterFile.of(
+            load_many(inside[0], alpha=options.get("alpha"))[inside[1]], Path(text)
+        )
     found = in_library(text)
     if found is not None:
         with Library.open(found[0]) as lib:
@@ -116,7 +121,9 @@ def _check_no_slip(text: str, options: Mapping[str, Any]) -> None:
 
     if options.get("revision") or has_magic(text) or os.path.exists(text):
         return
-    if library_of(text) is None and os.path.exists(Path(text).parent):
+    from ..files.find import in_subspace
+
+    if library_of(text) is None and in_subspace(text) is None and os.path.exists(Path(text).parent):
         asks = "revision" in options and text.count("/") == 1
         hint = " (for an id on the Hub, give --revision main)" if asks else ""
         raise FileError(f"no such file or directory: {text!r}{hint}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     help="Keep it off the shared bases, or bit for bit.",
 )
 @timeout_option
+@click.option("--base-model", help="Name of the base, where they spell it otherwise than LIB.")
 def add(
     lib: str,
     adapters: tuple[str, ...],
@@ -37,6 +38,7 @@ def add(
     tolerance: float | None,
     form: str | None,
     timeout: float,
+    base_model: str | None,
 ) -> None:
     """Add adapters to a library.
 
@@ -47,7 +49,7 @@ def add(
     from ..fold import Library
 
     with Library.open(lib, timeout=timeout) as opened:
-        found = named(adapters)
+        found = named(adapters, base_model=base_model)
         if name is not None:
             if len(found) != 1:
                 text = f"--name is for one adapter, and {len(found)} are given"

@@ -59,7 +59,8 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
     help="Limit for what is held of the adapters at once.",
 )
 @click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
-@click.option("--alpha", type=float, help="α of the adapters in a vLoRA folder.")
+@click.option("--alpha", type=float, help="α of adapters that don't say theirs (vLoRA's).")
+@click.option("--base-model", help="Name of the base, where the sources spell it differently.")
 @click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
 @timeout_option
 def fold(
@@ -68,6 +69,7 @@ def fold(
     named: tuple[str, ...],
     score: str | None,
     alpha: float | None,
+    base_model: str | None,
     **options: Any,
 ) -> None:
     """Fold many adapters into one library with a bounded error.
@@ -81,7 +83,7 @@ def fold(
 
     with output.notes(), output.progress("folding") as advance:
         lib = fold_sources(
-            named_handles(sources, named, alpha=alpha),
+            named_handles(sources, named, alpha=alpha, base_model=base_model),
             path,
             score=function,
             progress=advance,

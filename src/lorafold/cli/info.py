@@ -14,6 +14,7 @@ from . import _output as output
 from ._command import command, settings
 from ._library import library_facts, library_table
 from ._source import adapter_options, opened
+from ._subspace import show_subspace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +32,13 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
     One adapter is described in full, a folder of adapters (or several paths) in one line each, and
     a library by its forms, bytes and errors. With --verbose, every module.
     """
-    from ..files.find import is_library
+    from ..files.find import is_library, is_subspace
 
     if len(paths) == 1 and is_library(paths[0]):
         _library(paths[0])
+        return
+    if len(paths) == 1 and is_subspace(paths[0]):
+        show_subspace(paths[0])
         return
     found = _places(paths)
     failures: list[str] = []

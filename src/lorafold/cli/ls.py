@@ -8,6 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
+from ._subspace import show_subspace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +25,12 @@ def ls(lib: str) -> None:
     shared ("lost", where a file that it needs is damaged), the bytes of its original files, its
     ranks, and the start of its digest.
     """
+    from ..files.find import is_subspace
     from ..fold import Library
 
+    if is_subspace(lib):
+        show_subspace(lib)
+        return
     with Library.open(lib) as opened:
         rows = _rows(opened)
     output.report(rows, lambda out: _show(out, rows))

@@ -9,6 +9,7 @@ import click
 from . import _output as output
 from ._command import CheckFailed, command
 from ._source import named as named_handles
+from ._subspace import verify_subspace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,16 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
     Without a SOURCE only the checksums are read. With sources, named as for fold, every one of
     them is compared with what comes out of the library. All that is wrong is told: damaged files,
     and the adapters that they concern. Exit status 1 if there is any.
+
+    Of a vLoRA folder, that its numbers are finite, its directions orthonormal, and its sizes fit.
     """
+    from ..files.find import is_subspace
+
+    if is_subspace(lib) and not sources and not named:
+        wrong_there = verify_subspace(lib)
+        if wrong_there:
+            raise CheckFailed(f"{len(wrong_there)} problems: {wrong_there[0]}")
+        return
     with _library(lib) as opened:
         given = named_handles(sources, named) if sources or named else None
         with output.progress("comparing" if given else "reading checksums") as advance:

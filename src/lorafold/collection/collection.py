@@ -207,5 +207,8 @@ def _common_base(names: list[str], handles: list[Handle]) -> str | None:
     if len(bases) > 1:
         found = "; ".join(f"{some_of(who)} to {base!r}" for base, who in list(bases.items())[:4])
         rest = f"; {len(bases) - 4:,} more" if len(bases) > 4 else ""
-        raise MismatchError(f"the adapters belong to different bases: {found}{rest}")
+        raise MismatchError(
+            f"the adapters belong to different bases: {found}{rest}; if these are one, load them "
+            "with one base_model="
+        )
     return next(iter(bases), None)

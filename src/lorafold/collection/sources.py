@@ -19,13 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import Adapter, Layout, on_base
 from ..errors import FileError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
 from ..files.find import (
     PickleError,
     idle_among,
     in_library,
+    in_subspace,
     is_library,
     is_subspace,
     locate,
@@ -36,6 +37,7 @@ from ..files.find import (
 from ..lowrank import LowRank
 from ..words import some_of
 
+_BASE = "base_model_name_or_path"
 _LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
 
@@ -96,6 +98,7 @@ def named_handles(
     alpha: float | None = None,
     revision: str | None = None,
     allow_pickle: bool | None = None,
+    base_model: str | None = None,
 ) -> dict[str, Handle]:
     """Open every source by its header.
 
@@ -105,6 +108,7 @@ def named_handles(
             where it is source number k, counted from 0.
         alpha: α of those that have no config. revision: of those on the Hub.
         allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
+        base_model: what the base of all of them is called, however each spells it.
 
     Raises:
         FileError: a path that is not there, a glob or folder without adapters, a closed library.
@@ -122,7 +126,57 @@ def named_handles(
         raise TwiceNamedError(list(twice))
     if not handles:
         raise MismatchError("there are no adapters: the list of sources is empty")
+    if base_model is not None:
+        return {name: OnBase(handle, base_model) for name, handle in handles.items()}
     return handles
+
+
+class OnBase:
+    """A handle on a base by another name.
+
+    Args:
+        handle: it. base_model: the name.
+    """
+
+    def __init__(self, handle: Handle, base_model: str) -> None:
+        self._handle, self.base_model = handle, base_model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    @property
+    def path(self) -> Path | None:
+        return self._handle.path
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        return self._handle.shapes
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        return self._handle.layouts
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        config = dict(self._handle.config)
+        return {**config, _BASE: self.base_model} if _BASE in config else config
+
+    @property
+    def nbytes(self) -> int:
+        return self._handle.nbytes
+
+    @property
+    def refusal(self) -> str | None:
+        return self._handle.refusal
+
+    def read(self, path: str) -> LowRank:
+        return self._handle.read(path)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        return self._handle.read_extras()
+
+    def load(self) -> Adapter:
+        return on_base(self._handle.load(), self.base_model)
 
 
 class _Opener:
@@ -182,6 +236,11 @@ class _Opener:
 
     def _at(self, text: str | os.PathLike[str]) -> Iterator[tuple[str, Handle]]:
         """The adapters that a path, a glob or LIB:NAME stands for."""
+        inside = in_subspace(os.fsdecode(text))
+        if inside is not None:
+            folder, task = inside
+            yield task, open_adapter(load_many(folder, alpha=self._alpha)[task])
+            return
         found = in_library(os.fsdecode(text))
         if found is not None:
             folder, name = found
@@ -195,7 +254,7 @@ class _Opener:
     def _in(self, place: Path) -> Iterator[tuple[str, Handle]]:
         if is_library(place):
             yield from self._library(str(place)).__lorafold_handles__().items()
-        elif is_subspace(place) and self._alpha is not None:
+        elif is_subspace(place):
             for name, adapter in load_many(place, alpha=self._alpha).items():
                 yield name, open_adapter(adapter)
         else:

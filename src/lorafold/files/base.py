@@ -251,7 +251,11 @@ def _files(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    whole = json_object(read_text(index), index)
+    text = read_text(index)
+    try:
+        whole = json_object(text, index)
+    except FileError as e:
+        raise FileError(f"{e}: not an index of safetensors files") from e
     try:
         parts = whole["weight_map"].values()
         names = sorted(set(parts))

@@ -38,8 +38,9 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
         FileError: it can't be read, is not UTF-8, or is another file under its name.
     """
     try:
-        if raw is None and path.stat().st_size > _LONGEST:
-            raise FileError(f"{path}: {path.stat().st_size:,} bytes are too many for a config")
+        size = path.stat().st_size if raw is None else len(raw)
+        if size > _LONGEST:
+            raise FileError(f"{path}: {size:,} bytes are too many for a config")
         text = (read_regular(path) if raw is None else raw).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e

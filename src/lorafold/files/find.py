@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +80,19 @@ def in_library(text: str) -> tuple[str, str] | None:
 
     A path that exists is a path, whatever colons are in it.
     """
+    return _inside(text, is_library)
+
+
+def in_subspace(text: str) -> tuple[str, str] | None:
+    """Folder and task of SUB:TASK, of a vLoRA folder; None where the text is a path, or none."""
+    return _inside(text, is_subspace)
+
+
+def _inside(text: str, is_one: Callable[[str], bool]) -> tuple[str, str] | None:
     if os.path.exists(text):  # of what is no path (too long, a NUL in it) it says no
         return None
     colons = (at for at, letter in enumerate(text) if letter == ":")
-    return next(((text[:at], text[at + 1 :]) for at in colons if is_library(text[:at])), None)
+    return next(((text[:at], text[at + 1 :]) for at in colons if is_one(text[:at])), None)
 
 
 def matches(text: str | os.PathLike[str]) -> list[Path]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import ORIGIN, Adapter, Layout
+from ..adapter import ORIGIN, Adapter, Layout, on_base
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
@@ -34,6 +34,7 @@ from .alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_say
 from .config import checked, parsed, plain, read_text
 from .disk.held import ChangedError, Held
 from .find import Location, locate
+from .formats.flat import is_flat, read_flat
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
 from .safetensors import Entry
@@ -291,6 +292,7 @@ def load(
     dtype: torch.dtype | None = None,
     base: Any = None,
     tables: Tables = (),
+    base_model: str | None = None,
 ) -> Adapter:
     """Read an adapter.
 
@@ -308,6 +310,7 @@ def load(
             folder, or module paths. A file that was saved with `format="portable"` says how its
             fused modules pack their parts; of others their own base's folder does.
         tables: of modules whose roles are not known; see `lf.roles`.
+        base_model: what its base is called, where two adapters of one base spell it differently.
 
     Returns:
         An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
@@ -335,6 +338,7 @@ def load(
         tensors, checked_config = plain_keys(copies, checked_config, where)
         record = _record_of(tensors, checked_config, alpha, where)
         adapter = _assembled(tensors, record, where, device, dtype)
+        adapter = adapter if base_model is None else on_base(adapter, base_model)
         return adapter if base is None else onto(adapter, base, tables=tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
@@ -344,6 +348,8 @@ def load(
         ),
         functools.partial(AdapterFile.load, device=device, dtype=dtype),
     )
+    if base_model is not None:
+        adapter = on_base(adapter, base_model)
     if base is None:
         return adapter
     return onto(adapter, base, packings=opened.packings or None, tables=tables)
@@ -373,6 +379,10 @@ def _open_safetensors(
     record = _records.get(digest)
     if record is None:
         found, metadata = safetensors.parse_header(header, size, where)
+        if is_flat(found):
+            tensors = safetensors.read_tensors(f, found.items(), where)
+            flat = read_flat(dict(zip(found, tensors, strict=True)), metadata, where)
+            return AdapterFile.of(flat.adapter(alpha, where), place.path, nbytes)
         if is_portable(metadata):
             record = _of_roles(found, metadata, size, alpha, where)
         else:

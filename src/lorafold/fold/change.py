@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..collection.sources import Handle, named_handles
+from ..collection.sources import Handle, OnBase, named_handles
 from ..errors import FileError, MismatchError, ToleranceError
 from .addition import one_handle, write_added
 from .coding.record import unsealed
@@ -45,9 +45,12 @@ def add_to(
     replace: bool,
     tolerance: float | None,
     form: str | None,
+    base_model: str | None = None,
 ) -> float:
     """See `Library.add`."""
     default, handle = one_handle(adapter)
+    if base_model is not None:
+        handle = OnBase(handle, base_model)
     name = name if name is not None else default
     if not isinstance(name, str) or not name:
         raise MismatchError("an Adapter object needs a name: add(adapter, name='…')")
@@ -58,7 +61,8 @@ def add_to(
     base = c.manifest.base_model
     if base and handle.base_model and base != handle.base_model:
         raise MismatchError(
-            f"{name!r} belongs to base {handle.base_model!r}, the library to {base!r}"
+            f"{name!r} belongs to base {handle.base_model!r}, the library to {base!r}; if these "
+            f"are one, give base_model={base!r}"
         )
     for path, (out, inner, _) in handle.shapes.items():
         c.check_shape(path, (out, inner))

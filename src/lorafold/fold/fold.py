@@ -22,6 +22,8 @@ def fold(
     *,
     overwrite: bool = False,
     timeout: float = TIMEOUT,
+    alpha: float | None = None,
+    base_model: str | None = None,
     **options: Any,
 ) -> Library:
     """Fold adapters into one library.
@@ -49,6 +51,8 @@ def fold(
         device: where the algebra runs.
         overwrite: replace the library at `path`; other files in its folder stay.
         timeout: seconds to wait for others who change a library that is to be replaced.
+        alpha: α of sources that do not say theirs, such as a vLoRA folder.
+        base_model: what the base is called, where the sources spell it differently.
         progress: called with (done, total, stage).
 
     Returns:
@@ -68,7 +72,7 @@ def fold(
         ['task_0']
     """
     settings = Options.of(**options)
-    handles = named_handles(sources)
+    handles = named_handles(sources, alpha=alpha, base_model=base_model)
     if path is not None:
         check_apart(path, (handle.path for handle in handles.values()))
     if settings.retention is not None:

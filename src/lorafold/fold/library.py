@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -264,6 +265,7 @@ class Library(Mapping[str, Adapter]):
         replace: bool = False,
         tolerance: float | None = None,
         form: str | None = None,
+        base_model: str | None = None,
     ) -> float:
         """Add an adapter; what is stored of the others does not change by a bit.
 
@@ -276,6 +278,7 @@ class Library(Mapping[str, Adapter]):
             replace: take the place of an adapter with that name.
             tolerance: its own bound; the library's when None.
             form: "svd" keeps it off the shared bases, "exact" keeps its tensors untouched.
+            base_model: what its base is called, where it spells it otherwise than the library.
 
         Returns:
             The error it came out at.
@@ -283,8 +286,8 @@ class Library(Mapping[str, Adapter]):
         Raises:
             MismatchError: the name is taken, or shapes or bases disagree.
         """
-        c = self.contents
-        return add_to(c, adapter, name, replace=replace, tolerance=tolerance, form=form)
+        add = partial(add_to, self.contents, adapter, name, base_model=base_model)
+        return add(replace=replace, tolerance=tolerance, form=form)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; its name is free again.

@@ -9,7 +9,8 @@ high half, and a float scale per block of the flattened components. Its files ho
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _NF4 = (
     *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
     *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0),
 )
+_ORTHONORMAL = 1e-3  # that the product of two components may be off, as vLoRA writes float32
 
 
 def load_many(
@@ -68,7 +70,7 @@ def load_many(
     """
     folder = Path(path)
     if is_subspace(folder):
-        return _Subspace(folder, alpha, device, dtype)
+        return _Tasks(Subspace.at(folder), alpha, device, dtype)
     if not folder.is_dir():
         raise FileError(f"{folder} is no directory")
     places = adapters_at(folder)
@@ -96,44 +98,21 @@ class _Folder(Mapping[str, Adapter]):
         return len(self._places)
 
 
-class _Subspace(Mapping[str, Adapter]):
-    """The tasks of a vLoRA folder; the shared tensors are read once."""
+class _Tasks(Mapping[str, Adapter]):
+    """The tasks of a vLoRA folder as adapters."""
 
     def __init__(
-        self, folder: Path, alpha: float | None, device: Any, dtype: torch.dtype | None
+        self, space: Subspace, alpha: float | None, device: Any, dtype: torch.dtype | None
     ) -> None:
-        self._where = folder / SUBSPACE_NAME
         if alpha is None:
-            raise FileError(f"{folder}: a vLoRA folder does not hold α; give alpha=")
-        self._folder, self._alpha, self._device, self._dtype = folder, alpha, device, dtype
-        meta = _meta(self._where)
-        self._layers: list[str] = meta["layer_names"]
-        self._files = self._task_files(meta)
-        self._rank: int = meta["rank"]
-        self._shapes: dict[str, dict[str, Any]] = {
-            side: meta.get(f"shapes_{side}") or {} for side in "ab"
-        }
-        self._packed = meta.get("format") == "nf4_packed"
-        self._block = meta.get("nf4_block_size", 64)
-        names = ("subspace_nf4", "subspace_float") if self._packed else ("subspace",)
-        self._shared: dict[str, Tensor] = {}
-        for name in names:
-            self._shared |= _read_all(folder / f"{name}.safetensors")
+            raise FileError(f"{space.folder}: a vLoRA folder does not hold α; give alpha=")
+        self._space, self._alpha, self._device, self._dtype = space, alpha, device, dtype
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self._files:
-            raise UnknownNameError(f"no task {name!r}; {did_you_mean(name, self._files)}")
-        file = self._files[name]
-        twins = [n for n, f in self._files.items() if f == file]
-        if len(twins) > 1:
-            raise FileError(
-                f"{self._where}: the tasks {' and '.join(map(repr, twins))} were written to one "
-                f"file {file.name!r}, so only one of them survived, and which one is not recorded"
-            )
-        loadings = _read_all(file)
+        file, loadings = self._space.loadings(name)
         modules = {}
-        for layer in self._layers:
-            A, B = (self._factor(layer, side, loadings, file) for side in "ab")
+        for layer in self._space.layers:
+            A, B = (self._space.factor(layer, side, loadings, file) for side in "ab")
             try:
                 u = LowRank(A, B, self._alpha / A.shape[0])
             except MismatchError as e:
@@ -142,59 +121,205 @@ class _Subspace(Mapping[str, Adapter]):
         return Adapter(modules)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._space.files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._space.files)
 
-    def _task_files(self, meta: Mapping[str, Any]) -> dict[str, Path]:
-        files = {}
-        for task in meta["task_ids"]:
-            stem = (meta.get("task_filenames") or {}).get(task, task)
-            file = f"task_{stem}.safetensors"
-            # The name comes from a file, so it must not lead out of the folder.
-            if Path(file).name != file:
-                raise FileError(f"{self._where}: {stem!r} is no file name")
-            files[task] = self._folder / file
-        return files
 
-    def _factor(self, layer: str, side: str, loadings: Mapping[str, Tensor], file: Path) -> Tensor:
+@dataclass(frozen=True)
+class Subspace:
+    """A vLoRA folder: what all tasks share, read once, and a file of loadings for each.
+
+    Args:
+        folder: it. layers: its modules. files: {task: file}. rank: of every update.
+        shapes: {side: {layer: shape of the factor}}, where it says them.
+        shared: {key: tensor}. block: of NF4, the numbers of a block; None for floats.
+    """
+
+    folder: Path
+    layers: list[str]
+    files: Mapping[str, Path]
+    rank: int
+    shapes: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, Tensor]
+    block: int | None
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> Subspace:
+        """The folder at a path.
+
+        Raises:
+            FileError: damaged; naming file and key.
+        """
+        folder = Path(path)
+        where = folder / SUBSPACE_NAME
+        meta = _meta(where)
+        packed = meta.get("format") == "nf4_packed"
+        names = ("subspace_nf4", "subspace_float") if packed else ("subspace",)
+        shared: dict[str, Tensor] = {}
+        for name in names:
+            shared |= _read_all(folder / f"{name}.safetensors")
+        shapes = {side: _object(meta, f"shapes_{side}", where) for side in "ab"}
+        block = meta.get("nf4_block_size", 64)
+        if type(block) is not int or block < 1:
+            raise FileError(f"{where}: nf4_block_size must be at least 1, found {block!r:.40}")
+        files = _task_files(meta, folder)
+        return cls(
+            folder,
+            meta["layer_names"],
+            files,
+            meta["rank"],
+            shapes,
+            shared,
+            block if packed else None,
+        )
+
+    @property
+    def _where(self) -> Path:
+        return self.folder / SUBSPACE_NAME
+
+    def loadings(self, name: str) -> tuple[Path, dict[str, Tensor]]:
+        """A task's file and what is in it.
+
+        Raises:
+            UnknownNameError: no such task. FileError: it is damaged, or another's as well.
+        """
+        if name not in self.files:
+            raise UnknownNameError(f"no task {name!r}; {did_you_mean(name, self.files)}")
+        file = self.files[name]
+        twins = [n for n, f in self.files.items() if f == file]
+        if len(twins) > 1:
+            raise FileError(
+                f"{self._where}: the tasks {' and '.join(map(repr, twins))} were written to one "
+                f"file {file.name!r}, so only one of them survived, and which one is not recorded"
+            )
+        return file, _read_all(file)
+
+    def factor(self, layer: str, side: str, loadings: Mapping[str, Tensor], file: Path) -> Tensor:
+        """A (side "a") or B of a task's module, rebuilt."""
         mean = self._tensor(f"{layer}.mean_{side}")
         coefficients = _tensor(loadings, f"{layer}.loadings_{side}", file)
-        components = self._components(layer, side, len(coefficients), mean.numel())
-        shape = self._shapes[side].get(layer)
+        components = self.components(layer, side, coefficients.numel())
+        shape = self.shapes[side].get(layer)
         if shape is None:
-            shape = (self._rank, -1) if side == "a" else (-1, self._rank)
+            shape = (self.rank, -1) if side == "a" else (-1, self.rank)
         try:
             flat = mean.float().flatten() + coefficients.float() @ components.float()
             return flat.reshape(tuple(shape))
-        except RuntimeError as e:
+        except (RuntimeError, TypeError, ValueError) as e:
             raise MismatchError(f"{file}: the sizes of {layer!r} do not fit together: {e}") from e
 
-    def _components(self, layer: str, side: str, k: int, width: int) -> Tensor:
-        if not self._packed:
+    def components(self, layer: str, side: str, k: int | None = None) -> Tensor:
+        """(K, numbers of a factor) of one side of a module; of NF4 the first k."""
+        if self.block is None:
             return self._tensor(f"{layer}.components_{side}")
         packed = self._tensor(f"{layer}.packed_{side}")
         scales = self._tensor(f"{layer}.scales_{side}")
+        width = self._tensor(f"{layer}.mean_{side}").numel()
         levels = torch.tensor(_NF4)
-        values = levels[torch.stack([packed >> 4, packed & 15], 1).long()]
         try:
-            blocks = values.reshape(len(scales), self._block) * scales[:, None]
+            values = levels[torch.stack([packed >> 4, packed & 15], 1).long()]
+            blocks = values.reshape(len(scales), self.block) * scales[:, None]
+            k = blocks.numel() // max(width, 1) if k is None else k
+            if -(-k * width // self.block) != len(scales):
+                raise RuntimeError(f"{len(scales)} blocks of {self.block}")
             return blocks.flatten()[: k * width].reshape(k, width)
-        except RuntimeError as e:
+        except (RuntimeError, TypeError, IndexError) as e:
             raise MismatchError(
                 f"{self._where}: the packed components of {layer!r} have another size than "
                 f"{k} × {width}: {e}"
             ) from e
 
+    def facts(self) -> dict[str, Any]:
+        """What it holds, in JSON's types."""
+        counts = {len(self.components(layer, side)) for layer in self.layers for side in "ab"}
+        there = {name: f.stat().st_size for name, f in self.files.items() if f.is_file()}
+        return {
+            "adapters": len(self.files),
+            "modules": len(self.layers),
+            "rank": self.rank,
+            "components": sorted(counts),
+            "stored": "floats" if self.block is None else f"NF4 in blocks of {self.block}",
+            "tasks": [{"name": name, "bytes": there.get(name)} for name in self.files],
+        }
+
+    def problems(self) -> list[str]:
+        """What is wrong with it, a line each: numbers that are none, sizes, directions.
+
+        The components of a side are orthonormal where they are floats; NF4 rounds them.
+        """
+        found: list[str] = []
+        for key, t in self.shared.items():
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                found.append(f"{self.folder}: {key!r} holds NaN or infinity")
+        for layer in self.layers:
+            for side in "ab":
+                found += self._told(self._check_side, layer, side)
+        for name in self.files:
+            found += self._told(self._check_task, name)
+        return found
+
+    def _told(self, check: Callable[..., list[str]], *args: str) -> list[str]:
+        try:
+            return check(*args)
+        except (FileError, MismatchError) as e:
+            return [str(e)]
+
+    def _check_side(self, layer: str, side: str) -> list[str]:
+        C = self.components(layer, side).double()
+        width = self._tensor(f"{layer}.mean_{side}").numel()
+        what = f"{self.folder}: components_{side} of {layer!r}"
+        if C.ndim != 2 or C.shape[1] != width:
+            return [f"{what} are {tuple(C.shape)}, not (K, {width})"]
+        if self.block is not None or not bool(C.isfinite().all()):
+            return []
+        off = float((C @ C.T - torch.eye(len(C), dtype=C.dtype)).abs().max()) if len(C) else 0.0
+        return [f"{what} are not orthonormal, off by {off:.2g}"] if off > _ORTHONORMAL else []
+
+    def _check_task(self, name: str) -> list[str]:
+        file, loadings = self.loadings(name)
+        found = [
+            f"{file}: {key!r} holds NaN or infinity"
+            for key, t in loadings.items()
+            if t.is_floating_point() and not bool(t.isfinite().all())
+        ]
+        for layer in self.layers:
+            for side in "ab":
+                self.factor(layer, side, loadings, file)
+        return found
+
     def _tensor(self, key: str) -> Tensor:
-        return _tensor(self._shared, key, self._where)
+        return _tensor(self.shared, key, self._where)
+
+
+def _task_files(meta: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    where = folder / SUBSPACE_NAME
+    files = {}
+    names = _object(meta, "task_filenames", where)
+    for task in meta["task_ids"]:
+        stem = names.get(task, task)
+        file = f"task_{stem}.safetensors"
+        # The name comes from a file, so it must not lead out of the folder.
+        if Path(file).name != file:
+            raise FileError(f"{where}: {stem!r} is no file name")
+        files[task] = folder / file
+    return files
+
+
+def _object(meta: Mapping[str, Any], field: str, where: Path) -> dict[str, Any]:
+    found = meta.get(field) or {}
+    if not isinstance(found, dict):
+        raise FileError(f"{where}: {field!r} must be an object, found {found!r:.40}")
+    return found
 
 
 def _meta(path: Path) -> dict[str, Any]:
     meta = json_object(read_text(path), path)
     for field, kind in (("layer_names", list), ("task_ids", list), ("rank", int)):
-        if not isinstance(meta.get(field), kind):
+        value = meta.get(field)
+        texts = not isinstance(value, list) or all(isinstance(name, str) for name in value)
+        if type(value) is not kind or not texts:
             raise FileError(f"{path}: {field!r} is missing or of the wrong kind")
     return meta
 
