@@ -391,10 +391,10 @@ def _open_safetensors(
             entries, config = plain_keys(found, config, where)
             shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
             beside = alpha_keys(shapes)
-            numbers = safetensors.read_tensors(
-                f, ((key, entries[key]) for key in beside.values()), where
-            )
-            alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
+            if beside:
+                of = ((key, entries[key]) for key in beside.values())
+                numbers = safetensors.read_tensors(f, of, where)
+                alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
             plan = make_plan(shapes, config, alphas, where)
             kept = common_config(alphas.parts.values()) if config is None else config
             record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
