@@ -428,6 +428,18 @@ def _nested(r: Result) -> list[Cells]:
     return [(what, f"{once[best]:.2f} by {best}", others, once[best])]
 
 
+def _controller(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for data in dict.fromkeys(row["data"] for row in r["rows"]):
+        named = {row["way"]: row for row in r["rows"] if row["data"] == data}
+        found = {way: row["bits"][0] for way, row in named.items()}
+        mine = found.pop("controller")
+        others = "; ".join(f"{way}: {bits:.2f}" for way, bits in found.items())
+        what = f"held-out bits a byte after training under the controller, {data}"
+        rows.append((what, f"{mine:.2f}", others, -mine))
+    return rows
+
+
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
@@ -457,6 +469,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "train": _train,
     "steering": _steering,
     "nested": _nested,
+    "controller": _controller,
 }
 
 
@@ -665,6 +678,15 @@ def ranks_table(r: Result) -> str:
     return _markdown(heads, cells)
 
 
+def controller_table(r: Result) -> str:
+    """How runs end, by data and way."""
+    keys = ["data", "way", "bits", "bits − fixed", "better in", "broken", "shocks survived"]
+    cells = [
+        [*(_spread(row[key]) for key in keys), f"{row['rank']:.1f} of 16"] for row in r["rows"]
+    ]
+    return _markdown([*keys, "rank trained"], cells)
+
+
 TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
     "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
     "qlora.md": [("qlora", "qlora_train", qlora_table)],
@@ -673,7 +695,10 @@ TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
         ("retention", "transfer", retention_table),
         ("encoders", "transfer_encoders", encoders_table),
     ],
-    "nested.md": [("ranks", "nested", ranks_table)],
+    "nested.md": [
+        ("ranks", "nested", ranks_table),
+        ("controller", "controller", controller_table),
+    ],
 }
 
 
