@@ -403,7 +403,7 @@ def controlled(folder, shock=(), **options):
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # so that it is sure of itself, and texts differ in loss
     live = lf.attach(model, lf.LoRA(rank=8, seed=0))
-    optimizer = torch.optim.AdamW(live.parameters(), lr=0.03)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=0.005)
     tuning = lf.train.Tuning(warmup=4, window=16, stable=2, hot=3.0)
     controller = lf.OrbitalController(live, optimizer, (2, 4, 8), every=1, tuning=tuning)
     data = rows(4, seed=1) * 40
