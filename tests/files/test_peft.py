@@ -148,6 +148,7 @@ def test_shapes_decide_which_parameter_is_which(tmp_path):
 # Scales
 
 
+@pytest.mark.filterwarnings("ignore:.*by which no module of the file is meant")
 @pytest.mark.parametrize(
     ("config", "path", "scale"),
     [
