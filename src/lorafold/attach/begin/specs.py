@@ -65,7 +65,9 @@ class LoRA(Spec):
         rank_pattern, alpha_pattern: {target: rank or α} for modules of their own.
         modules_to_save: modules that train whole, and are saved with the adapter.
         nested: ranks, ascending, at all of which the adapter is trained to run: a training forward
-            at full rank gives the mean of their updates. r itself always is one of them.
+            at full rank gives the mean of their updates. r itself always is one of them. Not the
+            best way to such an adapter: plain training and `Adapter.nested()`, or
+            `lf.train.RandomRank`, keep more at every rank (docs/nested.md).
         dtype: of the factors. seed: of A.
 
     Raises:
