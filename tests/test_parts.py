@@ -2,9 +2,12 @@
 
 import math
 import re
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lorafold as lf
 from lorafold.errors import MismatchError
@@ -166,3 +169,38 @@ def test_shapes_that_an_update_fits(layout, shapes):
 )
 def test_names_without_what_wrapped_the_model(name, plain):
     assert plain_name(name) == plain
+
+
+PATHS = ["q", "a.q", "b.a.q", "aq", "a_q", "x.a.b.q", "layers.0.q", "layers.10.q", "k.q_proj"]
+KEYS = [*PATHS, *("^" + re.escape(p) for p in PATHS), "a.", ".q", r"a\.q", "(a|b).*q", "l.*0.q", ""]
+
+
+@given(st.permutations(KEYS), st.integers(1, len(KEYS)))
+def test_the_first_key_that_matches_counts(keys, count):
+    patterns = {key: k + 1 for k, key in enumerate(keys[:count])}
+    for path in [*PATHS, "a.q.", "axq"]:
+        wanted = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), 99)
+        assert scaling({"r": 99, "lora_alpha": 1, "rank_pattern": patterns}, path)[0] == wanted
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_patterns_for_every_module_take_a_time_in_proportion(escaped):
+    def calls(count):
+        paths = [f"model.layers.{i // 7}.m.{'abcdefg'[i % 7]}_proj" for i in range(count)]
+        keys = ["^" + re.escape(p) if escaped else p for p in paths]
+        config = {"r": 1, "lora_alpha": 1, "rank_pattern": dict.fromkeys(keys, 3)}
+        made = 0
+
+        def count_call(frame, event, arg):
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        sys.setprofile(count_call)
+        try:
+            assert all(scaling(config, path)[0] == 3 for path in paths)
+        finally:
+            sys.setprofile(None)
+        return made
+
+    few = calls(140)
+    assert calls(560) < 5 * few

@@ -8,6 +8,7 @@ PEFT's wrapper segments, is a name in the base replaces that tensor.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -254,14 +255,63 @@ def alpha_of(config: Mapping[str, Any], path: str) -> float:
 
 
 def _patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:
-    for pattern, value in (config.get(patterns) or {}).items():
-        try:
-            found = patterned(pattern, path)
-        except MismatchError as e:
-            raise MismatchError(f"{patterns} key {e}") from e
-        if found:
-            return _number(value, f"{patterns}[{pattern!r}]")
-    return _number(config.get(default), default)
+    given = config.get(patterns) or {}
+    pattern = _indexed(patterns, tuple(given)).first(path) if given else None
+    if pattern is None:
+        return _number(config.get(default), default)
+    return _number(given[pattern], f"{patterns}[{pattern!r}]")
+
+
+_ESCAPED = re.compile(r"\^((?:[\w/]|\\[^\w])*)")  # what `re.escape` makes of a path, from its start
+_DOTTED = re.compile(r"[\w.]*")  # letters as they are; a dot stands for any of them
+
+
+class _Indexed:
+    """Keys of a pattern field, so that a path is not compared with each: a file that was resized
+    has a key for every module.
+
+    Keys that are whole paths, escaped, are looked up. So are those of letters and dots, by which of
+    their letters are dots (any letter, there): few ways for many keys. The others are tried.
+    """
+
+    def __init__(self, field: str, keys: tuple[str, ...]) -> None:
+        self._field, self._keys = field, keys
+        self._whole: dict[str, int] = {}
+        self._dotted: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._others: list[int] = []
+        for k, key in enumerate(keys):
+            escaped = _ESCAPED.fullmatch(key)
+            if escaped is not None:
+                self._whole.setdefault(re.sub(r"\\(.)", r"\1", escaped[1], flags=re.DOTALL), k)
+            elif _DOTTED.fullmatch(key):
+                dots = tuple(i for i, letter in enumerate(key) if letter == ".")
+                ways = self._dotted.setdefault(len(key), {})
+                ways.setdefault(dots, {}).setdefault(key.replace(".", ""), k)
+            else:
+                self._others.append(k)
+
+    def first(self, path: str) -> str | None:
+        """The first key that matches the end of a path, from a dot on."""
+        found = [self._whole[path]] if path in self._whole else []
+        for start in (0, *(i + 1 for i, letter in enumerate(path) if letter == ".")):
+            end = path[start:]
+            for dots, keys in self._dotted.get(len(end), {}).items():
+                letters = "".join(x for i, x in enumerate(end) if i not in dots)
+                if letters in keys:
+                    found.append(keys[letters])
+        least = min(found, default=len(self._keys))
+        for k in self._others:
+            if k > least:
+                break
+            try:
+                if patterned(self._keys[k], path):
+                    return self._keys[k]
+            except MismatchError as e:
+                raise MismatchError(f"{self._field} key {e}") from e
+        return self._keys[least] if found else None
+
+
+_indexed = functools.lru_cache(maxsize=16)(_Indexed)
 
 
 def patterned(pattern: str, path: str) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 import lorafold as lf
 from lorafold.collection.batch import Block, decompose
+from lorafold.errors import ToleranceError
 from lorafold.fold import addition as adding
 from lorafold.fold.coding.bases import Bases, basis_of, projected, weighted_norms
 from lorafold.fold.coding.bits import predicted_error
@@ -179,3 +180,29 @@ def test_a_batch_with_bases_is_what_its_rows_stand_for(three, share):
         lost = float((W - back.B.double() @ back.A.double()).square().sum())
         assert abs(lost - coded.squared_error[k]) < 1e-3 * lost
     assert coded.squared_error.sum() < 1.1 * share * total.sum()
+
+
+@pytest.mark.parametrize("form", ["flat", "shared"])
+def test_what_bases_of_a_fixed_size_do_not_hold_is_refused(form):
+    g = torch.Generator().manual_seed(0)
+
+    def one(at):
+        A, B = torch.zeros(2, 64), torch.zeros(48, 2)
+        A[:, at : at + 16] = torch.randn(2, 16, generator=g)
+        B[at : at + 16] = torch.randn(16, 2, generator=g)
+        return lf.Adapter({"q": lf.LowRank(A, B)})
+
+    sources = {name: one(0) for name in "abc"}
+    lib = lf.fold(sources, form=form, rank=2)
+    far = one(32)
+    before = lib.nbytes, [lib.entry(name) for name in lib.names]
+    with pytest.raises(ToleranceError, match="'far'.*tolerance=.*form='exact' and refold at"):
+        lib.add(far, "far")
+    assert (lib.nbytes, [lib.entry(name) for name in lib.names]) == before
+    assert lib.add(far, "bounded", tolerance=0.1) <= 0.1
+    # Kept exactly, it can be given bases: this is vLoRA's `absorb`.
+    assert lib.add(far, "far", form="exact") == 0
+    lib.remove("bounded")
+    lib.refold(rank=8)
+    assert lib.error("far") < 0.95
+    assert far.distance(lib["far"]) / far.norm() == pytest.approx(lib.error("far"), abs=1e-5)

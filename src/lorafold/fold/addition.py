@@ -32,7 +32,7 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes, threads
 from ..collection.sources import Handle, named_handles
 from ..collection.stack import Stack
-from ..errors import MismatchError, RefusedError
+from ..errors import MismatchError, RefusedError, ToleranceError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from ..words import warn
@@ -54,6 +54,7 @@ from .write import Builder, check_contract
 
 _CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
 _SPENT, _AIM = 0.98, 0.995  # of the allowed error: enough of it used, and what to try for
+_LOST = 0.95  # an error from which what is stored is no adapter any more
 _NEW_BITS = 5  # of directions that `add` appends to a shared basis
 
 Numbered = tuple[int, Basis | None]
@@ -175,6 +176,12 @@ def write_added(
     (entry,) = adapter_entries(collection, written, bounds, before.options, before.config)
     if bound is not None and collection.folded:
         check_contract([name], np.array([entry.error]), bounds)
+    if bound is None and entry.error >= _LOST:
+        raise ToleranceError(
+            f"{name!r} would come out at error {entry.error:.3g}: the library is folded by size, "
+            "and its bases hold next to nothing of it; give tolerance= to keep it within a bound, "
+            "or add it with form='exact' and refold at the size wanted: that finds bases for all"
+        )
     old = before.adapters.get(name)
     known = len(before.modules)
     longer = [m.extended(w.bases) for m, w in zip(before.modules, written.modules, strict=False)]

@@ -271,7 +271,7 @@ class Library(Mapping[str, Adapter]):
 
         Within the tolerance its coordinates in the present bases are all that is stored; otherwise
         the bases get new directions, shared from then on, or it keeps a residual of its own,
-        whichever takes fewer bytes. In a library folded by size it is only projected.
+        whichever takes fewer bytes. In one folded by size it is only projected: see docs/fold.md.
 
         Args:
             adapter: an `Adapter` or a path. name: its name; the path's last component when None.
@@ -285,6 +285,7 @@ class Library(Mapping[str, Adapter]):
 
         Raises:
             MismatchError: the name is taken, or shapes or bases disagree.
+            ToleranceError: an error of .95 or more in a library folded by size, or above the bound.
         """
         add = partial(add_to, self.contents, adapter, name, base_model=base_model)
         return add(replace=replace, tolerance=tolerance, form=form)

@@ -150,3 +150,33 @@ def test_what_runs_goes_on_where_another_can_t_be_loaded(net, three, x, monkeypa
         live.use("b")
     assert live.active == {"a": 1.0}
     assert torch.equal(net(x), y)
+
+
+def _alike(net, shapes_of, rank, a, b):
+    return lf.Adapter(
+        {
+            path: lf.LowRank(torch.full((rank, inner), a), torch.full((out, rank), b))
+            for path, (out, inner) in shapes_of(net, ("q",)).items()
+        }
+    )
+
+
+def test_nothing_of_who_left_reaches_who_comes(net, shapes_of, x):
+    """Products with what is left may overflow, and 0 · ∞ is no number."""
+    wide, small = (_alike(net, shapes_of, *of) for of in ((4, 6e4, 1.0), (1, 0.01, 0.01)))
+    live = lf.attach(net, {"wide": wide, "small": small}, slots=1, dtype=torch.float16)
+    live.use("wide")
+    live.use(["small", None, None])
+    assert torch.isfinite(net(x)).all()
+
+
+def test_what_a_dtype_cannot_hold_is_refused(net, shapes_of, x):
+    small = _alike(net, shapes_of, 1, 0.01, 0.01)
+    live = lf.attach(net, {"small": small}, dtype=torch.float16)
+    with live.use("small"):
+        before = net(x)
+    with pytest.raises(MismatchError, match="q.*1e\\+05, which float16 can't hold.*bfloat16"):
+        live.add(_alike(net, shapes_of, 1, 1e5, 1.0), "huge")
+        live.use("huge")
+    with live.use("small"):
+        assert torch.equal(net(x), before)

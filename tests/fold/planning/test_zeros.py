@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from lorafold.errors import ToleranceError
 
 OUT, IN, RANK, COUNT = 12, 16, 2, 4
 SIZES = ({"tolerance": 0.1}, {"tolerance": 0.99}, {"bits": 2}, {"bits": 32}, {"rank": 1})
@@ -84,7 +85,11 @@ def test_zero_updates_in_every_form(case, form):
         never = replaced(kin()["t0"], a="A", b="B")
         assert lib.add(never, "never trained") == 0
         assert lib["never trained"].norm() == 0
-        lib.add(kin()["t0"], "trained")
+        try:
+            lib.add(kin()["t0"], "trained")
+        except ToleranceError:
+            assert "tolerance" not in size  # zeros have no bases for it
+            continue
         assert lib.error("trained") == pytest.approx(error(kin()["t0"], lib["trained"]), abs=1e-4)
 
 

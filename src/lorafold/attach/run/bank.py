@@ -2,7 +2,7 @@
 
 A is kept as (slots, R, in) and B transposed, as (slots, R, out): the rows of both are the ranks, so
 that a rank prefix is a view, and the batched products of a decode step read them in order. Ranks
-that an adapter doesn't have carry the weight 0; what stands there is never cleared.
+that an adapter doesn't have carry the weight 0, and a slot is cleared for its next adapter.
 
 A shared bank holds a library's cores: A (slots, R, in) in coordinates of V, B in those of U, and
 every row of the batch goes through the same V and U. δ = U B_i A_i Vᵀ x costs one product with V
@@ -72,6 +72,11 @@ class Bank(nn.Module):
         """Put an update into a slot; its scale is kept elsewhere."""
         self.A[slot, : u.rank].copy_(u.A)
         self.Bt[slot, : u.rank].copy_(u.B.mT)
+
+    def clear(self, slot: int) -> None:
+        """Zeros in a slot: products with what is left may overflow, and 0 · ∞ is no number."""
+        self.A[slot].zero_()
+        self.Bt[slot].zero_()
 
     def read(self, slot: int, rank: int, scale: float) -> LowRank:
         """A copy of what is in a slot."""

@@ -53,6 +53,7 @@ class Slots:
         self.patches: dict[str, Patch] = {}
         self.tables: dict[str, Table] = {}
         self.places: OrderedDict[str, int] = OrderedDict()
+        self._used: set[int] = set()  # slots in which something may be left
         self.version = 0
 
     def join(self, patch: Patch) -> None:
@@ -129,6 +130,11 @@ class Slots:
                 )
             slot = self.places.pop(leaver)
         self._clear(slot)
+        if slot in self._used:
+            for patch in self.patches.values():
+                for group in patch.banks:
+                    patch.bank(group).clear(slot)
+        self._used.add(slot)
         self.places[name] = slot
         return slot
 
@@ -162,7 +168,11 @@ class Slots:
             u: the update, in coordinates of the sides that are given.
             U: (out, R_U) sides that many adapters share, or None. V: (in, R_V) or None.
             first: ranks of the same adapter in other groups that come before.
+
+        Raises:
+            MismatchError: the slots' dtype can't hold how large its numbers are.
         """
+        self._check_held(path, u)
         group, patch = GROUPS[U is not None, V is not None], self.patches[path]
         table = self._table(group, max(u.rank, 1))
         if u.rank > table.width:
@@ -175,6 +185,17 @@ class Slots:
         table.ranks[slot, patch.index] = u.rank
         table.first[slot, patch.index] = first
         table.scales[slot, patch.index] = u.scale
+
+    def _check_held(self, path: str, u: LowRank) -> None:
+        most = torch.finfo(self.dtype).max
+        if any(torch.finfo(t.dtype).max > most for t in (u.A, u.B)):
+            largest = max(float(t.detach().abs().max()) for t in (u.A, u.B))
+            if largest > most:
+                name = str(self.dtype).removeprefix("torch.")
+                raise MismatchError(
+                    f"module {path!r}: the adapter has numbers up to {largest:.3g}, which {name} "
+                    "can't hold: attach with dtype=torch.bfloat16 or torch.float32"
+                )
 
     def _table(self, group: str, width: int) -> Table:
         if group not in self.tables:
