@@ -203,7 +203,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="peft|transformers")
     disable_progress_bar()
     share, seeds = (10, 1) if args.quick else (1, args.seeds)
-    subjects = [on_bytes(TASK, 30 // share), on_queries(20 // share)]
+    subjects = [on_bytes(TASK, 60 // share), on_queries(60 // share)]
     runs: dict[str, list[dict[str, float]]] = {}
     for subject in subjects:
         bare = {

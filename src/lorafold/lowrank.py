@@ -24,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # ‖ΔW‖ below this share of Σ ‖b_k‖ ‖a_k‖: the terms cancel, and float32 loses what is left.
 _CANCELS = 1e-3
 _NOISE = 1e-14  # a share of that sum that is rounding in float64 too
-_LOW, _HIGH = 2.0**-100, 2.0**120  # largest numbers of a factor between keep float32's precision
+_LOW, _HIGH = 2.0**-112, 2.0**120  # largest numbers of a factor between keep float32's precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,8 +140,8 @@ def test_a_vlora_folder_comes_over(here, make_adapter, cli):
         weights.append(vlora.LoRAWeights(**pair))
     space = vlora.SharedSubspace.from_adapters(weights, num_components=2)
     space.save(str(here / "subspace"))
-    assert "lorafold fold subspace -o LIB --alpha" in cli("info", "subspace").err
-    assert "lorafold fold subspace -o LIB --alpha" in cli("fold", "subspace", "-o", "out").err
+    assert cli("info", "subspace").code == 0
+    assert "give --alpha" in cli("fold", "subspace", "-o", "out").err
     ran = cli("fold", "subspace", "-o", "out", "--alpha", "8")
     assert ran.code == 0, ran.err
     with lf.Library.open("out") as lib:
@@ -341,6 +341,11 @@ def test_verify_finds_every_broken_bound(here, cli):
     assert [row["ok"] for row in found.json["adapters"]] == [False, False]
 
 
+def unwrapped(text):
+    """Without what breaks a long path over lines."""
+    return "".join(text.split())
+
+
 def test_verify_finds_damage(here, cli):
     shard = next((here / "lib").glob("shard-*"))
     data = bytearray(shard.read_bytes())
@@ -348,7 +353,7 @@ def test_verify_finds_damage(here, cli):
     shard.write_bytes(data)
     ran = cli("verify", "lib")
     assert ran.code == 1
-    assert shard.name in ran.out
+    assert shard.name in unwrapped(ran.out)
     assert ran.err.count("\n") == 1
     assert shard.name in ran.err
     assert "lorafold repair lib" in ran.err
@@ -416,7 +421,7 @@ def test_a_damaged_library_is_used_as_far_as_it_goes(here, cli, damaged):
 def test_repair(here, cli, damaged, given):
     ran = cli("repair", "lib", *(["--name", "new=adapters/sql"] if given else []))
     assert ran.code == 0
-    assert damaged.name in ran.out
+    assert damaged.name in unwrapped(ran.out)
     assert ("rebuilt" if given else "dropped") in ran.out
     assert cli("verify", "lib").code == 0
     assert ("new" in cli("ls", "lib").out) == given

@@ -169,7 +169,8 @@ def test_anatomy_of_one_in_a_library_and_bad_input(world, cli, odd):
 
 
 def test_an_adapter_of_extras_alone(cli, tmp_path):
-    a = lf.Adapter({}, {"base_model.model.head.weight": torch.ones(2)}, {"r": 2, "lora_alpha": 4})
+    config = {"r": 2, "lora_alpha": 4, "modules_to_save": ["head"]}
+    a = lf.Adapter({}, {"base_model.model.head.weight": torch.ones(2)}, config)
     lf.save(a, tmp_path / "a")
     assert cli("anatomy", tmp_path / "a").code == 0
     assert cli("similar", tmp_path / "a").code == 0

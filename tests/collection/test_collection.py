@@ -72,5 +72,5 @@ def test_adapters_of_different_bases_are_told_apart(pair, make_adapter):
 def test_all_bases_are_told(make_adapter):
     named = {"a": "llama", "b": None, "c": "qwen", "d": "llama", "e": "qwen"}
     made = {n: make_adapter({"q": (5, 8)}, 2, base_model=base) for n, base in named.items()}
-    with pytest.raises(MismatchError, match="bases: 'a', 'd' to 'llama'; 'c', 'e' to 'qwen'$"):
+    with pytest.raises(MismatchError, match="bases: 'a', 'd' to 'llama'; 'c', 'e' to 'qwen';"):
         collected(made)

@@ -78,6 +78,7 @@ def test_only_those_that_have_a_module_take_part(net, base, three, x):
         torch.testing.assert_close(net(x), wanted.detach(), **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'zero' does nothing")
 def test_zero_updates_take_no_part(net, base, three, x):
     zero = lf.Adapter({p: 0.0 * u for p, u in three["a"].modules.items()})
     four = {"zero": zero, **three}

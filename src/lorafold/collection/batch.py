@@ -11,7 +11,7 @@ from ..lowrank import LowRank
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
 _CANCELS = 1e-12  # ‖B A‖² below this share of (Σ ‖b_k‖ ‖a_k‖)²: float64 Grams hold but rounding
-_LEAST, _MOST = 2.0**-100, 2.0**120  # largest numbers of a factor between keep their digits
+_LEAST, _MOST = 2.0**-112, 2.0**120  # largest numbers of a factor between keep their digits
 _LOW, _HIGH = 2.0**-60, 2.0**100  # squared norms between have good float32 Grams
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
