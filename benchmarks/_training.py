@@ -114,13 +114,14 @@ def train(
     rate: float,
     seed: int,
     running: Running | None = None,
+    windows: int = WINDOWS,
 ) -> None:
     """Train what is fresh; gradients are clipped to a norm of 1."""
     parameters = list(live.parameters())
     optimizer = optimizer_of(parameters, rate)
     guard = live.guard(optimizer)  # a prefix leaves the other ranks as they are
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: cosine(k, steps))
-    rows = batches(text, seed)
+    rows = batches(text, seed, windows)
     for step in range(steps):
         with running(step) if running else nullcontext():
             loss_of(live.model, next(rows)).backward()

@@ -6,8 +6,8 @@
 Two parts of the README lie between markers: what `lorafold demo` printed, and the table of
 measurements. Results are kept by machine; of several that measured one row, the README shows the
 less flattering. Where none did the row is left out; where a file lacks a number that the row needs,
-this script fails. The tables of docs/merge.md, nested.md, qlora.md, steering.md and transfer.md
-lie between markers, too: each shows one run whole, of several machines the first.
+this script fails. The tables of docs/loadings.md, merge.md, nested.md, qlora.md, steering.md and
+transfer.md lie between markers, too: each shows one run whole, of several machines the first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-TABLED = ("merge", "nested", "qlora", "steering", "transfer")
+TABLED = ("loadings", "merge", "nested", "qlora", "steering", "transfer")
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in TABLED)]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 88
@@ -440,6 +440,23 @@ def _controller(r: Result) -> list[Cells]:
     return rows
 
 
+def _loadings(r: Result) -> list[Cells]:
+    """A row for each library that knows tasks; LoRA and random sides beside."""
+    found = {row["way"]: row for row in r["rows"]}
+
+    def kept(way: str) -> str:
+        return f"{found[way]['retention'][0]:.2f} with {found[way]['numbers']:,} numbers"
+
+    rows: list[Cells] = []
+    for way in ("kin, one side", "kin, both sides", "strangers, both sides"):
+        whose, sides = way.split(", ")
+        others = [f"{way}, extra 2", "LoRA, rank 1", "LoRA, rank 4", f"random, {sides}"]
+        beside = "; ".join(f"{other}: {kept(other)}" for other in others)
+        what = f"a new task's lift by LoRA's at rank 16, trained in {sides} of {whose}"
+        rows.append((what, kept(way), beside, found[way]["retention"][0]))
+    return rows
+
+
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
@@ -470,6 +487,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "steering": _steering,
     "nested": _nested,
     "controller": _controller,
+    "loadings": _loadings,
 }
 
 
@@ -687,7 +705,24 @@ def controller_table(r: Result) -> str:
     return _markdown([*keys, "rank trained"], cells)
 
 
+def loadings_table(r: Result) -> str:
+    """What trains, the lift and its share of LoRA's, by way."""
+    heads = ["way", "numbers", "bits below the base", "retention", "worst"]
+    cells = [
+        [
+            row["way"],
+            f"{row['numbers']:,}",
+            _spread(row["bits below base"]),
+            _spread(row["retention"]),
+            f"{row['worst']:.2f}",
+        ]
+        for row in r["rows"]
+    ]
+    return _markdown(heads, cells)
+
+
 TABLES: dict[str, list[tuple[str, str, Callable[[Result], str]]]] = {
+    "loadings.md": [("ways", "loadings", loadings_table)],
     "merge.md": [("quality", "merge_quality", quality_table), ("speed", "merge", speed_table)],
     "qlora.md": [("qlora", "qlora_train", qlora_table)],
     "steering.md": [("ways", "steering", steering_table)],
