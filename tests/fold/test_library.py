@@ -297,14 +297,20 @@ def test_a_library_folded_by_size_only_projects(members, family, stranger, form,
     lib = lf.fold(members, form=form, **size)
     ranks = [m["ranks"] for m in lib.stats()["modules"]]
     before = tensors_of(lib)
-    for name, a in {"kin": family(70), "stranger": stranger}.items():
+    near = lf.Adapter(
+        {p: lf.LowRank(u.A + stranger[p].A, u.B + stranger[p].B, 2.0) for p, u in family(71).items()}
+    )
+    for name, a in {"kin": family(70), "near": near}.items():
         stated = lib.add(a, name)
         assert abs(stated - dense_error(a, lib[name])) < 1e-4
         assert abs(lib.verify({name: a})[name] - stated) < 1e-4
+    if form != "svd":
+        assert lib.error("near") > 0.5 > lib.error("kin")
+        with pytest.raises(ToleranceError, match="its bases hold next to nothing of it"):
+            lib.add(stranger, "stranger")
+        assert "stranger" not in lib
     assert [m["ranks"] for m in lib.stats()["modules"]] == ranks
     assert_unmoved(before, tensors_of(lib, list(members)))
-    if form != "svd":
-        assert lib.error("stranger") > 0.5 > lib.error("kin")
 
 
 def test_modules_that_the_library_lacks_and_ones_that_the_newcomer_lacks(

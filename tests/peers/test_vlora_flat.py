@@ -41,6 +41,17 @@ def subspace(adapters, k, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def new(adapters, make_adapter):
+    """A newcomer that is partly like two of those in a library, and has scale .5."""
+    own = make_adapter(SHAPES, RANK, seed=99)
+    one, two = adapters["a1"], adapters["a4"]
+    return lf.Adapter(
+        {p: lf.LowRank(u.A + one[p].A + two[p].A, u.B + one[p].B + two[p].B, 0.5)
+         for p, u in own.items()}
+    )  # fmt: skip
+
+
 def update(reconstructed, path):
     return reconstructed.lora_b[path].double() @ reconstructed.lora_a[path].double()
 
@@ -73,9 +84,8 @@ def test_vlora_loses_the_scale(adapters):
     assert (update(peer.reconstruct("a0"), p) - W).norm() / W.norm() > 0.4
 
 
-def test_added_adapters_are_projected_alike(adapters, make_adapter):
+def test_added_adapters_are_projected_alike(adapters, new):
     lib, peer = lf.fold(adapters, form="flat", rank=5), subspace(adapters, 5)
-    new = make_adapter(SHAPES, RANK, seed=99)
     lib.add(new, "new")
     peer.add_task(peer.project(weights(new), "new"))
     theirs = peer.reconstruct("new")
@@ -85,10 +95,9 @@ def test_added_adapters_are_projected_alike(adapters, make_adapter):
 
 
 @pytest.mark.parametrize("k", [1, 5, 7])
-def test_a_projection_is_vloras(adapters, make_adapter, k):
+def test_a_projection_is_vloras(adapters, new, k):
     """Loadings (up to the signs of directions) and error, which is what `add` states then."""
     lib, peer = lf.fold(adapters, form="flat", rank=k), subspace(adapters, k)
-    new = make_adapter(SHAPES, RANK, seed=99, scale=0.5)
     found, theirs = lib.project(new), peer.project(weights(new), "new")
     for p in SHAPES:
         for ours, other in zip(
