@@ -306,6 +306,7 @@ def test_a_library_folded_by_size_only_projects(members, family, stranger, form,
         assert abs(lib.verify({name: a})[name] - stated) < 1e-4
     if form != "svd":
         assert lib.error("near") > 0.5 > lib.error("kin")
+    if form in ("shared", "flat"):  # of a stranger, `input` keeps what its own outputs hold
         with pytest.raises(ToleranceError, match="its bases hold next to nothing of it"):
             lib.add(stranger, "stranger")
         assert "stranger" not in lib
