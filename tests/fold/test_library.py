@@ -298,7 +298,10 @@ def test_a_library_folded_by_size_only_projects(members, family, stranger, form,
     ranks = [m["ranks"] for m in lib.stats()["modules"]]
     before = tensors_of(lib)
     near = lf.Adapter(
-        {p: lf.LowRank(u.A + stranger[p].A, u.B + stranger[p].B, 2.0) for p, u in family(71).items()}
+        {
+            p: lf.LowRank(u.A + stranger[p].A, u.B + stranger[p].B, 2.0)
+            for p, u in family(71).items()
+        }
     )
     for name, a in {"kin": family(70), "near": near}.items():
         stated = lib.add(a, name)

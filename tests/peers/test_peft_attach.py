@@ -5,6 +5,7 @@ outputs as PEFT's own model: family by family, row by row, and while generating.
 """
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+import peft
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -397,6 +399,51 @@ def test_peft_runs_what_is_trained_here(what, tmp_path):
     assert (result(base, inputs) - expected).abs().max() <= TOLERANCE
     with live.use(None):
         assert (result(base, inputs) - expected).abs().max() > 1e-2
+
+
+LLAMA, CLASSIFIER = "transformers.models.llama.modeling_llama", "LlamaForSequenceClassification"
+NAMED = ["q_proj", "up_proj"]
+OPENED = {
+    "a causal model": ("LlamaForCausalLM", {}, {"task_type": "CAUSAL_LM"}),
+    "a band": ("LlamaForCausalLM", {"layers": (0.5, 1)}, {"layers_to_transform": [1]}),
+    "the inner model": (
+        "LlamaModel",
+        {},
+        {"auto_mapping": {"base_model_class": "LlamaModel", "parent_library": LLAMA}},
+    ),
+    "a head that trains": (
+        CLASSIFIER,
+        {"modules_to_save": ["score"]},
+        {"task_type": "SEQ_CLS", "modules_to_save": ["score"]},
+    ),
+    "a head at rest, which the task would have in the file": (
+        CLASSIFIER,
+        {},
+        {"auto_mapping": {"base_model_class": CLASSIFIER, "parent_library": LLAMA}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPENED)
+def test_pefts_auto_classes_open_what_is_saved(case, tmp_path):
+    name, options, expected = OPENED[case]
+    cls = getattr(tf, name)
+    torch.manual_seed(0)
+    cls(tf.LlamaConfig(**GQA)).save_pretrained(tmp_path / "base")
+    base = cls.from_pretrained(tmp_path / "base").eval()
+    live = trained_here(base, lf.LoRA(rank=2, targets=NAMED, seed=0, **options))
+    live.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert config["target_modules"] == NAMED
+    assert {key: config[key] for key in expected} == expected
+    opener = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification"}
+    auto = getattr(peft, f"AutoPeftModel{opener.get(config.get('task_type'), '')}")
+    opened = auto.from_pretrained(tmp_path / "out").eval()
+    expected = result(opened, TOKENS)
+    assert (result(base, TOKENS) - expected).abs().max() <= TOLERANCE
+    with live.use(None):
+        assert (result(base, TOKENS) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("spec", [lf.LoRA(rank=2, seed=0), lf.PiSSA(rank=2, seed=0)], ids=type)

@@ -377,7 +377,8 @@ def test_a_quantised_base(tmp_path):
 def test_a_callback_saves_and_measures_for_the_librarys_own_trainer(tmp_path):
     import transformers
 
-    model = llama()
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     live = lf.attach(model, lf.LoRA(rank=4, seed=0))
     callback = lf.train.AdapterCallback(live)
     t = transformers.Trainer(
@@ -391,6 +392,13 @@ def test_a_callback_saves_and_measures_for_the_librarys_own_trainer(tmp_path):
     saved = lf.load(tmp_path / "a" / "checkpoint-4")
     assert saved.distance(live.adapter("default")) / saved.norm() < 1e-6
     assert [row["rank"] for row in t.state.log_history if "loss" in row] == [4] * 4
+    # transformers opens it as a base with an adapter, which it is.
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4")
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    expected = model.eval()(**batch).logits
+    assert torch.allclose(opened.eval()(**batch).logits, expected, atol=1e-5)
+    with live.use(None):
+        assert not torch.allclose(model(**batch).logits, expected, atol=1e-2)
     callback.resume_from(tmp_path / "a" / "checkpoint-2")
     assert saved.distance(live.adapter("default")) / saved.norm() > 1e-3
 

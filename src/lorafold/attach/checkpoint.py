@@ -23,6 +23,7 @@ from ..files.config import STATE_NAME
 from ..files.formats.flat import read_flat
 from ..files.safetensors import save_tensors
 from ..files.save import ADAPTER, peft_form, write_form
+from .begin.described import described
 from .begin.places import Standing, places_of
 from .begin.resumed import HEADER, VERSION, Training, read_whole, with_seal
 from .run.factors import Factors, Modulation
@@ -31,12 +32,14 @@ from .state import State
 
 
 def save_trained(
-    source: Trained,
+    state: State,
+    name: str,
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
     """See `Live.save`."""
+    source = state.trained(name)
     metadata = source.metadata if metadata is None else metadata
     _refuse_sharded(source)
     first = next(iter(source.fresh.values()))
@@ -55,7 +58,7 @@ def save_trained(
         text = json.dumps(with_seal(header, tensors))
     except (TypeError, ValueError) as e:
         raise MismatchError(f"metadata= can't be written as JSON: {e}") from e
-    form, config = peft_form(source.adapter())
+    form, config = peft_form(described(source.adapter(), state.model))
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, form, config)
         save_tensors(tensors, staging / STATE_NAME, metadata={"format": "pt", HEADER: text})

@@ -209,8 +209,8 @@ class Live:
             UnknownNameError: no such name. MismatchError: it is not trained.
             FileError: something is at `path`.
         """
-        source = self._state.trained(self._state.only_trained() if name is None else name)
-        save_trained(source, path, metadata, overwrite)
+        name = self._state.only_trained() if name is None else name
+        save_trained(self._state, name, path, metadata, overwrite)
 
     @_in_turn
     def resume(self, path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
@@ -228,9 +228,8 @@ class Live:
             MismatchError: another kind, other modules, or other shapes; nothing is changed then.
             FileError: nothing there that is read.
         """
-        return resume_trained(
-            self._state, path, self._state.only_trained() if name is None else name
-        )
+        name = self._state.only_trained() if name is None else name
+        return resume_trained(self._state, path, name)
 
     # Kept rounds
 
