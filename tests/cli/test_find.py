@@ -1,6 +1,7 @@
 """One rule for what a path stands for: `fold`, `info`, `load` and `check` see the same adapters."""
 
 import json
+import ntpath
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
-from lorafold.errors import FileError, LorafoldError
+from lorafold.errors import FileError, LorafoldError, UnknownNameError
 from lorafold.files import load_many
 from lorafold.files.config import CONFIG_NAME, LIBRARY_NAME, SUBSPACE_NAME, WEIGHTS_NAME
 from lorafold.files.find import adapters_at, in_library, locate, matches, name_of
@@ -255,12 +256,96 @@ def test_one_in_a_library(tmp_path, monkeypatch):
     assert in_library("li:b") is None  # a path that is there
     assert in_library("li") is None
     assert lf.fold("li:b:a:b").names == lf.fold("li:b").names == ["a:b"]
-    with pytest.raises(FileError, match=r"Library.open\('li:b'\)\['a:b'\] reads it"):
-        lf.load("li:b:a:b")
-    with pytest.raises(FileError, match=r"is a library: Library.open\(path\)\[name\]"):
+    assert lf.load("li:b:a:b")["layers.0.q_proj"].rank == 2
+    with pytest.raises(FileError, match=r"li:b is a library; name one of its .*, as li:b:NAME"):
         lf.load("li:b")
+    with pytest.raises(UnknownNameError, match="no adapter 'a:c' in the library; did you mean 'a"):
+        lf.load("li:b:a:c")
     shutil.rmtree("li:b")
     assert in_library("li:b:a:b") is None
+
+
+def test_the_drive_of_a_path_is_no_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    library(tmp_path / "C")
+    library(tmp_path / "C:\\lib")
+    assert in_library("C:\\lib:sql") == ("C", "\\lib:sql")  # any letter may be in a name here
+    monkeypatch.setattr("os.path.splitdrive", ntpath.splitdrive)
+    assert in_library("C:\\lib:sql") == ("C:\\lib", "sql")
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """A library at `lib` of `a` and `b`, which lie in folders too; a base; texts for a path."""
+    monkeypatch.chdir(tmp_path)
+    made = {name: adapter(seed) for seed, name in enumerate("ab")}
+    for name, a in made.items():
+        lf.save(a, tmp_path / name)
+    lf.fold(made, "lib", tolerance=0).close()
+    save_file({"layers.0.q_proj.weight": torch.randn(6, 8)}, "model.safetensors")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "base" / "model.safetensors")
+    return made
+
+
+def added(source):
+    with lf.fold([adapter(7)]) as lib:
+        lib.add(source)
+        return lib.names[1:]
+
+
+def attached(source):
+    layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})
+    live = lf.attach(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])}), source)
+    live.add(source, "again")
+    return live.adapter("again").digest
+
+
+IN_PYTHON = {
+    "load": lambda s: lf.load(s).digest,
+    "attach": attached,
+    "fold": lambda s: lf.fold([s]).names,
+    "fold by name": lambda s: lf.fold({"x": s}).names,
+    "add": added,
+    "project": lambda s: lf.Library.open("lib").project(s).error,
+    "verify": lambda s: lf.Library.open("lib").verify(s),
+    "refold": lambda s: lf.Library.open("lib").refold(0.1, [s, "b"]),
+    "merge": lambda s: lf.merge([s, "b"]).digest,
+    "merge into": lambda s: lf.merge_into_weights("base", s, "out", overwrite=True).changed,
+    "similarity": lambda s: lf.similarity([s, "b"]).matrix.tolist(),
+    "overlap": lambda s: lf.overlap(s, "b").cosine,
+    "anatomy": lambda s: lf.anatomy(s).modules[0].norm,
+    "transfer": lambda s: lf.transfer(s, shape={"q_proj": (4, 4)}, method="svd").adapter.digest,
+    "shared": lambda s: lf.shared_spectrum([s, "b"]).share(1),
+}
+
+
+@pytest.mark.parametrize("door", IN_PYTHON)
+def test_one_in_a_library_is_an_adapter_at_every_door_of_python(two, door):
+    """Stored exactly, so that it does what the folder of the same name does."""
+    run = IN_PYTHON[door]
+    assert run("lib:a") == run("a")
+    with pytest.raises(UnknownNameError, match="no adapter 'aa' in the library; did you mean 'a'?"):
+        run("lib:aa")
+    for name in ("a", "lib:aa"):  # a path that is there comes first
+        lf.save(two["b"], name, overwrite=name == "a")
+    assert IN_PYTHON["load"]("lib:aa") == two["b"].digest
+
+
+IN_SHELL = [
+    "info {}", "similar {} b", "diff {} b", "anatomy {}", "roles {}", "resize {} out --rank 1",
+    "check {} --base base", "merge {} b -o out", "merge-into base {} -o out",
+    "transfer {} --shape q_proj=4x4 -o out", "fold {} -o out", "add lib {} --name x",
+    "verify lib {}", "repair lib --sources {}", "verify lib --name a={}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", IN_SHELL)
+def test_one_in_a_library_is_an_adapter_at_every_door_of_the_shell(two, cli, line):
+    ran = cli(*line.format("lib:a").split(), "--json")
+    assert (ran.code, ran.err) == (0, "")
+    ran = cli(*line.format("lib:aa").split(), *(["--overwrite"] if "-o" in line else []))
+    assert (ran.code, ran.err) == (2, "error: no adapter 'aa' in the library; did you mean 'a'?\n")
 
 
 def test_names_of_paths(tmp_path, monkeypatch):

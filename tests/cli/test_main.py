@@ -201,7 +201,7 @@ def test_json_is_alone_on_stdout(line, here, cli):
         ("infoo x", "did you mean 'info'"),
         ("info", "Missing argument 'PATH...'"),
         ("info nowhere", "no such file or directory: 'nowhere'"),
-        ("info adapters/sqk", "no such file or directory: 'adapters/sqk' (for an id on the Hub"),
+        ("info adapters/sqk", "did you mean 'adapters/sql'? (for an id on the Hub"),
         ("ls nowhere", "nowhere does not exist"),
         ("ls adapters/sql", "is not a library"),
         ("diff adapters/sql lib:sqk", "did you mean 'sql'"),

@@ -73,16 +73,45 @@ def test_an_id_that_cannot_be_had_is_one_line(offline, name, revision):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "./x", "../x/y", "/nowhere/x", "a b", ""])
-def test_what_is_no_id_is_not_asked_for(offline, name, monkeypatch):
+SLIPS = {
+    **dict.fromkeys(["a/b/c", "./x", "../x/y", "/nowhere/x", "a b", "", "sqk", "no:thing"]),
+    **dict.fromkeys(["org/x.safetensors", "org/x.bin", "~/x", "C:\\x", "here/x"]),
+    "here/sqk": "here/sql",
+    "herr/sqk": "here/sql",
+    "hera": "here",
+    "./heer/sqk/more": "here/sql",
+    "lid:sql": "lib:sql",
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_what_looks_like_a_path_is_not_asked_for(offline, name, monkeypatch):
+    """However it is read; what may have been meant is said."""
     import huggingface_hub
 
     def never(*args, **kwargs):
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
-    with pytest.raises(FileError):
-        lf.load(name)
+    lf.save(lf.load("org/sql"), "here/sql")
+    lf.fold(["here/sql"], "lib").close()
+    for door in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, door, never)
+    for read in (lf.load, lf.fold):
+        with pytest.raises(FileError, match="no such file or directory") as caught:
+            read(name)
+        near = f"did you mean '{SLIPS[name]}'?" if SLIPS[name] else ""
+        assert near in str(caught.value)
+        assert ("did you mean" in str(caught.value)) == bool(near)
+        # The remedy is for who has the option.
+        asks = name.count("/") == 1 and name.startswith("he") and read is lf.load
+        assert ("give revision='main'" in str(caught.value)) == asks
+
+
+def test_an_id_that_looks_like_a_path_is_asked_for_by_its_revision(offline):
+    (offline / "org").mkdir()
+    with pytest.raises(FileError, match="no such .* \\(for an id on the Hub, give revision='main'"):
+        lf.load("org/sql")
+    assert value(lf.load("org/sql", revision="main")) == 3.0
 
 
 def test_a_repository_with_a_pickle_only(offline):
@@ -130,8 +159,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(offline, options, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", nobody)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
-    with pytest.raises(FileError, match="no such file or directory: 'nope'.* not known") as caught:
-        lf.load("nope", **options)
+    says = "no such file or directory: 'org/nope'.* not known"
+    with pytest.raises(FileError, match=says) as caught:
+        lf.load("org/nope", **options)
     assert len(asked) == 1 + len(options)
     assert "\n" not in str(caught.value)
 

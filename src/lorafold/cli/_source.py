@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import FileError, MismatchError
+from ..errors import MismatchError
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -41,32 +39,13 @@ def library_of(text: str) -> str | None:
 
 
 def opened(text: str, **options: Any) -> AdapterFile:
-    """The adapter at a path or Hub id, or LIB:NAME.
+    """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 
     Args:
-        options: alpha, revision, allow_pickle, as `open_adapter` takes them.
-
-    Raises:
-        FileError: a library without a name after it, or what `open_adapter` says.
-        UnknownNameError: the library has no such name.
+        options: alpha, revision, allow_pickle, as it takes them.
     """
-    from ..files import AdapterFile, load_many, open_adapter
-    from ..files.find import in_library, in_subspace, is_library
-    from ..fold import Library
+    from ..files import open_adapter
 
-    inside = in_subspace(text)
-    if inside is not None:
-        return AdapterFile.of(
-            load_many(inside[0], alpha=options.get("alpha"))[inside[1]], Path(text)
-        )
-    found = in_library(text)
-    if found is not None:
-        with Library.open(found[0]) as lib:
-            entry = lib.entry(found[1])
-            return AdapterFile.of(lib[found[1]], Path(text), int(entry["file_bytes"]))
-    if is_library(text):
-        raise FileError(f"{text} is a library; name one of its adapters, as {text}:NAME")
-    _check_no_slip(text, options)
     return open_adapter(text, **options)
 
 
@@ -100,30 +79,7 @@ def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> 
         raise click.UsageError(
             "give adapters, or NAME=SOURCE with --name", click.get_current_context()
         )
-    for text in [*texts, *given.values()]:
-        _check_no_slip(text, options)
     try:
         return named_handles([*texts, given], **options)
     except TwiceNamedError as e:
         raise MismatchError(f"{e.found}: give one a name of its own with --name") from None
-
-
-def _check_no_slip(text: str, options: Mapping[str, Any]) -> None:
-    """Refuse what is a slip in a path, most likely: the Hub would be asked for it in vain.
-
-    Args:
-        options: with `revision`, where the command has it: that says that it is an id on the Hub.
-
-    Raises:
-        FileError: nothing there, where its folder is.
-    """
-    from glob import has_magic
-
-    if options.get("revision") or has_magic(text) or os.path.exists(text):
-        return
-    from ..files.find import in_subspace
-
-    if library_of(text) is None and in_subspace(text) is None and os.path.exists(Path(text).parent):
-        asks = "revision" in options and text.count("/") == 1
-        hint = " (for an id on the Hub, give --revision main)" if asks else ""
-        raise FileError(f"no such file or directory: {text!r}{hint}")

@@ -5,14 +5,12 @@ an `Adapter`, an opened adapter, {name: any of these}, or a list of any of these
 another. A handle is an opened adapter: its header is known, its tensors are read one by one.
 
 Libraries are `fold`'s, which stands on this room. So they are known here by what they can do, which
-is `__lorafold_handles__`, and one on the disk is opened by the public name that the package hands
-out, looked up when it is met.
+is `__lorafold_handles__`.
 """
 
 from __future__ import annotations
 
 import os
-import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +21,7 @@ from ..adapter import Adapter, Layout, on_base
 from ..errors import FileError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
 from ..files.find import (
+    NoSuchPathError,
     PickleError,
     idle_among,
     in_library,
@@ -34,11 +33,11 @@ from ..files.find import (
     places_at,
     tell_idle,
 )
+from ..files.opening import open_library
 from ..lowrank import LowRank
 from ..words import some_of
 
 _BASE = "base_model_name_or_path"
-_LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
 
 @runtime_checkable
@@ -238,8 +237,7 @@ class _Opener:
         """The adapters that a path, a glob or LIB:NAME stands for."""
         inside = in_subspace(os.fsdecode(text))
         if inside is not None:
-            folder, task = inside
-            yield task, open_adapter(load_many(folder, alpha=self._alpha)[task])
+            yield inside[1], open_adapter(text, alpha=self._alpha)
             return
         found = in_library(os.fsdecode(text))
         if found is not None:
@@ -263,7 +261,7 @@ class _Opener:
     def _library(self, folder: str) -> Shelf:
         place = os.path.realpath(folder)
         if place not in self._libraries:
-            self._libraries[place] = pkgutil.resolve_name(_LIBRARY).open(folder)
+            self._libraries[place] = open_library(folder)
         return self._libraries[place]
 
     def _file(self, place: Path) -> Handle:
@@ -272,9 +270,11 @@ class _Opener:
             if alpha is not None and locate(place, revision=revision, allow_pickle=pickled).config:
                 alpha = None  # it is for those that don't say theirs
             return open_adapter(place, alpha=alpha, revision=revision, allow_pickle=pickled)
-        except PickleError as e:
+        except (PickleError, NoSuchPathError) as e:
             if self._allow_pickle is not None:
                 raise
+            if isinstance(e, NoSuchPathError):
+                raise FileError(e.found) from None
             raise FileError(
                 f"{e.found}: if you trust it, load it with that option of `lorafold.load` in "
                 "Python, and give the adapter, or the path where `lorafold.save` puts it"

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from .formats.vlora import load_many as load_many
-from .peft import AdapterFile as AdapterFile
-from .peft import load as load
-from .peft import open_adapter as open_adapter
-from .save import save as save
+from typing import TYPE_CHECKING
+
+from .._verb import make_face
+
+if TYPE_CHECKING:
+    from .opening import load as load
+    from .opening import load_many as load_many
+    from .opening import open_adapter as open_adapter
+    from .peft import AdapterFile as AdapterFile
+    from .save import save as save
 
 __all__ = ["AdapterFile", "load", "load_many", "open_adapter", "save"]
+
+make_face(
+    __name__,
+    {
+        "AdapterFile": "peft",
+        "load": "opening",
+        "load_many": "opening",
+        "open_adapter": "opening",
+        "save": "save",
+    },
+)

@@ -29,9 +29,10 @@ from .config import (
     WEIGHTS_NAME,
 )
 from .formats.foreign import foreign
-from .hub import snapshot
+from .hub import is_id, snapshot
 from .safetensors import read_entries
 
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
 
 
@@ -91,7 +92,8 @@ def in_subspace(text: str) -> tuple[str, str] | None:
 def _inside(text: str, is_one: Callable[[str], bool]) -> tuple[str, str] | None:
     if os.path.exists(text):  # of what is no path (too long, a NUL in it) it says no
         return None
-    colons = (at for at, letter in enumerate(text) if letter == ":")
+    drive = len(os.path.splitdrive(text)[0])  # Windows' C: is no library
+    colons = (at for at, letter in enumerate(text) if letter == ":" and at >= drive)
     return next(((text[:at], text[at + 1 :]) for at in colons if is_one(text[:at])), None)
 
 
@@ -105,7 +107,7 @@ def matches(text: str | os.PathLike[str]) -> list[Path]:
     if os.path.lexists(path) or not glob.has_magic(path):
         if not os.path.lexists(path) and str(Path(path)) != path:
             # "" would become the working directory, and "./sql" an id on the Hub.
-            raise FileError(f"no such file or directory: {path!r}")
+            raise NoSuchPathError(path)
         return [Path(path)]
     found = [Path(p) for p in sorted(glob.glob(path))]
     if not found:
@@ -210,7 +212,7 @@ def locate(
         raise FileError(f"an adapter is given as a path, not as {type(source).__name__}")
     path = Path(source)
     if not os.fspath(source):  # which would be the working directory
-        raise FileError("no such file or directory: ''")
+        raise NoSuchPathError("")
     if not appears(path):
         path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:
@@ -226,16 +228,75 @@ def locate(
 
 
 def _fetched(text: str, revision: str | None, allow_pickle: bool) -> Path:
-    found, aside = in_library(text), set_aside(text)
+    aside = set_aside(text)
     if aside:
         raise FileError(
             f"{text} does not exist; an interrupted overwrite left its old state in {aside[-1]}"
         )
-    if found is not None:
-        raise FileError(
-            f"{text} is in a library: Library.open({found[0]!r})[{found[1]!r}] reads it"
-        )
+    if not is_id(text) or (revision is None and _looks_like_path(text)):
+        raise NoSuchPathError(text)
     return snapshot(text, revision, allow_pickle)
+
+
+def _looks_like_path(text: str) -> bool:
+    """Whether an id, by its letters, is meant as a path: the Hub would be asked for it in vain."""
+    owner, slash, _ = text.partition("/")
+    near = near_path(text)
+    return (
+        not slash  # no adapter is without an owner
+        or text.endswith(_ENDINGS)
+        or os.path.exists(owner)
+        or (near is not None and near.count(os.sep) > 0)
+    )
+
+
+class NoSuchPathError(FileError):
+    """Nothing is at a path, with what may have been meant.
+
+    Attributes:
+        found: the same without the remedy that not every door has.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.found = f"no such file or directory: {text!r}"
+        near = near_path(text)
+        if near is not None:
+            self.found += f"; did you mean {near!r}?"
+        asks = is_id(text) and "/" in text and not text.endswith(_ENDINGS)
+        hint = " (for an id on the Hub, give revision='main')" if asks else ""
+        super().__init__(f"{self.found}{hint}")
+
+
+def near_path(text: str) -> str | None:
+    """The path that is there and most like one that is not; None where none is like it.
+
+    Every part that is missing is taken for the name most like it, as far as there is one. Of
+    LIB:NAME, that is of LIB.
+    """
+    path = Path(text)
+    at, changed = Path(path.anchor), False
+    for part in path.relative_to(path.anchor).parts:
+        step = at / part
+        if not os.path.exists(step):
+            near = _near_name(at, part)
+            if near is None:
+                break
+            step, changed = at / near, True
+        at = step
+    if changed:
+        return str(at)
+    folder, colon, name = text.rpartition(":")
+    near = near_path(folder) if colon and folder else None
+    return f"{near}:{name}" if near is not None and is_library(near) else None
+
+
+def _near_name(folder: Path, name: str) -> str | None:
+    import difflib
+
+    with contextlib.suppress(OSError, ValueError):
+        names = [n for n in os.listdir(folder) if not n.startswith(".")]
+        return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
+    return None
 
 
 def _in_directory(path: Path, allow_pickle: bool) -> Location:
@@ -271,7 +332,7 @@ def _none(path: Path) -> str:
             "lorafold.files.load_many(path, alpha=…)"
         )
     if is_library(path):
-        return f"{path} is a library: Library.open(path)[name] reads one of its adapters"
+        return f"{path} is a library; name one of its adapters, as {path}:NAME"
     others = sorted(p for p in path.glob("*.safetensors") if p.is_file())
     for other in others:
         with contextlib.suppress(FileError):

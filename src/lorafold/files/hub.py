@@ -12,6 +12,11 @@ from .config import CONFIG_NAME
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def is_id(text: str) -> bool:
+    """Whether the letters are those of an id, with an owner or without."""
+    return _ID.fullmatch(text) is not None
+
+
 def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     """The folder in the Hub's cache that holds the adapter `name`, fetched where needed.
 
@@ -20,8 +25,6 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     """
     from .config import PICKLE_NAME, WEIGHTS_NAME
 
-    if not _ID.fullmatch(name):
-        raise FileError(f"no such file or directory: {name!r}")
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import (

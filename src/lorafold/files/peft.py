@@ -1,14 +1,12 @@
 """Reading adapters in PEFT's format: the header first, tensors when they are asked for.
 
-`open_adapter` gives an `AdapterFile`: what is in the file, by its header and config alone, and
-`read(path)` for the factors of one module. `load` reads everything. Files with equal headers and
+`open_files` gives an `AdapterFile`: what is in the file, by its header and config alone, and
+`read(path)` for the factors of one module. Files with equal headers and
 equal configs (a collection trained by one script) share everything but their path.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import os
 import weakref
@@ -21,19 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import ORIGIN, Adapter, Layout, on_base
+from ..adapter import ORIGIN, Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
 from ..roles.fused import Packing
-from ..roles.onto import onto
-from ..roles.roles import Tables
 from ..words import did_you_mean
 from . import safetensors
-from .alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .config import checked, parsed, plain, read_text
 from .disk.held import ChangedError, Held
 from .find import Location, locate
+from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
@@ -61,7 +57,7 @@ class _Record:
         )
 
 
-_ATTEMPTS = 20  # to open what is overwritten meanwhile; each needs one more writer
+ATTEMPTS = 20  # to open what is overwritten meanwhile; each needs one more writer
 _records: weakref.WeakValueDictionary[bytes, _Record] = weakref.WeakValueDictionary()
 
 
@@ -224,28 +220,10 @@ class AdapterFile:
         return found
 
 
-def open_adapter(
-    source: str | os.PathLike[str] | Adapter,
-    *,
-    alpha: float | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
+def open_files(
+    source: str | os.PathLike[str], alpha: float | None, revision: str | None, allow_pickle: bool
 ) -> AdapterFile:
-    """Open an adapter without reading its tensors.
-
-    Args:
-        source: a PEFT directory, one holding a single such directory, a safetensors file, a Hub id
-            (when huggingface_hub is installed), or an `Adapter` in memory.
-        alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
-        revision: a branch, tag or commit, for a Hub id.
-        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
-
-    Raises:
-        FileError: nothing there, or no adapter of a kind that is read; naming file and key.
-        MismatchError: the file contradicts itself or its config; naming file and key.
-    """
-    if isinstance(source, Adapter):
-        return AdapterFile.of(source)
+    """An adapter that has files of its own; see `open_adapter`, which knows libraries as well."""
     with safetensors.file_errors(str(source)):
         place, weights, text, nbytes = _opened_together(source, revision, allow_pickle)
     if place.weights.suffix != ".safetensors":
@@ -257,6 +235,23 @@ def open_adapter(
     return _open_safetensors(place, weights, text, alpha, nbytes)
 
 
+def from_state_dict(
+    tensors: Mapping[str, Tensor],
+    alpha: float | None,
+    config: Any,
+    device: Any,
+    dtype: torch.dtype | None,
+) -> Adapter:
+    """The adapter of a state dict in memory, copied; see `load`."""
+    where = "state dict"
+    _check_alpha(alpha, config is not None, where)
+    copies = {k: _copied(k, t) for k, t in tensors.items()}
+    checked_config = None if config is None else checked(plain(config), where)
+    found, checked_config = plain_keys(copies, checked_config, where)
+    record = _record_of(found, checked_config, alpha, where)
+    return _assembled(found, record, where, device, dtype)
+
+
 def _opened_together(
     source: str | os.PathLike[str], revision: str | None, allow_pickle: bool
 ) -> tuple[Location, Held, str | None, int]:
@@ -264,8 +259,8 @@ def _opened_together(
 
     Both files were at their paths at one moment: where an overwrite came between, once more.
     """
-    for attempt in range(_ATTEMPTS):
-        last = attempt == _ATTEMPTS - 1
+    for attempt in range(ATTEMPTS):
+        last = attempt == ATTEMPTS - 1
         place = locate(source, revision=revision, allow_pickle=allow_pickle)
         try:
             config = None if place.config is None else Held(place.config)
@@ -279,92 +274,6 @@ def _opened_together(
             text = None if place.config is None else read_text(place.config, raw)
             return place, weights, text, weights.size + (0 if config is None else config.size)
     raise ChangedError(f"{source} changes faster than it can be opened; try again")
-
-
-def load(
-    source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor],
-    *,
-    alpha: float | None = None,
-    config: Any = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-    base: Any = None,
-    tables: Tables = (),
-    base_model: str | None = None,
-) -> Adapter:
-    """Read an adapter.
-
-    Not for: an adapter in a library (`Library.open(path)[name]`), nor folders of many adapters
-    (`lorafold.files.load_many`, which vLoRA's need too, or `fold`).
-
-    Args:
-        source: what `open_adapter` takes, or the state dict of an adapter in memory (copied).
-        alpha: α, where there is no config.
-        config: of a state dict: a mapping, or PEFT's LoraConfig.
-        revision: a branch, tag or commit, for a Hub id.
-        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`).
-        device, dtype: where the tensors go, and in what dtype the factors.
-        base: a base of the same shapes to put it on, by roles: a model, its configuration or
-            folder, or module paths. A file that was saved with `format="portable"` says how its
-            fused modules pack their parts; of others their own base's folder does.
-        tables: of modules whose roles are not known; see `lf.roles`.
-        base_model: what its base is called, where two adapters of one base spell it differently.
-
-    Returns:
-        An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
-
-    Raises:
-        FileError: nothing there, or nothing that is read; naming file and key.
-        MismatchError: the file contradicts itself, or holds NaN; naming file, module and tensor.
-            Or it does not fit the `base`.
-        RefusedError: it holds an extra tensor that has no place in the `base`.
-
-    Example:
-        >>> import tempfile, torch
-        >>> import lorafold as lf
-        >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
-        >>> folder = tempfile.mkdtemp() + "/adapter"
-        >>> lf.save(a, folder)
-        >>> lf.load(folder).digest == a.digest
-        True
-    """
-    if isinstance(source, Mapping) and not isinstance(source, Adapter):
-        where = "state dict"
-        _check_alpha(alpha, config is not None, where)
-        copies = {k: _copied(k, t) for k, t in source.items()}
-        checked_config = None if config is None else checked(plain(config), where)
-        tensors, checked_config = plain_keys(copies, checked_config, where)
-        record = _record_of(tensors, checked_config, alpha, where)
-        adapter = _assembled(tensors, record, where, device, dtype)
-        adapter = adapter if base_model is None else on_base(adapter, base_model)
-        return adapter if base is None else onto(adapter, base, tables=tables)
-    if config is not None:
-        raise MismatchError("config= goes with a state dict; a file has its own")
-    opened, adapter = _loaded(
-        functools.partial(
-            open_adapter, source, alpha=alpha, revision=revision, allow_pickle=allow_pickle
-        ),
-        functools.partial(AdapterFile.load, device=device, dtype=dtype),
-    )
-    if base_model is not None:
-        adapter = on_base(adapter, base_model)
-    if base is None:
-        return adapter
-    return onto(adapter, base, packings=opened.packings or None, tables=tables)
-
-
-def _loaded(
-    opens: Callable[[], AdapterFile], load: Callable[[AdapterFile], Adapter]
-) -> tuple[AdapterFile, Adapter]:
-    """What opens and loads; once more, where it was overwritten in place on the way."""
-    for _ in range(_ATTEMPTS):
-        opened = opens()
-        with contextlib.suppress(ChangedError):
-            return opened, load(opened)
-    opened = opens()
-    return opened, load(opened)
 
 
 def _open_safetensors(

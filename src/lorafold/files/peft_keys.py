@@ -40,7 +40,7 @@ from ..parts import (
     scaling,
 )
 from ..words import some_of, warn
-from .alphas import Alphas, alpha_keys
+from .formats.alphas import Alphas, alpha_keys
 from .formats.foreign import foreign, no_pair
 from .peft_targets import finds_module, parameters_of
 

@@ -1,4 +1,4 @@
-"""Folders of many adapters, and vLoRA's subspace folders among them.
+"""vLoRA's folders, of many adapters in one subspace.
 
 vLoRA (vlora-dev on PyPI; Share, arXiv:2602.06043) flattens every A and B of a module and keeps,
 per side, a mean, K components and K numbers per adapter: vec(A_i) = mean + loadings_i · components.
@@ -23,8 +23,6 @@ from ...lowrank import LowRank
 from ...parts import PREFIX
 from ...words import did_you_mean
 from ..config import SUBSPACE_NAME, json_object, read_text
-from ..find import adapters_at, is_adapter, is_subspace, name_of
-from ..peft import load
 from ..peft_keys import check_gathered, plain_key
 from ..safetensors import open_file, read_entries, read_tensors
 
@@ -36,69 +34,7 @@ _NF4 = (
 _ORTHONORMAL = 1e-3  # that the product of two components may be off, as vLoRA writes float32
 
 
-def load_many(
-    path: str | os.PathLike[str],
-    *,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-) -> Mapping[str, Adapter]:
-    """All adapters of a folder, by name, each read when it is asked for.
-
-    Args:
-        path: a vLoRA folder (float or NF4), a folder of PEFT directories, or one PEFT directory.
-        alpha: α of the adapters; needed for a vLoRA folder and where there are no configs.
-        allow_pickle, device, dtype: as in `load`.
-
-    Returns:
-        {name: Adapter}; the name is vLoRA's task, or the directory's. An adapter is built anew at
-        every access, so that a large folder never lies in memory as a whole.
-
-    Raises:
-        FileError: no adapters there, or a damaged file; naming file and key.
-
-    Example:
-        >>> import tempfile, torch
-        >>> import lorafold as lf
-        >>> from lorafold.files import load_many
-        >>> folder = tempfile.mkdtemp()
-        >>> a = lf.Adapter({"q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
-        >>> lf.save(a, folder + "/sql"); lf.save(0.5 * a, folder + "/poems")
-        >>> sorted(load_many(folder))
-        ['poems', 'sql']
-    """
-    folder = Path(path)
-    if is_subspace(folder):
-        return _Tasks(Subspace.at(folder), alpha, device, dtype)
-    if not folder.is_dir():
-        raise FileError(f"{folder} is no directory")
-    places = adapters_at(folder)
-    if places == [folder] and not is_adapter(folder):
-        raise FileError(f"{folder} holds neither adapters nor a vLoRA subspace")
-    options = {"alpha": alpha, "allow_pickle": allow_pickle, "device": device, "dtype": dtype}
-    return _Folder({name_of(place): place for place in places}, options)
-
-
-class _Folder(Mapping[str, Adapter]):
-    """PEFT directories in one folder."""
-
-    def __init__(self, places: Mapping[str, Path], options: Mapping[str, Any]) -> None:
-        self._places, self._options = places, options
-
-    def __getitem__(self, name: str) -> Adapter:
-        if name not in self._places:
-            raise UnknownNameError(f"no adapter {name!r}; {did_you_mean(name, self._places)}")
-        return load(self._places[name], **self._options)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class _Tasks(Mapping[str, Adapter]):
+class Tasks(Mapping[str, Adapter]):
     """The tasks of a vLoRA folder as adapters."""
 
     def __init__(

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FileError, MismatchError
-from ..parts import PREFIX, alpha_of, refusal_reason, scaling
-from ..words import one_line
-from .config import checked
+from ...errors import FileError, MismatchError
+from ...parts import PREFIX, alpha_of, refusal_reason, scaling
+from ...words import one_line
+from ..config import checked
 
 CONFIG_IN_HEADER = "lora_adapter_metadata"
 _IN_HEADER = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")

@@ -1,0 +1,217 @@
+"""The doors to adapters: what a user gives, opened by its header, or read as a whole.
+
+An adapter is a PEFT directory, its file, an id on the Hub, or it lies with others in one folder, as
+LIB:NAME (a library's) or SUB:TASK (of a vLoRA folder). A path that exists is a path.
+
+Libraries are `fold`'s, which stands on these files. So one on the disk is opened by the public name
+that the package hands out, looked up when it is met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, on_base
+from ..errors import FileError, MismatchError, UnknownNameError
+from ..roles.onto import onto
+from ..roles.roles import Tables
+from ..words import did_you_mean
+from .disk.held import ChangedError
+from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
+from .formats.vlora import Subspace, Tasks
+from .peft import ATTEMPTS, AdapterFile, from_state_dict, open_files
+
+_LIBRARY = f"{__package__.partition('.')[0]}:Library"
+
+
+def open_adapter(
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    alpha: float | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> AdapterFile:
+    """Open an adapter without reading its tensors.
+
+    Args:
+        source: a PEFT directory, one holding a single such directory, a safetensors file, LIB:NAME
+            for one in a library, SUB:TASK for one in a vLoRA folder, an id on the Hub (when
+            huggingface_hub is installed), or an `Adapter` in memory. A path that exists is a path,
+            and what looks like a path is never asked for on the Hub, unless `revision` is given.
+        alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
+        revision: a branch, tag or commit, for a Hub id.
+        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
+
+    Raises:
+        FileError: nothing there, or no adapter of a kind that is read; naming file and key.
+        UnknownNameError: a library or vLoRA folder has no such name.
+        MismatchError: the file contradicts itself or its config; naming file and key.
+    """
+    if isinstance(source, Adapter):
+        return AdapterFile.of(source)
+    if isinstance(source, str | os.PathLike):
+        text = os.fsdecode(source)
+        found = in_library(text)
+        if found is not None:
+            with open_library(found[0]) as library:
+                nbytes = library.entry(found[1])["file_bytes"]
+                return AdapterFile.of(library[found[1]], Path(text), nbytes)
+        found = in_subspace(text)
+        if found is not None:
+            return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], Path(text))
+    return open_files(source, alpha, revision, allow_pickle)
+
+
+def open_library(path: str | os.PathLike[str]) -> Any:
+    """The `Library` at a folder."""
+    return pkgutil.resolve_name(_LIBRARY).open(path)
+
+
+def load(
+    source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor],
+    *,
+    alpha: float | None = None,
+    config: Any = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    base: Any = None,
+    tables: Tables = (),
+    base_model: str | None = None,
+) -> Adapter:
+    """Read an adapter.
+
+    Not for: folders of many adapters (`lorafold.files.load_many`, or `fold`).
+
+    Args:
+        source: what `open_adapter` takes, or the state dict of an adapter in memory (copied).
+        alpha: α, where there is no config.
+        config: of a state dict: a mapping, or PEFT's LoraConfig.
+        revision: a branch, tag or commit, for a Hub id.
+        allow_pickle: read `adapter_model.bin` too (with `weights_only=True`).
+        device, dtype: where the tensors go, and in what dtype the factors.
+        base: a base of the same shapes to put it on, by roles: a model, its configuration or
+            folder, or module paths. A file that was saved with `format="portable"` says how its
+            fused modules pack their parts; of others their own base's folder does.
+        tables: of modules whose roles are not known; see `lf.roles`.
+        base_model: what its base is called, where two adapters of one base spell it differently.
+
+    Returns:
+        An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
+
+    Raises:
+        FileError: nothing there, or nothing that is read; naming file and key.
+        MismatchError: the file contradicts itself, or holds NaN; naming file, module and tensor.
+            Or it does not fit the `base`.
+        RefusedError: it holds an extra tensor that has no place in the `base`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import lorafold as lf
+        >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> lf.save(a, folder)
+        >>> lf.load(folder).digest == a.digest
+        True
+    """
+    if isinstance(source, Mapping) and not isinstance(source, Adapter):
+        adapter = from_state_dict(source, alpha, config, device, dtype)
+        adapter = adapter if base_model is None else on_base(adapter, base_model)
+        return adapter if base is None else onto(adapter, base, tables=tables)
+    if config is not None:
+        raise MismatchError("config= goes with a state dict; a file has its own")
+    opened, adapter = _loaded(
+        functools.partial(
+            open_adapter, source, alpha=alpha, revision=revision, allow_pickle=allow_pickle
+        ),
+        functools.partial(AdapterFile.load, device=device, dtype=dtype),
+    )
+    if base_model is not None:
+        adapter = on_base(adapter, base_model)
+    if base is None:
+        return adapter
+    return onto(adapter, base, packings=opened.packings or None, tables=tables)
+
+
+def _loaded(
+    opens: Callable[[], AdapterFile], load: Callable[[AdapterFile], Adapter]
+) -> tuple[AdapterFile, Adapter]:
+    """What opens and loads; once more, where it was overwritten in place on the way."""
+    for _ in range(ATTEMPTS):
+        opened = opens()
+        with contextlib.suppress(ChangedError):
+            return opened, load(opened)
+    opened = opens()
+    return opened, load(opened)
+
+
+def load_many(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Mapping[str, Adapter]:
+    """All adapters of a folder, by name, each read when it is asked for.
+
+    Args:
+        path: a vLoRA folder (float or NF4), a folder of PEFT directories, or one PEFT directory.
+        alpha: α of the adapters; needed for a vLoRA folder and where there are no configs.
+        allow_pickle, device, dtype: as in `load`.
+
+    Returns:
+        {name: Adapter}; the name is vLoRA's task, or the directory's. An adapter is built anew at
+        every access, so that a large folder never lies in memory as a whole.
+
+    Raises:
+        FileError: no adapters there, or a damaged file; naming file and key.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import lorafold as lf
+        >>> from lorafold.files import load_many
+        >>> folder = tempfile.mkdtemp()
+        >>> a = lf.Adapter({"q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
+        >>> lf.save(a, folder + "/sql"); lf.save(0.5 * a, folder + "/poems")
+        >>> sorted(load_many(folder))
+        ['poems', 'sql']
+    """
+    folder = Path(path)
+    if is_subspace(folder):
+        return Tasks(Subspace.at(folder), alpha, device, dtype)
+    if not folder.is_dir():
+        raise FileError(f"{folder} is no directory")
+    places = adapters_at(folder)
+    if places == [folder] and not is_adapter(folder):
+        raise FileError(f"{folder} holds neither adapters nor a vLoRA subspace")
+    options = {"alpha": alpha, "allow_pickle": allow_pickle, "device": device, "dtype": dtype}
+    return _Folder({name_of(place): place for place in places}, options)
+
+
+class _Folder(Mapping[str, Adapter]):
+    """PEFT directories in one folder."""
+
+    def __init__(self, places: Mapping[str, Path], options: Mapping[str, Any]) -> None:
+        self._places, self._options = places, options
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._places:
+            raise UnknownNameError(f"no adapter {name!r}; {did_you_mean(name, self._places)}")
+        return load(self._places[name], **self._options)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
