@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lorafold as lf
 from lorafold.adapter import Adapter, Layout, combined_digest, module_digest, tensor_digest
 from lorafold.errors import MismatchError, RefusedError, UnknownNameError
 from lorafold.lowrank import LowRank
@@ -426,11 +427,43 @@ def test_what_goes_in_is_copied_and_cannot_be_changed(make_update):
         a.base_model = "x"
 
 
-def test_equality_is_identity(a):
-    # Comparing as mappings would call these equal: the updates are the same objects.
-    assert a != dataclasses.replace(a, extras={"w": torch.ones(1)})
-    assert a == a
-    assert len({a, a}) == 1
+def test_equal_is_what_has_the_same_contents(a):
+    more = dataclasses.replace(a, extras={"w": torch.ones(1)}, config={"r": 4})
+    same = pickle.loads(pickle.dumps(more))
+    assert more == same
+    assert len({more, same}) == 1
+    changes = [{"extras": {"w": torch.zeros(1)}}, {"extras": {}}, {"config": {"r": 8}}]
+    changes += [{"base_model": "b"}, {"modules": {**a.modules, Q: 2 * a[Q]}}]
+    for change in changes:
+        assert dataclasses.replace(more, **change) != more
+    assert a != dict(a)
+    assert a in [dataclasses.replace(a, modules=dict(reversed(a.modules.items())))]
+
+
+def test_a_mean_of_many(a, b, flat):
+    c = a / 4
+    expected = (flat(a, b) + flat(b, a) + flat(a, b) / 4) / 3
+    assert torch.allclose(flat(sum([a, b, c]) / 3, a, b), expected, atol=1e-6)
+    assert sum([a]) is a
+
+
+def test_it_saves_itself_as_save_does(a, tmp_path):
+    a.save(tmp_path / "a", pad=True)
+    lf.save(a, tmp_path / "b", pad=True)
+    assert lf.load(tmp_path / "a") == lf.load(tmp_path / "b")
+    with pytest.raises(lf.FileError, match="overwrite"):
+        a.save(tmp_path / "a")
+
+
+def test_rows_for_a_data_frame(a):
+    row = next(row for row in a.rows() if row["module"] == Q)
+    assert row == {"module": Q, "out": a[Q].shape[0], "in": a[Q].shape[1], "rank": a[Q].rank} | {
+        "scale": a[Q].scale,
+        "norm": a[Q].norm(),
+        "dtype": "float32",
+    }
+    assert len(a.rows()) == len(a)
+    assert a._ipython_key_completions_() == list(a)
 
 
 def test_wrong_contents_are_refused(make_update):
@@ -454,6 +487,7 @@ def test_copies_are_equal(clone, make_adapter):
         layouts={Q: Layout("conv", (4, 2, 2))},
     )
     b = clone(a)
+    assert b == a
     assert b.digest == a.digest
     assert (b.config, b.base_model, b.layouts) == (a.config, a.base_model, a.layouts)
 

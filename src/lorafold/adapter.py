@@ -8,7 +8,9 @@ factors, module by module. `extras` and `config` ride along untouched.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -19,18 +21,20 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError, RefusedError, UnknownNameError
-from .lowrank import LowRank, cosine, from_svd
+from .lowrank import LowRank, Vector, cosine, from_svd, same_bits
 from .naming import Base, kind
 from .parts import LINEAR, Parts, check_bias_scales, extra_kind, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
 from .prefixes import Prefixes, regauged
-from .words import did_you_mean, html_table, warn
+from .words import Keyed, Table, did_you_mean, html_table, warn
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter(Mapping[str, LowRank]):
+class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
     """A mapping of module path to `LowRank`, with vector-space arithmetic.
+
+    Two are equal where every number of modules and extras, scales, config and base are.
 
     Not for: thousands at once (`fold` reads them module by module), nor training (`attach`).
 
@@ -78,9 +82,19 @@ class Adapter(Mapping[str, LowRank]):
         parts = (dict(self.modules), dict(self.extras), dict(self.config))
         return Adapter, (*parts, self.base_model, dict(self.layouts))
 
-    # Equal means identical: `Mapping` would compare the modules alone and forget the extras.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        parts = ("base_model", "config", "layouts", "modules")
+        mine, theirs = self.extras, other.extras
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in parts)
+            and mine.keys() == theirs.keys()
+            and all(same_bits(t, theirs[key]) for key, t in mine.items())
+        )
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.modules), frozenset(self.extras), self.base_model))
 
     # A mapping
 
@@ -107,6 +121,10 @@ class Adapter(Mapping[str, LowRank]):
 
     def _repr_html_(self) -> str:
         return _html(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each module: its path, out, in, rank, scale, ‖ΔW‖ and dtype."""
+        return [_row(path, u) for path, u in self.modules.items()]
 
     # What it is
 
@@ -175,9 +193,6 @@ class Adapter(Mapping[str, LowRank]):
 
     # Vector space
 
-    # NumPy would take a Mapping for an array; its scalars leave `c * adapter` to `__rmul__`.
-    __array_ufunc__ = None
-
     def __add__(self, other: Adapter) -> Adapter:
         """Exact sum: factors concatenated, ranks add, no cross terms between A and B."""
         if not isinstance(other, Adapter):
@@ -196,21 +211,11 @@ class Adapter(Mapping[str, LowRank]):
             {**other.layouts, **self.layouts},
         )
 
-    def __sub__(self, other: Adapter) -> Adapter:
-        if not isinstance(other, Adapter):
-            return NotImplemented
-        return self + (-other)
-
     def __mul__(self, c: float) -> Adapter:
         """c · ΔW: scales change, factors and extras do not."""
         if not isinstance(c, Real):
             return NotImplemented
         return replace(self, modules={p: float(c) * u for p, u in self._algebra().items()})
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Adapter:
-        return self * -1.0
 
     # Other sizes and gauges
 
@@ -279,26 +284,12 @@ class Adapter(Mapping[str, LowRank]):
             MismatchError: no module matches, or a shape does not fit. Modules without a weight
                 are listed in a warning.
         """
-        modules, parts = self._algebra(), self.parts
-        check_replicated(state_dict, self.config, modules)
-        plan = placed(parts, Base.of_state(state_dict, parts.names()))
-        if plan.unplaced and not plan.wrong and not plan.touches(modules):
-            what, first = "modules is in the state dict: expected", parts.names()[:1]
-            if not modules:
-                what, first = "tensors has a place in the state dict:", list(plan.unplaced)[:1]
-            raise MismatchError(
-                f"none of the adapter's {len(modules or self.extras)} {what} e.g. {first[0]!r}, "
-                f"found e.g. {next(iter(state_dict), None)!r}"
-            )
-        for misfit in plan.wrong.values():
-            raise MismatchError(misfit.says)
-        if plan.unplaced:
-            names = ", ".join(repr(n) for n in list(plan.unplaced)[:5])
-            warn(
-                f"{len(plan.unplaced)} parts of the adapter have no place in "
-                f"the state dict: {names}"
-            )
-        return applied(plan, state_dict, self.value_at)
+        return _applied(self, self._algebra(), state_dict)
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write it: `lorafold.save(adapter, path, …)`, with the options of that."""
+        # Files know adapters, and not the other way round.
+        importlib.import_module(f"{__package__}.files").save(self, path, **options)
 
     def value_at(self, spot: Spot) -> LowRank | Tensor:
         """What an adapter has for a place: the update, or the extra tensor."""
@@ -326,6 +317,29 @@ class Adapter(Mapping[str, LowRank]):
                     f"{theirs[p].shape} in the other"
                 )
         return mine, theirs
+
+
+def _applied(
+    a: Adapter, modules: Mapping[str, LowRank], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """See `Adapter.apply_to`."""
+    parts = a.parts
+    check_replicated(state_dict, a.config, modules)
+    plan = placed(parts, Base.of_state(state_dict, parts.names()))
+    if plan.unplaced and not plan.wrong and not plan.touches(modules):
+        what, first = "modules is in the state dict: expected", parts.names()[:1]
+        if not modules:
+            what, first = "tensors has a place in the state dict:", list(plan.unplaced)[:1]
+        raise MismatchError(
+            f"none of the adapter's {len(modules or a.extras)} {what} e.g. {first[0]!r}, "
+            f"found e.g. {next(iter(state_dict), None)!r}"
+        )
+    for misfit in plan.wrong.values():
+        raise MismatchError(misfit.says)
+    if plan.unplaced:
+        names = ", ".join(repr(n) for n in list(plan.unplaced)[:5])
+        warn(f"{len(plan.unplaced)} parts of the adapter have no place in the state dict: {names}")
+    return applied(plan, state_dict, a.value_at)
 
 
 def on_base(adapter: Adapter, base_model: str) -> Adapter:
@@ -362,6 +376,12 @@ def _prefix(a: Adapter, rank: int, prefixes: Prefixes) -> Adapter:
     modules = {p: prefixes.factor(u.rank, ranks[p]) * u.prefix(ranks[p]) for p, u in a.items()}
     config = {**regauged(a.config), **prefixes.cut(max(ranks.values())).said()}
     return replace(a, modules=modules, config=config)
+
+
+def _row(path: str, u: LowRank) -> dict[str, Any]:
+    out, inner = u.shape
+    row = {"module": path, "out": out, "in": inner, "rank": u.rank, "scale": u.scale}
+    return {**row, "norm": u.norm(), "dtype": str(u.A.dtype).removeprefix("torch.")}
 
 
 def _html(adapter: Adapter) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,45 @@ _NOISE = 1e-14  # a share of that sum that is rounding in float64 too
 _LOW, _HIGH = 2.0**-112, 2.0**120  # largest numbers of a factor between keep float32's precision
 
 
+V = TypeVar("V", bound="Vector")
+
+
+class Vector:
+    """Differences, multiples and sums of many, from `+` and a product with a number."""
+
+    __slots__ = ()
+    # NumPy would take a mapping for an array; its scalars leave `c * x` to `__rmul__`.
+    __array_ufunc__ = None
+
+    def __add__(self: V, other: V) -> V:
+        raise NotImplementedError
+
+    def __mul__(self: V, c: float) -> V:
+        raise NotImplementedError
+
+    def __radd__(self: V, other: int) -> V:
+        """So that `sum` adds them: it begins with 0."""
+        if type(other) is int and other == 0:
+            return self
+        return NotImplemented
+
+    def __sub__(self: V, other: V) -> V:
+        return self + -other
+
+    def __rmul__(self: V, c: float) -> V:
+        return self.__mul__(c)
+
+    def __truediv__(self: V, c: float) -> V:
+        if not isinstance(c, Real):
+            return NotImplemented
+        return self.__mul__(1 / float(c))
+
+    def __neg__(self: V) -> V:
+        return self.__mul__(-1.0)
+
+
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(Vector):
     """An update ΔW = scale · B @ A of shape (out, in), kept as its factors.
 
     Not for: many updates of one shape at once, which `collection.batch` takes in one product each.
@@ -249,10 +286,18 @@ class LowRank:
         dtype = self._work_dtype
         return (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scale)  # in place: it may be large
 
-    # Algebra
+    # Equal means identical, to the bit of each number
 
-    # NumPy scalars leave `c * update` to `__rmul__`.
-    __array_ufunc__ = None
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        same = self.scale == other.scale
+        return same and same_bits(self.A, other.A) and same_bits(self.B, other.B)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.rank, self.scale))
+
+    # Algebra
 
     def __call__(self, x: Tensor) -> Tensor:
         """x ΔWᵀ through the factors.
@@ -288,21 +333,19 @@ class LowRank:
         B = torch.cat([u.B.to(dtype) for u in pair], 1)
         return LowRank(A, B, scale)
 
-    def __sub__(self, other: LowRank) -> LowRank:
-        if not isinstance(other, LowRank):
-            return NotImplemented
-        return self + (-other)
-
     def __mul__(self, c: float) -> LowRank:
         """c · ΔW: only the scale changes."""
         if not isinstance(c, Real):
             return NotImplemented
         return LowRank(self.A, self.B, self.scale * float(c))
 
-    __rmul__ = __mul__
 
-    def __neg__(self) -> LowRank:
-        return self * -1.0
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits, wherever they are."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
 
 
 def _product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:

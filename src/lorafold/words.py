@@ -6,7 +6,11 @@ import html
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+LISTED = 20  # rows of a notebook's table
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -45,25 +49,77 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+def html_table(
+    title: str,
+    rows: Iterable[Sequence[object]],
+    head: Sequence[str] = (),
+    total: int | None = None,
+    most: int = LISTED,
+) -> str:
     """A small table for a notebook; whatever is in it is text and no markup.
 
     Args:
-        title: above it. rows: cells. head: headings.
+        title: above it. rows: cells; the first are shown. head: headings.
+        total: how many rows there are, where `rows` is not counted by its length.
+        most: how many of them are shown.
     """
 
     def cells(tag: str, row: Sequence[object]) -> str:
         style = ' style="text-align:left"'
-        made = (f"<{tag}{style}>{html.escape(escaped(str(c)))}</{tag}>" for c in row)
+        made = (f"<{tag}{style}>{html.escape(escaped(_cell(c)))}</{tag}>" for c in row)
         return f"<tr>{''.join(made)}</tr>"
 
+    rows = rows if total is not None else list(rows)
+    more = (len(rows) if total is None else total) - most  # type: ignore[arg-type]
     first = f"<thead>{cells('th', head)}</thead>" if head else ""
-    body = "".join(cells("td", row) for row in rows)
+    body = "".join(cells("td", row) for row in islice(rows, most))
+    if more > 0:
+        body += cells("td", [f"and {more:,} more", *[""] * (len(head) - 1)])
     caption = html.escape(escaped(title))
     return (
         f'<table><caption style="text-align:left"><b>{caption}</b></caption>'
         f"{first}<tbody>{body}</tbody></table>"
     )
+
+
+def _cell(value: object) -> str:
+    """A value as a table has it: few digits, thousands apart, a mapping as its pairs."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        pairs = [f"{key}: {_cell(v)}" for key, v in islice(value.items(), 4)]
+        more = [f"and {len(value) - 4:,} more"] if len(value) > 4 else []
+        return ", ".join([*pairs, *more])
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+class Table:
+    """What is a table: records for a data frame, and shown as one in a notebook."""
+
+    __slots__ = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One record each, with the same fields, as `pandas.DataFrame(x.rows())` takes them."""
+        raise NotImplementedError
+
+    def _title(self) -> str:
+        """Above the table."""
+        return repr(self)
+
+    def _repr_html_(self) -> str:
+        rows = self.rows()
+        return html_table(self._title(), [[*row.values()] for row in rows], [*(rows or [{}])[0]])
+
+
+class Keyed:
+    """A mapping whose keys IPython completes within brackets."""
+
+    __slots__ = ()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)  # type: ignore[call-overload, no-any-return]
 
 
 def one_of(values: Iterable[object]) -> str:

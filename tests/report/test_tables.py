@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import lorafold as lf
+from lorafold.train.steering.calibrate import Calibration as Strength
 from lorafold.words import html_table
 
 
@@ -47,8 +50,6 @@ def test_an_adapter_of_many_shapes_is_short(make_adapter):
 
 
 def test_an_adapter_of_extras_only_shows():
-    import torch
-
     assert "0 modules" in shown(lf.Adapter({}, {"head": torch.ones(1)}))[0]
 
 
@@ -84,6 +85,79 @@ def test_a_live_model_shows_what_runs(net, three):
 def test_a_live_model_of_many_is_short(net, three):
     live = lf.attach(net, {f"n{i}": three["b"] for i in range(25)})
     assert "and 5 more" in shown(live)
+
+
+def test_a_library_is_rows_and_completes_its_names(collection):
+    lib = lf.fold(collection(3, layers=1), tolerance=0.1)
+    rows = lib.rows()
+    assert [row["name"] for row in rows] == lib._ipython_key_completions_() == lib.names
+    for row in rows:
+        entry = lib.entry(row["name"])
+        assert {key: row[key] for key in ("error", "bound", "bytes")} == {
+            key: entry[key] for key in ("error", "bound", "bytes")
+        }
+        assert row["rank"] == max(entry["ranks"])
+    assert lib == lf.fold(collection(3, layers=1), tolerance=0.1)
+    assert lib != lf.fold(collection(2, layers=1), tolerance=0.1)
+    pandas = pytest.importorskip("pandas")
+    assert list(pandas.DataFrame(rows)["error"]) == [lib.error(name) for name in lib]
+
+
+def test_a_summary_shows_its_layers_and_sums(make_net, three):
+    net = make_net().to(torch.bfloat16)
+    summary = lf.attach(net, {**three, "<i>": lf.LoRA(rank=2, targets="q")}).summary()
+    cells = shown(summary)
+    assert f"trainable {summary.trainable:,}" in cells[0]
+    at = cells.index("layers.0.q")
+    assert cells[at : at + 5] == ["layers.0.q", "64", "bfloat16", "144", "69.23%"]
+    assert cells[at + 5] == "a: 4, b: 2, c: 1, <i>: 2"
+    told = json.loads(json.dumps(summary.to_dict()))
+    assert (told["original"], told["total"]) == (summary.original, summary.total)
+    assert (told["trainable"], told["frozen"]) == (summary.trainable, summary.frozen)
+    assert told["layers"] == json.loads(json.dumps(summary.rows()))
+    assert {layer["format"] for layer in told["layers"]} == {"bfloat16"}
+    assert summary.layers[0].ratio == told["layers"][0]["ratio"]
+
+
+def test_a_footprint_and_the_format_of_layers():
+    pytest.importorskip("bitsandbytes")
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(23)))
+    footprint = lf.quantize_base(model, targets=[str(n) for n in range(22)], group_size=64)
+    cells = shown(footprint)
+    assert "nf4, 4 bits" in cells[0]
+    assert f"→ {footprint.after:,} bytes" in cells[0]
+    assert [cells[cells.index("3") + 1], cells[-8]] == ["64×64", "and 2 more"]
+    assert footprint.rows()[3] == {**vars(footprint.layers[3]), "after": footprint.layers[3].after}
+    summary = lf.attach(model, lf.LoRA(rank=2)).summary()
+    assert [x.format for x in summary.layers][-2:] == ["nf4", "float32"]
+    assert "nf4" in shown(summary)
+
+
+def test_calibrations_show_their_figures(net):
+    def calibrated(seed):
+        g = torch.Generator().manual_seed(seed)
+        return lf.calibrate(net, [torch.randint(0, 13, (4, 5), generator=g)], targets=["q", "up"])
+
+    found = calibrated(0)
+    cells = shown(found)
+    assert cells[0] == repr(found) == f"Calibration({len(found)} layers, 1 sets of inputs)"
+    (row, *_) = found.rows()
+    std = found["layers.0.q"].std
+    assert (row["path"], row["directions"]) == ("layers.0.q", len(std))
+    assert (row["largest_std"], row["largest_other_std"]) == (float(std.max()), None)
+    assert cells[cells.index("layers.0.q") + 1] == str(len(std))
+    assert found._ipython_key_completions_() == list(found)
+    assert found == calibrated(0) != calibrated(1)
+    with pytest.raises(lf.UnknownNameError, match=r"no layer 'layers.0.qq'.*did you mean"):
+        found["layers.0.qq"]
+
+
+def test_a_strength_shows_what_was_tried():
+    found = Strength(0.5, 1.2345678, ((1.0, 3.0), (0.5, 1.2345678)), converged=False)
+    cells = shown(found)
+    assert cells[0] == "c = 0.5, KL 1.235 (no closer)"
+    assert cells[1:] == ["c", "kl", "1", "3", "0.5", "1.235"]
+    assert found.rows()[1] == {"c": 0.5, "kl": 1.2345678}
 
 
 @pytest.mark.parametrize("text", ["<script>", "a&b", '"', "two\nlines", "\udc80"])

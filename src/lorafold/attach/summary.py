@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..layers.kinds import packed_sizes
-from ..layers.storage import is_quantized
-from ..words import aligned, html_table
+from ..layers.storage import is_quantized, stored_as
+from ..words import LISTED, Table, aligned, html_table
 from .run.factors import Modulation
 from .run.patch import Patch
 from .sources import Trained
 from .state import State
-
-_LISTED = 20  # adapters in a notebook's table
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class LayerSummary:
     Args:
         path: of the layer. original: numbers in its weight. adapter: in the adapters' factors.
         ranks: {name: r}. alphas: {name: α} (scale · r). quantized: the weight is.
+        format: how the weight is stored: "nf4", "int8" …, or a dtype, "bfloat16".
         tail_depths: {name: how far from the top a `PiSSA` adapter's directions are}: 0 for the
             leading ones, 1 for the last ones.
     """
@@ -35,6 +34,7 @@ class LayerSummary:
     alphas: dict[str, float]
     quantized: bool
     tail_depths: dict[str, float]
+    format: str = ""
 
     @property
     def ratio(self) -> float:
@@ -43,7 +43,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Table):
     """All attached layers, and the model.
 
     Args:
@@ -82,6 +82,27 @@ class Summary:
         """How many attached layers are quantised."""
         return sum(layer.quantized for layer in self.layers)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each layer: all that `LayerSummary` has, and its ratio."""
+        return [{**vars(layer), "ratio": layer.ratio} for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON types: the sums by their names, and `layers`, the rows."""
+        return {**self._sums(), "metadata": dict(self.metadata), "layers": self.rows()}
+
+    def _sums(self) -> dict[str, Any]:
+        names = ("total", "trainable", "frozen", "original", "adapter", "ratio", "quantized")
+        return {name: getattr(self, name) for name in names}
+
+    def _repr_html_(self) -> str:
+        head = ("layer", "weight", "format", "adapters", "share", "r", "α")
+        rows = (
+            (x.path, x.original, x.format, x.adapter, f"{x.ratio:.2%}", x.ranks, x.alphas)
+            for x in self.layers
+        )
+        title = ", ".join(f"{name} {_number(value)}" for name, value in self._sums().items())
+        return html_table(title, rows, head, len(self.layers))
+
     def __str__(self) -> str:
         rows: list[tuple[Any, ...]] = [("layer", "weight", "adapters", "share", "r", "α")]
         rows += [
@@ -106,6 +127,10 @@ class Summary:
         return "\n".join(lines)
 
 
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2%}"
+
+
 def summarized(state: State) -> Summary:
     """See `Live.summary`."""
     layers = []
@@ -121,6 +146,7 @@ def summarized(state: State) -> Summary:
                 {name: r * scale for name, (r, scale) in shapes.items()},
                 is_quantized(patch.module),
                 _tail_depths(patch),
+                stored_as(patch.module),
             )
         )
     own = {id(p) for source in state.sources.values() for p in source.parameters()}
@@ -139,7 +165,7 @@ def live_html(title: str, state: State) -> str:
     running = [] if selection is None else [dict(row.mix) for row in selection.rows if row.on]
     kept, merged = state.running.kept, state.running.merged_mix
     rows: list[tuple[object, ...]] = []
-    for name, source in list(state.sources.items())[:_LISTED]:
+    for name, source in list(state.sources.items())[:LISTED]:
         doing = [
             what
             for what, there in (
@@ -150,9 +176,7 @@ def live_html(title: str, state: State) -> str:
             if there
         ]
         rows.append((name, source.rank, ", ".join(doing) or "at rest"))
-    if len(state.sources) > _LISTED:
-        rows.append((f"and {len(state.sources) - _LISTED:,} more", "", ""))
-    return html_table(title, rows, ("adapter", "rank", "now"))
+    return html_table(title, rows, ("adapter", "rank", "now"), len(state.sources))
 
 
 def _tail_depths(patch: Patch) -> dict[str, float]:

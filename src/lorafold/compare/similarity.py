@@ -22,7 +22,7 @@ import numpy as np
 from ..adapter import tensor_digest
 from ..collection.sources import named_handles
 from ..errors import MismatchError, MissingExtraError, UnknownNameError
-from ..words import did_you_mean, html_table
+from ..words import LISTED, did_you_mean, html_table
 from .clusters import linked
 from .pairs import Pairs, Progress, off_at
 
@@ -30,7 +30,6 @@ DUPLICATES = 0.999
 _MARGIN = 4  # deviations of a sketch below the threshold from which on pairs are exact
 _CHEAP = 2e11  # operations that are done exactly rather than sketched: seconds
 _MAD = 1.4826  # of a normal distribution: its deviation over its median absolute deviation
-_SHOWN = 20  # adapters in a notebook's table
 _EVEN = 0.05  # relative spread of distances that is none: rounding must not look like outliers
 
 
@@ -85,12 +84,10 @@ class Similarity:
 
     def _repr_html_(self) -> str:
         others = np.where(np.eye(len(self.names), dtype=bool), -np.inf, self.matrix)
-        order = np.argsort(-others.max(1), kind="stable")[: _SHOWN if len(others) > 1 else 0]
+        order = np.argsort(-others.max(1), kind="stable")[: LISTED if len(others) > 1 else 0]
         pairs = [self._pair(i, int(others[i].argmax()), self.matrix) for i in order]
         rows = [(pair.a, pair.b, f"{pair.cosine:.3f}") for pair in pairs]
-        if len(self.names) > _SHOWN:
-            rows.append((f"and {len(self.names) - _SHOWN:,} more", "", ""))
-        return html_table(repr(self), rows, ("adapter", "nearest", "cosine"))
+        return html_table(repr(self), rows, ("adapter", "nearest", "cosine"), len(self.names))
 
     @property
     def modules(self) -> tuple[str, ...]:

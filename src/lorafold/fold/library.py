@@ -19,12 +19,13 @@ from ..adapter import Adapter
 from ..collection.sources import named_handles
 from ..errors import MismatchError
 from ..lowrank import LowRank
+from ..words import Keyed, Table
 from .addition import projection
 from .change import Checks, add_to, checked, refold_all, remove_from
 from .contents import Contents, Stored
 from .options import Progress
 from .repair import warn_of_damage
-from .stats import library_html, library_stats
+from .stats import adapter_rows, entry_record, library_html, library_stats
 from .store.store import Store
 from .store.turns import TIMEOUT
 
@@ -49,7 +50,7 @@ class Projection:
     errors: dict[str, float]
 
 
-class Library(Mapping[str, Adapter]):
+class Library(Keyed, Table, Mapping[str, Adapter]):
     """Adapters in one folder (or in memory), by name. Made by `fold` and `Library.open`.
 
     `lib["sql"]` gives the adapter back, its factors float32 with scale 1 unless it is stored
@@ -121,7 +122,8 @@ class Library(Mapping[str, Adapter]):
         return name in self.contents.manifest.adapters
 
     def __dir__(self) -> list[str]:
-        return [name for name in vars(type(self)) if not name.startswith("_")]
+        own = (name for name in vars(type(self)) if not name.startswith("_"))
+        return [name for name in own if name != "contents"]  # that is for lorafold's own verbs
 
     def __repr__(self) -> str:
         where = f" at {self.path}" if self.path else ""
@@ -168,16 +170,11 @@ class Library(Mapping[str, Adapter]):
             folded by size), ranks (the original's), bytes (its records, without what is shared);
             problem: what happened to its shard, where that is lost.
         """
-        c = self.contents
-        entry = c.entry(name)
-        found = {
-            **entry.to_json(),
-            "bound": entry.bound(c.manifest.options.tolerance),
-            "ranks": list(entry.ranks),
-        }
-        problem = c.problem(name)
-        lost = None if problem is None else {"bytes": 0, "problem": problem}
-        return {**found, **(lost or {"bytes": c.own_bytes(name)})}
+        return entry_record(self.contents, name)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each adapter: name, error, bound, rank, bytes, file_bytes."""
+        return list(adapter_rows(self.contents))
 
     def stats(self) -> dict[str, Any]:
         """Bytes, errors and forms, in total and per module; see docs/fold.md."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,6 @@ import numpy as np
 from ..words import html_table
 from .contents import Contents
 from .store.entries import AdapterEntry, ModuleEntry
-
-_LISTED = 20  # adapters in a notebook's table
 
 
 def library_stats(c: Contents) -> dict[str, Any]:
@@ -55,13 +54,37 @@ def library_stats(c: Contents) -> dict[str, Any]:
 
 def library_html(title: str, c: Contents) -> str:
     """A table of the adapters for a notebook: the first of them, and how many there are."""
-    entries = c.manifest.adapters
-    rows = [(e.name, f"{e.error:.2%}", f"{e.file_bytes:,}") for e in entries.values()][:_LISTED]
-    if len(entries) > _LISTED:
-        rows.append((f"and {len(entries) - _LISTED:,} more", "", ""))
-    tolerance = c.manifest.options.tolerance
+    total, tolerance = len(c.manifest.adapters), c.manifest.options.tolerance
     bound = "" if tolerance is None else f", tolerance {tolerance:g}"
-    return html_table(f"{title}{bound}", rows, ("adapter", "error", "bytes of its file"))
+    rows = (
+        (name, f"{error:.2%}", *more) for name, error, *more in map(dict.values, adapter_rows(c))
+    )
+    head = ("adapter", "error", "bound", "rank", "bytes", "bytes of its file")
+    return html_table(f"{title}{bound}", rows, head, total)
+
+
+def adapter_rows(c: Contents) -> Iterator[dict[str, Any]]:
+    """A record of each adapter, in the order in which they came; see `Library.rows`."""
+    tolerance = c.manifest.options.tolerance
+    for e in c.manifest.adapters.values():
+        lost = c.problem(e.name) is not None
+        yield {
+            "name": e.name,
+            "error": e.error,
+            "bound": e.bound(tolerance),
+            "rank": max(e.ranks, default=0),
+            "bytes": 0 if lost else c.own_bytes(e.name),
+            "file_bytes": e.file_bytes,
+        }
+
+
+def entry_record(c: Contents, name: str) -> dict[str, Any]:
+    """See `Library.entry`."""
+    entry = c.entry(name)
+    bound, problem = entry.bound(c.manifest.options.tolerance), c.problem(name)
+    found = {**entry.to_json(), "bound": bound, "ranks": list(entry.ranks)}
+    lost = None if problem is None else {"bytes": 0, "problem": problem}
+    return {**found, **(lost or {"bytes": c.own_bytes(name)})}
 
 
 def _groups(entries: list[AdapterEntry]) -> dict[str, list[list[str]]]:

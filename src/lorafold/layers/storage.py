@@ -67,6 +67,7 @@ class Storage:
         parts: what is kept.
         dtype: which the weight had before, where the layer knows it.
         origin: what the layer was, for one that something else than `quantize_base` quantised.
+        called: what people call it at a layer: "nf4", or a dtype; its name where None.
         quantized: whether it takes fewer bits than it is used in. A change of such a weight is
             rounded again: nothing is merged into it.
         kernel: the numbers that the layer computes with, where a kernel of its own reads the parts.
@@ -82,6 +83,7 @@ class Storage:
     dtype: Callable[[Any], torch.dtype | None] = _own_dtype
     origin: Callable[[Any], Origin] = lambda layer: Origin(base_class(layer), None)
     quantized: bool = True
+    called: Callable[[Any], str] | None = None
     kernel: Callable[[Any], Tensor] | None = None
 
 
@@ -249,6 +251,7 @@ BNB4 = Storage(
     parts=_parts_4bit,
     dtype=_dtype_4bit,
     origin=_theirs,
+    called=lambda layer: str(getattr(layer.weight.quant_state, "quant_type", "4 bits")),
     kernel=_kernel_4bit,
 )
 BNB8 = Storage(
@@ -257,6 +260,7 @@ BNB8 = Storage(
     read=_read_8bit,
     parts=_parts_8bit,
     origin=_theirs,
+    called=lambda layer: "int8",
 )
 TORCHAO = Storage(
     name="torchao",
@@ -266,7 +270,12 @@ TORCHAO = Storage(
     origin=lambda layer: Origin(nn.Linear, _own_dtype(layer), names=frozenset({"extra_repr"})),
 )
 FLOAT = Storage(
-    name="floats", mine=lambda layer: True, read=_floats, parts=_bare_parts, quantized=False
+    name="floats",
+    mine=lambda layer: True,
+    read=_floats,
+    parts=_bare_parts,
+    quantized=False,
+    called=lambda layer: str(layer.weight.dtype).removeprefix("torch."),
 )
 STORAGES = Table(BNB4, BNB8, TORCHAO, FLOAT)
 
@@ -275,6 +284,12 @@ def storage_of(layer: Any) -> Storage:
     """How a layer's weight is stored; as floats where it has none."""
     found = STORAGES.find(layer) if getattr(layer, "weight", None) is not None else None
     return FLOAT if found is None else found
+
+
+def stored_as(layer: nn.Module) -> str:
+    """How a layer's weight is stored, in a word: "nf4", "int8", or its dtype."""
+    storage = storage_of(layer)
+    return storage.name if storage.called is None else storage.called(layer)
 
 
 def is_quantized(layer: nn.Module) -> bool:

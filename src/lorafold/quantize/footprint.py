@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.modes import called, evaluating
 from ..layers.storage import storage_of
 from ..layers.swap import CHILD, base_modules
-from ..words import aligned
+from ..words import Table, aligned, html_table
 
 PROBES = 64  # inputs that a layer's forward is measured with
 
@@ -57,7 +57,7 @@ class LayerFootprint:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class Footprint(Table):
     """What `quantize_base` did.
 
     Args:
@@ -104,22 +104,15 @@ class Footprint:
         """The same with what is attached by now: its factors, their starts, reserved slots."""
         return replace(self, adapters=adapter_bytes(live.model))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each layer: all that `LayerFootprint` has, and `after`."""
+        return [{**vars(layer), "after": layer.after} for layer in self.layers]
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self._options()}. {self._bytes()}", map(_cells, self.layers), _HEAD)
+
     def __str__(self) -> str:
-        head = ("layer", "weight", "before", "codes", "scales", "ratio", "error", "forward")
-        rows = [head]
-        rows += [
-            (
-                layer.path or "(the model)",
-                f"{layer.shape[0]}×{layer.shape[1]}",
-                f"{layer.before:,}",
-                f"{layer.codes:,}",
-                f"{layer.scales:,}",
-                f"{layer.before / layer.after:.2f}",
-                f"{layer.weight_error:.3%}",
-                f"{layer.forward_error:.3%}",
-            )
-            for layer in self.layers
-        ]
+        rows = [_HEAD, *map(_cells, self.layers)]
         before, codes, scales = (
             sum(getattr(layer, name) for layer in self.layers)
             for name in ("before", "codes", "scales")
@@ -145,6 +138,22 @@ class Footprint:
         if self.forward_error is not None:
             text += f"; error of its output {self.forward_error:.3%}"
         return text
+
+
+_HEAD = ("layer", "weight", "before", "codes", "scales", "ratio", "error", "forward")
+
+
+def _cells(layer: LayerFootprint) -> tuple[str, ...]:
+    return (
+        layer.path or "(the model)",
+        f"{layer.shape[0]}×{layer.shape[1]}",
+        f"{layer.before:,}",
+        f"{layer.codes:,}",
+        f"{layer.scales:,}",
+        f"{layer.before / layer.after:.2f}",
+        f"{layer.weight_error:.3%}",
+        f"{layer.forward_error:.3%}",
+    )
 
 
 def _name(dtype: Any) -> str:

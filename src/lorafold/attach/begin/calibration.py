@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MismatchError
+from ...errors import MismatchError, UnknownNameError
 from ...layers.kinds import kind_of
 from ...layers.modes import called, evaluating
 from ...layers.swap import input_of
 from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, as_targets, found_layers
+from ...lowrank import same_bits
+from ...words import Keyed, Table, did_you_mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DirectionStats:
     """Statistics of v_i · x at one layer.
 
@@ -32,9 +34,20 @@ class DirectionStats:
     std: Tensor
     other_std: Tensor | None = None
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DirectionStats):
+            return NotImplemented
+        mine, theirs = ((x.mean_abs, x.std, x.other_std) for x in (self, other))
+        return all(
+            a is b if a is None or b is None else same_bits(a, b)
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
-class Calibration(Mapping[str, DirectionStats]):
+class Calibration(Keyed, Table, Mapping[str, DirectionStats]):
     """{path: statistics} of a model's layers; made by `lf.calibrate`."""
 
     stats: Mapping[str, DirectionStats]
@@ -45,13 +58,36 @@ class Calibration(Mapping[str, DirectionStats]):
         return all(s.other_std is not None for s in self.stats.values())
 
     def __getitem__(self, path: str) -> DirectionStats:
-        return self.stats[path]
+        try:
+            return self.stats[path]
+        except KeyError:
+            hint = did_you_mean(str(path), self.stats)
+            raise UnknownNameError(f"no layer {path!r} in this calibration; {hint}") from None
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.stats
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self)} layers, {1 + self.contrasted} sets of inputs)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of each layer: its path, how many directions, and the largest of each figure."""
+        figures = ("mean_abs", "std", "other_std")
+        return [
+            {"path": path, "directions": len(s.std)}
+            | {f"largest_{name}": _largest(getattr(s, name)) for name in figures}
+            for path, s in self.stats.items()
+        ]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stats)
 
     def __len__(self) -> int:
         return len(self.stats)
+
+
+def _largest(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.max())
 
 
 class _Sums:

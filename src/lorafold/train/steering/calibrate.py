@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...attach import Live
 from ...errors import MismatchError
 from ...layers.modes import evaluating
+from ...words import Table
 from .barrier import aggregated, token_kl
 from .tokens import Text, continued, logits_of
 
@@ -33,7 +34,7 @@ CLOSE = 0.05
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Table):
     """What `calibrate_c` found.
 
     Args:
@@ -50,6 +51,15 @@ class Calibration:
 
     def __float__(self) -> float:
         return self.c
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was tried, in order: c and the divergence there."""
+        return [{"c": c, "kl": kl} for c, kl in self.tried]
+
+    def _title(self) -> str:
+        stop = "the text failed its check" if self.stopped else "no closer"
+        said = "" if self.converged else f" ({stop})"
+        return f"c = {self.c:.4g}, KL {self.kl:.4g}{said}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
