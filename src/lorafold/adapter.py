@@ -307,8 +307,7 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
         if self.base_model and other.base_model and self.base_model != other.base_model:
             raise MismatchError(
                 f"the adapters belong to different bases: {self.base_model!r} and "
-                f"{other.base_model!r}; if these are one, use "
-                "dataclasses.replace(adapter, base_model=…)"
+                f"{other.base_model!r}; if these are one, load them with one base_model="
             )
         for p in mine.keys() & theirs.keys():
             if mine[p].shape != theirs[p].shape:
@@ -450,8 +449,8 @@ def _merged_extras(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str
     for key in a.keys() & b.keys():
         if a[key].dtype != b[key].dtype or not torch.equal(a[key], b[key]):
             raise MismatchError(
-                f"both adapters carry {key!r} with different values; drop it from one of them "
-                "(dataclasses.replace(adapter, extras={…}))"
+                f"both adapters carry {key!r} with different values; "
+                "lorafold.merge(…, heads=…) takes those of one of them"
             )
     return {**b, **a}
 

@@ -83,8 +83,8 @@ def refusal_reason(config: Mapping[str, Any], extras: Iterable[str]) -> str | No
         if init.startswith(start):
             return (
                 f"this adapter was initialised with {name}, which moves part of the base weight "
-                "into the factors, and was not converted: save it with PEFT's save_pretrained("
-                "path, path_initial_model_for_weight_conversion=...) first"
+                "into the factors, and was not converted: save it with PEFT's `save_pretrained("
+                "path, path_initial_model_for_weight_conversion=…)` first"
             )
     if init == "loftq":
         return (

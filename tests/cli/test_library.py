@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.cli import _library
@@ -460,12 +461,14 @@ def test_bench_of_nothing(here, cli):
     assert cli("unfold", "lib", "-o", "out").code == 0
 
 
-def test_a_pickle_names_no_flag_that_a_command_has_not(here, cli):
+def test_a_pickle_is_read_with_the_flag_that_is_told(here, cli):
     source = Path("adapters/sql")
-    torch.save({}, source / "adapter_model.bin")
+    torch.save(load_file(source / "adapter_model.safetensors"), source / "adapter_model.bin")
     (source / "adapter_model.safetensors").unlink()
-    for args in (("fold", source, "-o", "out"), ("add", "lib", source), ("verify", "lib", source)):
+    add = ("add", "lib", source, "--replace")
+    for args in (("fold", source, "-o", "out"), add, ("verify", "lib", source)):
         ran = cli(*args)
         assert ran.code == 2
         assert "is a pickle" in ran.err
-        assert "--allow-pickle" not in ran.err
+        assert "give --allow-pickle if you trust it" in ran.err
+        assert cli(*args, "--allow-pickle").code == 0

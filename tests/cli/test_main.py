@@ -15,7 +15,7 @@ import pytest
 
 import lorafold
 from lorafold.cli import VERBS, main
-from lorafold.cli._command import Settings, as_flags, one_line
+from lorafold.cli._command import Settings, one_line
 from lorafold.demo.model import data_dir
 
 ROOT = Path(lorafold.__file__).parents[2]
@@ -240,7 +240,7 @@ def test_json_is_alone_on_stdout(line, here, cli):
         ("merge-into base adapters/sql -o base/out", "write elsewhere"),
         ("merge-into base/model.safetensors adapters/sql -o out", "give the folder of the base"),
         ("unfold lib sqk -o out", "did you mean 'sql'"),
-        ("add lib adapters/sql", "use --replace or another name"),
+        ("add lib adapters/sql", "give --replace, or another --name"),
         ("add lib adapters --name one", "--name is for one adapter"),
         ("rm lib law nothing", "no adapter 'nothing'"),
         ("verify lib adapters/sql --name odd=adapters/law", "no adapter 'odd'"),
@@ -294,25 +294,6 @@ def test_a_warning_is_one_line(cli, monkeypatch):
 
     monkeypatch.setattr(loaded("ls"), "callback", warn)
     assert cli("ls", "lib").err == "warning: two lines\n"
-
-
-def test_messages_name_flags_as_the_command_line_has_them():
-    assert as_flags("give overwrite=True or alpha= (…)") == "give --overwrite or --alpha (…)"
-    assert as_flags("use allow_pickle=True") == "use --allow-pickle"
-    assert as_flags("a path/with=equals, x=1") == "a path/with=equals, x=1"
-
-
-def test_messages_name_the_options_of_the_command_that_runs():
-    own = ["lambda", "drop_rate", "rank"]
-    assert as_flags("ties takes no lambda_=: it does", own) == "ties takes no --lambda: it does"
-    assert as_flags("drop_rate must lie in [0, 1)", own) == "--drop-rate must lie in [0, 1)"
-    assert as_flags("r.yaml: drop_rate must lie", own) == "r.yaml: drop_rate must lie"
-    assert as_flags("gamma must lie", own) == "gamma must lie"
-    assert as_flags("rank='x' is none; rank=None", own) == "--rank 'x' is none; rank=None"
-    assert as_flags("give a lower rate= than 1", {"option"}) == "give a lower --option rate= than 1"
-    assert as_flags("give a lower rate= than 1", own) == "give a lower rate= than 1"
-    assert as_flags("give dtype=torch.float32", {"dtype"}) == "give --dtype float32"
-    assert as_flags("with tables={end: kind}", {"tables"}) == "with --tables"
 
 
 def test_a_group_alone_tells_its_commands(cli):

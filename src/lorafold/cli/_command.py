@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -22,19 +21,9 @@ import click
 
 from ..errors import LorafoldError, ToleranceError
 from ..words import did_you_mean, escaped
+from ._remedies import as_flags
 
 CHECK_FAILED, BAD_INPUT = 1, 2
-
-# With no value, True, … for any, or a plain word or name in quotes.
-_VALUE = (
-    r"(?:True\b|'?…'?|\{[^}]*\}|(?=[\s;,:)]|$)|(?P<value>'[^'\s]+')|torch\.(?P<dtype>[a-z]+\d+))"
-)
-# What messages call as the Python API does, and the command line has as a flag.
-_KEYWORDS = re.compile(
-    r"\b(overwrite|allow_pickle|replace|alpha|revision|tolerance|retention|score|rank|energy|bits"
-    r"|base_model|form|name|heads|density|drop_rate|encoder|error|top_k|shape|texts"
-    rf"|alignment|unchecked|output|layers|resume)={_VALUE}"
-)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,7 +35,27 @@ class Settings:
     json: bool = False
     verbose: bool = False
     debug: bool = False
-    keywords: frozenset[str] = frozenset()  # the command's options, as Python calls them
+    command: click.Command | None = None  # that is running
+
+    def in_flags(self, text: str) -> str:
+        """A message in the words of the command that is running."""
+        return as_flags(text, {} if self.command is None else flags_of(self.command))
+
+
+def flags_of(command: click.Command) -> dict[str, str]:
+    """{keyword: flag} of a command, by the names of its options and of its arguments."""
+    own = command.own() if isinstance(command, Command) else ()
+    found = {name: f"--option {name}=" for name in own}
+    for option in command.params:
+        for name in option.opts if isinstance(option, click.Option) else ():
+            if name.startswith("--"):
+                found |= dict.fromkeys([str(option.name), name[2:].replace("-", "_")], name)
+    return found
+
+
+def told(error: LorafoldError) -> str:
+    """What an error says, for a command's report."""
+    return settings().in_flags(str(error))
 
 
 def settings() -> Settings:
@@ -65,26 +74,28 @@ class Command(click.Command):
 
     Args:
         example: the whole line, from `lorafold` on.
+        own: what `--option NAME=VALUE` takes, where there is that.
     """
 
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, example: str, own: Callable[[], Iterable[str]] = tuple, **kwargs: Any
+    ) -> None:
         kwargs["epilog"] = f"\b\nExample:\n  {example}"
         super().__init__(*args, **kwargs)
-        self.example = example
+        self.example, self.own = example, own
         self.params += shared_flags()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; its messages are told in its own words."""
-        options = (p for p in self.params if isinstance(p, click.Option))
-        names = (name[2:] for p in options for name in p.opts if name.startswith("--"))
-        found = frozenset(name.replace("-", "_") for name in names)
-        ctx.find_root().ensure_object(Settings).keywords = found
+        ctx.find_root().ensure_object(Settings).command = self
         return super().invoke(ctx)
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., Any]], Command]:
+def command(
+    name: str, example: str, own: Callable[[], Iterable[str]] = tuple
+) -> Callable[[Callable[..., Any]], Command]:
     """Decorate a function to be the command `name`."""
-    return click.command(name, cls=Command, example=example)
+    return click.command(name, cls=Command, example=example, own=own)
 
 
 class Group(Command, click.Group):
@@ -218,7 +229,7 @@ def _failed(error: BaseException | None, text: str, chosen: Settings, status: in
     if chosen.debug and error is not None:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     else:
-        click.echo(f"error: {one_line(as_flags(text, chosen.keywords))}", err=True)
+        click.echo(f"error: {one_line(chosen.in_flags(text))}", err=True)
     return status
 
 
@@ -226,30 +237,6 @@ def _usage_line(error: click.ClickException) -> str:
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     hint = f" (see '{ctx.command_path} --help')" if ctx else ""
     return error.format_message().rstrip(".") + hint
-
-
-def as_flags(text: str, keywords: Iterable[str] = ()) -> str:
-    """A message with `overwrite=True` and the like said as the command line has them.
-
-    Args:
-        keywords: options of the command that runs, beside those that many have; a message that
-            begins with one (`drop_rate must …`) is about it.
-    """
-    names = "|".join(sorted(map(re.escape, keywords), key=len, reverse=True))
-    if "base_model" in keywords:
-        text = text.replace("use dataclasses.replace(adapter, base_model=…)", "give --base-model")
-    for pattern in [rf"\b({names})_?={_VALUE}", rf"^({names})_?(?= must )"] if names else []:
-        text = re.sub(pattern, _as_flag, text)
-    text = _KEYWORDS.sub(_as_flag, text)
-    if "option" in keywords:  # what is left is a method's own: `--option NAME=VALUE`
-        text = re.sub(r"(?<=[\s(])([a-z_]+)=(?=[\s;,:)]|$)", r"--option \1=", text)
-    return text
-
-
-def _as_flag(match: re.Match[str]) -> str:
-    found = match.groupdict()
-    value = found.get("value") or found.get("dtype")
-    return "--" + match[1].replace("_", "-") + (f" {value}" if value else "")
 
 
 def one_line(text: str) -> str:
@@ -272,7 +259,7 @@ def _others_silent() -> Iterator[None]:
 @contextlib.contextmanager
 def _one_line_warnings(chosen: Settings) -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        click.echo(f"warning: {one_line(as_flags(str(message), chosen.keywords))}", err=True)
+        click.echo(f"warning: {one_line(chosen.in_flags(str(message)))}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import MismatchError
+from ._writing import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -17,17 +18,36 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--alpha", type=float, help="α, for an adapter without adapter_config.json."),
+    click.option("--alpha", type=float, help="α, for an adapter that does not say its own."),
     click.option("--revision", help="Branch, tag or commit, for an id on the Hub."),
     click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too."),
 ]
+_DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="What 8-bit factors are read in.")
+
+base_option = click.option(
+    "--base-model", help="Name of the base, where the sources spell it differently."
+)
 
 
 def adapter_options(function: F) -> F:
-    """The options of a command that reads adapters: what `opened` takes."""
+    """The options of a command that reads the numbers of adapters: what `opened` takes."""
+    return source_options(_DTYPE(function))
+
+
+def source_options(function: F) -> F:
+    """Those of one that reads none, or writes adapters and has a --dtype for that.
+
+    Not for: leaving that out; `opened` takes it as well.
+    """
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def reading_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What `adapter_options` and `base_option` gave, taken out of the options of a command."""
+    names = ("alpha", "revision", "allow_pickle", "base_model", "dtype")
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def library_of(text: str) -> str | None:
@@ -42,11 +62,11 @@ def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 
     Args:
-        options: alpha, revision, allow_pickle, as it takes them.
+        options: alpha, revision, allow_pickle, as it takes them, and dtype's name.
     """
     from ..files import open_adapter
 
-    return open_adapter(text, **options)
+    return open_adapter(text, **_reading(options))
 
 
 def loaded(text: str, **options: Any) -> Adapter:
@@ -58,7 +78,7 @@ def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> 
     """Every adapter that sources and NAME=SOURCE stand for, opened, by name; as Python has it.
 
     Args:
-        options: alpha, revision, allow_pickle, as `named_handles` takes them.
+        options: as `named_handles` takes them, but dtype's name.
 
     Raises:
         BadParameter: no `=` in a pair, or a name given twice.
@@ -80,6 +100,10 @@ def named(sources: Iterable[str], pairs: Iterable[str] = (), **options: Any) -> 
             "give adapters, or NAME=SOURCE with --name", click.get_current_context()
         )
     try:
-        return named_handles([*texts, given], **options)
+        return named_handles([*texts, given], **_reading(options))
     except TwiceNamedError as e:
         raise MismatchError(f"{e.found}: give one a name of its own with --name") from None
+
+
+def _reading(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "dtype": torch_dtype(options.get("dtype"))}

@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import named
+from ._source import adapter_options, base_option, named
 from ._writing import timeout_option
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     help="Keep it off the shared bases, or bit for bit.",
 )
 @timeout_option
-@click.option("--base-model", help="Name of the base, where they spell it otherwise than LIB.")
+@base_option
+@adapter_options
 def add(
     lib: str,
     adapters: tuple[str, ...],
@@ -38,7 +39,7 @@ def add(
     tolerance: float | None,
     form: str | None,
     timeout: float,
-    base_model: str | None,
+    **reading: Any,
 ) -> None:
     """Add adapters to a library.
 
@@ -49,7 +50,7 @@ def add(
     from ..fold import Library
 
     with Library.open(lib, timeout=timeout) as opened:
-        found = named(adapters, base_model=base_model)
+        found = named(adapters, **reading)
         if name is not None:
             if len(found) != 1:
                 text = f"--name is for one adapter, and {len(found)} are given"
@@ -74,7 +75,7 @@ def _check_free(lib: Library, names: list[str], replace: bool) -> None:
     taken = [name for name in names if name in lib]
     if taken and not replace:
         raise MismatchError(
-            f"the library already has an adapter {taken[0]!r}; use replace=True or another name"
+            f"the library already has an adapter {taken[0]!r}; give --replace, or another --name"
         )
 
 

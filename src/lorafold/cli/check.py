@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
-from ._command import CheckFailed, command, settings
-from ._source import adapter_options, opened
+from ._command import CheckFailed, command, settings, told
+from ._source import opened, source_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ _MAY_BE_NEW = {"saved module"}  # may be new: a classifier that the base doesn't
 @command("check", example="lorafold check adapters/sql --base base")
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--base", required=True, metavar="DIR", help="The base model's folder.")
-@adapter_options
+@source_options
 def check(adapter: str, base: str, **options: Any) -> None:
     """Check an adapter's names and shapes against its base.
 
@@ -147,7 +147,7 @@ def _not_merged(
     try:
         check_replicated(list(plan.base.names()), file.config, file.parts.modules)
     except MismatchError as e:
-        reason = reason or str(e)
+        reason = reason or told(e)
     if reason is None and (plan.unplaced or plan.wrong or unchecked):
         n = output.count(len({*plan.unplaced, *plan.wrong, *(row["name"] for row in unchecked)}))
         reason = f"parts of the adapter without a place that fits: {n} (--partial leaves out"

@@ -12,6 +12,7 @@ import click
 from . import _output as output
 from ._command import command, settings
 from ._library import library_facts, library_table
+from ._source import adapter_options, base_option, reading_of
 from ._source import named as named_handles
 from ._writing import timeout_option
 
@@ -59,17 +60,15 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
     help="Limit for what is held of the adapters at once.",
 )
 @click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
-@click.option("--alpha", type=float, help="α of adapters that don't say theirs (vLoRA's).")
-@click.option("--base-model", help="Name of the base, where the sources spell it differently.")
+@base_option
 @click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
 @timeout_option
+@adapter_options
 def fold(
     sources: tuple[str, ...],
     path: str,
     named: tuple[str, ...],
     score: str | None,
-    alpha: float | None,
-    base_model: str | None,
     **options: Any,
 ) -> None:
     """Fold many adapters into one library with a bounded error.
@@ -79,11 +78,12 @@ def fold(
     measured on what was written, adapter by adapter.
     """
     function = None if score is None else score_function(score)
+    reading = reading_of(options)
     from ..fold.fold import fold as fold_sources
 
     with output.notes(), output.progress("folding") as advance:
         lib = fold_sources(
-            named_handles(sources, named, alpha=alpha, base_model=base_model),
+            named_handles(sources, named, **reading),
             path,
             score=function,
             progress=advance,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
-from ._command import command, settings
+from ._command import command, settings, told
 from ._library import library_facts, library_table
 from ._source import adapter_options, opened
 from ._subspace import show_subspace
@@ -124,8 +124,8 @@ def _described_or_error(path: str, failures: list[str], options: Mapping[str, An
     try:
         return describe(path, opened(path, **options))
     except LorafoldError as e:
-        failures.append(str(e))
-        return {"path": path, "error": str(e)}
+        failures.append(told(e))
+        return {"path": path, "error": failures[-1]}
 
 
 def describe(path: str, file: AdapterFile) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def describe(path: str, file: AdapterFile) -> dict[str, Any]:
             "alpha": _alpha(u.scale, u.rank, rslora),
             "scale": u.scale,
             "norm": u.norm() if refusal is None else None,
-            "dtype": str(u.A.dtype).removeprefix("torch."),
+            "dtype": str(file.dtypes[p]).removeprefix("torch."),
             "kind": adapter.layout(p).kind,
         }
         for p, u in adapter.modules.items()

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from ..errors import MismatchError
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, named
+from ._source import base_option, named, reading_of, source_options
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ _NOT_WITH_RECIPES = {
 @click.option("--rank", type=int, help="Rank of the result; else it is exact.")
 @click.option("--tolerance", type=float, help="Bound on each module's error; else it is exact.")
 @click.option("--pad", is_flag=True, help="Zero-pad to one rank: the form all readers agree on.")
+@base_option
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
-@adapter_options
+@source_options
 def merge(
     sources: tuple[str, ...],
     target: str,
@@ -97,7 +98,7 @@ def merge(
     check_replaceable(place, ADAPTER, overwrite, target)
     with output.progress("merging") as advance:
         options["progress"] = advance
-        reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
+        reading = {"dtype": dtype, **reading_of(options)}
         if any(map(_is_recipe, sources)):
             if len(sources) > 1:
                 raise click.UsageError("a recipe names its adapters: give it alone")
@@ -122,7 +123,7 @@ def _by_method(handles: dict[str, Handle], rank: int | None, options: dict[str, 
     weights = _weights(names, options.pop("pairs"), options.pop("weights"))
     method, space, seed = (options.pop(key) for key in ("method", "space", "seed"))
     if method in ("lorahub", "regmean"):
-        raise MismatchError(f"{method} needs a function or matrices: call lorafold.merge in Python")
+        raise MismatchError(f"{method} needs what can be given in Python alone")
     given = {k: v for k, v in options.items() if v is not None and v is not False}
     if rank is not None and takes_rank(method, space):
         given["rank"] = rank

@@ -8,6 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
+from ._source import adapter_options, base_option
 from ._source import named as named_handles
 from ._writing import timeout_option
 
@@ -34,8 +35,15 @@ if TYPE_CHECKING:
 )
 @click.option("--memory", default="1GiB", show_default=True, help="Limit for what is held at once.")
 @timeout_option
+@base_option
+@adapter_options
 def repair(
-    lib: str, sources: tuple[str, ...], named: tuple[str, ...], memory: str, timeout: float
+    lib: str,
+    sources: tuple[str, ...],
+    named: tuple[str, ...],
+    memory: str,
+    timeout: float,
+    **reading: Any,
 ) -> None:
     """Make a damaged library whole again: rebuild what is lost, or drop it.
 
@@ -46,7 +54,7 @@ def repair(
 
     from ..fold import repair as repaired
 
-    given = named_handles(sources, named) if sources or named else None
+    given = named_handles(sources, named, **reading) if sources or named else None
     with output.progress("repairing") as advance:
         done = repaired(lib, given, memory=memory, timeout=timeout, progress=advance)
     data = {

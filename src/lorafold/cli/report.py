@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, named
+from ._source import adapter_options, base_option, named, reading_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,14 +39,12 @@ if TYPE_CHECKING:
     help="Limit for what is held of the adapters at once.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the page at HTML.")
+@base_option
 @adapter_options
 def report(
     sources: tuple[str, ...],
     path: str,
     names: tuple[str, ...],
-    alpha: float | None,
-    revision: str | None,
-    allow_pickle: bool,
     **options: Any,
 ) -> None:
     """Write one page of pictures about a collection of adapters.
@@ -59,10 +57,11 @@ def report(
     from ..report.report import check_writable
     from ..report.report import report as write
 
+    reading = reading_of(options)
     check_writable(path, options["overwrite"])
     plotly_js()  # before anything is read
     with output.progress("reading") as advance:
-        handles = named(sources, names, alpha=alpha, revision=revision, allow_pickle=allow_pickle)
+        handles = named(sources, names, **reading)
         written = write(handles, path, progress=advance, **options)
     found = {
         "path": str(written.path),

@@ -8,7 +8,7 @@ import click
 
 from . import _output as output
 from ._command import command
-from ._source import adapter_options, library_of, opened
+from ._source import library_of, opened, source_options
 from ._writing import DTYPES, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--pad", is_flag=True, help="Zero-pad to one rank: the form all readers agree on.")
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
-@adapter_options
+@source_options
 def resize(
     source: str,
     target: str,
@@ -49,7 +49,7 @@ def resize(
     from ..files.replacing import check_apart
 
     with output.progress("resizing"):
-        before = opened(source, **options)
+        before = opened(source, dtype=dtype, **options)
         check_apart(target, [before.path, library_of(source)])
         adapter = before.load()
         smaller = adapter.resize(rank=rank, energy=energy, tolerance=tolerance, budget=budget)

@@ -13,7 +13,7 @@ from ..errors import MismatchError
 from . import _output as output
 from ._bases import TABLE, tables_of
 from ._command import command, settings
-from ._source import adapter_options, opened
+from ._source import opened, source_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @command("roles", example="lorafold roles adapters/sql")
 @click.argument("path", metavar="PATH")
 @click.option("--table", "tables", multiple=True, metavar="FILE", help=TABLE)
-@adapter_options
+@source_options
 def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
     """Show what the modules of a base or an adapter do.
 

@@ -9,7 +9,7 @@ import click
 
 from . import _output as output
 from ._command import command, settings
-from ._source import adapter_options, named
+from ._source import adapter_options, base_option, named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,7 @@ _LISTED = 10_000  # pairs listed at most: a thousand that are alike make half a 
 @click.option("--exact", is_flag=True, help="Compute every pair exactly, not only the near ones.")
 @click.option("--name", "names", multiple=True, metavar="NAME=SOURCE", help="A source by a name.")
 @click.option("--seed", type=int, default=0, help="Of the sketches.")
+@base_option
 @adapter_options
 def similar(
     sources: tuple[str, ...],

@@ -15,8 +15,8 @@ from ..collection.folders import folder_names, known_names, write_names
 from ..errors import LorafoldError
 from . import _output as output
 from ._bases import pair_options, tables_of, tokenizers_of
-from ._command import CheckFailed, command, settings
-from ._source import adapter_options, named
+from ._command import CheckFailed, command, settings, told
+from ._source import named, reading_of, source_options
 from ._texts import texts_of
 from ._writing import dtype_option, torch_dtype
 
@@ -34,7 +34,17 @@ _FLAGGED = ("rescale", "unchecked", "tokenizers", "roles")
 _SHAPE = re.compile(r"(?P<pattern>.+)=(?P<out>\d+)[x×](?P<inner>\d+)")
 
 
-@command("transfer", example="lorafold transfer adapters/sql --shape q_proj=48x32 -o wide")
+def _of_methods() -> set[str]:
+    from ..transfer.transfer import METHODS
+
+    return {name for way in METHODS.values() for name in way.takes}
+
+
+@command(
+    "transfer",
+    example="lorafold transfer adapters/sql --shape q_proj=48x32 -o wide",
+    own=_of_methods,
+)
 @click.argument("source", metavar="ADAPTER")
 @click.option("-o", "--output", "target", required=True, metavar="OUT", help="Where it goes.")
 @click.option("--from", "old", metavar="BASE_S", help="The base that it was trained on.")
@@ -60,7 +70,7 @@ _SHAPE = re.compile(r"(?P<pattern>.+)=(?P<out>\d+)[x×](?P<inner>\d+)")
 @click.option("--pad", is_flag=True, help="Zero-pad to one rank: the form all readers agree on.")
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
-@adapter_options
+@source_options
 def transfer(
     source: str,
     target: str,
@@ -78,7 +88,7 @@ def transfer(
     keep the effect learn from --texts run through both bases, or from an --alignment of them. Exit
     status 1 where some of many adapters could not be moved, or 'auto' advises against one.
     """
-    reading = {key: options.pop(key) for key in ("alpha", "revision", "allow_pickle")}
+    reading = {"dtype": dtype, **reading_of(options)}
     given = _arguments(options)
     handles = named([source], **reading)
     places = _places(source, handles, target, overwrite)
@@ -96,7 +106,7 @@ def transfer(
             except LorafoldError as e:
                 if len(places) == 1:
                     raise
-                failed[name] = str(e)
+                failed[name] = told(e)
     if renamed:
         write_names(Path(target), known, {f: n for f, n in renamed.items() if n not in failed})
     found = {"path": target, "adapters": rows, "failed": failed}

@@ -11,7 +11,7 @@ import click
 
 from ..collection.folders import NAMES_FILE, folder_names, known_names, write_names
 from . import _output as output
-from ._command import CheckFailed, command
+from ._command import CheckFailed, command, told
 from ._writing import dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def unfold(
                 try:
                     adapter = opened[name]
                 except FileError as e:
-                    lost[name] = str(e)
+                    lost[name] = told(e)
                     renamed.pop(folders[name], None)
                     continue
                 save(

@@ -8,6 +8,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command
+from ._source import adapter_options, base_option
 from ._source import named as named_handles
 from ._subspace import verify_subspace
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     metavar="NAME=SOURCE",
     help="The source of the adapter NAME; can be given again.",
 )
-def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
+@base_option
+@adapter_options
+def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...], **reading: Any) -> None:
     """Check a library's checksums, and its errors against the sources.
 
     Without a SOURCE only the checksums are read. With sources, named as for fold, every one of
@@ -44,7 +47,7 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...]) -> None:
             raise CheckFailed(f"{len(wrong_there)} problems: {wrong_there[0]}")
         return
     with _library(lib) as opened:
-        given = named_handles(sources, named) if sources or named else None
+        given = named_handles(sources, named, **reading) if sources or named else None
         with output.progress("comparing" if given else "reading checksums") as advance:
             found = opened.verify(given, strict=False, progress=advance)
         rows = [

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Layout, on_base
@@ -98,6 +99,7 @@ def named_handles(
     revision: str | None = None,
     allow_pickle: bool | None = None,
     base_model: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Handle]:
     """Open every source by its header.
 
@@ -108,13 +110,14 @@ def named_handles(
         alpha: α of those that have no config. revision: of those on the Hub.
         allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
         base_model: what the base of all of them is called, however each spells it.
+        dtype: what factors of 8 bits are read in.
 
     Raises:
         FileError: a path that is not there, a glob or folder without adapters, a closed library.
         UnknownNameError: a library has no such name.
         MismatchError: no source at all, or two with one name.
     """
-    opener = _Opener(alpha, revision, allow_pickle)
+    opener = _Opener(alpha, revision, allow_pickle, dtype)
     handles: dict[str, Handle] = {}
     twice: dict[str, None] = {}
     for name, handle in opener.opened(sources):
@@ -182,9 +185,14 @@ class _Opener:
     """Opens sources in their order; a library that several of them name, once."""
 
     def __init__(
-        self, alpha: float | None, revision: str | None, allow_pickle: bool | None
+        self,
+        alpha: float | None,
+        revision: str | None,
+        allow_pickle: bool | None,
+        dtype: torch.dtype | None,
     ) -> None:
         self._alpha, self._revision, self._allow_pickle = alpha, revision, allow_pickle
+        self._dtype = dtype
         self._libraries: dict[str, Shelf] = {}
         self._count = 0  # sources so far
 
@@ -269,7 +277,9 @@ class _Opener:
         try:
             if alpha is not None and locate(place, revision=revision, allow_pickle=pickled).config:
                 alpha = None  # it is for those that don't say theirs
-            return open_adapter(place, alpha=alpha, revision=revision, allow_pickle=pickled)
+            return open_adapter(
+                place, alpha=alpha, revision=revision, allow_pickle=pickled, dtype=self._dtype
+            )
         except (PickleError, NoSuchPathError) as e:
             if self._allow_pickle is not None:
                 raise

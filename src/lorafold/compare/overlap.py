@@ -123,8 +123,7 @@ def overlap(
     if mine.base_model and theirs.base_model and mine.base_model != theirs.base_model:
         raise MismatchError(
             f"the adapters belong to different bases: {mine.base_model!r} and "
-            f"{theirs.base_model!r}; if these are one, use "
-            "dataclasses.replace(adapter, base_model=…)"
+            f"{theirs.base_model!r}; if these are one, load them with one base_model="
         )
     return compared(mine, theirs, progress)
 

@@ -327,9 +327,8 @@ def _many(path: Path, names: Iterable[str]) -> str:
 def _none(path: Path) -> str:
     if is_subspace(path):
         return (
-            f"{path} is a vLoRA folder of many adapters, which does not hold their α: give it, "
-            f"lorafold fold {path} -o LIB --alpha α, or in Python "
-            "lorafold.files.load_many(path, alpha=…)"
+            f"{path} is a vLoRA folder, which does not hold α; name one of its adapters, as "
+            f"{path}:NAME, and give alpha="
         )
     if is_library(path):
         return f"{path} is a library; name one of its adapters, as {path}:NAME"

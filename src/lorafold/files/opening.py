@@ -39,6 +39,7 @@ def open_adapter(
     alpha: float | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> AdapterFile:
     """Open an adapter without reading its tensors.
 
@@ -50,6 +51,7 @@ def open_adapter(
         alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
         revision: a branch, tag or commit, for a Hub id.
         allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
+        dtype: what factors of 8 bits are read in; those of other dtypes stay as they are.
 
     Raises:
         FileError: nothing there, or no adapter of a kind that is read; naming file and key.
@@ -68,7 +70,7 @@ def open_adapter(
         found = in_subspace(text)
         if found is not None:
             return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], Path(text))
-    return open_files(source, alpha, revision, allow_pickle)
+    return open_files(source, alpha, revision, allow_pickle, dtype)
 
 
 def open_library(path: str | os.PathLike[str]) -> Any:

@@ -82,7 +82,7 @@ class AdapterFile:
         nbytes: bytes of its files on the disk (of its tensors, in memory).
     """
 
-    __slots__ = ("_adapter", "_file", "_record", "nbytes", "path")
+    __slots__ = ("_adapter", "_file", "_record", "_wide", "nbytes", "path")
 
     def __init__(
         self,
@@ -91,9 +91,10 @@ class AdapterFile:
         nbytes: int,
         file: Held | None = None,
         adapter: Adapter | None = None,
+        wide: torch.dtype | None = None,
     ) -> None:
         self.path, self.nbytes = path, nbytes
-        self._record, self._file, self._adapter = record, file, adapter
+        self._record, self._file, self._adapter, self._wide = record, file, adapter, wide
 
     @classmethod
     def of(
@@ -187,7 +188,7 @@ class AdapterFile:
         if self._adapter is not None:
             return _moved(self._adapter[path], None, dtype)
         A, B = self._tensors([slot.A, slot.B])
-        return _update(A, B, path, slot, self._where, dtype)
+        return _update(A, B, path, slot, self._where, dtype, self._wide)
 
     def read_extras(self) -> dict[str, Tensor]:
         """{file key: tensor} of everything that is no module's factor."""
@@ -206,7 +207,7 @@ class AdapterFile:
             adapter = self._adapter
             return adapter if device is None and dtype is None else adapter.to(device, dtype)
         tensors = dict(zip(self.keys, self._tensors(self.keys), strict=True))
-        return _assembled(tensors, self._record, self._where, device, dtype)
+        return _assembled(tensors, self._record, self._where, device, dtype, self._wide)
 
     @property
     def _where(self) -> str:
@@ -221,7 +222,11 @@ class AdapterFile:
 
 
 def open_files(
-    source: str | os.PathLike[str], alpha: float | None, revision: str | None, allow_pickle: bool
+    source: str | os.PathLike[str],
+    alpha: float | None,
+    revision: str | None,
+    allow_pickle: bool,
+    wide: torch.dtype | None,
 ) -> AdapterFile:
     """An adapter that has files of its own; see `open_adapter`, which knows libraries as well."""
     with safetensors.file_errors(str(source)):
@@ -231,8 +236,9 @@ def open_files(
         config = None if text is None else parsed(text, str(place.config))
         tensors, config = plain_keys(_unpickled(weights), config, str(place.weights))
         record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
-        return AdapterFile.of(_assembled(tensors, record, where), place.path, nbytes)
-    return _open_safetensors(place, weights, text, alpha, nbytes)
+        adapter = _assembled(tensors, record, where, wide=wide)
+        return AdapterFile.of(adapter, place.path, nbytes)
+    return _open_safetensors(place, weights, text, alpha, nbytes, wide)
 
 
 def from_state_dict(
@@ -277,7 +283,12 @@ def _opened_together(
 
 
 def _open_safetensors(
-    place: Location, weights: Held, text: str | None, alpha: float | None, nbytes: int
+    place: Location,
+    weights: Held,
+    text: str | None,
+    alpha: float | None,
+    nbytes: int,
+    wide: torch.dtype | None,
 ) -> AdapterFile:
     where = str(place.weights)
     f = weights.file()
@@ -308,9 +319,9 @@ def _open_safetensors(
             kept = common_config(alphas.parts.values()) if config is None else config
             record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
             if beside:  # which the header does not tell apart
-                return AdapterFile(place.path, record, nbytes, file=weights)
+                return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
         _records[digest] = record
-    return AdapterFile(place.path, record, nbytes, file=weights)
+    return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
 
 
 def _said(
@@ -372,17 +383,24 @@ def _assembled(
     where: str,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    wide: torch.dtype | None = None,
 ) -> Adapter:
     modules = {}
     for path, slot in record.slots.items():
-        u = _update(tensors[slot.A], tensors[slot.B], path, slot, where, dtype)
+        u = _update(tensors[slot.A], tensors[slot.B], path, slot, where, dtype, wide)
         modules[path] = _moved(u, device, None)
     extras = {k: tensors[k].to(device=device) for k in record.extra_keys}
     return Adapter(modules, extras, record.config, layouts=record.layouts)
 
 
 def _update(
-    A: Tensor, B: Tensor, path: str, slot: Slot, where: str, dtype: torch.dtype | None
+    A: Tensor,
+    B: Tensor,
+    path: str,
+    slot: Slot,
+    where: str,
+    dtype: torch.dtype | None,
+    wide: torch.dtype | None,
 ) -> LowRank:
     layout = slot.layout
     if layout.kind == "expert":
@@ -393,11 +411,17 @@ def _update(
             A = A[e * slot.rank : (e + 1) * slot.rank].clone()
             B = B[:, e::count].contiguous()
     A, B = A.flatten(1), B.flatten(1)
+    narrow = next((t.dtype for t in (A, B) if t.dtype.itemsize == 1), None)
+    if narrow is not None and dtype is None:
+        if wide is None:
+            raise MismatchError(
+                f"{where}: module {path!r} is {narrow}: load it with dtype=torch.float32"
+            )
+        dtype = wide
     try:
         return LowRank(A.to(dtype or A.dtype), B.to(dtype or B.dtype), slot.scale)
     except MismatchError as e_:
-        hint = "; give dtype=torch.float32" if A.dtype.itemsize == 1 else ""
-        raise MismatchError(f"{where}: module {path!r}: {e_}{hint}") from e_
+        raise MismatchError(f"{where}: module {path!r}: {e_}") from e_
 
 
 def _moved(u: LowRank, device: Any, dtype: torch.dtype | None) -> LowRank:
@@ -415,7 +439,7 @@ def _unpickled(held: Held) -> dict[str, Tensor]:
     path = held.path
     with open(os.dup(held.file().number), "rb") as f:
         says = safetensors.disguise(f.read(100))
-        if says is not None and "torch.save" not in says:
+        if says is not None and "PyTorch" not in says:
             raise FileError(f"{path} is {says}")
         f.seek(0)
         try:

@@ -96,7 +96,7 @@ _DISGUISES = (
     (b"<html", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
     (b"<?xml", "an XML text, not the file: fetch it again, from where it can be downloaded"),
     (b"gguf", "a GGUF file of llama.cpp, which is not read"),
-    (b"pk\x03\x04", "a ZIP file, most likely what torch.save wrote: its name should end in .bin"),
+    (b"pk\x03\x04", "a ZIP file, most likely one of PyTorch's: its name should end in .bin"),
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
 )
 _ENOUGH = 64  # bytes that show which

@@ -53,7 +53,7 @@ def add_to(
         handle = OnBase(handle, base_model)
     name = name if name is not None else default
     if not isinstance(name, str) or not name:
-        raise MismatchError("an Adapter object needs a name: add(adapter, name='…')")
+        raise MismatchError("an Adapter object needs a name: give name=")
     if form not in (None, "svd", "exact"):
         raise MismatchError(f"add takes form 'svd' or 'exact', found {form!r}")
     if tolerance is not None and not 0 <= tolerance < 1:

@@ -173,7 +173,7 @@ def _what_is_left(name: str, tolerance: float, error: float) -> float:
     if error > 0 and error >= tolerance:
         raise ToleranceError(
             f"{name!r} is stored with error {error:.4g}; a bound of {tolerance:g} can't be met "
-            "without its source: give sources=, or a larger tolerance"
+            "without its source: give sources=, or give a larger tolerance="
         )
     # ‖ΔŴ‖ ≤ (1 + error) ‖ΔW‖, and the new error counts in units of ‖ΔŴ‖.
     return (tolerance - error) / (1 + error)

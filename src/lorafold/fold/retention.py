@@ -77,7 +77,7 @@ class _Counted:
         value = float(self._score(name, adapter))
         if not math.isfinite(value):
             raise MismatchError(
-                f"score({name!r}, …) gave {value}; it must be a finite number, higher for better"
+                f"the score of {name!r} is {value}; it must be a finite number, higher for better"
             )
         return value
 

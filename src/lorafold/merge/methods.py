@@ -160,7 +160,7 @@ def _takes(method: str, space: str) -> dict[str, Any]:
 def _who_takes(option: str, known: Iterable[str]) -> str:
     """What to do about an option that a method does not take."""
     if option == "rank":
-        return ": its result is exact, and `.resize(rank=…)` cuts it"
+        return ": its result is exact; resize that"
     own = "density" if option == "drop_rate" else option
     methods = [name for name, method in METHODS.items() if own in method.takes]
     if methods:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapter import Adapter
 from ..collection.sources import named_handles
 from ..errors import MismatchError, UnknownNameError
@@ -128,6 +130,8 @@ class Recipe:
         alpha: float | None = None,
         revision: str | None = None,
         allow_pickle: bool | None = None,
+        dtype: torch.dtype | None = None,
+        base_model: str | None = None,
         **options: Any,
     ) -> Adapter:
         """The adapter of which base + ΔW is what mergekit would write.
@@ -137,6 +141,8 @@ class Recipe:
             seed: of random masks. mergekit draws others.
             alpha: α of adapters that have no config. revision: of those on the Hub.
             allow_pickle: read `adapter_model.bin` too.
+            dtype: what factors of 8 bits are read in.
+            base_model: what the base of all of them is called.
             options: `heads=`, `progress=`, as `merge` takes them.
         """
         handles = named_handles(
@@ -144,6 +150,8 @@ class Recipe:
             alpha=alpha,
             revision=revision,
             allow_pickle=allow_pickle,
+            dtype=dtype,
+            base_model=base_model,
         )
         if self.base is not None and not os.path.exists(self.base):
             # A local folder may have any name; of two names on the Hub, the last part is enough.

@@ -209,7 +209,7 @@ def vectors_of(
 
 def _encoded(texts: list[str], encoder: Encoder | None) -> Tensor:
     if encoder is None:
-        raise MismatchError("texts need an encoder: give encoder=, or vectors instead of texts")
+        raise MismatchError("texts need an encoder: give encoder=, or give vectors instead")
     x = _tensor(encoder(texts))
     if x.ndim != 2 or len(x) != len(texts):
         raise MismatchError(

@@ -253,7 +253,7 @@ def _check_experts(model: nn.Module, owner: str, spot: Spot, shape: tuple[int, i
 def _not_run(name: str, key: str, kind: str) -> RefusedError:
     return RefusedError(
         f"adapter {name!r} carries {key!r} ({kind}), which attaching does not run: apply it to "
-        "the weights (adapter.apply_to), or drop it with dataclasses.replace(adapter, extras={...})"
+        "the weights (adapter.apply_to)"
     )
 
 

@@ -17,8 +17,8 @@ _DIFFERENCE = (
     "`lorafold extract BASE MERGED -o OUT`"
 )
 _DIFFUSERS = (
-    "load it with diffusers, pipe.load_lora_weights(file, adapter_name='default'), write it with "
-    "pipe.unet.save_lora_adapter(folder), and give the file in that folder"
+    "load it with diffusers, `pipe.load_lora_weights(file, adapter_name='default')`, write it with "
+    "`pipe.unet.save_lora_adapter(folder)`, and give the file in that folder"
 )
 MLX = f"this is in MLX's form, which is not read: {_DIFFERENCE} (mlx_lm.fuse merges)"
 
@@ -48,7 +48,7 @@ _FORMATS = (
     (
         "in the form of NeMo or Megatron",
         re.compile(r"adapter\w*\.linear_(in|out)\.weight$"),
-        "export it for PEFT (export_ckpt with target='hf-peft')",
+        "export it for PEFT (`export_ckpt(…, target='hf-peft')`)",
     ),
     (
         "in the form of AdapterHub's library",

@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise FileError(
             f"{folder} is no base: a base is a folder with config.json, weights and tokenizer; one "
-            "on the Hub is fetched with: hf download ID --local-dir DIR"
+            "on the Hub is fetched with `hf download ID --local-dir DIR`"
         )
 
 

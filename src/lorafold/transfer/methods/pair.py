@@ -43,7 +43,7 @@ def alignment_of(job: Job) -> Alignment:
         given = Alignment.load(given)
     if given is None:
         if job.texts is None:
-            raise MismatchError("give texts= to align the bases on, or an alignment= of them")
+            raise MismatchError("give texts= to align the bases on, or give an alignment= of them")
         return align(
             job.source,
             job.target,
