@@ -49,7 +49,7 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
     Raises:
         MismatchError: nothing in it, or a value of the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> u = LowRank(torch.randn(2, 8), torch.randn(4, 2))
         >>> a = Adapter({"layers.0.q_proj": u})

@@ -79,7 +79,7 @@ class LowRank(Vector):
         MismatchError: factors that are not 2-D, disagree on r or device, are of another dtype, or
             hold NaN or infinity; a scale that is no finite number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> u = LowRank(torch.ones(1, 3), torch.ones(2, 1), scale=2.0)
         >>> u.shape, u.rank, round(u.norm(), 3)

@@ -112,7 +112,7 @@ _SHARED = re.compile(r"(^|\.)shared\.weight$")
 def kind(name: str) -> str:
     """A name with its numbers left out: modules of one kind differ in these alone.
 
-    Example:
+    Examples:
         >>> kind("model.layers.12.self_attn.q_proj")
         'model.layers.#.self_attn.q_proj'
     """

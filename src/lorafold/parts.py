@@ -151,7 +151,7 @@ _HIDDEN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 def plain_name(name: str) -> str:
     """A tensor's or module's name without what wrapped the model when it was written down.
 
-    Example:
+    Examples:
         >>> plain_name("module._orig_mod.model.layers.0.q_proj")
         'model.layers.0.q_proj'
     """

@@ -188,10 +188,40 @@ def test_folders_are_made_from_names():
         assert folder[0] not in ".-"
         assert len(folder.encode()) <= 100
     assert folder_names(["a/b"])["a/b"] == folders["a/b"]  # whatever else is there
+    assert folder_names(["römän", "数字"]) == {"römän": "römän", "数字": "数字"}
+    apart = folder_names(["é", "e\u0301", "É", "数" * 90])  # one letter to some file systems
+    assert apart["é"] == "é"
+    assert len({f.casefold() for f in apart.values()}) == 4
+    assert all(f.startswith("é-") for f in (apart["e\u0301"], apart["É"].casefold()))
+    assert len(apart["数" * 90].encode()) <= 200
     assert folder_names([folders["a/b"], "a/b"]) == {
         folders["a/b"]: folders["a/b"],
         "a/b": "a_b-" + folders["a/b"][4:] + folder_names(["a/b", folders["a/b"]])["a/b"][-1:],
     }
+
+
+def test_model_cards_go_through_a_library(here, cli):
+    cards = dict.fromkeys(("law", "new"), "# A template")
+    cards["sql"] = "---\nlicense: mit\n---\n# SQL, für 数"
+    for name in ("sql", "law"):
+        (here / "adapters" / name / "README.md").write_text(cards[name] + "\n", encoding="utf-8")
+    shutil.copytree(here / "adapters/law", here / "new")
+    cli("fold", "adapters/sql", "adapters/law", "adapters/poems", "-o", "cards")
+    cli("add", "cards", "new")
+    shutil.copytree(here / "cards", here / "anew")
+    with lf.Library.open("anew") as lib:
+        lib.refold(tolerance=0.2)
+        assert lib.contents.entry("law").card == lib.contents.entry("new").card  # one text
+        for k in range(40):  # shards are merged
+            lib.add("adapters/poems", f"p{k}")
+        assert len({e.shard for e in map(lib.contents.entry, lib.names)}) < 40
+    for lib in ("cards", "anew"):
+        cli("unfold", lib, "sql", "law", "new", "poems", "-o", f"out of {lib}")
+        for name in ("sql", "law", "new", "poems"):
+            there = here / f"out of {lib}" / name / "README.md"
+            assert there.is_file() == (name in cards)
+            if name in cards:
+                assert there.read_text(encoding="utf-8").startswith(cards[name] + "\n<!--")
 
 
 def test_unfold_gives_back_what_the_library_holds(here, cli):

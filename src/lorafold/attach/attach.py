@@ -60,7 +60,7 @@ def attach(
 
     Not for: writing a checkpoint (`lorafold merge-into`), nor what a library becomes later.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> a = lf.Adapter({"0": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from ..errors import FileError
 
 NAMES_FILE = "names.json"
 
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
+_PLAIN = re.compile(r"\w[\w.+-]{0,99}")  # letters of any script
+_MOST_BYTES = 200  # of a folder's name; file systems have 255
 _LONGEST = 60  # letters of a name that its folder keeps
 
 
@@ -24,7 +26,7 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
     A name that is one already keeps it. Any other becomes its plain letters and a part of its
     hash, so that it does not depend on what else is there. No two folders differ in case alone.
 
-    Example:
+    Examples:
         >>> folder_names(["sql", "../etc"])
         {'sql': 'sql', '../etc': 'etc-f7f9121f'}
     """
@@ -32,13 +34,13 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
     folders: dict[str, str] = {}
     taken = {NAMES_FILE}
     for name in names:
-        if _PLAIN.fullmatch(name) and name[-1] != "." and name.lower() not in taken:
+        if _is_plain(name) and name.casefold() not in taken:
             folders[name] = name
-            taken.add(name.lower())
+            taken.add(name.casefold())
     for name in names:
         if name not in folders:
             folders[name] = _hashed(name, taken)
-            taken.add(folders[name].lower())
+            taken.add(folders[name].casefold())
     return {name: folders[name] for name in names}
 
 
@@ -55,7 +57,7 @@ def known_names(folder: Path) -> dict[str, str]:
     with contextlib.suppress(ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(known, dict) or not all(
-        isinstance(name, str) and key.startswith("{}-{:.8}".format(*_letters_and_digest(name)))
+        isinstance(name, str) and _digest(name).startswith(key.rpartition("-")[2]) and "-" in key
         for key, name in known.items()
     ):
         raise FileError(f"{path} is no list of unfolded adapters: move it, or write elsewhere")
@@ -75,12 +77,22 @@ def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, st
     replace_file(folder / NAMES_FILE, text.encode())
 
 
-def _letters_and_digest(name: str) -> tuple[str, str]:
-    letters = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST] or "adapter"
-    return letters, hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _hashed(name: str, taken: set[str]) -> str:
-    letters, digest = _letters_and_digest(name)
+    letters = re.sub(r"[\W_]+", "_", unicodedata.normalize("NFC", name)).strip("_")[:_LONGEST]
+    start, digest = letters or "adapter", _digest(name)
     lengths = range(8, len(digest) + 1)
-    return next(f for n in lengths if (f := f"{letters}-{digest[:n]}").lower() not in taken)
+    return next(f for n in lengths if (f := f"{start}-{digest[:n]}").casefold() not in taken)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is one component on every file system, and the same on each."""
+    return (
+        _PLAIN.fullmatch(name) is not None
+        and name[-1] != "."
+        and unicodedata.is_normalized("NFC", name)
+        and len(name.encode()) <= _MOST_BYTES
+    )

@@ -66,6 +66,9 @@ class Handle(Protocol):
     @property
     def refusal(self) -> str | None: ...
 
+    @property
+    def card(self) -> str | None: ...
+
     def read(self, path: str) -> LowRank: ...
 
     def read_extras(self) -> dict[str, Tensor]: ...
@@ -170,6 +173,10 @@ class OnBase:
     @property
     def refusal(self) -> str | None:
         return self._handle.refusal
+
+    @property
+    def card(self) -> str | None:
+        return self._handle.card
 
     def read(self, path: str) -> LowRank:
         return self._handle.read(path)

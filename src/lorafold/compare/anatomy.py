@@ -137,7 +137,7 @@ def anatomy(adapter: Any, *, threshold: float = 3.5) -> Anatomy:
 
     Not for: a judgement of quality: what differs may be right.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lambda: lf.LowRank(torch.randn(4, 32), torch.randn(16, 4))
         >>> a = lf.Adapter({f"layers.{n}.q_proj": 100 * u() if n == 5 else u() for n in range(9)})
@@ -197,7 +197,7 @@ def families_of(paths: Iterable[str]) -> dict[str, tuple[str, int | None]]:
     A family has the paths that differ in indices alone. It is called by as many of the last
     components as tell it from the others.
 
-    Example:
+    Examples:
         >>> families_of(["h.0.attn.q", "h.1.attn.q", "h.0.mlp.up[3]"])["h.1.attn.q"]
         ('q', 1)
     """

@@ -112,7 +112,7 @@ def overlap(
 
     Source: Björck & Golub, Numerical methods for computing angles between linear subspaces (1973).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))
         >>> found = lf.overlap(lf.Adapter({"q_proj": u}), lf.Adapter({"q_proj": 2 * u}))

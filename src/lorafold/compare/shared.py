@@ -124,7 +124,7 @@ def shared_spectrum(
 
     Not for: how many bytes sharing saves (`fold` tries that).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> a = lf.Adapter({"q": lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))})
         >>> found = lf.shared_spectrum({"one": a, "two": 3 * a})

@@ -248,7 +248,7 @@ def similarity(
 
     Not for: two adapters in detail (`overlap`).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))
         >>> v = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))

@@ -35,7 +35,7 @@ BASES = ("base", "wide", "deep", "pairs")
 def data_dir() -> Path:
     """The folder of the packaged demo: `base/`, `bases/`, `adapters/`, `heldout/`, `tasks.json`.
 
-    Example:
+    Examples:
         >>> sorted(path.name for path in data_dir().iterdir())
         ['adapters', 'base', 'bases', 'heldout', 'tasks.json']
     """
@@ -48,7 +48,7 @@ def base_dir(name: str = "base") -> Path:
     Raises:
         UnknownNameError: no packaged base has this name.
 
-    Example:
+    Examples:
         >>> base_dir("wide").relative_to(data_dir()).as_posix()
         'bases/wide'
     """
@@ -75,7 +75,7 @@ def tokens_of(text: bytes, folder: Path) -> list[int]:
     Raises:
         MissingExtraError: the base reads byte pairs, and `tokenizers` is not installed.
 
-    Example:
+    Examples:
         >>> tokens_of(b"def", base_dir())
         [100, 101, 102]
     """
@@ -122,7 +122,7 @@ class Llama(nn.Module):
     """A packaged base as a module of linear layers, for what works on modules, without
     transformers; its scores are `logits`.
 
-    Example:
+    Examples:
         >>> Llama("wide")(torch.tensor([[100, 101, 102]])).logits.shape
         torch.Size([1, 3, 256])
     """
@@ -194,7 +194,7 @@ def heldout_loss(
         context: how many tokens the model sees at most; as many as it was trained on when None.
         tokens: the text's tokens, as `tokens_of` gives them; its bytes when None.
 
-    Example:
+    Examples:
         >>> config, state = load_base()
         >>> heldout_loss(config, state, b"Return the number of items in the list.") < 3
         True

@@ -91,7 +91,7 @@ def new_directory(
             holds) the current directory, or one of the sources is in the way; before the block is
             entered, except for what appeared meanwhile. Or it can't be written: the disk is full.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lorafold.files.save import ADAPTER
         >>> folder = Path(tempfile.mkdtemp())

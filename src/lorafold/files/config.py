@@ -25,6 +25,9 @@ _LONGEST = 64 << 20  # bytes of a config, or an index of tensors
 STATE_NAME = "training_state.safetensors"  # beside an adapter, where its training goes on
 RECORD_NAME = "steering.json"  # beside an adapter, what was measured of it along its dial
 
+CARD = "README.md"  # a model card
+CARD_MARK = "<!-- Written by lorafold, and replaced with the adapter. -->"  # its last line then
+
 CHECKPOINTS, RECIPE_NAME = "checkpoints", "recipe.json"  # of a training run, and how it goes on
 
 
@@ -50,6 +53,15 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
     if says is not None:
         raise FileError(f"{path} is {says}")
     return text
+
+
+def read_card(folder: Path) -> str | None:
+    """The model card in an adapter's folder; None where there is none that can be read."""
+    try:
+        text = read_text(folder / CARD)
+    except FileError:
+        return None
+    return text.rstrip().removesuffix(CARD_MARK).rstrip() or None
 
 
 def parsed(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def load(
             Or it does not fit the `base`.
         RefusedError: it holds an extra tensor that has no place in the `base`.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> import lorafold as lf
         >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
@@ -179,7 +179,7 @@ def load_many(
     Raises:
         FileError: no adapters there, or a damaged file; naming file and key.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> import lorafold as lf
         >>> from lorafold.files import load_many

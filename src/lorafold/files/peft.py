@@ -26,7 +26,7 @@ from ..parts import Parts, refusal_reason
 from ..roles.fused import Packing
 from ..words import did_you_mean
 from . import safetensors
-from .config import checked, parsed, plain, read_text
+from .config import checked, parsed, plain, read_card, read_text
 from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
@@ -189,6 +189,15 @@ class AdapterFile:
             return _moved(self._adapter[path], None, dtype)
         A, B = self._tensors([slot.A, slot.B])
         return _update(A, B, path, slot, self._where, dtype, self._wide)
+
+    @property
+    def card(self) -> str | None:
+        """Its model card: the text of the README.md beside it, None where there is none.
+
+        That of an adapter in memory is in its config (`ORIGIN`), if it has one.
+        """
+        where = self.path if self._file is None else Path(self._file.path).parent
+        return None if where is None else read_card(where)
 
     def read_extras(self) -> dict[str, Tensor]:
         """{file key: tensor} of everything that is no module's factor."""

@@ -117,7 +117,7 @@ class _Pair:
 def plain_key(key: str) -> str:
     """A file's key without what wrapped the model when it was saved.
 
-    Example:
+    Examples:
         >>> plain_key("module.base_model.model._orig_mod.h.0.q.lora_A.weight")
         'base_model.model.h.0.q.lora_A.weight'
     """

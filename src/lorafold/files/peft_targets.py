@@ -35,7 +35,7 @@ def finds_module(config: Mapping[str, Any], path: str) -> bool:
 def exact_pattern(paths: Iterable[str]) -> str:
     r"""A regular expression that matches exactly these module paths.
 
-    Example:
+    Examples:
         >>> exact_pattern(["h.0.q", "h.1.q"])
         'h\\.(0|1)\\.q'
     """

@@ -28,7 +28,16 @@ from ..prefixes import Prefixes
 from ..roles.roles import Tables
 from ..words import one_line
 from .atomic import new_directory
-from .config import CONFIG_NAME, PORTABLE_NAME, RECORD_NAME, STATE_NAME, WEIGHTS_NAME, plain
+from .config import (
+    CARD,
+    CARD_MARK,
+    CONFIG_NAME,
+    PORTABLE_NAME,
+    RECORD_NAME,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    plain,
+)
 from .find import is_adapter
 from .formats.portable import portable_form
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
@@ -38,7 +47,6 @@ from .safetensors import save_tensors
 
 T = TypeVar("T")
 
-_CARD, _MARK = "README.md", "<!-- Written by lorafold, and replaced with the adapter. -->"
 
 _FILES = (CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, STATE_NAME, RECORD_NAME)
 
@@ -46,7 +54,7 @@ ADAPTER = Kind(
     "an adapter",
     is_adapter,
     re.compile("|".join(map(re.escape, _FILES))),
-    marked={_CARD: _MARK},
+    marked={CARD: CARD_MARK},
 )
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
@@ -155,7 +163,7 @@ def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
     metadata = {"format": "pt", **origin.get("metadata", {})}
     save_tensors(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
     if "card" in origin:
-        (folder / _CARD).write_text(f"{origin['card']}\n{_MARK}\n", encoding="utf-8")
+        (folder / CARD).write_text(f"{origin['card']}\n{CARD_MARK}\n", encoding="utf-8")
     if "record" in origin:
         (folder / RECORD_NAME).write_text(origin["record"], encoding="utf-8")
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -167,8 +167,10 @@ def merge_shards(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -
     entries = [there[n] for n, shard in there.shard_of().items() if shard in old]
     modules = manifest.modules
     extras = sum(len(e.extras) for e in entries)
+    cards = {(e.shard, e.card): f"card{k}" for k, e in enumerate(entries) if e.card is not None}
     pieces = sum(len(p) for m in modules for p in m.bases.values())
-    with t.new_shard(header_capacity=256 + 120 * (len(modules) + extras + pieces)) as writer:
+    tensors = len(modules) + extras + len(cards) + pieces
+    with t.new_shard(header_capacity=256 + 120 * tensors) as writer:
         index = {name: old[name].read("at").astype(np.int64) for name in {e.shard for e in entries}}
         at = np.zeros((len(modules), len(entries) + 1), np.int64)
         moved: dict[tuple[str, str], str] = {}  # pieces of bases → their new tensors
@@ -188,7 +190,11 @@ def merge_shards(t: Transaction, manifest: Manifest, old: Mapping[str, Shard]) -
             names = {key: f"x{row}.{k}" for k, key in enumerate(e.extras)}
             for key, tensor in e.extras.items():
                 writer.add(names[key], old[e.shard].read_tensor(tensor))
-            kept.append((e, {"row": row, "extras": names}))
+            card = None if e.card is None else cards[e.shard, e.card]
+            kept.append((e, {"row": row, "extras": names, "card": card}))
+        for (at_shard, tensor), card in cards.items():
+            with writer.stream(card) as stream:
+                stream.write(old[at_shard].read_bytes(tensor))
     shard = writer.close().name
     manifest = manifest.changed(dataclasses.replace(e, shard=shard, **new) for e, new in kept)
 

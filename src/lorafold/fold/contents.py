@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Layout
+from ..adapter import ORIGIN, Adapter, Layout
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean
@@ -105,7 +105,10 @@ class Contents:
         modules = {self.modules[j].path: self._update(j, entry) for j in there}
         layouts = self.layouts(entry)
         base = self.manifest.base_model
-        return Adapter(modules, self.extras(name), self.config(name), base, layouts)
+        config, card = self.config(name), self.card(name)
+        if card is not None:
+            config[ORIGIN] = {**config.get(ORIGIN, {}), "card": card}
+        return Adapter(modules, self.extras(name), config, base, layouts)
 
     def update(self, name: str, path: str) -> LowRank:
         """One module of one adapter, read alone.
@@ -148,6 +151,13 @@ class Contents:
         entry = self.entry(name)
         shard = self._shard(entry.shard)
         return {key: shard.read_tensor(t).to(self.device) for key, t in entry.extras.items()}
+
+    def card(self, name: str) -> str | None:
+        """An adapter's model card, the text of the README.md beside its file."""
+        entry = self.entry(name)
+        if entry.card is None:
+            return None
+        return self._shard(entry.shard).read_bytes(entry.card).decode("utf-8", "replace")
 
     def own_bytes(self, name: str) -> int:
         """Bytes of an adapter's records; what it shares with others and its extras are apart."""
@@ -358,6 +368,10 @@ class Stored:
 
     def read_extras(self) -> dict[str, Tensor]:
         return self._contents.extras(self._name)
+
+    @property
+    def card(self) -> str | None:
+        return self._contents.card(self._name)
 
     def load(self) -> Adapter:
         return self._contents.adapter(self._name)

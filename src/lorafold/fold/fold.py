@@ -64,7 +64,7 @@ def fold(
             or may not be replaced; or `path` is, holds or lies in a source.
         ToleranceError: a bound that can't be met.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(4, 64), torch.randn(32, 4))
         >>> lib = lf.fold([lf.Adapter({"q_proj": u})], tolerance=0.1)

@@ -60,7 +60,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
 
     Not for: a file that other programs read: `lf.save(lib[name], path)` and `unfold` write PEFT's.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))
         >>> lib = lf.fold({"sql": lf.Adapter({"q_proj": u})}, tolerance=0.1)

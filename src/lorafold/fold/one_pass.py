@@ -72,6 +72,7 @@ def adapter_entries(
             refusal=handle.refusal or None,
             config=config_difference(common, handle.config),
             extras=written.extras[i],
+            card=written.cards[i],
             layouts=_own_layouts(collection, handle),
             groups=_groups(groups or {}, i) if i < collection.folded else {},
         )

@@ -101,7 +101,7 @@ def repair(
             or another process is changing it. MismatchError: a source that is not what was folded.
             ToleranceError: a bound that can't be met. The library is then as it was.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))
         >>> folder = tempfile.mkdtemp() + "/lib"

@@ -47,7 +47,8 @@ class Written:
     Args:
         squared_error, squared_norm: (N,) over the folded adapters.
         payload: (N,) bytes of packed codes. modules: what the manifest says of each module.
-        extras: of each adapter, file key → tensor. shard: its name. nbytes: of the shard.
+        extras: of each adapter, file key → tensor. cards: of each, the tensor with its card.
+        shard: its name. nbytes: of the shard.
     """
 
     squared_error: np.ndarray
@@ -55,6 +56,7 @@ class Written:
     payload: np.ndarray
     modules: list[ModuleEntry] = field(default_factory=list)
     extras: list[dict[str, str]] = field(default_factory=list)
+    cards: list[str | None] = field(default_factory=list)
     shard: str = ""
     nbytes: int = 0
 
@@ -69,6 +71,9 @@ class Builder:
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
         self._collection, self._options = survey.collection, survey.options
+        known: dict[str, str] = {}  # many have one card, a template's
+        cards = [h.card for h in self._collection.handles]
+        self._cards = [None if text is None else known.setdefault(text, text) for text in cards]
 
     def write(self, transaction: Transaction) -> Written:
         """Plan, write, and keep the smallest of the plans that were predicted to be near."""
@@ -128,6 +133,7 @@ class Builder:
             bases.append({} if plan is None else _write_bases(j, plan, writer))
         writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
         result.extras = self._write_extras(writer)
+        result.cards = self._write_cards(writer)
         info = writer.close()
         result.shard, result.nbytes = info.name, info.nbytes
         for path, fresh in zip(c.paths, bases, strict=True):
@@ -282,13 +288,20 @@ class Builder:
             found.append(names)
         return found
 
+    def _write_cards(self, writer: ShardWriter) -> list[str | None]:
+        names = {text: f"card{k}" for k, text in enumerate(dict.fromkeys(self._cards)) if text}
+        for text, name in names.items():
+            with writer.stream(name) as stream:
+                stream.write(text.encode())
+        return [names.get(text or "") for text in self._cards]
+
     def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
         """Bytes to reserve for a shard's header."""
         c = self._collection
         bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
         bases += 2 * sum(p.flat is not None for p in plans.values())
         extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
-        return 256 + 120 * (len(c.paths) + bases + extras)
+        return 256 + 120 * (len(c.paths) + bases + extras + len(set(self._cards)))
 
 
 def _write_bases(j: int, plan: ModulePlan, writer: ShardWriter) -> dict[str, tuple[str, int]]:

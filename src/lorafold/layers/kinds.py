@@ -88,7 +88,7 @@ class LayerKind:
     Not for: experts, whose routing hides the rows (`attach` has them as sites of their own), and
     how a weight is stored (`Storage`).
 
-    Example:
+    Examples:
         >>> from lorafold.layers import kinds
         >>> kind = kinds.LayerKind(
         ...     name="scaled linear",

@@ -111,7 +111,7 @@ def merge_into_weights(
         MismatchError: parts of the adapter have no place, or a shape does not fit.
         RefusedError: the adapter is no plain update (DoRA, …), or a weight is quantised.
 
-    Example:
+    Examples:
         >>> import tempfile, lorafold as lf
         >>> from lorafold.demo.model import data_dir
         >>> out = tempfile.mkdtemp() + "/merged"

@@ -74,7 +74,7 @@ def merge(
     Not for: an adapter into a checkpoint (`merge_into_weights`), several adapters on a running
     model (`attach` and `live.use({…})`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> u = lambda: lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))

@@ -70,7 +70,7 @@ def quantize_base(
     Not for: embeddings and convolutions, which stay as they are, nor a model with adapters attached
     (detach, quantise, attach).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
         >>> footprint = lf.quantize_base(model)  # nf4, groups of 64
@@ -111,7 +111,7 @@ def dequantize(x: nn.Module) -> nn.Module:
     Not for: a part of a model whose adapters train elsewhere in it: give the whole model, so that
     the new weights rest as the others do.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> layer = torch.nn.Linear(64, 32)
         >>> _ = lf.quantize_base(layer)

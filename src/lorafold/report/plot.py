@@ -46,7 +46,7 @@ def spectrum(adapter: Adapter, ax: Axes | None = None) -> Axes:
 
     Not for: many adapters at once (`rank_curve`).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
@@ -92,7 +92,7 @@ def rank_curve(sources: Any, ax: Axes | None = None) -> Axes:
 
     Not for: choosing a rank for one adapter by an error: `Adapter.resize(tolerance=…)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
@@ -137,7 +137,7 @@ def similarity(s: Similarity, ax: Axes | None = None) -> Axes:
 
     Not for: finding out who a cell is (`s.nearest`, or the page that `lf.report` writes).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})
@@ -175,7 +175,7 @@ def anatomy(a: Adapter | Anatomy, ax: Axes | None = None) -> Axes:
 
     Not for: the other measures; `lf.anatomy(a).modules` has them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> u = lambda: lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))

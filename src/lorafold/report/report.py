@@ -92,7 +92,7 @@ def report(
     Not for: pictures in a paper or notebook (`lf.plot`), numbers to compute with (`lf.similarity`,
     `lf.anatomy`).
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> import lorafold as lf
         >>> a = lf.Adapter({"layers.0.q_proj": lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))})

@@ -96,7 +96,7 @@ class Packing:
     Raises:
         MismatchError: shares or groups that are no counts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> u = LowRank(torch.randn(2, 8), torch.randn(12, 2))
         >>> parts = Packing(("query", "key", "value"), (2, 1, 1)).split(u)

@@ -103,7 +103,7 @@ def onto(
             fused module of an unknown packing, or shapes that differ.
         RefusedError: an extra tensor that has no place there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 8), torch.randn(8, 2))

@@ -40,7 +40,7 @@ class Role:
     Raises:
         MismatchError: a kind or a side that can't be one.
 
-    Example:
+    Examples:
         >>> str(Role("attention.query", 3))
         'decoder.3.attention.query'
         >>> Role.parse("decoder.3.attention.qkv").parts[1]

@@ -41,7 +41,7 @@ def roles(x: Any, tables: Tables = ()) -> dict[str, Role]:
         FileError: a folder without a base in it.
         MissingExtraError: a configuration, and transformers is not installed.
 
-    Example:
+    Examples:
         >>> import lorafold as lf
         >>> found = lf.roles(["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"])
         >>> [str(role) for role in found.values()]

@@ -50,7 +50,7 @@ class ArrowRouter(TokenMix):
     Not for: hundreds of adapters at once, as every token is multiplied with all of them; choose a
     few first (`CentroidRouter`). Layers that are not linear have no input to compare with.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> def along(i):

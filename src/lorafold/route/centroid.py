@@ -56,7 +56,7 @@ class CentroidRouter(Router):
     Not for: blends of several adapters, which `LearnedRouter` gives; nor a choice token by token
     (`ArrowRouter`).
 
-    Example:
+    Examples:
         >>> import lorafold as lf
         >>> texts = {
         ...     "sql": ["SELECT a FROM b", "SELECT c FROM d WHERE e", "SELECT f FROM g"],

@@ -44,7 +44,7 @@ def ngrams(texts: Sequence[str]) -> Tensor:
 
     Not for: telling topics apart, which a sentence encoder does.
 
-    Example:
+    Examples:
         >>> v = ngrams(["SELECT a FROM b", "SELECT c FROM d", "-.. --- ..."])
         >>> bool(v[0] @ v[1] > 0.5), bool(v[0] @ v[2] < 0.3)
         (True, True)

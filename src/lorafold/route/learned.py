@@ -76,7 +76,7 @@ class LearnedRouter(Router, nn.Module):
     Attributes:
         training_run: how `fit` went; None where the head was trained elsewhere.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> router = lf.LearnedRouter(["sql", "law"], input_dim=8, hidden=16)
         >>> vectors, labels = torch.randn(64, 8), torch.randint(2, (64,))

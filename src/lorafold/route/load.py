@@ -25,7 +25,7 @@ def load(path: str | os.PathLike[str], encoder: Any = None) -> Any:
 
     Not for: adapters, which `lf.load` reads.
 
-    Example:
+    Examples:
         >>> import tempfile, lorafold as lf
         >>> from lorafold.route import load
         >>> folder = tempfile.mkdtemp()

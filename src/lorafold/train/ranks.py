@@ -30,7 +30,7 @@ class RandomRank:
     Raises:
         MismatchError: ranks that are none, or above the adapter's.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> live = lf.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), lf.LoRA(rank=4))
         >>> ranks = lf.train.RandomRank(live, seed=1)

@@ -73,7 +73,7 @@ class Alignment:
         output: "activations" or "gradients": what the outputs' sums are of.
         settings: what else it was made with.
 
-    Example:
+    Examples:
         >>> import lorafold as lf
         >>> from lorafold.transfer.alignment import Alignment
         >>> Alignment({}, {}, {}, ("a", "b")).nbytes

@@ -154,7 +154,7 @@ def transfer_report(original: Any, result: Any) -> TransferReport:
 
     Source: Björck & Golub, Numerical methods for computing angles between linear subspaces (1973).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 32), torch.randn(16, 2))
         >>> found = lf.transfer_report(u, 0.5 * u)

@@ -112,7 +112,7 @@ def transfer(
 
     Not for: another rank on the same base (`Adapter.resize`).
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> u = lf.LowRank(torch.randn(2, 8), torch.randn(4, 2))
         >>> moved = lf.transfer(u, shape=(6, 12))

@@ -73,7 +73,7 @@ class LoRA(Spec):
     Raises:
         MismatchError: an option out of range, naming it.
 
-    Example:
+    Examples:
         >>> import torch, lorafold as lf
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
         >>> live = lf.attach(model, lf.LoRA(rank=8, targets="0"))

@@ -67,7 +67,7 @@ def bits_for_error(
     Raises:
         ValueError: a number is negative or not finite, or shapes don't fit.
 
-    Example:
+    Examples:
         >>> bits_for_error([4.0, 1.0], [512.0, 512.0], [True, True], budget=0.1)
         array([5, 3])
     """
@@ -92,7 +92,7 @@ def bits_for_bytes(
     Raises:
         ValueError: a number is negative or not finite, or shapes don't fit.
 
-    Example:
+    Examples:
         >>> bits_for_bytes([4.0, 1.0], [512.0, 512.0], [True, True], budget_bytes=3072)
         array([4, 2])
     """
@@ -115,7 +115,7 @@ def predicted_error(
     Raises:
         ValueError: a number of bits is not one of `LEVELS`.
 
-    Example:
+    Examples:
         >>> round(float(predicted_error([4.0, 1.0], False, [2, 0])), 3)
         1.47
     """

@@ -104,7 +104,7 @@ def codebook(bits: int, device: torch.device | str | None = None) -> Tensor:
     Raises:
         ValueError: `bits` is out of range.
 
-    Example:
+    Examples:
         >>> codebook(1)
         tensor([-0.7979,  0.7979])
     """
@@ -124,7 +124,7 @@ def thresholds(bits: int, device: torch.device | str | None = None) -> Tensor:
     Raises:
         ValueError: `bits` is out of range.
 
-    Example:
+    Examples:
         >>> thresholds(2)
         tensor([-0.9816,  0.0000,  0.9816])
     """
@@ -147,7 +147,7 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         MismatchError: a row holds NaN or infinity.
         ValueError: x has not two axes or `bits` is out of range.
 
-    Example:
+    Examples:
         >>> codes, scales = quantise(torch.tensor([[2.0, -2.0, 2.0]]), bits=1)
         >>> scales[:, None] * dequantise(codes, bits=1)
         tensor([[ 2., -2.,  2.]])
@@ -193,7 +193,7 @@ def dequantise(codes: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> 
         IndexError: a code is too large (on the CPU).
         ValueError: `bits` is out of range.
 
-    Example:
+    Examples:
         >>> dequantise(torch.tensor([0, 3], dtype=torch.uint8), bits=2)
         tensor([-1.5104,  1.5104])
     """

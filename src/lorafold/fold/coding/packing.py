@@ -27,7 +27,7 @@ def packed_nbytes(count: int, bits: int) -> int:
     Raises:
         ValueError: `bits` is not 1 … 8 or `count` is negative.
 
-    Example:
+    Examples:
         >>> packed_nbytes(count=3, bits=3)
         2
     """
@@ -52,7 +52,7 @@ def pack(codes: Bytes, bits: int) -> Bytes:
         TypeError: the codes are not uint8.
         ValueError: a code is too large, `codes` is not flat or `bits` is out of range.
 
-    Example:
+    Examples:
         >>> pack(np.array([1, 2, 3], dtype=np.uint8), bits=4).tobytes().hex()
         '2103'
     """
@@ -91,7 +91,7 @@ def unpack(data: Bytes | bytes | bytearray | memoryview, bits: int, count: int) 
         FileError: `data` is too short.
         ValueError: `bits` or `count` is out of range.
 
-    Example:
+    Examples:
         >>> unpack(bytes.fromhex("2103"), bits=4, count=3)
         array([1, 2, 3], dtype=uint8)
     """

@@ -58,7 +58,7 @@ def rotate(x: Tensor, seed: int) -> Tensor:
         TypeError: x is of another type.
         ValueError: x has no axis, its last axis is empty or the seed is out of range.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([3.0, 4.0])
         >>> round(float(rotate(x, seed=0).norm()), 4)
         5.0
@@ -80,7 +80,7 @@ def unrotate(y: Tensor, seed: int) -> Tensor:
         TypeError: y is of another type.
         ValueError: y has no axis, its last axis is empty or the seed is out of range.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([3.0, 4.0, 5.0])
         >>> bool(torch.allclose(unrotate(rotate(x, seed=7), seed=7), x))
         True

@@ -162,7 +162,8 @@ class AdapterEntry:
         error: ‖ΔŴ − ΔW‖ / ‖ΔW‖. bits: packed bits a parameter; None for exact.
         tolerance: its own bound. exact: all of its records are exact. refusal: why ΔW algebra is
             refused. config: {"set", "drop"}: what turns the common config into its own.
-        extras: file key → tensor of the shard. layouts: where they differ from the modules'.
+        extras: file key → tensor of the shard. card: the tensor with its model card's text.
+        layouts: where they differ from the modules'.
         groups: side ("in", "out") → the number of its init group.
     """
 
@@ -181,6 +182,7 @@ class AdapterEntry:
     refusal: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
+    card: str | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
 
@@ -249,6 +251,7 @@ _ADAPTER: dict[str, Callable[[Any], Any]] = {
     "refusal": text,
     "config": _difference,
     "extras": mapped(text),
+    "card": text,
     "layouts": mapped(_layout),
     "groups": mapped(count, one_of("in", "out")),
 }

@@ -67,7 +67,7 @@ class ShardWriter:
         aborted: whether the shard was dropped.
         file: the open file.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lorafold.fold.store.shard import Shard
         >>> writer = ShardWriter(None, header_capacity=256)

@@ -69,7 +69,7 @@ class Store:
         state: what it holds. Replaced at once, and never changed, by a transaction: what was taken
             from it before stays readable.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from lorafold.fold.store.entries import ModuleEntry, Piece
         >>> with Store.create(None) as t:

@@ -90,7 +90,7 @@ def align(
     Source: orthogonal Procrustes: Schönemann, A generalized solution of the orthogonal Procrustes
     problem (1966).
 
-    Example:
+    Examples:
         >>> import lorafold as lf
         >>> lf.align("folder-s", "folder-t", [])
         Traceback (most recent call last):
