@@ -460,6 +460,13 @@ def _merged_extras(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str
 # out of the config.
 ORIGIN = "lorafold_origin"
 
+
+def with_card(config: Mapping[str, Any], card: str | None) -> dict[str, Any]:
+    """A config that tells of a model card, which `save` writes."""
+    told = {} if card is None else {ORIGIN: {**config.get(ORIGIN, {}), "card": card}}
+    return {**config, **told}
+
+
 _TARGETS = (
     "target_modules",
     "target_parameters",

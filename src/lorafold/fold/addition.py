@@ -94,7 +94,7 @@ def projection(
     sizes: dict[str, float] = {}
     for path in handle.shapes:
         u = handle.read(path).to(c.device)
-        c.check_shape(path, u.shape)
+        c.manifest.check_shape(path, u.shape)
         block = _block_of(u)
         sizes[path] = float((block.S**2).sum())
         j = c.manifest.numbers.get(path)

@@ -65,7 +65,7 @@ def add_to(
             f"are one, give base_model={base!r}"
         )
     for path, (out, inner, _) in handle.shapes.items():
-        c.check_shape(path, (out, inner))
+        c.manifest.check_shape(path, (out, inner))
     with c.changing() as (t, now):
         if name in t.manifest.adapters and not replace:
             raise MismatchError(

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import ORIGIN, Adapter, Layout
-from ..errors import FileError, MismatchError, UnknownNameError
+from ..adapter import Adapter, Layout, with_card
+from ..errors import FileError, UnknownNameError
 from ..lowrank import LowRank
 from ..words import did_you_mean
 from .coding.bases import Basis, read_basis
@@ -105,9 +105,7 @@ class Contents:
         modules = {self.modules[j].path: self._update(j, entry) for j in there}
         layouts = self.layouts(entry)
         base = self.manifest.base_model
-        config, card = self.config(name), self.card(name)
-        if card is not None:
-            config[ORIGIN] = {**config.get(ORIGIN, {}), "card": card}
+        config = with_card(self.config(name), self.card(name))
         return Adapter(modules, self.extras(name), config, base, layouts)
 
     def update(self, name: str, path: str) -> LowRank:
@@ -154,10 +152,8 @@ class Contents:
 
     def card(self, name: str) -> str | None:
         """An adapter's model card, the text of the README.md beside its file."""
-        entry = self.entry(name)
-        if entry.card is None:
-            return None
-        return self._shard(entry.shard).read_bytes(entry.card).decode("utf-8", "replace")
+        at, card = self.entry(name).shard, self.entry(name).card
+        return None if card is None else self._shard(at).read_bytes(card).decode(errors="replace")
 
     def own_bytes(self, name: str) -> int:
         """Bytes of an adapter's records; what it shares with others and its extras are apart."""
@@ -329,15 +325,6 @@ class Contents:
                     self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)
                 found[name[0]].append(self._known_sides[key])
         return found
-
-    def check_shape(self, path: str, shape: tuple[int, int]) -> None:
-        """Raise a `MismatchError` if the library has the module in another shape."""
-        j = self.manifest.numbers.get(path)
-        if j is not None and self.modules[j].shape != tuple(shape):
-            raise MismatchError(
-                f"module {path!r} is {self.modules[j].shape} in the library and "
-                f"{tuple(shape)} in the adapter"
-            )
 
     def as_it_is(self) -> Contents:
         """The same for reading; closing this one does not reach it, a closed one is refused."""

@@ -72,6 +72,15 @@ class Manifest:
         """Module path → its number."""
         return {m.path: j for j, m in enumerate(self.modules)}
 
+    def check_shape(self, path: str, shape: tuple[int, int]) -> None:
+        """Raise a `MismatchError` if the library has the module in another shape."""
+        j = self.numbers.get(path)
+        if j is not None and self.modules[j].shape != tuple(shape):
+            raise MismatchError(
+                f"module {path!r} is {self.modules[j].shape} in the library and "
+                f"{tuple(shape)} in the adapter"
+            )
+
     def entry(self, name: str) -> AdapterEntry:
         """An adapter's.
 
