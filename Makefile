@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -16,8 +16,9 @@ help: ## this list
 demo: $(VENV)/core.stamp ## fold the packaged adapters and measure what it costs (two minutes)
 	$(BIN)/lorafold demo --overwrite
 
+# Two processes, and a thread each: torch's threads for small tensors wait for one another.
 test: lint ## lint, types and all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test.stamp ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -27,8 +28,12 @@ lint: $(VENV)/test.stamp ## ruff (rules and format) and mypy
 bench: $(VENV)/bench.stamp ## every benchmark; results go to benchmarks/results/, by machine
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script --save || exit 1; done
 
+docs: $(VENV)/docs.stamp ## the documentation as a site, with the API, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) lorafold-demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) lorafold-demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch on its own and first: the pinned build stays, so that no later resolution can swap a CPU
@@ -44,6 +49,10 @@ $(VENV)/core.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/bench.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml

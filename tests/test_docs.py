@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -136,6 +139,25 @@ def test_every_page_is_in_the_index():
     for page in sorted((ROOT / "docs").glob("[a-z]*.md")):
         assert f"]({page.name})" in index
         assert f"](docs/{page.name})" in front
+
+
+def test_the_site_builds_and_has_every_public_name(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    pages = {p.stem: p.read_text(encoding="utf-8") for p in (tmp_path / "reference").iterdir()}
+    names = {f"lorafold.{name}" for name in lorafold.__all__ if callable(getattr(lorafold, name))}
+    names -= {f"lorafold.{name}" for name in (*lorafold.train.__all__, "LorafoldError")}
+    for name in (*names, *(f"lorafold.train.{name}" for name in lorafold.train.__all__)):
+        page = pages["train" if name.startswith("lorafold.train.") else "lorafold"]
+        assert re.search(rf"<h2[^>]*>\s*(<code[^>]*>)?{re.escape(name)}\b", page), name
+    for page in [*(tmp_path).glob("*.html"), *(tmp_path / "reference").iterdir()]:
+        loaded = re.findall(
+            r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text()
+        )
+        assert not [url for url in loaded if "canonical" not in url], page.name
 
 
 # The README's numbers
