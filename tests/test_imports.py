@@ -50,6 +50,7 @@ for verb in ("train", "route", "report"):
     MAY_IMPORT[verb] = BELOW_CLI - {"demo"}
 MAY_IMPORT["serve"] = set(MAY_IMPORT) - {"demo"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 
 # Folder: how many files. `cli` has one a command.
 FILES_A_FOLDER, LINES_A_CLASS, LINES_A_FUNCTION = 12, 300, 60

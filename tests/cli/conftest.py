@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,20 @@ def cli():
         return Ran(result)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """{kind: (its fields, those of them with --verbose only)} of what --json prints, as told."""
+    text = (Path(lf.__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    found = {}
+    for line in text.partition("\n## JSON\n")[2].splitlines():
+        if line.startswith("| `"):
+            kind, _, fields = line.strip("| ").split("|", 2)
+            fields = re.sub(r"\([^)]*\)", "", fields)
+            tables = set(re.findall(r"\*`(\w+)`\*", fields))
+            found[kind.strip(" `")] = set(re.findall(r"`(\w+)`", fields)) - tables, tables
+    return found
 
 
 @pytest.fixture(scope="session")

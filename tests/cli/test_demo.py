@@ -53,9 +53,10 @@ def test_table_and_commands_to_try(quick, cli):
         assert again.code == 0, f"{line}: {again.err}"
 
 
-def test_json_is_the_report(quick, cli):
+def test_json_is_the_report(quick, cli, shapes):
     ran = cli("demo", "-o", "a folder", "--json")
     assert ran.code == 0, ran.err
+    assert ran.json.keys() == {"kind", *shapes["demo"][0]}
     assert ran.json["folder"] == "a folder"
     assert ran.json["adapters"] == 3
     assert [row["form"] for row in ran.json["rows"]][:2] == ["fold", "svd, same error"]

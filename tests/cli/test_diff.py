@@ -33,7 +33,7 @@ def pair(tmp_path, make_adapter, monkeypatch):
 
 def test_numbers_are_those_of_dense_algebra(pair, cli, dense):
     a, b = pair
-    found = cli("diff", "a", "b", "--json").json
+    found = cli("diff", "a", "b", "--json", "-v").json
     assert found["norm_a"] == pytest.approx(frobenius(dense, a), rel=1e-5)
     assert found["norm_b"] == pytest.approx(frobenius(dense, b), rel=1e-5)
     assert found["distance"] == pytest.approx(frobenius(dense, a, b), rel=1e-5)
@@ -50,7 +50,7 @@ def test_numbers_are_those_of_dense_algebra(pair, cli, dense):
 
 def test_it_is_the_overlap(pair, cli):
     a, b = (dataclasses.replace(x, base_model=None) for x in pair)
-    found, overlap = cli("diff", "a", "b", "--json").json, lf.overlap(a, b)
+    found, overlap = cli("diff", "a", "b", "--json", "-v").json, lf.overlap(a, b)
     for field in ("shared_out", "shared_in", "interference", "interference_a", "cosine"):
         assert found[field] == pytest.approx(getattr(overlap, field))
     rows = {m["module"]: m for m in found["modules"]}
@@ -63,7 +63,7 @@ def test_it_is_the_overlap(pair, cli):
 
 
 def test_what_only_one_has(pair, cli):
-    found = cli("diff", "a", "b", "--json").json
+    found = cli("diff", "a", "b", "--json", "-v").json
     assert (found["only_in_a"], found["only_in_b"]) == (["x.0.k"], ["x.0.v"])
     assert found["extras"] == {"only_in_a": [], "only_in_b": ["odd"], "differ": []}
     assert found["config"]["r"] == [2, 3]
@@ -137,7 +137,7 @@ def test_many_modules_are_cut_unless_verbose(tmp_path, make_adapter, cli):
     shapes = {f"layers.{n}.q": (3, 3) for n in range(25)}
     lf.save(make_adapter(shapes, 1, seed=1), tmp_path / "a")
     lf.save(make_adapter(shapes, 1, seed=2), tmp_path / "b")
-    assert "and 5 modules more" in cli("diff", tmp_path / "a", tmp_path / "b").out
+    assert "and 5 more: --verbose" in cli("diff", tmp_path / "a", tmp_path / "b").out
     assert cli("diff", tmp_path / "a", tmp_path / "b", "--verbose").out.count("layers.") == 25
 
 

@@ -88,8 +88,8 @@ def doors(cli, base):
 
     def by_info(folder):
         ran = cli("info", folder, "--json")
-        found = json.loads(ran.out) if ran.out.strip() else []
-        found = found if isinstance(found, list) else [found]
+        one = [ran.json] if ran.json["kind"] in ("adapter", "library", "subspace") else []
+        found = ran.json.get("adapters", []) if ran.json["kind"] == "adapters" else one
         names = {name_of(locate_or(folder, d["path"])) for d in found}
         if ran.code:
             return {"error", *names, *named_in(ran.err, folder)}
@@ -239,7 +239,7 @@ def test_globs(tmp_path, cli, monkeypatch):
         whole(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert lf.fold("a*", tolerance=0.5).names == ["a1", "a2"]
-    assert [d["path"] for d in cli("info", "a*", "--json").json] == ["a1", "a2"]
+    assert [d["path"] for d in cli("info", "a*", "--json").json["adapters"]] == ["a1", "a2"]
     assert lf.fold("[x]", tolerance=0.5).names == ["[x]"]  # what is there is no glob
     assert [p.name for p in matches("?1")] == ["a1", "b1"]
     for call in (lambda: matches("c*"), lambda: lf.fold("c*")):

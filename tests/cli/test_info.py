@@ -32,7 +32,7 @@ def odd(tmp_path, make_adapter):
 def test_one_adapter(world, cli, dense):
     path = world / "adapters" / "sql"
     adapter = lf.load(path)
-    found = cli("info", path, "--json").json
+    found = cli("info", path, "--json", "-v").json
     norm = math.sqrt(sum(float((dense(u) ** 2).sum()) for u in adapter.modules.values()))
     assert found["norm"] == pytest.approx(norm, rel=1e-6)
     assert found["ranks"] == {"4": 6}
@@ -86,7 +86,7 @@ def test_a_refused_adapter_says_why_and_has_no_norm(odd, cli):
     assert ran.code == 0
     assert "not for ΔW algebra" in ran.out
     assert "PiSSA" in ran.out
-    found = cli("info", path, "--json").json
+    found = cli("info", path, "--json", "-v").json
     assert found["norm"] is None
     assert found["init"] == "pissa"
 
@@ -118,7 +118,9 @@ def test_a_library(world, cli):
     with lf.Library.open(world / "lib") as lib:
         stats = lib.stats()
     found = cli("info", world / "lib", "--json").json
-    assert {k: found[k] for k in stats} == json.loads(json.dumps(stats))
+    listed = cli("info", world / "lib", "--json", "-v").json
+    assert {k: listed[k] for k in stats} == json.loads(json.dumps(stats))
+    assert stats.keys() - found.keys() == {"modules"}
     text = cli("info", world / "lib").out
     assert f"{stats['ratio']:.2f}× smaller" in text
     assert "no two adapters" in text

@@ -153,7 +153,7 @@ def test_a_vlora_folder_comes_over(here, make_adapter, cli):
 
 
 def test_ls(world, cli):
-    rows = {row["name"]: row for row in cli("ls", world / "lib", "--json").json}
+    rows = {row["name"]: row for row in cli("ls", world / "lib", "--json").json["adapters"]}
     with lf.Library.open(world / "lib") as lib:
         assert list(rows) == lib.names
         for name, row in rows.items():
@@ -406,7 +406,7 @@ def test_verify_finds_every_file_that_is_not_right(here, cli, pattern, how):
     assert ran.err.count("\n") == 1
     assert path.name in ran.err
     if pattern == "library.json":
-        assert ran.out == ""
+        assert ran.json["kind"] == "error"
         return
     assert not ran.json["ok"]
     assert len(ran.json["damage"]) == 1
@@ -430,7 +430,7 @@ def test_a_damaged_library_is_used_as_far_as_it_goes(here, cli, damaged):
     assert (ran.code, ran.err.count("\n")) == (0, 1)
     assert ran.err.startswith("warning: ")
     assert damaged.name in ran.err
-    assert {row["name"] for row in ran.json if row["problem"]} == {"new"}
+    assert {row["name"] for row in ran.json["adapters"] if row["problem"]} == {"new"}
     assert "lost" in cli("ls", "lib").out
     assert cli("info", "lib").code == 0
     assert cli("unfold", "lib", "sql", "-o", "one").code == 0
@@ -459,7 +459,8 @@ def test_repair(here, cli, damaged, given):
     again = cli("repair", "lib", "--sources", "adapters", "--json")
     kept = 4 if given else 3
     assert again.json == {
-        "path": "lib", "damage": [], "rebuilt": [], "dropped": {}, "lost_lists": 0, "kept": kept,
+        "kind": "repair", "path": "lib", "damage": [], "rebuilt": [], "dropped": {},
+        "lost_lists": 0, "kept": kept,
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -92,7 +91,7 @@ def test_the_list_says_what_the_command_says(verb):
 
 
 @pytest.mark.parametrize("verb", OURS)
-def test_the_example_runs(verb, here, cli):
+def test_the_example_runs(verb, here, cli, shapes):
     line = shlex.split(loaded(verb).example)[1:]
     if verb == "fold":
         line += ["--overwrite"]
@@ -106,9 +105,10 @@ def test_the_example_runs(verb, here, cli):
         pytest.importorskip("transformers")
         demo_bases(here)
     line = [str(p) for word in line for p in (sorted(here.glob(word)) if "*" in word else [word])]
-    ran = cli(*line)
+    ran = cli(*line, "--json", "--verbose")
     assert ran.code == 0, ran.err
-    assert ran.out.strip()
+    fields, tables = shapes[ran.json["kind"]]
+    assert ran.json.keys() == {"kind", *fields, *tables}
 
 
 # Documentation
@@ -119,7 +119,7 @@ def test_every_command_and_option_is_documented(verb):
     if verb not in OURS:
         pytest.importorskip(f"lorafold.cli.{verb}")
     text = sections()[verb]
-    shared = {"--json", "--verbose", "--debug"}
+    shared = {"--json", "--verbose", "-v", "--quiet", "-q", "--debug", "--version", "-V"}
     for option in options_of(loaded(verb)):
         names = set(option.opts) - shared
         assert all(f"`{name}" in text for name in names), option.opts
@@ -159,37 +159,92 @@ def test_flags_count_wherever_they_stand(world, cli):
 
 
 def test_version(cli):
-    assert cli("--version").out == f"lorafold {lorafold.__version__}\n"
+    for line in (["--version"], ["-V"], ["info", "-V"], ["route", "fit", "--version"]):
+        ran = cli(*line)
+        assert (ran.code, ran.out) == (0, f"lorafold {lorafold.__version__}\n")
+
+
+def commands():
+    """Every command's words, those in groups too."""
+    for verb in VERBS:
+        inner = getattr(loaded(verb), "commands", {})
+        yield from ([verb, name] for name in inner)
+        yield from [] if inner else [[verb]]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_a_failure_of_any_command_is_json_where_that_is_asked_for(words, here, cli, shapes):
+    """Wherever --json stands, and however much of the line can be understood."""
+    assert "-".join(words) in shapes or words == ["info"]
+    fields, _ = shapes["error"]
+    for line in (["--json", *words, "--bogus"], [*words, "--bogus", "--json"]):
+        ran = cli(*line)
+        assert ran.json.keys() == {"kind", *fields}
+        assert (ran.json["kind"], ran.json["type"]) == ("error", "NoSuchOption")
+        assert (ran.code, ran.json["status"]) == (2, 2)
+        assert ran.err == f"error: {ran.json['message']}\n"
+    ran = cli(*words, "--bogus", "--", "--json")  # that is no flag
+    assert (ran.code, ran.out) == (2, "")
+    params = {p.name: p for p in loaded(words[0]).params}
+    assert {"json", "verbose", "quiet", "debug", "version"} <= params.keys()
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "error", "status"),
     [
-        "info adapters/sql",
-        "info adapters",
-        "info lib",
-        "diff adapters/sql lib:sql",
-        "resize adapters/sql out --rank 1",
-        "check adapters/sql --base base",
-        "merge adapters -o one",
-        "merge-into base adapters/sql -o merged",
-        "fold adapters -o other",
-        "ls lib",
-        "unfold lib -o out",
-        "add lib adapters/sql --name again",
-        "rm lib sql",
-        "verify lib",
-        "verify lib adapters",
-        "bench lib --repeat 1",
-        "route fit texts -o router",
+        ("ls nowhere", "FileError", 2),
+        ("diff lib:sqk lib:sql", "UnknownNameError", 2),
+        ("fold adapters -o other --retention 0.9", "MismatchError", 2),
     ],
 )
-def test_json_is_alone_on_stdout(line, here, cli):
+def test_an_error_says_its_type_and_status(line, error, status, here, cli):
     ran = cli(*line.split(), "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json
-    assert ran.err == ""
-    json.dumps(ran.json, allow_nan=False)
+    assert (ran.code, ran.json["type"], ran.json["status"]) == (status, error, status)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "status"),
+    [
+        ("info adapters", "adapters", 0),
+        ("info lib", "library", 0),
+        ("info adapters/sql", "adapter", 0),
+        ("diff adapters/sql lib:sql", "diff", 0),
+        ("anatomy adapters/sql", "anatomy", 0),
+        ("fold adapters -o other", "fold", 0),
+        ("merge-into base far -o merged", "unplaced", 1),
+        ("verify-merge base adapters/sql base", "verify-merge", 1),
+        ("transfer adapters/sql --shape q_proj=4x4 -o out", "transfer", 0),
+    ],
+)
+def test_tables_of_modules_are_for_who_asks(line, kind, status, here, cli, make_adapter, shapes):
+    """What is found is one object, also where the check fails."""
+    paths = {"no.where": (4, 4), "model.layers.0.self_attn.q_proj": (24, 16)}
+    lorafold.save(make_adapter(paths, 2), "far")
+    ran = cli(*line.split(), "--json")
+    assert (ran.code, ran.json["kind"], bool(ran.err)) == (status, kind, bool(status))
+    assert ran.json.keys() == {"kind", *shapes[kind][0]}
+    assert "per_module" not in ran.out
+    if kind == "transfer":
+        assert "modules" not in ran.json["adapters"][0]["report"]
+
+
+def test_quiet_prints_errors_and_json_alone(here, cli):
+    for line in ("info adapters", "ls lib", "verify lib", "diff lib:sql lib:law", "rm lib law"):
+        assert (cli(*line.split(), "-q").out, cli("-q", *line.split()).code) in (("", 0), ("", 2))
+    assert cli("ls", "lib", "-q", "--json").json["kind"] == "ls"
+    ran = cli("ls", "nowhere", "--quiet")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    ran = cli("-v", "ls", "lib", "-q")
+    assert (ran.code, "exclude each other" in ran.err) == (2, True)
+
+
+def test_long_tables_end_unless_verbose(here, cli):
+    adapters = {f"a{k:02}": lorafold.load("adapters/sql") for k in range(23)}
+    lorafold.fold(adapters, "many", tolerance=0).close()
+    short = cli("verify", "many", *(f"--name=a{k:02}=adapters/sql" for k in range(23)))
+    assert short.out.count("right") - 1 == 20
+    assert short.out.endswith("and 3 more: --verbose\n")
+    assert "a22" in cli("ls", "many").out  # which is what it is for
 
 
 # Failures
@@ -344,13 +399,28 @@ def test_into_a_pipe_nothing_is_cut_and_no_progress_shown(world):
     import os
 
     env = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
-    code = "import lorafold.cli._output as o; o.DELAY = 0; main()"
+    code = "import lorafold.cli._output as o; o.DELAY, o.EVERY = 0, 1e9; main()"
     done = fresh(code, "info", world / "lib", "--verbose", env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "model.layers.0.self_attn.q_proj" in done.stdout
     assert "\x1b" not in done.stdout
     out = fresh(code, "verify", world / "lib", world / "adapters", env=env)
     assert (out.returncode, out.stderr) == (0, "")
+    slow = "import lorafold.cli._output as o; o.EVERY = 0; main()"  # all of it takes too long
+    out = fresh(slow, "verify", world / "lib", world / "adapters", env=env)
+    lines = out.stderr.splitlines()
+    assert lines[0] == "comparing: 0%, law"
+    assert all(re.fullmatch(r"comparing: \d+%, (law|poems|sql)", line) for line in lines)
+    assert fresh(slow, "verify", world / "lib", world / "adapters", "-q", env=env).stderr == ""
+
+
+def test_python_runs_the_package(world):
+    run = [sys.executable, "-m", "lorafold"]
+    env = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
+    done = subprocess.run([*run, "-V"], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == f"lorafold {lorafold.__version__}\n"
+    done = subprocess.run([*run, "ls", "no"], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {Path.cwd() / 'no'} does not exist\n")
 
 
 def test_output_survives_a_terminal_without_the_letters(world):

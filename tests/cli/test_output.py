@@ -63,7 +63,7 @@ def test_words():
 
 
 def test_json_has_no_nan():
-    assert output._finite({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {
+    assert output._plain({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {
         "a": [None, 1.0],
         "b": [None, "x"],
     }
@@ -132,6 +132,7 @@ def test_without_a_terminal_there_is_no_timer(monkeypatch):
     monkeypatch.setattr(output.threading, "Timer", None)
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(output, "EVERY", 1e9)
     with output.progress("folding") as advance:
         advance(1, 2, "")
     assert stream.getvalue() == ""

@@ -14,7 +14,7 @@ def test_fit_and_ask(here, cli):
     assert ran.code == 0
     assert ran.out.splitlines()[2].split()[7:9] == ["3", "sql"]
     assert "none" in ran.out
-    found = cli("route", "ask", "router", "SELECT x FROM y", "--json").json
+    found = cli("route", "ask", "router", "SELECT x FROM y", "--json").json["texts"]
     assert found[0]["mix"] == {"sql": 1.0}
     assert found[0]["nearest"][0]["name"] == "sql"
 
@@ -27,7 +27,7 @@ def test_learned(here, cli):
     assert ran.code == 0, ran.err
     assert ran.json["calibration"] is None
     assert ran.json["accuracy"] > 0
-    found = cli("route", "ask", "router", "SELECT a FROM b", "--json").json
+    found = cli("route", "ask", "router", "SELECT a FROM b", "--json").json["texts"]
     assert len(found[0]["mix"]) == 2
     assert max(found[0]["mix"], key=found[0]["mix"].get) == "sql"
 
@@ -60,13 +60,13 @@ def test_texts_hold_what_looks_like_the_end_of_a_line(here, cli):
     line = ("route", "fit", "odd.jsonl", "same.txt", "none.jsonl", "-o", "r", "--json", "--always")
     assert cli(*line, "--none", "more.txt").json["examples"] == 2 + 2 + 1 + 2
     assert cli(*line, "--none", "none.jsonl", "--overwrite").json["examples"] == 2 + 2 + 1 + 1
-    asked = cli("route", "ask", "r", "-", "--json", input=f"{odd}\n{odd}\n").json
+    asked = cli("route", "ask", "r", "-", "--json", input=f"{odd}\n{odd}\n").json["texts"]
     assert [row["text"] for row in asked] == [odd, odd]
 
 
 def test_an_empty_text_is_like_nothing(here, cli):
     assert cli("route", "fit", "texts", "-o", "router").code == 0
-    (row,) = cli("route", "ask", "router", "", "--json").json
+    (row,) = cli("route", "ask", "router", "", "--json").json["texts"]
     assert row["mix"] is None
     assert row["score"] is None
     assert cli("route", "ask", "router", "").code == 0

@@ -142,7 +142,7 @@ def odd(tmp_path_factory, make_adapter):
 
 
 def test_anatomy_of_an_adapter(odd, cli):
-    found = cli("anatomy", odd, "--json").json
+    found = cli("anatomy", odd, "--json", "-v").json
     a = lf.load(odd)
     assert found["norm"] == pytest.approx(a.norm(), rel=1e-5)
     assert [m["module"] for m in found["modules"]] == list(a)

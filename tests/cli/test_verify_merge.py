@@ -21,7 +21,7 @@ def test_right_wrong_and_half(here, cli):
         "error: 6 of 6 parts are not as they should be, and 0 other tensors differ: "
         "it was merged twice, or it was scaled as with use_rslora, by √r too much\n"
     )
-    found = cli("verify-merge", "base", "adapters/sql", "twice", "--json")
+    found = cli("verify-merge", "base", "adapters/sql", "twice", "--json", "-v")
     assert found.code == 1
     assert found.json["ok"] is False
     assert {f["verdict"] for f in found.json["parts"].values()} == {"wrong strength"}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import click
 
-from .. import __version__
 from ._command import Verbs
 
 VERBS = {
@@ -48,7 +47,6 @@ VERBS = {
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="\b\nExample:\n  lorafold fold adapters/* -o lib --tolerance 0.1",
 )
-@click.version_option(__version__, prog_name="lorafold", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Low-rank adapters after training: fold many into one library, compare, resize, check.

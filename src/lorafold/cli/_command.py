@@ -1,24 +1,27 @@
 """What every command shares: its flags, how its help ends, and how a failure is told.
 
-`--json`, `--verbose` and `--debug` are understood before and after the command's name. Nothing
-here, or at the top of a command's file, imports torch: help must not wait for it.
+The flags of `shared_flags` are understood before and after the command's name. Nothing here, or at
+the top of a command's file, imports torch: help must not wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 
+from .. import __version__
 from ..errors import LorafoldError, ToleranceError
 from ..words import did_you_mean, escaped
 from ._remedies import as_flags
@@ -34,7 +37,9 @@ class Settings:
 
     json: bool = False
     verbose: bool = False
+    quiet: bool = False
     debug: bool = False
+    printed: bool = False  # whether the one JSON value is out
     command: click.Command | None = None  # that is running
 
     def in_flags(self, text: str) -> str:
@@ -60,7 +65,15 @@ def told(error: LorafoldError) -> str:
 
 def settings() -> Settings:
     """Those of the command that is running."""
-    return click.get_current_context().find_root().ensure_object(Settings)
+    ctx = click.get_current_context(silent=True)
+    return Settings() if ctx is None else ctx.find_root().ensure_object(Settings)
+
+
+def print_json(value: Mapping[str, Any], chosen: Settings) -> None:
+    """Print the one JSON value of a command."""
+    # ASCII, so that any terminal and any name (lone surrogates too) can be written.
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    chosen.printed = True
 
 
 class CheckFailed(click.ClickException):
@@ -87,7 +100,10 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; its messages are told in its own words."""
-        ctx.find_root().ensure_object(Settings).command = self
+        chosen = ctx.find_root().ensure_object(Settings)
+        chosen.command = self
+        if chosen.quiet and chosen.verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other", ctx)
         return super().invoke(ctx)
 
 
@@ -121,27 +137,29 @@ def group(name: str, example: str) -> Callable[[Callable[..., Any]], Group]:
 
 
 def shared_flags() -> list[click.Parameter]:
-    """The flags of `Settings`; a flag given anywhere counts."""
+    """The flags of `Settings`, wherever they are given, and --version."""
 
     def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
             setattr(ctx.find_root().ensure_object(Settings), str(param.name), True)
 
-    def flag(name: str, text: str) -> click.Option:
+    def version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(f"lorafold {__version__}")
+            ctx.exit()
+
+    def flag(*names: str, text: str, callback: Callable[..., None] = remember) -> click.Option:
         # Eager, so that --debug is known when another option is found to be wrong.
         return click.Option(
-            [f"--{name}"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=remember,
-            help=text,
+            names, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
         )
 
     return [
-        flag("json", "Print one JSON value, and nothing else, on stdout."),
-        flag("verbose", "Print more: tables of every module."),
-        flag("debug", "Show the traceback of an error."),
+        flag("--json", text="Print one JSON value, and nothing else, on stdout."),
+        flag("-v", "--verbose", text="Print more: tables of every module."),
+        flag("-q", "--quiet", text="Print nothing but warnings and errors (and --json's value)."),
+        flag("--debug", text="Show the traceback of an error."),
+        flag("-V", "--version", text="Print the version.", callback=version),
     ]
 
 
@@ -189,6 +207,9 @@ class Verbs(click.Group):
         if not standalone:
             return super().main(args, *more, **extra)
         chosen = extra.setdefault("obj", Settings())
+        # Known already where the rest of the line can't be understood.
+        words = itertools.takewhile("--".__ne__, sys.argv[1:] if args is None else args)
+        chosen.json = "--json" in words
         # A failure is told once, in one line, and the bars are ours.
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -210,7 +231,7 @@ def _status(run: Callable[[], Any], chosen: Settings) -> int:
     except (KeyboardInterrupt, click.Abort) as e:
         return _failed(e, "interrupted", chosen, BAD_INPUT)
     except click.ClickException as e:
-        return _failed(None, _usage_line(e), chosen, e.exit_code)
+        return _failed(e, _usage_line(e), chosen, e.exit_code)
     except ToleranceError as e:
         return _failed(e, str(e), chosen, CHECK_FAILED)
     except LorafoldError as e:
@@ -225,11 +246,15 @@ def _status(run: Callable[[], Any], chosen: Settings) -> int:
         return _failed(e, text, chosen, BAD_INPUT)
 
 
-def _failed(error: BaseException | None, text: str, chosen: Settings, status: int) -> int:
-    if chosen.debug and error is not None:
+def _failed(error: BaseException, text: str, chosen: Settings, status: int) -> int:
+    said = one_line(chosen.in_flags(text))
+    if chosen.json and not chosen.printed:
+        kinds = {"kind": "error", "type": type(error).__name__.strip("_")}
+        print_json({**kinds, "status": status, "message": said}, chosen)
+    if chosen.debug and not isinstance(error, click.ClickException):
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     else:
-        click.echo(f"error: {one_line(chosen.in_flags(text))}", err=True)
+        click.echo(f"error: {said}", err=True)
     return status
 
 

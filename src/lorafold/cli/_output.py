@@ -7,19 +7,19 @@ holds them unrounded. Where stdout is no terminal nothing is cut to its width.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..words import escaped
-from ._command import one_line, settings
+from ._command import one_line, print_json, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 DELAY = 1.0  # seconds of work before a progress bar appears
+EVERY = 10.0  # seconds between lines where there is no terminal for a bar
 _UNBOUNDED = 100_000  # columns, where no terminal sets a limit
 NOTHING = "–"
+MOST = 20  # rows of a table that may be long, without --verbose
 
 Advance = Callable[[int, int, str], None]
 
@@ -37,13 +39,36 @@ Advance = Callable[[int, int, str], None]
 # Reports
 
 
-def report(data: Any, show: Callable[[Console], None]) -> None:
-    """Print `data` as JSON where that is asked for, else let `show` print it for people."""
-    if settings().json:
-        # ASCII, so that any terminal and any name (lone surrogates too) can be written.
-        click.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
-    else:
+def report(
+    data: Mapping[str, Any],
+    show: Callable[[Console], None],
+    *,
+    kind: str | None = None,
+    tables: Sequence[str] = (),
+) -> None:
+    """Print `data` as JSON where that is asked for, else let `show` print it for people.
+
+    Args:
+        data: what there is to say, as docs/cli.md lists it. show: prints it.
+        kind: what `data` is; by default it is called by the command: "ls", "route-fit".
+        tables: lists and objects in it, of every module, that JSON has with --verbose only.
+    """
+    chosen = settings()
+    if chosen.json:
+        value = {"kind": kind or _called(), **data}
+        print_json(_plain(value, () if chosen.verbose else tables), chosen)
+    elif not chosen.quiet:
         show(console())
+
+
+def _called() -> str:
+    """The command that is running, without `lorafold`."""
+    ctx: click.Context | None = click.get_current_context()
+    names: list[str] = []
+    while ctx is not None and ctx.parent is not None:
+        names.insert(0, str(ctx.info_name))
+        ctx = ctx.parent
+    return "-".join(names)
 
 
 @contextlib.contextmanager
@@ -93,13 +118,19 @@ def facts(out: Console, pairs: Iterable[tuple[str, object]]) -> None:
     _print(out, grid)
 
 
-def table(out: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def table(
+    out: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    most: int | None = None,
+) -> None:
     """Print rows under headings.
 
     Args:
         columns: headings; ">x" aligns to the right and is never cut, "x…" is cut to keep rows on
             one line, others wrap.
         rows: cells; None prints a dash.
+        most: rows shown without --verbose; all where None.
     """
     from rich import box
     from rich.table import Table
@@ -114,9 +145,13 @@ def table(out: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]
             no_wrap=right,
             overflow="ellipsis" if cut else "fold",
         )
-    for row in rows:
+    every = list(rows)
+    kept = every if most is None or settings().verbose else every[:most]
+    for row in kept:
         grid.add_row(*(Text(NOTHING if cell is None else shown(cell)) for cell in row))
     _print(out, grid)
+    if len(every) > len(kept):
+        say(out, f"and {len(every) - len(kept):,} more: --verbose")
 
 
 def _print(out: Console, what: Table | Text) -> None:
@@ -134,14 +169,15 @@ def say(out: Console, text: str = "") -> None:
     _print(out, Text("\n".join(one_line(line) for line in text.split("\n"))))
 
 
-def _finite(value: Any) -> Any:
-    """The value with what JSON lacks (NaN, infinity) as null."""
+def _plain(value: Any, without: Sequence[str] = ()) -> Any:
+    """The value with what JSON lacks (NaN, infinity) as null, and without some tables."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        left = {k for k in without if isinstance(value.get(k), Mapping | list | tuple)}
+        return {str(k): _plain(v, without) for k, v in value.items() if k not in left}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [_plain(v, without) for v in value]
     return value
 
 
@@ -219,9 +255,15 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Advance]:
-    """A callback (done, total, stage) that draws a bar: on a terminal, after a second of work."""
-    if not sys.stderr.isatty():
+    """A callback (done, total, stage) that says how far the work is, if it takes a while.
+
+    It draws a bar on a terminal; elsewhere, as in a log, it prints a line now and then.
+    """
+    if settings().quiet:
         yield lambda done, total, stage: None
+        return
+    if not sys.stderr.isatty():
+        yield Lines(what).advance
         return
     bar = Bar(what)
     timer = threading.Timer(DELAY, bar.start)
@@ -232,6 +274,24 @@ def progress(what: str) -> Iterator[Advance]:
     finally:
         timer.cancel()
         bar.stop()
+
+
+class Lines:
+    """Plain lines on stderr that say how far the work is, some seconds apart."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._next = what, time.monotonic() + EVERY
+        self._lock = threading.Lock()
+
+    def advance(self, done: int, total: int, stage: str) -> None:
+        """Say how far the work is."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + EVERY
+        far = f"{done / total:.0%}" if total else f"{done:,}"
+        click.echo(one_line(f"{self._what}: {far}" + (f", {stage}" if stage else "")), err=True)
 
 
 class Bar:

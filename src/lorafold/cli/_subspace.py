@@ -32,7 +32,7 @@ def show_subspace(path: str) -> None:
         output.say(out)
         output.table(out, ["adapter", ">bytes"], ((t["name"], t["bytes"]) for t in facts["tasks"]))
 
-    output.report(report, show)
+    output.report(report, show, kind="subspace")
 
 
 def verify_subspace(path: str) -> list[str]:
@@ -48,5 +48,5 @@ def verify_subspace(path: str) -> list[str]:
         for line in wrong:
             output.say(out, line)
 
-    output.report(report, show)
+    output.report(report, show, kind="verify-subspace")
     return wrong

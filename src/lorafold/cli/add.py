@@ -81,6 +81,6 @@ def _check_free(lib: Library, names: list[str], replace: bool) -> None:
 
 def _show(out: Console, d: dict[str, Any]) -> None:
     rows = ((r["name"], output.percent(r["error"]), f"{r['bytes']:+,}") for r in d["added"])
-    output.table(out, ["added", ">error", ">library bytes"], rows)
+    output.table(out, ["added", ">error", ">library bytes"], rows, most=output.MOST)
     before, after = (output.size(n) for n in d["bytes"])
     output.say(out, f"\n{d['path']}: {before} → {after}")

@@ -37,7 +37,7 @@ def anatomy(adapter: str, threshold: float, **options: Any) -> None:
     with output.progress("measuring"):
         found = measured(opened(adapter, **options), threshold=threshold)
     d = described(adapter, found)
-    output.report(d, lambda out: _show(out, d))
+    output.report(d, lambda out: _show(out, d), tables=("modules",))
 
 
 def described(path: str, found: Anatomy) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
                 )
                 for a in d["anomalies"]
             ),
+            most=output.MOST,
         )
     if settings().verbose:
         output.say(out)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..compare import ModuleOverlap
 
 _BASE = "base_model_name_or_path"
-_MOST = 20  # modules shown without --verbose
 _ROUNDING = 1e-6  # relative distances below are float32's
 
 
@@ -37,7 +36,7 @@ def diff(a: str, b: str, **options: Any) -> None:
     """
     with output.progress("comparing") as advance:
         found = comparison(a, _freed(a, **options), b, _freed(b, **options), advance)
-    output.report(found, lambda out: _show(out, found))
+    output.report(found, lambda out: _show(out, found), tables=("modules",))
 
 
 def _freed(text: str, **options: Any) -> Adapter:
@@ -166,7 +165,6 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
         if d["modules"]:
             output.say(out, "\nEvery module that both have is the same, but for rounding.")
         return
-    most = len(modules) if settings().verbose else _MOST
     output.say(out)
     output.table(
         out,
@@ -186,11 +184,10 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
                 output.percent(m["shared_in"]),
                 _degrees(m),
             )
-            for m in modules[:most]
+            for m in modules
         ),
+        most=output.MOST,
     )
-    if len(modules) > most:
-        output.say(out, f"and {output.count(len(modules) - most, 'module')} more: --verbose")
 
 
 def _degrees(m: Mapping[str, Any]) -> str | None:

@@ -99,7 +99,7 @@ def fold(
         if settings().verbose:
             library_table(out, stats)
 
-    output.report(stats, show)
+    output.report(stats, show, tables=("modules",))
 
 
 def score_function(text: str) -> Callable[..., float]:

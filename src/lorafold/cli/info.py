@@ -51,9 +51,13 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
             else:
                 described.append(_described_or_error(path, failures, options))
     if len(found) == 1:
-        output.report(described[0], lambda out: _show_one(out, described[0]))
+        one = described[0]
+        output.report(one, lambda out: _show_one(out, one), kind="adapter", tables=["per_module"])
     else:
-        output.report(described, lambda out: _show_many(out, described))
+        many = {"adapters": described, "failed": failures}
+        output.report(
+            many, lambda out: _show_many(out, described), kind="adapters", tables=["per_module"]
+        )
     if failures:
         from ..errors import FileError
 
@@ -74,7 +78,7 @@ def _library(path: str) -> None:
         if stats.get("shared"):
             output.say(out, f"\n{_shared_words(stats['shared'])}")
 
-    output.report(stats, show)
+    output.report(stats, show, kind="library", tables=("modules",))
 
 
 def _shared(lib: Library) -> list[dict[str, Any]] | None:

@@ -33,7 +33,7 @@ def ls(lib: str) -> None:
         return
     with Library.open(lib) as opened:
         rows = _rows(opened)
-    output.report(rows, lambda out: _show(out, rows))
+    output.report({"path": lib, "adapters": rows}, lambda out: _show(out, rows))
 
 
 def _rows(lib: Library) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
-from ._command import CheckFailed, command, settings
+from ._command import CheckFailed, command
 from ._source import library_of, opened, source_options
 from ._writing import DTYPES, torch_dtype
 
@@ -52,7 +52,7 @@ def merge_into(
     unplaced = dict(merge.plan.unplaced)
     if unplaced and not partial:
         missing = {**facts, "written": False, "unplaced": unplaced}
-        output.report(missing, lambda out: _show_unplaced(out, unplaced))
+        output.report(missing, lambda out: _show_unplaced(out, unplaced), kind="unplaced")
         raise CheckFailed(
             f"{len(unplaced)} parts of the adapter have no place in {base}: nothing is written "
             "(--partial merges the rest)"
@@ -88,8 +88,4 @@ def _show(out: Console, d: dict[str, Any]) -> None:
 
 def _show_unplaced(out: Console, unplaced: Mapping[str, str]) -> None:
     output.say(out, "\nHas no place in the base:")
-    rows = list(unplaced.items())
-    most = len(rows) if settings().verbose else 10
-    output.table(out, ["part of the adapter", "why"], rows[:most])
-    if rows[most:]:
-        output.say(out, f"and {len(rows) - most:,} more (--verbose lists them)")
+    output.table(out, ["part of the adapter", "why"], unplaced.items(), most=output.MOST)

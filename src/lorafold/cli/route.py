@@ -120,7 +120,7 @@ def ask(router: str, texts: tuple[str, ...], encoder: str | None) -> None:
         }
         for text, e in zip(asked, opened.explain(asked), strict=True)
     ]
-    output.report(rows, lambda out: _show_asked(out, rows))
+    output.report({"router": router, "texts": rows}, lambda out: _show_asked(out, rows))
 
 
 # Reading texts
@@ -155,7 +155,7 @@ def _facts(router: Any, target: str, kind: str, examples: Any) -> dict[str, Any]
     overlaps = router.overlaps() if isinstance(router, CentroidRouter) else []
     return {
         "router": target,
-        "kind": kind,
+        "router_kind": kind,
         "encoder": router.encoder_name,
         "names": list(router.names),
         "examples": sum(len(texts) for texts in examples.values()),
@@ -176,7 +176,7 @@ def _show_fit(out: Console, d: dict[str, Any]) -> None:
         out,
         [
             ("router", d["router"]),
-            ("kind", d["kind"]),
+            ("kind", d["router_kind"]),
             ("encoder", d["encoder"]),
             ("adapters", output.count(len(d["names"]))),
             ("examples", output.count(d["examples"])),
@@ -191,11 +191,11 @@ def _show_fit(out: Console, d: dict[str, Any]) -> None:
         output.say(out, "")
         rows = [
             (o["a"], o["b"], f"{o['cosine']:.3f}", output.percent(o["confused"]))
-            for o in d["overlaps"][:10]
+            for o in d["overlaps"]
         ]
-        output.table(out, ["domain…", "overlaps with…", ">cosine", ">confused"], rows)
-        if len(d["overlaps"]) > len(rows):
-            output.say(out, f"and {len(d['overlaps']) - len(rows):,} more")
+        output.table(
+            out, ["domain…", "overlaps with…", ">cosine", ">confused"], rows, most=output.MOST
+        )
 
 
 def _show_asked(out: Console, rows: Iterable[dict[str, Any]]) -> None:

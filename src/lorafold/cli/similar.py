@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from ..compare import Similarity
 
-_MOST = 20  # pairs shown without --verbose
 _LISTED = 10_000  # pairs listed at most: a thousand that are alike make half a million
 
 
@@ -120,17 +119,16 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
         ],
     )
     pairs = [*d["duplicates"], *d["near_duplicates"]]
-    most = len(pairs) if shown else _MOST
     if pairs:
         output.say(out)
         output.table(
             out,
             ["adapter", "and", ">cosine", ">norms"],
-            ((p["a"], p["b"], f"{p['cosine']:.4f}", _norms(p)) for p in pairs[:most]),
+            ((p["a"], p["b"], f"{p['cosine']:.4f}", _norms(p)) for p in pairs),
+            most=output.MOST,
         )
-    if d["pairs"] > most:
-        verbose = "" if shown else ": --verbose"
-        output.say(out, f"and {output.count(d['pairs'] - most, 'pair')} more{verbose}")
+    if d["pairs_left_out"]:
+        output.say(out, f"and {output.count(d['pairs_left_out'], 'pair')} that are not listed")
     _list(out, "\nclusters:", [", ".join(c["names"]) for c in near], shown)
     _list(
         out, "\ncould go:", [f"{r['name']}: same as {r['same_as']}" for r in d["redundant"]], shown
@@ -152,7 +150,7 @@ def _norms(p: Mapping[str, Any]) -> str:
 
 
 def _list(out: Console, title: str, lines: list[str], all_of_them: bool) -> None:
-    most = len(lines) if all_of_them else _MOST
+    most = len(lines) if all_of_them else output.MOST
     if lines:
         output.say(out, title)
     for line in lines[:most]:

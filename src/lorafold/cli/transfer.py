@@ -110,7 +110,7 @@ def transfer(
     if renamed:
         write_names(Path(target), known, {f: n for f, n in renamed.items() if n not in failed})
     found = {"path": target, "adapters": rows, "failed": failed}
-    output.report(found, lambda out: _show(out, found))
+    output.report(found, lambda out: _show(out, found), tables=("modules",))
     if failed:
         raise CheckFailed(f"{len(failed)} of {output.count(len(places), 'adapter')} were not moved")
     useless = [row["name"] for row in rows if row["report"]["said"].get("advice") == "don't"]
@@ -259,7 +259,7 @@ def _show(out: Console, d: Mapping[str, Any]) -> None:
             (row["name"], len(row["report"]["modules"]), *_totals(row["report"])) for row in rows
         ]
         columns = ["adapter", ">modules", ">error", ">norm ratio", ">rank ratio", ">cosine", ">R²"]
-        output.table(out, columns, cells)
+        output.table(out, columns, cells, most=output.MOST)
     for name, why in d["failed"].items():
         output.say(out, f"not moved: {name}: {why}")
 

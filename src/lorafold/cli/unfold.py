@@ -116,4 +116,4 @@ def _show(out: Console, d: Mapping[str, Any], renamed: Mapping[str, str]) -> Non
         output.say(out, f"{d['dtype']} adds at most {rounding} to that")
     if renamed:
         output.say(out, f"\nNames that are no folder names ({NAMES_FILE} has them too):")
-        output.table(out, ["folder", "name"], renamed.items())
+        output.table(out, ["folder", "name"], renamed.items(), most=output.MOST)

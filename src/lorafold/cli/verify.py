@@ -113,7 +113,7 @@ def _show(out: Console, d: dict[str, Any]) -> None:
         )
         if bad:
             output.say(out)
-            output.table(out, ["adapter", "what is wrong"], bad)
+            output.table(out, ["adapter", "what is wrong"], bad, most=output.MOST)
         return
     if not d["measured"]:
         worst = output.percent(max((row["error"] for row in rows), default=0.0))
@@ -131,6 +131,7 @@ def _show(out: Console, d: dict[str, Any]) -> None:
                 output.percent(row["bound"]),
                 "right" if row["ok"] else row["problem"],
             )
-            for row in rows
+            for row in sorted(rows, key=lambda row: (row["ok"], -(row["error"] or 0)))
         ),
+        most=output.MOST,
     )

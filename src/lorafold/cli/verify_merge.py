@@ -42,7 +42,7 @@ def verify_merge(base: str, adapter: str, merged: str, **options: Any) -> None:
         "others": dict(found.others),
         "compared": found.compared,
     }
-    output.report(facts, lambda out: _show(out, facts))
+    output.report(facts, lambda out: _show(out, facts), tables=("parts",))
     if not found.ok:
         amiss = sum(n for verdict, n in found.counts.items() if verdict != "applied")
         raise CheckFailed(
@@ -57,13 +57,11 @@ def _show(out: Console, d: dict[str, Any]) -> None:
     output.say(out, f"{output.count(len(parts), 'part')} of {d['adapter']}: {counts}")
     output.say(out, f"{output.count(d['compared'], 'other tensor')}: {len(others):,} differ")
     amiss = {p: f for p, f in parts.items() if f["verdict"] != "applied" or f["why"]}
-    shown = parts if settings().verbose else dict(list(amiss.items())[:10])
+    shown = parts if settings().verbose else amiss
     if shown:
         output.say(out, "")
         columns = ["part…", "verdict", ">c", ">rounding", ">unexplained", "why"]
-        output.table(out, columns, [_row(part, f) for part, f in shown.items()])
-    if len(amiss) > len(shown):
-        output.say(out, f"and {len(amiss) - len(shown):,} more (--verbose lists them)")
+        output.table(out, columns, [_row(part, f) for part, f in shown.items()], most=output.MOST)
     for key, why in list(others.items())[: None if settings().verbose else 10]:
         output.say(out, f"{key}: {why}")
 
