@@ -47,6 +47,9 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
+# PEFT warns of what it looks up, and asks transformers for what that is to lose.
+@pytest.mark.filterwarnings(r"ignore:.*:UserWarning:peft(\..*)?")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_runs_page_by_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from .errors import MismatchError
 
 NESTED, SCALING = "nested", "rank_scaling"
 _INIT = "init_lora_weights"  # some readers refuse what is not True
 POWERS = {"constant": 0.0, "linear": 1.0, "sqrt": 0.5}
+
+
+Scaling: TypeAlias = Literal["constant", "linear", "sqrt"]
 
 
 def check_scaling(value: Any) -> str:

@@ -146,6 +146,16 @@ def note(text: str) -> None:
     logging.getLogger("lorafold").info(text)
 
 
+_hinted: set[str] = set()
+
+
+def hint(text: str) -> None:
+    """Tell it once in a process, on the logger `lorafold`: stderr, where nothing else is set up."""
+    if text not in _hinted:
+        _hinted.add(text)
+        logging.getLogger("lorafold").warning(text)
+
+
 def warn(text: str) -> None:
     """Warn at the line outside of lorafold that led here, however many calls lie between."""
     level, frame = 2, sys._getframe(1)

@@ -21,6 +21,45 @@ def test_a_single_adapter_is_named_default_and_does_not_run_by_itself(net, base,
     assert torch.equal(net(x), base(x))
 
 
+def test_what_runs_can_be_said_at_once(make_net, three, x):
+    model = make_net()
+    before = model(x)
+    live = lf.attach(model, three, use={"a": 1.0, "b": -0.5})
+    now = model(x)
+    live.detach()
+    with lf.attach(model, three).use({"a": 1.0, "b": -0.5}):
+        assert torch.equal(model(x), now)
+    lf.Live.of(model).detach()
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        lf.attach(model, {"roman": three["a"]}, use="romann")
+    assert torch.equal(model(x), before)
+    with pytest.raises(MismatchError, match="nothing is attached"):
+        lf.Live.of(model)
+
+
+def test_what_waits_is_told(make_net, three, caplog, monkeypatch):
+    monkeypatch.setattr("lorafold.words._hinted", set())
+
+    def said():
+        found = [record.message for record in caplog.records]
+        caplog.clear()
+        return found
+
+    lf.attach(make_net(), lf.LoRA(rank=2))
+    live = lf.attach(make_net(), three, use="a")
+    assert re.fullmatch(r"Live\(\d+ layers, 3 adapters, 'a' in use\)", repr(live))
+    live.use(["a", None, "b"])
+    assert repr(live).endswith("'a' and 'b' in use)") or "'a', 'b' in use" in repr(live)
+    assert not said()
+    live = lf.attach(make_net(), {"a": three["a"]})
+    assert re.fullmatch(r"Live\(\d+ layers, 1 adapter, none in use: live.use\('a'\)\)", repr(live))
+    assert [text for text in said() if "wait" in text and "use=name" in text]
+    lf.attach(make_net(), three)
+    assert not said()  # once
+    live.keep("a")
+    assert "none in use" not in repr(live)
+
+
 def test_outputs_by_the_definition(net, base, three, x, expected):
     live = lf.attach(net, three)
     for name, adapter in three.items():

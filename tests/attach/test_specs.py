@@ -1,5 +1,8 @@
 """Specifications: their defaults, and what they refuse."""
 
+import copy
+import dataclasses
+import json
 import re
 
 import pytest
@@ -99,6 +102,77 @@ def test_lora_out_of_range(options, message):
 def test_pissa_out_of_range(options, message):
     with pytest.raises(MismatchError, match=message):
         lf.PiSSA(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, "LoRA has no option r=; it is rank= here"),
+        ({"lora_alpha": 8}, "it is alpha= here"),
+        ({"target_modules": ["q"]}, "it is targets= here"),
+        ({"exclude_modules": ["q"]}, "it is exclude= here"),
+        ({"use_rslora": True}, "it is rslora= here"),
+        ({"lora_dropout": 0.1}, "it is dropout= here"),
+        ({"init_lora_weights": "pissa"}, "it is init= here"),
+        ({"tragets": ["q"]}, "did you mean 'targets'"),
+    ],
+)
+def test_words_of_others_are_told_with_ours(options, message):
+    with pytest.raises(MismatchError, match=message):
+        lf.LoRA(**options)
+
+
+def test_a_kind_tells_its_own_words_only():
+    with pytest.raises(MismatchError, match=r"PiSSA has no option lora_alpha=; there are"):
+        lf.PiSSA(lora_alpha=3)
+    with pytest.raises(MismatchError, match=r"found 'cho_rej_min_std'; it is 'min_std' here"):
+        lf.PiSSA(select="cho_rej_min_std")
+
+
+SPECS = [
+    lf.LoRA(),
+    lf.LoRA(
+        rank=4,
+        targets=["q", re.compile("v$", re.IGNORECASE)],
+        exclude=(),
+        layers=(0.5, 1),
+        dtype=torch.bfloat16,
+        seed=1,
+        nested=(1, 2),
+        rank_pattern={"q": 2, re.compile("k|v"): 3},
+        alpha_pattern={"q": 0.5},
+        modules_to_save=["head"],
+    ),
+    lf.PiSSA(rank=3, select="wanda", niter=None, mean=0.1, std=0.2, targets="q"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_records_give_the_same_back(spec):
+    record = json.loads(json.dumps(spec.to_dict()))
+    assert type(spec).from_dict(record) == spec
+    assert record["kind"] == type(spec).__name__
+    for copied in (copy.copy(spec), copy.deepcopy(spec), dataclasses.replace(spec)):
+        assert copied == spec
+
+
+def test_records_of_loadings_name_their_library(tmp_path):
+    u = lf.LowRank(torch.ones(2, 4), torch.ones(3, 2))
+    lib = lf.fold({"a": lf.Adapter({"q": u}), "b": lf.Adapter({"q": 2 * u})}, tmp_path / "lib")
+    spec = lf.Loadings(lib, start="a", extra=2)
+    record = json.loads(json.dumps(spec.to_dict()))
+    assert record["library"] == str(tmp_path / "lib")
+    again = lf.Loadings.from_dict(record)
+    assert again.library.names == lib.names
+    assert dataclasses.replace(again, library=lib) == spec
+    with pytest.raises(MismatchError, match="save the library to a folder"):
+        lf.Loadings(lf.fold([lf.Adapter({"q": u})])).to_dict()
+    with pytest.raises(MismatchError, match="the record is of a Loadings, not of a LoRA"):
+        lf.LoRA.from_dict(record)
+    with pytest.raises(MismatchError, match="has no option extras="):
+        lf.Loadings.from_dict({**record, "extras": 1})
+    with pytest.raises(MismatchError, match=r"calibration= can't be written as JSON"):
+        lf.PiSSA(calibration={"q": torch.ones(2, 2)}).to_dict()
 
 
 def test_in_range():

@@ -89,6 +89,22 @@ def test_a_pattern_that_also_meets_containers_means_the_layers():
     ]
 
 
+def test_a_pattern_takes_other_layers_where_it_means_them_to_their_end():
+    net = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 2), "conv_in": nn.Conv1d(2, 2, 1)})
+    net["tokens_out"] = nn.Linear(2, 2)
+
+    def hit(pattern):
+        return list(found_layers(net, [re.compile(pattern)]))
+
+    assert hit("tokens") == ["embed_tokens", "tokens_out"]
+    assert hit("embed|tokens_o") == ["tokens_out"]
+    assert hit("conv_in|out") == ["conv_in", "tokens_out"]
+    assert hit("^conv.*|nothing") == ["conv_in"]
+    assert list(found_layers(net, ["embed_tokens"])) == ["embed_tokens"]
+    with pytest.raises(MismatchError, match="match no module"):
+        hit("^conv")
+
+
 def test_what_is_excluded_takes_its_inside_along():
     left = found("all-linear", exclude=["self_attn", re.compile(r"layers\.[0-2]\."), "lm_head"])
     assert left == ["layers.3.mlp.up", "vision_tower.proj"]
@@ -143,6 +159,10 @@ def test_the_outermost_stack_counts():
     [
         (["k"], {}, r"targets 'k' match no module; the linear layers are named k_proj, lm_head"),
         (["q_proj", "w", re.compile("z+")], {}, r"targets 'w', 'z\+' match no module"),
+        (["q_proj|up"], {}, r"'q_proj|up' match no module; .* re.compile\('q_proj\|up'\)"),
+        ([r"self_attn\.q"], {}, r"re.compile\('self_attn\\\\.q'\)"),
+        (["up", "*.k_proj"], {}, r"'\*.k_proj' match no module; .* re.compile\(…\)"),
+        (["^layers"], {}, r"re.compile\('\^layers'\)"),
         (["q_proj"], {"exclude": ["layers"]}, "exclude= and layers= leave no module"),
         (["q_proj"], {"layers": (0, 0.1)}, "exclude= and layers= leave no module"),
     ],

@@ -424,6 +424,81 @@ OPENED = {
 }
 
 
+CONFIGS = {
+    "names": {"target_modules": ["q_proj", "mlp.up_proj"], "r": 3, "lora_alpha": 5},
+    "a regular expression": {"target_modules": r".*\.1\..*(q|k)_proj", "use_rslora": True},
+    "a part of a name, which means nothing": {"target_modules": r"(.*\.)?(q_proj|proj)"},
+    "all, but": {"target_modules": "all-linear", "exclude_modules": ["up_proj", "mlp"]},
+    "all of a classifier": {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    "exclude by an expression": {
+        "target_modules": ["q_proj", "k_proj"],
+        "exclude_modules": r".*layers\.0.*",
+    },
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {r"layers\.1.*q_proj": 2, "v_proj": 4},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 3},
+    },
+    "a module that trains whole": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_means_what_it_means_to_peft(case):
+    config = LoraConfig(lora_dropout=0.0, **CONFIGS[case])
+    cls = tf.LlamaForSequenceClassification if config.task_type else tf.LlamaForCausalLM
+    base = cls(tf.LlamaConfig(**GQA))
+    theirs = get_peft_model(copy.deepcopy(base), config)
+    expected = lf.load(theirs)
+    mine = lf.attach(base, lf.LoRA(config)).adapter("default")
+    assert mine.keys() == expected.keys()
+    for path, u in mine.items():
+        assert (u.rank, u.scale) == (expected[path].rank, expected[path].scale)
+    assert mine.extras.keys() == expected.extras.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "the config's use_dora=True is not for lorafold.LoRA"),
+        ({"bias": "all"}, "the config's bias='all'"),
+        ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\]"),
+        ({"target_modules": None}, "no target_modules"),
+        ({"init_lora_weights": "gaussian"}, "init= is 'kaiming'"),
+    ],
+)
+def test_what_a_config_asks_in_vain_is_named(options, message):
+    with pytest.raises(lf.MismatchError, match=message):
+        lf.LoRA(LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    with pytest.raises(lf.MismatchError, match="alpha= is the config's word"):
+        lf.LoRA(LoraConfig(target_modules=["q_proj"]), alpha=3)
+
+
+def test_a_running_adapter_is_what_it_saves(tmp_path):
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**GQA))
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=False),
+        adapter_name="one",
+    )
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        assert lf.load(model).digest == lf.load(tmp_path / "saved" / name).digest
+    assert lf.load(model).base_model == str(tmp_path / "base")
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(lf.MismatchError, match="2 adapters of the model are active"):
+        lf.load(model)
+    base.load_adapter(str(tmp_path / "saved" / "two"))  # transformers' own way
+    assert lf.load(base).digest == lf.load(tmp_path / "saved" / "two").digest
+    with pytest.raises(lf.MismatchError, match="this Linear has no adapter of PEFT's"):
+        lf.load(nn.Linear(2, 2))
+    with pytest.raises(lf.MismatchError, match="config= goes with a state dict"):
+        lf.load(model, config={})
+
+
 @pytest.mark.parametrize("case", OPENED)
 def test_pefts_auto_classes_open_what_is_saved(case, tmp_path):
     name, options, expected = OPENED[case]

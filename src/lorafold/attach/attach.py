@@ -9,12 +9,13 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..collection.limits import memory_bytes
-from ..errors import MismatchError, RefusedError
+from ..errors import LorafoldError, MismatchError, RefusedError
 from ..fold import Library
 from ..layers.misread import warn_of_misread
 from ..layers.modes import outside_inference_mode
 from ..layers.swap import Swapped
-from ..prefixes import check_scaling
+from ..prefixes import Scaling, check_scaling
+from ..words import hint
 from .additions import add_all, add_library, named_sources, widest
 from .live import Live
 from .run.shelf import slots_within
@@ -32,11 +33,12 @@ def attach(
     cache: str | int | None = None,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
-    rank_scaling: str | None = None,
+    rank_scaling: Scaling | None = None,
+    use: Any = None,
 ) -> Live:
     """Attach adapters to a model in place, without changing its weights; returns the handle.
 
-    Adapters that are given run when `live.use(...)` says so; fresh ones run from the start.
+    Adapters that are given run when `use=` or `live.use(...)` says so; fresh ones from the start.
 
     Args:
         model: any module that holds linear, Conv1D, embedding or convolution layers, or is one.
@@ -53,6 +55,7 @@ def attach(
             adapters' own and of the dtype that most of the model's weights have.
         rank_scaling: the factor of a rank prefix k of r: "constant" 1, "linear" r/k, "sqrt" √(r/k);
             by default each adapter's own, which its config tells: "constant" where it doesn't.
+        use: what runs from now on, as for `live.use`: a name, a mix, or one of these for each row.
 
     Raises:
         MismatchError: no module matches, shapes differ, options out of range. RefusedError: a
@@ -88,7 +91,7 @@ def attach(
         kind = dtype or torch.float32
         state = State(model, _library_slots(x, slots, cache, kind), rank_scaling)
         add_library(state, x, kind)
-        return Live(state)
+        return _in_use(Live(state), use)
     if cache is not None:
         raise MismatchError("cache= limits what is read of a Library; adapters have slots=")
     named = named_sources(x, trainable)
@@ -103,11 +106,27 @@ def attach(
     )
     state = State(model, room, rank_scaling)
     add_all(state, named, trainable)
-    return Live(state)
+    return _in_use(Live(state), use)
+
+
+def _in_use(live: Live, what: Any) -> Live:
+    """The handle, with something in use, or a hint where nothing is."""
+    if what is not None:
+        try:
+            live.use(what)
+        except LorafoldError:
+            live.detach()
+            raise
+    elif not live.active and len(live.names):
+        hint(
+            "adapters that are given wait: nothing runs before live.use(name), "
+            "or attach(…, use=name)"
+        )
+    return live
 
 
 def _check(
-    model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: str | None
+    model: nn.Module, slots: int | None, max_rank: int | None, rank_scaling: Scaling | None
 ) -> None:
     """Refuse what can't be attached to, and options out of range."""
     if not isinstance(model, nn.Module):

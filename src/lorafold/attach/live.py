@@ -27,7 +27,7 @@ from .running import BASE, Gate
 from .selection import Selection
 from .sources import Trained
 from .state import State
-from .summary import Summary, live_html, summarized
+from .summary import Summary, live_html, live_repr, summarized
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,8 +76,7 @@ class Live:
         raise MismatchError("nothing is attached to this model")
 
     def __repr__(self) -> str:
-        layers = f"{len(self._state.slots.patches)} layers"
-        return f"Live({'detached' if self.detached else layers}, {len(self.names)} adapters)"
+        return live_repr(self._state)
 
     def _repr_html_(self) -> str:
         return live_html(repr(self), self._state)

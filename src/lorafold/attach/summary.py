@@ -8,7 +8,7 @@ from typing import Any
 
 from ..layers.kinds import packed_sizes
 from ..layers.storage import is_quantized, stored_as
-from ..words import LISTED, Table, aligned, html_table
+from ..words import LISTED, Table, aligned, html_table, some_of
 from .run.factors import Modulation
 from .run.patch import Patch
 from .sources import Trained
@@ -157,6 +157,22 @@ def summarized(state: State) -> Summary:
     told = {n: s.metadata for n, s in state.sources.items() if isinstance(s, Trained)}
     metadata = {name: dict(its) for name, its in told.items() if its}
     return Summary(tuple(layers), total, trainable, metadata)
+
+
+def live_repr(state: State) -> str:
+    """What is attached, how much of it, and what of it runs; it waits for nobody."""
+    if state.detached:
+        return "Live(detached, 0 adapters)"
+    names, selection = list(state.sources), state.running.selection
+    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    running = [] if selection is None else [n for n in selection.names if n in state.sources]
+    if running:
+        now = f"{some_of(running, 3)} in use"
+    elif not names or state.running.kept or state.running.merged_mix:
+        now = ""
+    else:
+        now = f"none in use: live.use({names[0]!r})"
+    return f"Live({len(state.slots.patches)} layers, {count}{now and ', '}{now})"
 
 
 def live_html(title: str, state: State) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -37,7 +37,7 @@ def add(
     name: str | None,
     replace: bool,
     tolerance: float | None,
-    form: str | None,
+    form: Literal["svd", "exact"] | None,
     timeout: float,
     **reading: Any,
 ) -> None:

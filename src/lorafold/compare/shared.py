@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from .pairs import Pairs, Progress
 
 _WHOLE = 1024  # a Gram of no more rows is diagonalised; of a larger one the first directions found
 _MOST = 64  # directions found of a larger one
-_SPACES = ("delta", "factors")
+Space: TypeAlias = Literal["delta", "factors"]
+_SPACES = get_args(Space)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class SharedSpectrum:
 def shared_spectrum(
     sources: Any,
     *,
-    space: str = "delta",
+    space: Space = "delta",
     seed: int = 0,
     memory: str | int = "1GiB",
     progress: Progress | None = None,

@@ -295,7 +295,7 @@ class _Demo:
         config, state = load_base(PAIR[1])
         base = heldout_loss(config, state, second)
         found: dict[str, Any] = {"adapter": name, "to": PAIR[1], "texts": len(texts)}
-        ways: dict[str, dict[str, Any]]
+        ways: dict[Any, dict[str, Any]]
         ways = {"distill": {"texts": texts, "tokenizers": "bytes"}, "svd": {}}
         for method, options in ways.items():
             start = time.perf_counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Adapter, on_base
 from ..errors import FileError, MismatchError, UnknownNameError
@@ -27,6 +27,7 @@ from ..roles.roles import Tables
 from ..words import did_you_mean
 from .disk.held import ChangedError
 from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
+from .formats.running import running_parts
 from .formats.vlora import Subspace, Tasks
 from .peft import ATTEMPTS, AdapterFile, from_state_dict, open_files
 
@@ -79,7 +80,7 @@ def open_library(path: str | os.PathLike[str]) -> Any:
 
 
 def load(
-    source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor] | nn.Module,
     *,
     alpha: float | None = None,
     config: Any = None,
@@ -96,7 +97,8 @@ def load(
     Not for: folders of many adapters (`lorafold.files.load_many`, or `fold`).
 
     Args:
-        source: what `open_adapter` takes, or the state dict of an adapter in memory (copied).
+        source: what `open_adapter` takes; or what is in memory, and copied: the state dict of an
+            adapter, a `PeftModel`, or a transformers model with adapters, for its active one.
         alpha: α, where there is no config.
         config: of a state dict: a mapping, or PEFT's LoraConfig.
         revision: a branch, tag or commit, for a Hub id.
@@ -126,6 +128,10 @@ def load(
         >>> lf.load(folder).digest == a.digest
         True
     """
+    if isinstance(source, nn.Module):
+        if config is not None:
+            raise MismatchError("config= goes with a state dict; a model has its own")
+        source, config = running_parts(source)
     if isinstance(source, Mapping) and not isinstance(source, Adapter):
         adapter = from_state_dict(source, alpha, config, device, dtype)
         adapter = adapter if base_model is None else on_base(adapter, base_model)

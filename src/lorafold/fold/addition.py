@@ -41,7 +41,7 @@ from .coding.flat_part import FlatSide, OtherLengthError, code_parts, flattened
 from .coding.record import Coded, Target, code
 from .contents import Contents
 from .one_pass import adapter_entries, in_one_gauge
-from .options import Options
+from .options import Kept, Options
 from .planning.budget import Ledger
 from .planning.costs import Costs
 from .planning.plan import FlatBases, ModulePlan, Shared
@@ -144,7 +144,7 @@ def write_added(
     name: str,
     handle: Handle,
     tolerance: float | None,
-    form: str | None,
+    form: Kept | None,
 ) -> tuple[ShardWriter, Manifest]:
     """Write an adapter into a shard of its own.
 

@@ -22,7 +22,7 @@ from .addition import one_handle, write_added
 from .coding.record import unsealed
 from .contents import Contents, Stored
 from .one_pass import folded
-from .options import RECORDED, Options, Progress
+from .options import RECORDED, Kept, Options, Progress
 from .store.entries import AdapterEntry, Piece
 from .store.manifest import Manifest
 from .store.shard import Shard
@@ -44,7 +44,7 @@ def add_to(
     *,
     replace: bool,
     tolerance: float | None,
-    form: str | None,
+    form: Kept | None,
     base_model: str | None = None,
 ) -> float:
     """See `Library.add`."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..collection.sources import named_handles
 from ..files.replacing import check_apart
 from .library import Library
 from .one_pass import folded
-from .options import Options, with_options
+from .options import Folding, Options, with_options
 from .retention import fold_by_retention
 from .store.store import Store
 from .store.turns import TIMEOUT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
 
 
 @with_options
@@ -24,7 +27,7 @@ def fold(
     timeout: float = TIMEOUT,
     alpha: float | None = None,
     base_model: str | None = None,
-    **options: Any,
+    **options: Unpack[Folding],
 ) -> Library:
     """Fold adapters into one library.
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from ..words import Keyed, Table
 from .addition import projection
 from .change import Checks, add_to, checked, refold_all, remove_from
 from .contents import Contents, Stored
-from .options import Progress
+from .options import Kept, Progress, Refolding
 from .repair import warn_of_damage
 from .stats import adapter_rows, entry_record, library_html, library_stats
 from .store.store import Store
 from .store.turns import TIMEOUT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         *,
         replace: bool = False,
         tolerance: float | None = None,
-        form: str | None = None,
+        form: Kept | None = None,
         base_model: str | None = None,
     ) -> float:
         """Add an adapter; what is stored of the others does not change by a bit.
@@ -295,7 +298,9 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         """
         remove_from(self.contents, name)
 
-    def refold(self, tolerance: float | None = None, sources: Any = None, **options: Any) -> None:
+    def refold(
+        self, tolerance: float | None = None, sources: Any = None, **options: Unpack[Refolding]
+    ) -> None:
         """Fold everything anew, from the sources or from what is stored.
 
         Args:

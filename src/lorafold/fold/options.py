@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 from ..collection.limits import memory_bytes, torch_device
 from ..errors import MismatchError
@@ -15,7 +15,9 @@ from ..errors import MismatchError
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
-FORMS = ("auto", "svd", "input", "output", "shared", "flat", "exact")
+Form: TypeAlias = Literal["auto", "svd", "input", "output", "shared", "flat", "exact"]
+Kept: TypeAlias = Literal["svd", "exact"]  # off the shared bases
+FORMS: tuple[Form, ...] = get_args(Form)
 DEFAULT_TOLERANCE = 0.1
 RECORDED = ("form", "tolerance", "rank", "energy", "bits", "retention")  # in a library
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,11 +25,31 @@ Score = Callable[[str, "Adapter | None"], float]
 Progress = Callable[[int, int, str], None]
 
 
+class Refolding(TypedDict, total=False):
+    """The keywords of `Library.refold`, for type checkers; see `Options`."""
+
+    form: Form
+    rank: int | None
+    energy: float | None
+    bits: float | None
+    retention: float | None
+    score: Score | None
+    memory: str | int
+    device: Any
+    progress: Progress | None
+
+
+class Folding(Refolding, total=False):
+    """Those of `fold`."""
+
+    tolerance: float | None
+
+
 @dataclass(frozen=True)
 class Options:
     """How a library is folded; see `fold`, whose keywords these are. Made by `Options.of`."""
 
-    form: str = "auto"
+    form: Form = "auto"
     tolerance: float | None = None
     rank: int | None = None
     energy: float | None = None

@@ -18,7 +18,7 @@ from ..errors import MismatchError
 from .change import add_to
 from .contents import Contents
 from .one_pass import folded
-from .options import Options, Score
+from .options import Kept, Options, Score
 from .store.store import Store
 
 RUNS = 8  # of the score, an adapter: the base, the full adapter, the bisection, the check
@@ -46,7 +46,7 @@ def fold_by_retention(
     contents = _folded(handles, options, {name: s.tolerance for name, s in found.items()})
     for name, search in found.items():
         if search.searched and not search.keeps(contents.now().adapter(name)):
-            form = "svd" if search.passed else "exact"
+            form: Kept = "svd" if search.passed else "exact"
             tolerance = search.tolerance
             adapter = handles[name].load()
             add_to(contents, adapter, name, replace=True, tolerance=tolerance, form=form)

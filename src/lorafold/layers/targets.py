@@ -1,7 +1,8 @@
 """Which modules of a model a specification means.
 
 A string matches the last components of a path (`q_proj`, `self_attn.q_proj`), a compiled pattern
-is searched in the whole path, and "all-linear" means every linear layer. A depth band
+is searched in the whole path, and "all-linear" means every linear layer. A pattern takes linear
+layers, and others (embeddings, convolutions) where its match goes to the path's end. A depth band
 `layers=(lo, hi)` keeps the layers ⌊n · lo⌋ ≤ i < ⌊n · hi⌋ of each stack of n.
 """
 
@@ -81,21 +82,43 @@ def found_layers(
             found[path] = module
     if unmatched:
         names = ", ".join(map(shown, unmatched))
-        leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if is_linear(m)}
-        raise MismatchError(
-            f"targets {names} match no module; the linear layers are named "
-            f"{', '.join(sorted(leaves)[:8])}"
-        )
+        raise MismatchError(f"targets {names} match no module; {_instead(unmatched, model)}")
     if not found:
         raise MismatchError("exclude= and layers= leave no module to attach to")
     return found
 
 
+def _instead(unmatched: Iterable[Target], model: nn.Module) -> str:
+    """What to write for targets that match nothing."""
+    for target in unmatched:
+        if isinstance(target, str) and re.search(r"[|\\*^]", target):
+            return f"a string is the end of a name, and a pattern re.compile({_regular(target)})"
+    leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if is_linear(m)}
+    return f"the linear layers are named {', '.join(sorted(leaves)[:8])}"
+
+
+def _regular(text: str) -> str:
+    """The text, quoted, where it is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return "…"
+    return repr(text)
+
+
 def _hits(target: Target, path: str, module: nn.Module) -> bool:
     if target == ALL_LINEAR:
         return is_linear(module)
-    # A pattern that is searched also meets the containers of what it means.
-    return matches(target, path) and (isinstance(target, str) or KINDS.find(module) is not None)
+    if isinstance(target, str):
+        return matches(target, path)
+    # A pattern that is searched also meets the containers of what it means, and other layers.
+    if is_linear(module):
+        return matches(target, path)
+    return KINDS.find(module) is not None and any(
+        target.fullmatch(name, start)
+        for name in (path, plain_name(path))
+        for start in range(len(name))
+    )
 
 
 def _excluded(exclude: Iterable[Target], path: str) -> bool:

@@ -28,17 +28,17 @@ from ..words import warn
 from .algebra import searched, spectral
 from .algebra.core import Cut, Members
 from .algebra.spaces import in_core, in_delta, in_factors, in_halves
-from .methods import Job, job_of
+from .methods import Job, Name, Space, job_of
 from .provenance import origin
 from .weights import PerAdapter
 
 
 def merge(
     sources: Any,
-    method: str = "linear",
+    method: Name = "linear",
     *,
     weights: Any = None,
-    space: str = "core",
+    space: Space = "core",
     seed: int = 0,
     **options: Any,
 ) -> Adapter:

@@ -9,15 +9,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import MismatchError, UnknownNameError
 from ..words import did_you_mean
 from .algebra.rules import RULES, Rule
 from .weights import PerAdapter, densities, is_number, per_adapter
 
-SPACES = ("core", "delta", "factors")
-_ALIASES = {
+Space: TypeAlias = Literal["core", "delta", "factors"]
+SPACES = get_args(Space)
+# fmt: off
+Name: TypeAlias = Literal[
+    "linear", "magnitude", "ties", "dare", "dare_ties", "della", "breadcrumbs", "slerp", "knots",
+    "tsv", "iso_c", "iso_cts", "lego", "ctm", "lorahub", "regmean",
+    "average", "mean", "task_arithmetic", "dare_linear", "magnitude_prune", "tsv_m",
+]
+# fmt: on
+ALIASES = {
     "average": "linear",
     "mean": "linear",
     "task_arithmetic": "linear",
@@ -140,7 +148,7 @@ def _method(name: Any) -> str:
     if not isinstance(name, str):
         raise MismatchError(f"method must be a name, found {name!r}")
     plain = name.lower().replace("-", "_")
-    plain = _ALIASES.get(plain, plain)
+    plain = ALIASES.get(plain, plain)
     if plain not in METHODS:
         raise UnknownNameError(f"no method {name!r}; {did_you_mean(name, METHODS)}")
     return plain

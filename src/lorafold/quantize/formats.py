@@ -16,7 +16,7 @@ import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Format:
 
 
 _FOUR = (64, 32, 128, 256, 512, 1024, 2048, 4096)
-FORMATS = {
+Kind: TypeAlias = Literal["nf4", "fp4", "int8", "int8_weight_only"]
+FORMATS: dict[Kind, Format] = {
     "nf4": Format(4, "bitsandbytes", "qlora", _FOUR),
     "fp4": Format(4, "bitsandbytes", "qlora", _FOUR),
     "int8": Format(8, "bitsandbytes", "qlora", (ROW,)),
@@ -62,8 +63,8 @@ class Choice:
         compute_dtype: in which products are computed; None for that of the weights.
     """
 
-    kind: str
-    group_size: int | str
+    kind: Kind
+    group_size: int | Literal["row"]
     double_quant: bool
     compute_dtype: torch.dtype | None
 

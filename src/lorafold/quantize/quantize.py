@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from ..layers.storage import Origin, is_quantized, storage_of, weight_of
 from ..layers.swap import base_modules, is_attached, rebase
 from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, found_layers
 from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
-from .formats import FLOATS, Choice, chosen, fits, package_of, quantized_linear, whole_groups
+from .formats import FLOATS, Choice, Kind, chosen, fits, package_of, quantized_linear, whole_groups
 
 _ORIGIN = "quantized_from"  # where a layer keeps what it was
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -33,9 +33,9 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 def quantize_base(
     model: nn.Module,
-    bits: int = 4,
-    kind: str | None = None,
-    group_size: int | str | None = None,
+    bits: Literal[4, 8] = 4,
+    kind: Kind | None = None,
+    group_size: int | Literal["row"] | None = None,
     double_quant: bool = False,
     compute_dtype: torch.dtype | None = None,
     targets: Any = ALL_LINEAR,

@@ -14,9 +14,10 @@ from ..adapter import Adapter, Layout
 from ..collection.sources import Handle
 from ..errors import MismatchError, ToleranceError
 from ..fold import fold
+from ..fold.options import Form
 from .section import evenly
 
-FORMS = ("svd", "input", "output", "shared", "flat")
+FORMS: tuple[Form, ...] = ("svd", "input", "output", "shared", "flat")
 TOLERANCES = (0.3, 0.2, 0.1, 0.05)
 _ADAPTERS, _MODULES = 12, 8  # of the sample, at most
 _NUMBERS = 3_000_000  # in its factors, at most

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from .. import __version__
 from ..adapter import ORIGIN, Adapter
@@ -49,6 +49,12 @@ class Way:
     bases: bool = True
 
 
+# fmt: off
+Name: TypeAlias = Literal[
+    "truncate", "interpolate", "svd", "copy", "procrustes", "functional", "vocabulary", "auto",
+    "distill",
+]
+# fmt: on
 _IN_ONE_GAUGE = ("copy", "truncate", "interpolate")  # rank k of the result is rank k of the source
 _RUN: dict[str, Any] = {"tokenizers": None, "roles": ()}
 _MAPS: dict[str, Any] = {"centre": False, "whiten": 0.0, "scale": True, "threshold": None}
@@ -71,7 +77,7 @@ def transfer(
     source: Any = None,
     target: Any = None,
     *,
-    method: str | None = None,
+    method: Name | None = None,
     shape: Any = None,
     texts: Sequence[str] | None = None,
     alignment: Any = None,

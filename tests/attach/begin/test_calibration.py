@@ -51,6 +51,13 @@ def test_statistics_by_the_definition(net, batches):
         torch.testing.assert_close(stats.other_std.double(), other.std(0), **CLOSE)
 
 
+def test_both_sets_at_once(net, batches):
+    expected = lf.calibrate(net, batches[:2], batches[2:])
+    assert lf.calibrate(net, {"cho": batches[:2], "rej": batches[2:]}) == expected
+    with pytest.raises(MismatchError, match="given twice"):
+        lf.calibrate(net, {"cho": batches, "rej": batches}, batches)
+
+
 def test_the_order_and_size_of_batches_is_nothing(net, batches):
     whole = lf.calibrate(net, [torch.cat(batches)])
     parts = lf.calibrate(net, iter(reversed(batches)))

@@ -233,6 +233,22 @@ def test_choosing_by_two_sets_is_the_default_when_there_are_two(net, base, input
         assert m.select == "min_std"
 
 
+def test_two_sets_by_their_names(make_net, inputs):
+    expected = {p: m.index.tolist() for p, m in attached(make_net(), calibration=inputs)[1].items()}
+    for calibration in (
+        {path: {"cho": X, "rej": Y} for path, (X, Y) in inputs.items()},
+        {path: {"rejected": Y, "chosen": X} for path, (X, Y) in inputs.items()},
+        {
+            side: {path: XY[n] for path, XY in inputs.items()}
+            for n, side in enumerate(("cho", "rej"))
+        },
+    ):
+        _, modules = attached(make_net(), calibration=calibration)
+        assert {p: m.index.tolist() for p, m in modules.items()} == expected
+    with pytest.raises(MismatchError, match=r"one set only of layer 'layers.0.q'"):
+        lf.PiSSA(calibration={"cho": {"layers.0.q": torch.ones(2, 8)}, "rej": {}})
+
+
 def test_one_set_alone_leaves_the_default(net, inputs):
     _, modules = attached(net, calibration={path: X for path, (X, _) in inputs.items()})
     assert {m.select for m in modules.values()} == {"s_only"}

@@ -90,6 +90,31 @@ def _largest(values: Tensor | None) -> float | None:
     return None if values is None else float(values.max())
 
 
+def both_sets(x: Any) -> tuple[Any, Any] | None:
+    """Chosen and rejected of {"cho": X, "rej": X}, or of the whole words; None of anything else."""
+    for names in (("cho", "rej"), ("chosen", "rejected")):
+        if isinstance(x, Mapping) and x.keys() == set(names):
+            return x[names[0]], x[names[1]]
+    return None
+
+
+def by_path(calibration: Any) -> Any:
+    """A calibration by layers, the sets of each a tuple; what is none comes back as it is.
+
+    Raises:
+        MismatchError: layers of which it has one set only.
+    """
+    if isinstance(calibration, Calibration) or not isinstance(calibration, Mapping):
+        return calibration
+    sets = both_sets(calibration)
+    if sets is None or not all(isinstance(s, Mapping) for s in sets):
+        return {path: both_sets(X) or X for path, X in calibration.items()}
+    chosen, rejected = sets
+    if apart := sorted(chosen.keys() ^ rejected.keys()):
+        raise MismatchError(f"the calibration has one set only of layer {apart[0]!r}")
+    return {path: (X, rejected[path]) for path, X in chosen.items()}
+
+
 class _Sums:
     """Running sums of z = Vh x, in float64."""
 
@@ -142,7 +167,8 @@ def calibrate(
 
     Args:
         batches: what the model is called with: tensors, tuples of arguments, or mappings of
-            keyword arguments. rejected: a second set, to tell apart from the first.
+            keyword arguments. rejected: a second set, to tell apart from the first; both may be
+            given at once, as {"cho": batches, "rej": batches}.
         targets, exclude, layers: as for `lf.LoRA`.
 
     Returns:
@@ -151,6 +177,10 @@ def calibrate(
     Raises:
         MismatchError: no batch, a layer that no batch reached, or targets that match nothing.
     """
+    if (both := both_sets(batches)) is not None:
+        if rejected is not None:
+            raise MismatchError("the second set is given twice: leave out rejected=")
+        batches, rejected = both
     found = found_layers(
         model, as_targets(targets, "targets"), as_targets(exclude, "exclude"), layers
     )

@@ -27,10 +27,11 @@ from ...layers.swap import device_of
 from ...words import did_you_mean, some_of, warn
 from ..run.factors import Factors
 from .places import Places, Standing, library_places
+from .records import Recorded
 
 
 @dataclass(frozen=True)
-class Loadings:
+class Loadings(Recorded):
     """A fresh adapter of numbers in a library's shared sides.
 
     Not for: a library whose adapters share nothing (form "svd"), where there is nothing to load.
@@ -67,6 +68,10 @@ class Loadings:
             raise MismatchError(f"init_scale must be above 0, found {self.init_scale!r}")
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise MismatchError(f"dtype must be a floating point type, found {self.dtype!r}")
+
+    @classmethod
+    def _read(cls, name: str, value: Any) -> Any:
+        return Library.open(value) if name == "library" else super()._read(name, value)
 
 
 class Loaded(Factors):

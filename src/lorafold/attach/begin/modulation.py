@@ -92,7 +92,7 @@ def _score(select: str, calibration: Any, path: str, S: Tensor, Vh: Tensor) -> T
 def _stats(calibration: Any, path: str, Vh: Tensor) -> DirectionStats:
     if not isinstance(calibration, Mapping):
         raise MismatchError(
-            "calibration must be what lf.calibrate returned, or {path: X} or {path: (X₁, X₂)}, "
+            "calibration must be what lf.calibrate returned, {path: X} or {path: (X₁, X₂)}, "
             f"found a {type(calibration).__name__}"
         )
     if path not in calibration:

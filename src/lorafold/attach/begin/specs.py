@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from ...errors import MismatchError
 from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, matches, shown
 from ...prefixes import Prefixes
+from .calibration import by_path
+from .records import Recorded
+from .spelled import from_peft
 
 INITS = ("kaiming", "orthogonal", "pissa")
-SELECTIONS = ("s_only", "wanda", "act_only", "min_std")
+Selection: TypeAlias = Literal["s_only", "wanda", "act_only", "min_std"]
+SELECTIONS = get_args(Selection)
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Recorded):
     """What both kinds have in common; see `LoRA` and `PiSSA`."""
 
     rank: int = 16
@@ -53,7 +57,7 @@ class LoRA(Spec):
     3-D experts, which PEFT trains.
 
     Args:
-        rank: r. alpha: α.
+        rank: r; or a LoraConfig of PEFT's, which says this and the rest. alpha: α.
         targets: "all-linear", module names (the path's last components) or compiled patterns.
         exclude: the same, for modules and all inside them.
         layers: a band (lo, hi) of the depth: layers ⌊n · lo⌋ ≤ i < ⌊n · hi⌋ of each stack.
@@ -71,7 +75,7 @@ class LoRA(Spec):
         dtype: of the factors. seed: of A.
 
     Raises:
-        MismatchError: an option out of range, naming it.
+        MismatchError: an option out of range, or one that is called otherwise here, naming it.
 
     Examples:
         >>> import torch, lorafold as lf
@@ -90,6 +94,8 @@ class LoRA(Spec):
     nested: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if hasattr(self.rank, "peft_type"):
+            self._take_over(self.rank)
         super().__post_init__()
         _check_positive(self.alpha, "alpha")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
@@ -109,6 +115,15 @@ class LoRA(Spec):
                     f"nested= can't begin with init={self.init!r}, which is saved with its start "
                     "beside it, at twice the rank: choose 'kaiming' or 'orthogonal'"
                 )
+
+    def _take_over(self, config: Any) -> None:
+        found = from_peft(config)
+        usual = {f.name: f.default for f in fields(self)}
+        for name, value in found.items():
+            mine = None if name == "rank" else getattr(self, name) or None
+            if mine not in (None, usual[name]):
+                raise MismatchError(f"{name}= is the config's word already: leave it out")
+            object.__setattr__(self, name, value)
 
     @property
     def niter(self) -> int | None:
@@ -150,7 +165,8 @@ class PiSSA(Spec):
         select: by which score they are chosen: "s_only" S_i; "wanda" S_i · mean|v_i · x|;
             "act_only" mean|v_i · x|; "min_std" min(std₁, std₂) of v_i · x over two sets of inputs.
             By default "s_only", or "min_std" when the calibration has two sets.
-        calibration: what `lf.calibrate` returned, or {path: X} / {path: (X₁, X₂)}, X (n, in).
+        calibration: what `lf.calibrate` returned, or inputs X (n, in) of each layer: {path: X},
+            {path: (X₁, X₂)}, {path: {"cho": X₁, "rej": X₂}} or {"cho": {path: X₁}, "rej": …}.
         niter: a randomised SVD of that many iterations instead of the exact one ("s_only" only).
         mean, std: of Δs at the start. A small positive mean breaks the symmetry of ±c.
         targets, exclude, layers, modules_to_save, dtype, seed: as for `LoRA`; Δs is float32.
@@ -160,7 +176,7 @@ class PiSSA(Spec):
     """
 
     rank: int = 256
-    select: str | None = None
+    select: Selection | None = None
     calibration: Any = None
     niter: int | None = None
     mean: float = 0.0
@@ -169,9 +185,12 @@ class PiSSA(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.select is not None and self.select not in SELECTIONS:
+            longer = [name for name in SELECTIONS if name in str(self.select)]
+            hint = f"; it is {longer[0]!r} here" if longer else ""
             raise MismatchError(
-                f"select must be one of {', '.join(SELECTIONS)}, found {self.select!r}"
+                f"select must be one of {', '.join(SELECTIONS)}, found {self.select!r}{hint}"
             )
+        object.__setattr__(self, "calibration", by_path(self.calibration))
         start = (self.mean, self.std)
         if not all(isinstance(v, Real) and math.isfinite(v) for v in start) or self.std < 0:
             raise MismatchError(f"mean and std must be finite, std ≥ 0; found {start}")

@@ -8,6 +8,7 @@ alone, renormalised, is 0 for a model that gives half of everything to tokens ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 
 from ...errors import MismatchError
 
-AGGREGATES = ("mean", "rmse", "p95", "max")
+Aggregate: TypeAlias = Literal["mean", "rmse", "p95", "max"]
+AGGREGATES = get_args(Aggregate)
 
 
 def token_kl(logits: Tensor, reference: Tensor, top: int | None = None) -> Tensor:
@@ -73,7 +75,7 @@ class KLBarrier:
 
     lambda_: float = 0.3
     hinge: float = 0.5
-    aggregate: str = "rmse"
+    aggregate: Aggregate = "rmse"
     top: int | None = None
 
     def __post_init__(self) -> None:

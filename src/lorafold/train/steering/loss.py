@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from ..many import the_trained
 from .barrier import KLBarrier, token_kl
 from .tokens import SIDES, both_logits, mean_logp, predicted
 
-REFERENCES = ("base", "kept")
+Reference: TypeAlias = Literal["base", "kept"]
+REFERENCES = get_args(Reference)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def steering_loss(
     barrier: KLBarrier | None = None,
     cap: float = 1.0,
     name: str | None = None,
-    reference: str = "base",
+    reference: Reference = "base",
 ) -> Steering:
     """The loss of a batch of pairs at ±c; `backward()` of `.loss` trains the adapter.
 

@@ -11,7 +11,7 @@ from ...attach import LoRA, PiSSA
 from ...errors import MismatchError
 from ...words import one_of
 from .barrier import KLBarrier
-from .loss import REFERENCES
+from .loss import REFERENCES, Reference
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     c: float = 1.0
     cap: float = 1.0
     barrier: KLBarrier = field(default_factory=KLBarrier)
-    reference: str = "base"
+    reference: Reference = "base"
     kl: float | None = 1.0
     heldout: float = 0.2
     every: int = 10

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -33,7 +33,8 @@ from .recording import readers
 from .summing import Progress, Runner, Sum, check_memory, summed, sums_of
 from .tokens import token_sums
 
-OUTPUTS = ("activations", "gradients")
+Output: TypeAlias = Literal["activations", "gradients"]
+OUTPUTS = get_args(Output)
 
 
 def align(
@@ -43,7 +44,7 @@ def align(
     *,
     tokenizers: Any = None,
     layers: Any = "proportional",
-    output: str = "activations",
+    output: Output = "activations",
     modules: Sequence[str] | None = None,
     roles: Any = (),
     tokens: bool = True,
