@@ -11,6 +11,7 @@ A and B by themselves mean nothing: (B G, G⁻¹ A) is the same update for every
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -30,18 +31,18 @@ _LOW, _HIGH = 2.0**-112, 2.0**120  # largest numbers of a factor between keep fl
 V = TypeVar("V", bound="Vector")
 
 
-class Vector:
+class Vector(ABC):
     """Differences, multiples and sums of many, from `+` and a product with a number."""
 
     __slots__ = ()
     # NumPy would take a mapping for an array; its scalars leave `c * x` to `__rmul__`.
     __array_ufunc__ = None
 
-    def __add__(self: V, other: V) -> V:
-        raise NotImplementedError
+    @abstractmethod
+    def __add__(self: V, other: V) -> V: ...
 
-    def __mul__(self: V, c: float) -> V:
-        raise NotImplementedError
+    @abstractmethod
+    def __mul__(self: V, c: float) -> V: ...
 
     def __radd__(self: V, other: int) -> V:
         """So that `sum` adds them: it begins with 0."""

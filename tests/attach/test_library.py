@@ -194,3 +194,15 @@ def test_what_is_not_for_a_library_is_refused(make_update):
     for options in ({"trainable": True}, {"max_rank": 4}):
         with pytest.raises(lf.MismatchError, match="is not for a Library"):
             lf.attach(torch.nn.Sequential(torch.nn.Linear(8, 4)), lib, **options)
+
+
+def test_the_path_of_a_library_is_one(make_update, tmp_path):
+    adapters = {n: lf.Adapter({"0": make_update(4, 8, 2, seed=i)}) for i, n in enumerate("ab")}
+    lf.fold(adapters, tmp_path / "lib").close()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    live = lf.attach(model, str(tmp_path / "lib"))
+    assert live.names == ["a", "b"]
+    live.detach()
+    live = lf.attach(model, str(tmp_path / "lib") + ":b")
+    assert live.names == ["default"]
+    assert live.adapter("default").distance(adapters["b"]) <= 0.1 * adapters["b"].norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..collection.limits import memory_bytes
 from ..errors import LorafoldError, MismatchError, RefusedError
+from ..files.find import is_library
 from ..fold import Library
 from ..layers.misread import warn_of_misread
 from ..layers.modes import outside_inference_mode
@@ -43,7 +45,7 @@ def attach(
     Args:
         model: any module that holds linear, Conv1D, embedding or convolution layers, or is one.
         x: an `Adapter`, its path, a specification (`lf.LoRA`, `lf.PiSSA`), {name: one of these},
-            or a `Library`. A single one is named "default".
+            or a `Library` or its path. A single one is named "default".
         slots: adapters that are on the model's device at once; the least recently used leaves.
             When None, room is made for up to 64 as they come; a number reserves it.
         max_rank: rank that a slot has room for; by default the largest given.
@@ -81,6 +83,8 @@ def attach(
     known = dtype is None or isinstance(dtype, torch.dtype)
     if not known or (dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1)):
         raise MismatchError(f"dtype must be a float of 16 bits or more, found {dtype!r}")
+    if isinstance(x, str | os.PathLike) and is_library(os.fsdecode(x)):
+        x = Library.open(x)
     if isinstance(x, Library):
         if trainable or max_rank is not None:
             given = "trainable" if trainable else "max_rank"
