@@ -162,6 +162,7 @@ def test_the_outermost_stack_counts():
         (["q_proj|up"], {}, r"'q_proj|up' match no module; .* re.compile\('q_proj\|up'\)"),
         ([r"self_attn\.q"], {}, r"re.compile\('self_attn\\\\.q'\)"),
         (["up", "*.k_proj"], {}, r"'\*.k_proj' match no module; .* re.compile\(…\)"),
+        (["q_proj"], {"exclude": ["k|up"]}, r"exclude='k\|up' matches .*re.compile\('k\|up'\)"),
         (["^layers"], {}, r"re.compile\('\^layers'\)"),
         (["q_proj"], {"exclude": ["layers"]}, "exclude= and layers= leave no module"),
         (["q_proj"], {"layers": (0, 0.1)}, "exclude= and layers= leave no module"),

@@ -403,6 +403,26 @@ def test_a_callback_saves_and_measures_for_the_librarys_own_trainer(tmp_path):
     assert saved.distance(live.adapter("default")) / saved.norm() > 1e-3
 
 
+def test_the_librarys_own_trainer_goes_on_as_if_it_had_not_stopped(tmp_path):
+    import transformers
+
+    def trained(folder, resume=None):
+        model = llama()
+        live = lf.attach(model, lf.LoRA(rank=4, seed=0))
+        transformers.Trainer(
+            model,
+            arguments(folder, save_strategy="steps", save_steps=2),
+            data_collator=Padded(),
+            train_dataset=rows(16),
+            callbacks=[lf.train.AdapterCallback(live)],
+        ).train(resume_from_checkpoint=resume)
+        return live.adapter("default")
+
+    whole = trained(tmp_path / "a")
+    resumed = trained(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.distance(whole) / whole.norm() < 1e-6
+
+
 # A controller
 
 

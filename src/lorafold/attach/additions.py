@@ -35,6 +35,7 @@ from .state import State
 
 DEFAULT = "default"
 Addition: TypeAlias = Adapter | Checkpoint | Spec | Loadings
+Attachable: TypeAlias = Adapter | Spec | Loadings | str | os.PathLike[str]
 
 
 def named_sources(x: Any, trainable: bool) -> dict[str, Addition]:

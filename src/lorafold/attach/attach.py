@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +19,18 @@ from ..layers.modes import outside_inference_mode
 from ..layers.swap import Swapped
 from ..prefixes import Scaling, check_scaling
 from ..words import hint
-from .additions import add_all, add_library, named_sources, widest
+from .additions import Attachable, add_all, add_library, named_sources, widest
 from .live import Live
 from .run.shelf import slots_within
 from .run.slots import BY_ITSELF, Slots
+from .selection import What
 from .state import State
 
 
 @outside_inference_mode
 def attach(
     model: nn.Module,
-    x: Any,
+    x: Attachable | Library | Mapping[str, Attachable],
     *,
     slots: int | None = None,
     max_rank: int | None = None,
@@ -36,7 +38,7 @@ def attach(
     trainable: bool = False,
     dtype: torch.dtype | None = None,
     rank_scaling: Scaling | None = None,
-    use: Any = None,
+    use: What = None,
 ) -> Live:
     """Attach adapters to a model in place, without changing its weights; returns the handle.
 
@@ -113,7 +115,7 @@ def attach(
     return _in_use(Live(state), use)
 
 
-def _in_use(live: Live, what: Any) -> Live:
+def _in_use(live: Live, what: What) -> Live:
     """The handle, with something in use, or a hint where nothing is."""
     if what is not None:
         try:

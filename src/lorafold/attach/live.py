@@ -18,13 +18,13 @@ from torch import nn
 from ..adapter import Adapter
 from ..errors import MismatchError
 from ..layers.swap import Swapped
-from .additions import add_one
+from .additions import Attachable, add_one
 from .checkpoint import resume_trained, save_trained
 from .choices import Choice
 from .guard import Guard, guarded
 from .merged import merge_into, unmerge_from, verified
 from .running import BASE, Gate
-from .selection import Selection
+from .selection import Mix, Selection, What
 from .sources import Trained
 from .state import State
 from .summary import Summary, live_html, live_repr, summarized
@@ -147,7 +147,7 @@ class Live:
 
     @_in_turn
     def use(
-        self, what: Any = None, *, c: Any = None, rank: Any = None, lengths: Any = None
+        self, what: What = None, *, c: Any = None, rank: Any = None, lengths: Any = None
     ) -> Using:
         """Choose what runs: from now on, or in a `with` block.
 
@@ -270,7 +270,7 @@ class Live:
     # Merging
 
     @_in_turn
-    def merge(self, what: Any = None, *, c: Any = None, rank: Any = None, keep: bool = True) -> int:
+    def merge(self, what: Mix = None, *, c: Any = None, rank: Any = None, keep: bool = True) -> int:
         """Merge a mix into the weights; what else is in use stays so.
 
         Args:
@@ -310,7 +310,7 @@ class Live:
 
     @_in_turn
     def add(
-        self, adapter: Any, name: str, *, replace: bool = False, trainable: bool = False
+        self, adapter: Attachable, name: str, *, replace: bool = False, trainable: bool = False
     ) -> None:
         """Attach one more.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..layers.modes import outside_inference_mode
-from ..layers.targets import matches, shown
+from ..layers.targets import matches, pattern_hint, shown
 from ..lowrank import LowRank
 from ..words import did_you_mean
 from .choices import Choice, Choices
@@ -128,11 +128,12 @@ class Running:
         if row.rank is None:
             return
         most = max((self._sources[name].rank for name, _ in row.mix), default=None)
-        ranks = row.rank.values() if isinstance(row.rank, Mapping) else [row.rank]
-        for target in row.rank if isinstance(row.rank, Mapping) else ():
+        ranks = row.rank if isinstance(row.rank, Mapping) else {}
+        for target in ranks:
             if not any(matches(target, path) for path in self._slots.patches):
-                raise MismatchError(f"rank= names {shown(target)}, which is no attached module")
-        for k in ranks:
+                said = f"{shown(target)}, which is no attached module{pattern_hint(target)}"
+                raise MismatchError(f"rank= names {said}")
+        for k in ranks.values() if isinstance(row.rank, Mapping) else [row.rank]:
             if most is not None and k > most:
                 raise MismatchError(
                     f"rank {k} is above that of every module; the largest is {most}"

@@ -84,6 +84,10 @@ class Row:
         return self.rank != 0 and any(c != 0 for _, c in self.mix)
 
 
+Mix: TypeAlias = str | Mapping[str, float] | None
+What: TypeAlias = Mix | Sequence[Mix] | TokenMix  # for all of a batch, or for each row
+
+
 @dataclass(frozen=True)
 class Selection:
     """The rows of a batch; a uniform selection has one row for all of it.

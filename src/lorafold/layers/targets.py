@@ -82,7 +82,11 @@ def found_layers(
             found[path] = module
     if unmatched:
         names = ", ".join(map(shown, unmatched))
-        raise MismatchError(f"targets {names} match no module; {_instead(unmatched, model)}")
+        raise MismatchError(f"targets {names} match no module{_instead(unmatched, model)}")
+    for target in exclude:
+        hint = pattern_hint(target)
+        if hint and not any(matches(target, path) for path, _ in base_modules(model)):
+            raise MismatchError(f"exclude={shown(target)} matches no module{hint}")
     if not found:
         raise MismatchError("exclude= and layers= leave no module to attach to")
     return found
@@ -90,11 +94,16 @@ def found_layers(
 
 def _instead(unmatched: Iterable[Target], model: nn.Module) -> str:
     """What to write for targets that match nothing."""
-    for target in unmatched:
-        if isinstance(target, str) and re.search(r"[|\\*^]", target):
-            return f"a string is the end of a name, and a pattern re.compile({_regular(target)})"
+    found = next(filter(None, map(pattern_hint, unmatched)), "")
     leaves = {p.rpartition(".")[2] for p, m in model.named_modules() if is_linear(m)}
-    return f"the linear layers are named {', '.join(sorted(leaves)[:8])}"
+    return found or f"; the linear layers are named {', '.join(sorted(leaves)[:8])}"
+
+
+def pattern_hint(target: Target) -> str:
+    """What to say further of a string that looks like a pattern; "" of any other target."""
+    if isinstance(target, re.Pattern) or not re.search(r"[|\\*^]", target):
+        return ""
+    return f"; a string is the end of a name, and a pattern re.compile({_regular(target)})"
 
 
 def _regular(text: str) -> str:
@@ -117,7 +126,7 @@ def _hits(target: Target, path: str, module: nn.Module) -> bool:
     return KINDS.find(module) is not None and any(
         target.fullmatch(name, start)
         for name in (path, plain_name(path))
-        for start in range(len(name))
+        for start in range(max(1, len(name)))
     )
 
 

@@ -174,6 +174,10 @@ def test_patterns_that_match_nothing_are_named(net, option, fingerprint):
     before = fingerprint(net)
     with pytest.raises(MismatchError, match=f"{option} names 'k_proj', which matches no"):
         lf.attach(net, lf.LoRA(rank=2, **{option: {"q": 1, "k_proj": 1}}))
+    with pytest.raises(MismatchError, match=r"attached to; .*re.compile\('q\|k'\)"):
+        lf.attach(net, lf.LoRA(rank=2, **{option: {"q|k": 1}}))
+    with pytest.raises(MismatchError, match=r"'lm.\*' matches no module; .*re.compile\('lm.\*'\)"):
+        lf.attach(net, lf.LoRA(rank=2, modules_to_save=["lm.*"]))
     assert fingerprint(net) == before
 
 

@@ -17,7 +17,7 @@ from ...layers.kinds import KINDS, is_linear
 from ...layers.sites import Place, check_dims, place_at
 from ...layers.storage import storage_of
 from ...layers.swap import base_modules, plain_copy
-from ...layers.targets import Target, matches
+from ...layers.targets import Target, matches, pattern_hint, shown
 from ...naming import Base, Shape
 from ...parts import LINEAR, Layout, Parts, extra_kind, plain_name, saved_modules, wraps
 from ...placing import Placement, Spot, check_replicated, placed
@@ -326,7 +326,9 @@ def whole_modules(model: nn.Module, targets: tuple[Target, ...]) -> dict[str, nn
     for target in targets:
         hits = {p: m for p, m in model.named_modules() if p and matches(target, p)}
         if not hits:
-            raise MismatchError(f"modules_to_save={target!r} matches no module")
+            raise MismatchError(
+                f"modules_to_save={shown(target)} matches no module{pattern_hint(target)}"
+            )
         found |= hits
     outermost = {p: m for p, m in found.items() if not any(p.startswith(f"{q}.") for q in found)}
     return {_joined(p, q): unit for p, m in outermost.items() for q, unit in _units(m)}

@@ -11,7 +11,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from ...errors import MismatchError
-from ...layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, matches, shown
+from ...layers.targets import (
+    ALL_LINEAR,
+    DEFAULT_EXCLUDE,
+    Target,
+    as_targets,
+    matches,
+    pattern_hint,
+    shown,
+)
 from ...prefixes import Prefixes
 from .calibration import by_path
 from .records import Recorded
@@ -139,6 +147,7 @@ class LoRA(Spec):
                 if not any(matches(target, path) for path in paths):
                     raise MismatchError(
                         f"{label} names {shown(target)}, which matches no module attached to"
+                        f"{pattern_hint(target)}"
                     )
 
     def rank_at(self, path: str) -> int:
