@@ -24,6 +24,7 @@ import click
 from .. import __version__
 from ..errors import LorafoldError, ToleranceError
 from ..words import did_you_mean, escaped
+from ._completion import VARIABLE, know_bash, offers, taken_by
 from ._remedies import as_flags
 
 CHECK_FAILED, BAD_INPUT = 1, 2
@@ -55,6 +56,8 @@ def flags_of(command: click.Command) -> dict[str, str]:
         for name in option.opts if isinstance(option, click.Option) else ():
             if name.startswith("--"):
                 found |= dict.fromkeys([str(option.name), name[2:].replace("-", "_")], name)
+        if isinstance(option, click.Argument):
+            found.setdefault(str(option.name), taken_by(option))
     return found
 
 
@@ -96,6 +99,8 @@ class Command(click.Command):
         kwargs["epilog"] = f"\b\nExample:\n  {example}"
         super().__init__(*args, **kwargs)
         self.example, self.own = example, own
+        for parameter in self.params:
+            offers(parameter)
         self.params += shared_flags()
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -206,6 +211,8 @@ class Verbs(click.Group):
         extra["standalone_mode"] = False
         if not standalone:
             return super().main(args, *more, **extra)
+        if VARIABLE in os.environ:
+            know_bash()
         chosen = extra.setdefault("obj", Settings())
         # Known already where the rest of the line can't be understood.
         words = itertools.takewhile("--".__ne__, sys.argv[1:] if args is None else args)
