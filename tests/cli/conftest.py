@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import lorafold as lf
+from lorafold.cli import _output as output
 from lorafold.cli import main
 
 LAYERS = 3
@@ -53,6 +54,12 @@ class Ran:
     @property
     def json(self):
         return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def no_lines(monkeypatch):
+    """How far the work is, is not told, however slow the machine."""
+    monkeypatch.setattr(output, "EVERY", 1e9)
 
 
 @pytest.fixture(scope="session")

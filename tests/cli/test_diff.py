@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_many_modules_are_cut_unless_verbose(tmp_path, make_adapter, cli):
 def test_resize_is_the_best_of_its_size_and_measures_it(option, value, here, cli, dense):
     a = lf.load("adapters/sql")
     ran = cli("resize", "adapters/sql", "out", f"--{option}", value, "--json")
-    found, written = ran.json, lf.load("out")
+    (found,), written = ran.json["adapters"], lf.load("out")
     error = frobenius(dense, a, written) / frobenius(dense, a)
     assert found["error"] == pytest.approx(error, rel=1e-4)
     expected = a.resize(**{option: value})
@@ -173,7 +174,60 @@ def test_resize_pads_casts_and_overwrites(here, cli):
     assert {u.A.dtype for u in padded.modules.values()} == {torch.float16}
 
 
-def test_resize_says_when_half_precision_grew(tmp_path, make_adapter, cli):
-    lf.save(make_adapter({"q": (6, 5)}, 3, dtype=torch.float16), tmp_path / "a")
-    ran = cli("resize", tmp_path / "a", tmp_path / "b", "--rank", 2)
-    assert "--dtype float16 halves them" in ran.out
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_resize_keeps_half_precision_where_rounding_is_small(dtype, tmp_path, make_adapter, cli):
+    """What rounding adds to an error of half the norm is nothing, and to one of 1e-3 it is not."""
+    a = make_adapter({"q": (64, 48)}, 4, dtype=torch.float64)
+    U, _, Vh = a["q"].svd()
+    for name, last in {"far": 1.0, "near": 1e-3}.items():
+        S = torch.tensor([1.0, 1.0, 1.0, last], dtype=torch.float64)
+        u = lf.LowRank(S.sqrt()[:, None] * Vh, U * S.sqrt())
+        lf.save(lf.Adapter({"q": u.to(dtype=dtype)}), tmp_path / name)
+    (row,) = cli("resize", tmp_path / "far", tmp_path / "a", "--rank", 3, "--json").json["adapters"]
+    assert row["dtypes"][1] == [str(dtype).removeprefix("torch.")]
+    exact = lf.load(tmp_path / "far").resize(rank=3)
+    rounded = exact.distance(lf.load(tmp_path / "a"))
+    assert 0 < rounded <= 0.1 * exact.distance(lf.load(tmp_path / "far"))
+    ran = cli("resize", tmp_path / "near", tmp_path / "b", "--rank", 3)
+    assert {u.A.dtype for u in lf.load(tmp_path / "b").values()} == {torch.float32}
+    assert f"--dtype {str(dtype).removeprefix('torch.')} halves them" in " ".join(ran.out.split())
+    ran = cli("resize", tmp_path / "far", tmp_path / "c", "--rank", 3, "--dtype", "float32")
+    assert "halves" not in ran.out
+
+
+def test_resize_of_what_is_small_enough_changes_nothing(here, cli):
+    for k, size in enumerate((["--rank", 4], ["--rank", 9], ["--tolerance", 0])):
+        ran = cli("resize", "adapters/sql", f"out{k}", *size)
+        assert "rank        4, unchanged" in ran.out
+        assert "the ranks are unchanged" in ran.out
+        assert lf.load(f"out{k}").digest == lf.load("adapters/sql").digest
+    assert cli("resize", "adapters/sql", "pad", "--rank", 4, "--pad").code == 0
+    assert lf.load("pad").distance(lf.load("adapters/sql")) < 1e-5
+    assert "unchanged" not in cli("resize", "adapters/sql", "out", "--rank", 3).out
+
+
+@pytest.mark.parametrize("sources", [["adapters/sql", "lib:law"], ["adapters"], ["lib"], ["a*/*"]])
+def test_resize_takes_many(sources, here, cli):
+    ran = cli("resize", *sources, "out", "--rank", "1", "--json")
+    found = {row["name"]: row for row in ran.json["adapters"]}
+    assert found.keys() == {"sql", "law"} | ({"poems"} if len(sources) == 1 else set())
+    for name, row in found.items():
+        assert row["path"] == f"out/{name}"
+        assert lf.load(row["path"]).rank == 1
+    before = sorted(here.rglob("*"))
+    ran = cli("resize", *sources, "out", "--rank", "2")
+    assert (ran.code, "out/law is there" in ran.err or "--overwrite" in ran.err) == (2, True)
+    assert sorted(here.rglob("*")) == before
+    ran = cli("resize", *sources, "out", "--rank", "2", "--overwrite")
+    assert [lf.load(f"out/{name}").rank for name in found] == [2] * len(found)
+    assert f"{len(found)} adapters written to out" in ran.out
+
+
+def test_resize_tells_which_of_many_it_could_not(here, cli):
+    config = json.loads((here / "adapters/law/adapter_config.json").read_text())
+    text = json.dumps({**config, "use_dora": True})
+    (here / "adapters/law/adapter_config.json").write_text(text)
+    ran = cli("resize", "adapters", "out", "--rank", "1")
+    assert (ran.code, ran.err) == (1, "error: 1 of 3 adapters not written\n")
+    assert "not written: law: " in ran.out
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["poems", "sql"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.cli import _library
-from lorafold.cli.fold import FORMS
+from lorafold.cli._writing import FORMS
 from lorafold.collection.folders import folder_names
 from lorafold.fold.options import FORMS as KNOWN_FORMS
 
@@ -471,6 +471,51 @@ def test_verify_of_what_is_no_library_or_source_is_bad_input(here, cli):
     ran = cli("verify", "lib", "--name", "nobody=adapters/sql")
     assert ran.code == 2
     assert "nobody" in ran.err
+
+
+# refold
+
+
+def test_refold_states_what_was_and_what_is(here, cli):
+    with lf.Library.open("lib") as lib:
+        bytes_, errors = lib.nbytes, [lib.error(n) for n in lib.names]
+    found = cli("refold", "lib", "adapters", "--tolerance", "0.3", "--json").json
+    with lf.Library.open("lib") as lib:
+        checked = lib.verify(["adapters"])
+        assert found["bytes"] == [bytes_, lib.nbytes]
+        assert found["options"]["tolerance"] == lib.tolerance == 0.3
+    assert found["bytes"][1] < found["bytes"][0]
+    assert found["error"][0]["max"] == max(errors)
+    assert found["error"][1]["max"] == pytest.approx(max(checked.values()))
+    assert found["from"] == "sources"
+    ran = cli("refold", "lib", "--form", "svd", "--rank", "2", "--memory", "64MiB")
+    assert ran.code == 0, ran.err
+    assert "folded anew  3 adapters, from what it held" in ran.out
+    assert "form svd, rank 2" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "says"),
+    [
+        ("refold lib --tolerance 1e-9", 1, "its source: give SOURCE, or give a larger --tolerance"),
+        ("refold lib adapters/sql", 2, "must be the library's adapters, one each"),
+        ("refold lib --name sql=adapters/sql", 2, "one each"),
+        ("refold lib --tolerance 0.1 --rank 2", 2, "exclude each other"),
+        ("refold nowhere", 2, "nowhere does not exist"),
+        ("refold adapters", 2, "is not a library"),
+        ("refold lib --memory much", 2, "memory must be"),
+    ],
+)
+def test_a_refold_that_fails_changes_nothing(line, status, says, here, cli):
+    def state():
+        """Of the files that lock nothing."""
+        return {p.name: p.read_bytes() for p in (here / "lib").iterdir() if p.name[0] != "."}
+
+    before = state()
+    ran = cli(*line.split())
+    assert (ran.code, ran.out, ran.err.count("\n")) == (status, "", 1)
+    assert says in ran.err
+    assert state() == before
 
 
 # bench

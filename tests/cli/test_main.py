@@ -195,6 +195,7 @@ def test_a_failure_of_any_command_is_json_where_that_is_asked_for(words, here, c
         ("ls nowhere", "FileError", 2),
         ("diff lib:sqk lib:sql", "UnknownNameError", 2),
         ("fold adapters -o other --retention 0.9", "MismatchError", 2),
+        ("refold lib --tolerance 1e-9", "ToleranceError", 1),
     ],
 )
 def test_an_error_says_its_type_and_status(line, error, status, here, cli):
@@ -385,6 +386,19 @@ def test_help_is_quick_because_it_imports_no_torch():
     for verb in OURS:
         main_code = f"main([{verb!r}, '--help'], standalone_mode=False); "
         assert "'torch'" not in fresh(main_code + "print(set(sys.modules))").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("ls lib", 0), ("ls nowhere", 2), ("rm lib sql", 0), ("rm lib sqk", 2), ("info lib", 0)]
+    + [("ls lib --json", 0), ("info lib --json", 0), ("info lib -q", 0)],
+)
+def test_what_reads_lists_alone_waits_for_no_torch(line, status, here):
+    """Of its own: a shard that is mostly dead is copied, and what is in it as well."""
+    code = "sys.argv[0] = 'lorafold'\ntry: main()\nexcept SystemExit as e: print(e.code, "
+    code += "{'torch', 'numpy', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    done = fresh(code, *line.split(), cwd=here)
+    assert done.stdout.splitlines()[-1] == f"{status} set()", done.stderr
 
 
 def test_a_process_ends_with_the_status_and_one_line():

@@ -132,7 +132,6 @@ def test_without_a_terminal_there_is_no_timer(monkeypatch):
     monkeypatch.setattr(output.threading, "Timer", None)
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setattr(output, "EVERY", 1e9)
     with output.progress("folding") as advance:
         advance(1, 2, "")
     assert stream.getvalue() == ""

@@ -298,7 +298,7 @@ def test_libraries_stay_silent(pair):
     """In a process of its own: bars are switched off when transformers is first imported."""
     line = [
         "-c",
-        "from lorafold.cli import main; main()",
+        "import lorafold.cli._output as o; o.EVERY = 1e9; from lorafold.cli import main; main()",
         "align",
         "base-s",
         "base-t",

@@ -26,7 +26,7 @@ def library_facts(out: Console, stats: Mapping[str, Any]) -> None:
             ("library", stats["path"]),
             ("base", stats["base_model"] or "not said"),
             ("adapters", f"{stats['adapters']:,}, {stats['parameters']:,} parameters"),
-            ("folded by", _options(options)),
+            ("folded by", options_words(options)),
             (
                 "on disk",
                 f"{output.size(stats['file_bytes'])} → {output.size(stats['bytes'])}: "
@@ -53,7 +53,8 @@ def _no_groups(stats: Mapping[str, Any]) -> str | None:
     return None if set(stats["forms"]) <= {"exact"} else "no two adapters"
 
 
-def _options(options: Mapping[str, Any]) -> str:
+def options_words(options: Mapping[str, Any]) -> str:
+    """What a library was folded by, in a line."""
     named = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
     return ", ".join(named)
 

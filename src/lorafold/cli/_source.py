@@ -58,6 +58,12 @@ def library_of(text: str) -> str | None:
     return None if found is None else found[0]
 
 
+def touched(sources: Iterable[str], handles: Mapping[str, Handle]) -> list[Any]:
+    """What must not be written to: the sources, the libraries that they lie in, their files."""
+    texts = list(sources)
+    return [*texts, *map(library_of, texts), *(h.path for h in handles.values())]
+
+
 def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 

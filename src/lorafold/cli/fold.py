@@ -14,12 +14,10 @@ from ._command import command, settings
 from ._library import library_facts, library_table
 from ._source import adapter_options, base_option, reading_of
 from ._source import named as named_handles
-from ._writing import timeout_option
+from ._writing import folding_options
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
 
 
 @command("fold", example="lorafold fold adapters/* -o lib --tolerance 0.1")
@@ -37,32 +35,15 @@ FORMS = ["auto", "svd", "input", "output", "shared", "flat", "exact"]
     type=float,
     help="Bound on every adapter's ‖ΔŴ − ΔW‖ / ‖ΔW‖; 0 keeps every bit. [default: 0.1]",
 )
-@click.option(
-    "--form",
-    type=click.Choice(FORMS),
-    default="auto",
-    show_default=True,
-    help="How updates are stored; auto takes the smallest, module by module.",
-)
-@click.option("--rank", type=int, help="Directions kept, instead of a tolerance.")
-@click.option("--energy", type=float, help="Share of ‖ΔW‖² kept, instead of a tolerance.")
-@click.option("--bits", type=float, help="Bits a number: 32, 16, or an average up to 8.")
 @click.option("--retention", type=float, help="Share of each adapter's lift to keep, by --score.")
 @click.option(
     "--score",
     metavar="MODULE:FUNCTION",
     help="fn(name, adapter, or None for the base) → higher is better; found from here.",
 )
-@click.option(
-    "--memory",
-    default="1GiB",
-    show_default=True,
-    help="Limit for what is held of the adapters at once.",
-)
-@click.option("--device", help="Where the algebra runs, such as cuda. [default: cpu]")
-@base_option
 @click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
-@timeout_option
+@folding_options
+@base_option
 @adapter_options
 def fold(
     sources: tuple[str, ...],
@@ -87,7 +68,7 @@ def fold(
             path,
             score=function,
             progress=advance,
-            **options,
+            **{key: value for key, value in options.items() if value is not None},
         )
     with lib:
         stats = {"path": path, **lib.stats()}

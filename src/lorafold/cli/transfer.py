@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..collection.folders import folder_names, known_names, write_names
 from ..errors import LorafoldError
 from . import _output as output
 from ._bases import pair_options, tables_of, tokenizers_of
 from ._command import CheckFailed, command, settings, told
-from ._source import named, reading_of, source_options
+from ._source import named, reading_of, source_options, touched
 from ._texts import texts_of
-from ._writing import dtype_option, torch_dtype
+from ._writing import Places, dtype_option, stands_for_many, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,9 +90,10 @@ def transfer(
     reading = {"dtype": dtype, **reading_of(options)}
     given = _arguments(options)
     handles = named([source], **reading)
-    places = _places(source, handles, target, overwrite)
-    renamed = {p.name: n for n, p in places.items() if len(places) > 1 and p.name != n}
-    known = known_names(Path(target)) if renamed else {}
+    many = stands_for_many([source], handles)
+    apart = touched([source], handles)
+    out = Places.of(target, handles, apart, overwrite=overwrite, many=many)
+    places = out.paths
     saving: dict[str, Any] = {"pad": pad, "overwrite": overwrite, "dtype": torch_dtype(dtype)}
     saving["base_model"] = base_model
     rows, failed = [], {}
@@ -107,8 +107,7 @@ def transfer(
                 if len(places) == 1:
                     raise
                 failed[name] = told(e)
-    if renamed:
-        write_names(Path(target), known, {f: n for f, n in renamed.items() if n not in failed})
+    out.list_names(failed)
     found = {"path": target, "adapters": rows, "failed": failed}
     output.report(found, lambda out: _show(out, found), tables=("modules",))
     if failed:
@@ -192,25 +191,6 @@ def _read(given: dict[str, Any], device: str | None, advance: Advance) -> dict[s
     if aligns:
         given = {**given, "alignment": align(**models, texts=texts, **shared, progress=advance)}
     return {**given, **models, **shared}
-
-
-def _places(
-    source: str, handles: Mapping[str, Handle], target: str, overwrite: bool
-) -> dict[str, Path]:
-    """{name: where it goes}, each place free or to be replaced."""
-    from ..files.find import is_library
-    from ..files.replacing import check_apart, check_replaceable
-    from ..files.save import ADAPTER
-
-    if len(handles) > 1 or is_library(source):
-        folders = folder_names(handles)
-        places = {name: Path(target, folders[name]) for name in handles}
-    else:
-        places = dict.fromkeys(handles, Path(target))
-    for path in places.values():  # before anything is written
-        check_apart(path, [source, *(h.path for h in handles.values())])
-        check_replaceable(path, ADAPTER, overwrite, path)
-    return places
 
 
 def _within(advance: Advance, done: int, count: int) -> Advance:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..collection.folders import NAMES_FILE, folder_names, known_names, write_names
+from ..collection.folders import NAMES_FILE
 from . import _output as output
 from ._command import CheckFailed, command, told
-from ._writing import dtype_option, torch_dtype
+from ._writing import Places, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,30 +46,21 @@ def unfold(
     """
     from ..errors import FileError
     from ..files import save
-    from ..files.replacing import check_apart, check_replaceable
-    from ..files.save import ADAPTER
     from ..fold import Library
 
     with Library.open(lib) as opened:
-        folders = folder_names(opened.names)
         wanted = {name: opened.entry(name) for name in dict.fromkeys(names or opened.names)}
-        for name in wanted:  # before anything is written
-            path = Path(folder, folders[name])
-            check_apart(path, [lib])
-            check_replaceable(path, ADAPTER, overwrite, path)
-        renamed = {folders[name]: name for name in wanted if folders[name] != name}
-        known = known_names(Path(folder)) if renamed else {}
+        places = Places.of(folder, wanted, [lib], overwrite=overwrite, among=opened.names)
         written: list[dict[str, Any]] = []
         lost: dict[str, str] = {}
         with output.progress("unfolding") as advance:
             for k, (name, entry) in enumerate(wanted.items()):
                 advance(k, len(wanted), name)
-                path = Path(folder, folders[name])
+                path = places.paths[name]
                 try:
                     adapter = opened[name]
                 except FileError as e:
                     lost[name] = told(e)
-                    renamed.pop(folders[name], None)
                     continue
                 save(
                     adapter,
@@ -82,8 +73,7 @@ def unfold(
                 rounding = _rounding(adapter, path) if dtype not in (None, "float32") else 0.0
                 row = {"name": name, "path": str(path), "error": entry["error"]}
                 written.append({**row, "rounding": rounding})
-    if renamed:
-        write_names(Path(folder), known, renamed)
+    renamed = places.list_names(lost)
     found = {"path": folder, "dtype": dtype, "adapters": written, "lost": lost}
     output.report(found, lambda out: _show(out, found, renamed))
     if lost:
