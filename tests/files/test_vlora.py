@@ -63,7 +63,7 @@ def test_they_can_be_saved_for_peft(subspace, tmp_path):
 def test_what_is_missing_is_named(subspace):
     with pytest.raises(FileError, match="give alpha="):
         load_many(subspace)
-    with pytest.raises(FileError, match="load_many"):
+    with pytest.raises(FileError, match="name one of its adapters"):
         lf.load(subspace, alpha=6)
     with pytest.raises(UnknownNameError, match="did you mean 'sql'"):
         load_many(subspace, alpha=6)["sqll"]

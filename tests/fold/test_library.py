@@ -734,7 +734,7 @@ def test_a_library_that_is_gone_cannot_be_changed(tmp_path, members):
 def test_a_failed_change_leaves_the_object_as_it_was(tmp_path, members, family, monkeypatch):
     lib = lf.fold(members, tmp_path / "lib", tolerance=0.1)
     before = tensors_of(lib)
-    monkeypatch.setattr("lorafold.fold.change._commit", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorafold.fold.change.commit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lib.add(family(9), "new")
     monkeypatch.undo()

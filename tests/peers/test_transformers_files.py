@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from lorafold.files.base import BaseFiles, read_base
-from lorafold.files.safetensors import Entry
+from lorafold.files.disk.header import Entry
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -332,7 +332,7 @@ def test_what_is_tied_to_an_embedding_is_what_transformers_ties():
     known = 0
     for name, embedding, heads in tied_classes():
         config = {"architectures": [name], "tie_word_embeddings": True}
-        entry = Entry(torch.float32, (3, 2), 0, 24)
+        entry = Entry("F32", (3, 2), 0, 24)
         tied = BaseFiles("base", {embedding: entry}, config=config).named().tied
         if tied is None:
             # Of encoders and of bodies, which other names hold in the files.

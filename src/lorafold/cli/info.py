@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..files import AdapterFile
-    from ..fold import Library
 
 
 @command("info", example="lorafold info adapters/sql")
@@ -65,12 +64,12 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
 
 
 def _library(path: str) -> None:
-    from ..fold import Library
+    from ..fold.stats import library_stats
+    from ..fold.store.catalog import Catalog
 
-    with Library.open(path) as lib:
-        stats = {"path": path, **lib.stats()}
-        if settings().verbose:
-            stats["shared"] = _shared(lib)
+    stats = {"path": path, **library_stats(Catalog.open(path))}
+    if settings().verbose:
+        stats["shared"] = _shared(path)
 
     def show(out: Console) -> None:
         library_facts(out, stats)
@@ -81,7 +80,7 @@ def _library(path: str) -> None:
     output.report(stats, show, kind="library", tables=("modules",))
 
 
-def _shared(lib: Library) -> list[dict[str, Any]] | None:
+def _shared(lib: str) -> list[dict[str, Any]] | None:
     """What 1, 2, 4, … directions a side have of all energy, and of as many random adapters'."""
     from ..collection.sources import named_handles
     from ..compare import shared_spectrum

@@ -13,7 +13,7 @@ from ._subspace import show_subspace
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..fold import Library
+    from ..fold.store.catalog import Catalog
 
 
 @command("ls", example="lorafold ls lib")
@@ -26,20 +26,21 @@ def ls(lib: str) -> None:
     ranks, and the start of its digest.
     """
     from ..files.find import is_subspace
-    from ..fold import Library
+    from ..fold.store.catalog import Catalog
 
     if is_subspace(lib):
         show_subspace(lib)
         return
-    with Library.open(lib) as opened:
-        rows = _rows(opened)
+    rows = _rows(Catalog.open(lib))
     output.report({"path": lib, "adapters": rows}, lambda out: _show(out, rows))
 
 
-def _rows(lib: Library) -> list[dict[str, Any]]:
+def _rows(lib: Catalog) -> list[dict[str, Any]]:
+    from ..fold.stats import entry_record
+
     rows = []
-    for name in lib.names:
-        entry = lib.entry(name)
+    for name in lib.manifest.adapters:
+        entry = entry_record(lib, name)
         rows.append(
             {
                 "name": name,

@@ -19,19 +19,20 @@ def rm(lib: str, names: tuple[str, ...], timeout: float) -> None:
     Their names are free again. What others share with them stays, and the bytes of a shard are
     freed when most of it is unused.
     """
-    from ..fold import Library
+    from ..fold.store.catalog import Catalog
+    from ..fold.store.compaction import remove
 
-    with Library.open(lib, timeout=timeout) as opened:
-        wanted = list(dict.fromkeys(names))
-        for name in wanted:
-            opened.entry(name)  # an unknown one is told before anything is removed
-        before = opened.nbytes
-        with output.progress("removing") as advance:
-            for k, name in enumerate(wanted):
-                advance(k, len(wanted), name)
-                opened.remove(name)
-        sizes = [before, opened.nbytes]
-        left = len(opened)
+    opened = Catalog.open(lib, timeout)
+    wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        opened.entry(name)  # an unknown one is told before anything is removed
+    before = opened.store.nbytes
+    with output.progress("removing") as advance:
+        for k, name in enumerate(wanted):
+            advance(k, len(wanted), name)
+            remove(opened.store, name)
+    sizes = [before, opened.store.nbytes]
+    left = len(opened.store.manifest.adapters)
     data = {"path": lib, "removed": wanted, "adapters": left, "bytes": sizes}
     gone = output.listed(map(repr, wanted))
     words = f"{gone} removed; {output.count(left, 'adapter')} left"

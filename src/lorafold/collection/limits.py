@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MismatchError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def block_bytes(memory: str | int) -> int:
@@ -65,6 +66,8 @@ class _Scopes:
 
     def enter(self, count: int) -> int:
         """Set the thread's count; what it goes back to."""
+        import torch
+
         with self._lock:
             before = torch.get_num_threads()
             if not self._inside:
@@ -82,6 +85,8 @@ class _Scopes:
             self._set(before)
 
     def _set(self, count: int) -> None:
+        import torch
+
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
             self._given = count
@@ -113,6 +118,8 @@ def torch_device(device: Any) -> torch.device | None:
     """The device asked for; a `MismatchError` names one that is not there."""
     if device is None:
         return None
+    import torch
+
     try:
         found = torch.device(device)
         if found.type == "meta":

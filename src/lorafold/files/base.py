@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import FileError
 from ..naming import Base, is_head, is_shared, kind
 from .config import json_object, read_text
+from .disk.header import Entry
 from .peft_keys import check_gathered
-from .safetensors import Entry, file_errors, open_file, read_entries, read_tensors
+from .safetensors import file_errors, open_file, read_entries, read_tensors
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WHOLE_NAME = "model.safetensors"

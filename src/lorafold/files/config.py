@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MismatchError
+from .disk.header import disguise
 from .disk.held import read_regular
 from .formats.foreign import MLX
-from .safetensors import disguise
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

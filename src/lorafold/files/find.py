@@ -30,7 +30,6 @@ from .config import (
 )
 from .formats.foreign import foreign
 from .hub import is_id, snapshot
-from .safetensors import read_entries
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
@@ -325,6 +324,8 @@ def _many(path: Path, names: Iterable[str]) -> str:
 
 
 def _none(path: Path) -> str:
+    from .safetensors import read_entries  # and torch with it, which finding does not need
+
     if is_subspace(path):
         return (
             f"{path} is a vLoRA folder, which does not hold α; name one of its adapters, as "

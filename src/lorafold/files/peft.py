@@ -27,13 +27,13 @@ from ..roles.fused import Packing
 from ..words import did_you_mean
 from . import safetensors
 from .config import checked, parsed, plain, read_card, read_text
+from .disk.header import Entry, disguise
 from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
-from .safetensors import Entry
 
 
 class _Record:
@@ -447,7 +447,7 @@ def _unpickled(held: Held) -> dict[str, Tensor]:
     loader: Callable[..., Any] = torch.load
     path = held.path
     with open(os.dup(held.file().number), "rb") as f:
-        says = safetensors.disguise(f.read(100))
+        says = disguise(f.read(100))
         if says is not None and "PyTorch" not in says:
             raise FileError(f"{path} is {says}")
         f.seek(0)

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from ..lowrank import LowRank
 from ..words import did_you_mean
 from .coding.bases import Basis, read_basis
 from .coding.flat_part import read_side
-from .coding.record import StoredPart, decode, rank_of, stored_parts, unsealed
-from .store.entries import AdapterEntry, ModuleEntry, Piece
-from .store.manifest import Manifest
-from .store.shard import Shard
+from .coding.record import StoredPart, decode, rank_of, stored_parts
+from .store.catalog import Catalog
+from .store.entries import AdapterEntry, Piece
+from .store.shard_writer import unsealed
 from .store.store import Store, Transaction
 
 # What comes of sizes and numbers that do not belong together, in numpy, torch and struct.
@@ -36,7 +35,7 @@ _UNFIT = (
 )
 
 
-class Contents:
+class Contents(Catalog):
     """The records and bases of one state of a store, decoded when asked for and then kept.
 
     What is changed later does not reach it: what it gives belongs together.
@@ -48,21 +47,10 @@ class Contents:
     """
 
     def __init__(self, store: Store, device: torch.device | str | None = None) -> None:
-        self.store = store
-        self.state = store.state
+        super().__init__(store)
         self.device = device
-        self._indices: dict[str, np.ndarray] = {}
         self._pieces: dict[tuple[str, str], Tensor] = {}
         self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.state.manifest
-
-    @property
-    def modules(self) -> tuple[ModuleEntry, ...]:
-        """The modules; a module's position is its number."""
-        return self.state.manifest.modules
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[tuple[Transaction, Contents]]:
@@ -75,9 +63,9 @@ class Contents:
         if self.store.state is self.state:
             return self
         twin = Contents(self.store, self.device)
+        twin.adopt(self)
         # Shards never change, so what was decoded of one stays right while the library names it.
         there = twin.state.shards
-        twin._indices = {n: at for n, at in list(self._indices.items()) if n in there}
         twin._known_sides = {
             k: b for k, b in list(self._known_sides.items()) if all(s in there for s, _ in k)
         }
@@ -85,14 +73,6 @@ class Contents:
         return twin
 
     # Adapters
-
-    def entry(self, name: str) -> AdapterEntry:
-        """What the manifest says of an adapter.
-
-        Raises:
-            UnknownNameError: no such adapter.
-        """
-        return self.manifest.entry(name)
 
     def adapter(self, name: str) -> Adapter:
         """An adapter, its factors float32 with scale 1 unless it is stored exactly.
@@ -155,12 +135,6 @@ class Contents:
         at, card = self.entry(name).shard, self.entry(name).card
         return None if card is None else self._shard(at).read_bytes(card).decode(errors="replace")
 
-    def own_bytes(self, name: str) -> int:
-        """Bytes of an adapter's records; what it shares with others and its extras are apart."""
-        entry = self.entry(name)
-        at = self._index(entry)
-        return int((at[:, entry.row + 1] - at[:, entry.row]).sum())
-
     # Records
 
     def shapes(self, entry: AdapterEntry) -> dict[str, tuple[int, int, int]]:
@@ -182,17 +156,6 @@ class Contents:
         common = {m.path: m.layout for m in modules if m.layout is not None}
         return {**common, **entry.layouts}
 
-    def present(self, entry: AdapterEntry) -> list[int]:
-        """The numbers of the modules that an adapter has."""
-        at, row = self._index(entry), entry.row
-        present: list[int] = np.flatnonzero(at[:, row + 1] > at[:, row]).tolist()
-        return present
-
-    def span(self, j: int, entry: AdapterEntry) -> tuple[int, int]:
-        """Where an adapter's record at module number j begins and ends in the shard's `m{j}`."""
-        at, row = self._index(entry), entry.row
-        return (int(at[j, row]), int(at[j, row + 1])) if j < len(at) else (0, 0)
-
     def record(self, j: int, entry: AdapterEntry) -> bytes:
         """An adapter's bytes at module number j, compared with their checksum.
 
@@ -207,11 +170,6 @@ class Contents:
                 f"{self.modules[j].path!r} is not the one whose CRC-32 it states"
             )
         return record
-
-    def record_size(self, j: int, entry: AdapterEntry) -> int:
-        """Bytes of an adapter at module number j; 0 where it lacks the module."""
-        start, stop = self.span(j, entry)
-        return stop - start
 
     def _update(self, j: int, entry: AdapterEntry) -> LowRank:
         basis = functools.partial(self.basis, j)
@@ -231,48 +189,7 @@ class Contents:
                 f"decoded: its manifest and shards do not belong together ({e})"
             ) from e
 
-    def problem(self, name: str) -> str | None:
-        """Why nothing of an adapter can be read; None where its shard is open, with its index.
-
-        Not for: what else is damaged within a shard, which is told when it is read.
-
-        Raises:
-            UnknownNameError: no such adapter.
-        """
-        entry = self.entry(name)
-        if entry.shard in self.state.missing:
-            return self.state.damage[entry.shard].text
-        try:
-            self._index(entry)
-        except FileError as e:
-            return str(e)
-        return None
-
-    def _shard(self, name: str) -> Shard:
-        return self.state.shard(name, self.store.path)
-
-    def _index(self, entry: AdapterEntry) -> np.ndarray:
-        """Where records begin and end in the adapter's shard: (modules, rows + 1)."""
-        at = self._indices.get(entry.shard)
-        if at is None:
-            shard = self._shard(entry.shard)
-            at = shard.read("at").astype(np.int64)
-            if at.ndim != 2 or len(at) > len(self.modules) or at.shape[1] < 1:
-                raise FileError(
-                    f"shard {shard.name}: its index is {at.shape}, for {len(self.modules)} modules"
-                )
-            self._indices[entry.shard] = at
-        if entry.row >= at.shape[1] - 1:
-            raise FileError(
-                f"{entry.name!r} is row {entry.row} of a shard that has {at.shape[1] - 1} rows"
-            )
-        return at
-
     # Bases
-
-    def basis_size(self, shard: str, tensor: str) -> int:
-        """Bytes of one stored piece of a basis."""
-        return int(self._shard(shard).shape(tensor)[0])
 
     def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
         """A shared basis of module number j: (d, R) for "U" and "V", (1 + k, D) for "A" and "B".

@@ -21,11 +21,11 @@ from ..errors import MismatchError
 from ..lowrank import LowRank
 from ..words import Keyed, Table
 from .addition import projection
-from .change import Checks, add_to, checked, refold_all, remove_from
+from .change import Checks, add_to, checked, refold_all
 from .contents import Contents, Stored
 from .options import Kept, Progress, Refolding
-from .repair import warn_of_damage
 from .stats import adapter_rows, entry_record, library_html, library_stats
+from .store.compaction import remove
 from .store.store import Store
 from .store.turns import TIMEOUT
 
@@ -97,7 +97,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
             FileError: no library there, or its manifest is damaged.
         """
         lib = cls(Store.open(path, timeout), device, dtype)
-        warn_of_damage(lib.contents)
+        lib.contents.warn_of_damage()
         return lib
 
     # What is in it
@@ -296,7 +296,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         Raises:
             UnknownNameError: no such name.
         """
-        remove_from(self.contents, name)
+        remove(self.contents.store, name)
 
     def refold(
         self, tolerance: float | None = None, sources: Any = None, **options: Unpack[Refolding]

@@ -22,15 +22,15 @@ from ..collection.limits import block_bytes
 from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError
 from ..files.find import is_library
-from ..words import warn
 from .addition import own_layouts
-from .change import is_as_stored, merge_shards
+from .change import is_as_stored
 from .contents import Contents
 from .one_pass import adapter_entries, in_one_gauge
 from .options import Options, Progress
+from .store.compaction import merge_shards
 from .store.entries import ModuleEntry, Piece
 from .store.manifest import MANIFEST, Manifest
-from .store.state import State, remedy
+from .store.state import State
 from .store.store import Store, Transaction
 from .store.turns import TIMEOUT
 from .survey import Survey
@@ -53,19 +53,6 @@ class Repair:
     dropped: Mapping[str, str] = field(default_factory=dict)
     lost_lists: int = 0
     kept: int = 0
-
-
-def warn_of_damage(c: Contents) -> None:
-    """Warn of files that could not be opened, and of how many adapters that is known."""
-    if not c.state.damage:
-        return
-    there = c.manifest.adapters
-    lost = [name for name, shard in there.shard_of().items() if shard in c.state.missing]
-    which = f"{len(lost)} of its {len(there)} adapters can't be read"
-    if not lost:
-        which = "adapters that need it can't be read"
-    advice = remedy(c.store.path, all(damage.lost for damage in c.state.damage.values()))
-    warn(f"the library {c.store.path} is damaged: {c.state.problems()}; {which}; {advice}")
 
 
 def repair(

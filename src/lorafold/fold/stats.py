@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from ..words import html_table
-from .contents import Contents
+from .store.catalog import Catalog
 from .store.entries import AdapterEntry, ModuleEntry
 
 
-def library_stats(c: Contents) -> dict[str, Any]:
+def library_stats(c: Catalog) -> dict[str, Any]:
     """Totals and one entry a module; plain JSON types.
 
     Returns:
@@ -25,7 +24,7 @@ def library_stats(c: Contents) -> dict[str, Any]:
         clamped: how many directions there were where a rank asked for more.
     """
     entries = list(c.manifest.adapters.values())
-    errors = np.array([e.error for e in entries] or [0.0])
+    errors = [e.error for e in entries] or [0.0]
     file_bytes = sum(e.file_bytes for e in entries)
     readable = [e for e in entries if c.problem(e.name) is None]
     nbytes = c.store.nbytes
@@ -41,8 +40,8 @@ def library_stats(c: Contents) -> dict[str, Any]:
         "file_bytes": file_bytes,
         "ratio": file_bytes / max(nbytes, 1),
         "parameters": sum(e.parameters for e in entries),
-        "error": {"mean": float(errors.mean()), "max": float(errors.max())},
-        "bits": float(np.mean([e.bits for e in entries if e.bits is not None] or [0.0])),
+        "error": {"mean": fmean(errors), "max": max(errors)},
+        "bits": fmean([e.bits for e in entries if e.bits is not None] or [0.0]),
         "plain_svd_bytes": c.manifest.plain_svd_bytes,
         "shards": len(c.state.shards),
         "damage": [damage.text for damage in c.state.damage.values()],
@@ -52,7 +51,7 @@ def library_stats(c: Contents) -> dict[str, Any]:
     }
 
 
-def library_html(title: str, c: Contents) -> str:
+def library_html(title: str, c: Catalog) -> str:
     """A table of the adapters for a notebook: the first of them, and how many there are."""
     total, tolerance = len(c.manifest.adapters), c.manifest.options.tolerance
     bound = "" if tolerance is None else f", tolerance {tolerance:g}"
@@ -63,7 +62,7 @@ def library_html(title: str, c: Contents) -> str:
     return html_table(f"{title}{bound}", rows, head, total)
 
 
-def adapter_rows(c: Contents) -> Iterator[dict[str, Any]]:
+def adapter_rows(c: Catalog) -> Iterator[dict[str, Any]]:
     """A record of each adapter, in the order in which they came; see `Library.rows`."""
     tolerance = c.manifest.options.tolerance
     for e in c.manifest.adapters.values():
@@ -78,7 +77,7 @@ def adapter_rows(c: Contents) -> Iterator[dict[str, Any]]:
         }
 
 
-def entry_record(c: Contents, name: str) -> dict[str, Any]:
+def entry_record(c: Catalog, name: str) -> dict[str, Any]:
     """See `Library.entry`."""
     entry = c.entry(name)
     bound, problem = entry.bound(c.manifest.options.tolerance), c.problem(name)
@@ -100,9 +99,7 @@ def _groups(entries: list[AdapterEntry]) -> dict[str, list[list[str]]]:
     return {side: groups for side, groups in kept.items() if groups}
 
 
-def _module(
-    c: Contents, j: int, module: ModuleEntry, entries: list[AdapterEntry]
-) -> dict[str, Any]:
+def _module(c: Catalog, j: int, module: ModuleEntry, entries: list[AdapterEntry]) -> dict[str, Any]:
     held = [c.record_size(j, e) for e in entries]
     ranks = [e.rank_at(j) for e, size in zip(entries, held, strict=True) if size]
     entry: dict[str, Any] = {

@@ -25,11 +25,11 @@ from ..collection.stack import Stack
 from ..errors import ToleranceError
 from ..words import note
 from .coding.flat_part import code_parts
-from .coding.record import NOTHING, Coded, Target, code, decode, exact_record, sealed
+from .coding.record import NOTHING, Coded, Target, code, decode, exact_record
 from .planning.budget import Ledger, module_budgets
 from .planning.plan import FlatBases, ModulePlan, basis_at, side_pairs
 from .store.entries import ModuleEntry, Piece
-from .store.shard_writer import ShardWriter
+from .store.shard_writer import ShardWriter, sealed
 from .store.store import Transaction
 from .survey import Survey
 

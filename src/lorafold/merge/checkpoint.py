@@ -28,8 +28,8 @@ from ..errors import FileError, MismatchError
 from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
 from ..files.base import CONFIG_NAME, INDEX_SUFFIX, BaseFiles
+from ..files.disk.header import Entry, header_of
 from ..files.replacing import Kind
-from ..files.safetensors import Entry
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -175,8 +175,10 @@ def rewrite(source: Path, target: Path, edits: Edits, advance: Advance) -> None:
         if new or any(stored_dtype(entry.dtype, dtype) != entry.dtype for _, entry in order):
             # Wide numbers first, so that all of them are aligned.
             order.sort(key=lambda item: -stored_dtype(item[1].dtype, dtype).itemsize)
-            stored = [(k, stored_dtype(e.dtype, dtype), e.shape) for k, e in order]
-            head = safetensors.header_of(stored, metadata or None, target)
+            stored = [
+                (k, safetensors.CODES[stored_dtype(e.dtype, dtype)], e.shape) for k, e in order
+            ]
+            head = header_of(stored, metadata or None, target)
         out = os.open(target, CREATE_FLAGS, 0o666)
         try:
             write_all(out, head)
@@ -208,7 +210,7 @@ def _write(
         for at in range(0, math.prod(entry.shape), count):
             n = min(count, math.prod(entry.shape) - at)
             start = entry.start + at * size
-            piece = Entry(entry.dtype, (n,), start, start + n * size)
+            piece = Entry(entry.code, (n,), start, start + n * size)
             (t,) = safetensors.read_tensors(f, [(key, piece)], source)
             _write_tensor(out, narrowed(t, wanted, key))
 

@@ -24,8 +24,8 @@ from ...roles.onto import known_packings, one_each
 from ...roles.role import Role
 from ...roles.roles import Tables, roles
 from ..config import plain
+from ..disk.header import Entry
 from ..peft_keys import Plan, Slot
-from ..safetensors import Entry
 
 FORMAT, VERSION = "lorafold-portable", 1
 _EXTRA = "extra:"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -276,17 +275,6 @@ def _pairs_record(
         if basis is not None:
             head += _SIDE.pack(number, basis.rank)
     return head + write_rows(coded, kept + i * bits.shape[1], c[i, kept])
-
-
-def sealed(record: bytes) -> bytes:
-    """A record as it is stored: its CRC-32 comes after it."""
-    return record + zlib.crc32(record).to_bytes(4, "little")
-
-
-def unsealed(stored: bytes) -> bytes | None:
-    """The inverse of `sealed`; None where the record is not the one that was sealed."""
-    record, checksum = stored[:-4], stored[-4:]
-    return record if zlib.crc32(record).to_bytes(4, "little") == checksum else None
 
 
 def predicted_nbytes(energy: np.ndarray, widths: np.ndarray, budget: np.ndarray) -> np.ndarray:

@@ -14,16 +14,17 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS, write_all
-from ...files.safetensors import Entry, header_length, parse_header, room
+from ...files.disk.header import DTYPE_NAMES, Entry, header_length, parse_header
 from .descriptor import Descriptor
 from .shard_writer import CHECKSUMS, ShardInfo, ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
 
 _BLOCK = 1 << 20  # bytes read at a time when verifying
 
@@ -105,20 +106,24 @@ class Shard:
         """Shape of a tensor."""
         return self._find(key).shape
 
+    def code(self, key: str) -> str:
+        """The dtype of a tensor, as safetensors calls it."""
+        return self._find(key).code
+
     def read(self, key: str) -> NDArray[Any]:
         """A copy of a tensor.
 
         Raises:
             FileError: no such key, a dtype that numpy doesn't have, or the file can't be read.
         """
+        import numpy as np
+
         entry = self._find(key)
-        tensor = self.read_tensor(key)
-        try:
-            return tensor.numpy()
-        except TypeError:
-            raise FileError(
-                f"{self._at(key)}: numpy has no {entry.code}; use read_tensor"
-            ) from None
+        kind = getattr(np, DTYPE_NAMES[entry.code].replace("bool", "bool_"), None)
+        if kind is None:
+            raise FileError(f"{self._at(key)}: numpy has no {entry.code}; use read_tensor")
+        data = np.frombuffer(bytearray(self.read_bytes(key)), kind)
+        return data.reshape(entry.shape)
 
     def read_tensor(self, key: str) -> torch.Tensor:
         """A copy of a tensor, of any dtype, on the CPU.
@@ -126,10 +131,21 @@ class Shard:
         Raises:
             FileError: no such key, the file can't be read, or the tensor is damaged.
         """
+        from ...files.safetensors import room
+
         tensor, view = room(self._find(key))
         self._fill(key, view, self._find(key).start)
         self._check(key, view)
         return tensor
+
+    def copy_tensor(self, key: str, target: ShardWriter, name: str) -> None:
+        """Write a tensor to another shard as it is.
+
+        Raises:
+            FileError: no such key, the file can't be read, or the tensor is damaged.
+        """
+        entry = self._find(key)
+        target.copy(name, entry.code, entry.shape, self.read_bytes(key))
 
     def read_bytes(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a tensor as stored (little-endian); all by default.

@@ -14,19 +14,31 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ...errors import FileError
 from ...files.atomic import write_all
-from ...files.safetensors import MAX_HEADER, header_of, stored
+from ...files.disk.header import MAX_HEADER, header_of, stored
 from .descriptor import Descriptor
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
 
 BLOCK = 1 << 20  # bytes gathered into one write
 CHECKSUMS = "crc32"  # in the header's metadata: one after the other, 8 hexadecimal digits each
 SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
+
+
+def sealed(record: bytes) -> bytes:
+    """A record as it is stored: its CRC-32 comes after it."""
+    return record + zlib.crc32(record).to_bytes(4, "little")
+
+
+def unsealed(stored: bytes) -> bytes | None:
+    """The inverse of `sealed`; None where the record is not the one that was sealed."""
+    record, checksum = stored[:-4], stored[-4:]
+    return record if zlib.crc32(record).to_bytes(4, "little") == checksum else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ class ShardWriter:
     def __init__(self, path: str | os.PathLike[str] | None, *, header_capacity: int) -> None:
         self.path = None if path is None else Path(path)
         self.name = self.path.name if self.path else "in memory"
-        self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._checksums: list[int] = []
         # The data starts at a multiple of 8, as all of safetensors' own files do.
         self._start = 8 + -(-min(max(header_capacity, 8), MAX_HEADER) // 8) * 8
@@ -124,9 +136,19 @@ class ShardWriter:
                 the shard is closed or being streamed to.
         """
         self._check_key(key)
-        dtype, shape, data = stored(array, f"shard {self.name}, key {key!r}")
+        code, shape, data = stored(array, f"shard {self.name}, key {key!r}")
         self._append(data)
-        self._enter(key, dtype, shape, zlib.crc32(data))
+        self._enter(key, code, shape, zlib.crc32(data))
+
+    def copy(self, key: str, code: str, shape: tuple[int, ...], data: bytes) -> None:
+        """Append a tensor of another shard, as it is stored there.
+
+        Args:
+            key: as in `add`. code: of its dtype, as safetensors has it. shape, data: of the tensor.
+        """
+        self._check_key(key)
+        self._append(memoryview(data))
+        self._enter(key, code, shape, zlib.crc32(data))
 
     def stream(self, key: str) -> ShardStream:
         """A one-dimensional U8 tensor to be written in pieces; nothing else until it is closed.
@@ -152,7 +174,7 @@ class ShardWriter:
         if self._open_stream is stream:
             self._open_stream = None
             self._broken |= not whole
-            self._enter(stream.key, torch.uint8, (stream.nbytes,), stream.checksum)
+            self._enter(stream.key, "U8", (stream.nbytes,), stream.checksum)
 
     def close(self) -> ShardInfo:
         """Write the header and flush everything to the disk; again: only the result.
@@ -195,8 +217,8 @@ class ShardWriter:
             self.file.rename(self.path, folder / self.info.name)
             self.path = folder / self.info.name
 
-    def _enter(self, key: str, dtype: torch.dtype, shape: tuple[int, ...], checksum: int) -> None:
-        self._tensors[key] = dtype, shape
+    def _enter(self, key: str, code: str, shape: tuple[int, ...], checksum: int) -> None:
+        self._tensors[key] = code, shape
         self._checksums.append(checksum)
 
     def _check_ready(self) -> None:
