@@ -20,7 +20,7 @@ from _common import arguments, report, seconds
 import lorafold as lf
 from lorafold.collection.limits import block_bytes
 from lorafold.collection.stack import Stack
-from lorafold.fold.planning.flat import flat_spectrum
+from lorafold.fold.planning.flat import flat_spectra
 
 QUESTION = "16 shared directions of 128 adapters × 4 modules (4096×4096, rank 16): time"
 COUNT, MODULES, D, RANK, K = 128, 4, 4096, 16, 16
@@ -65,8 +65,7 @@ def fit(sources: dict[str, lf.Adapter]) -> None:
 
         ranks = np.full(COUNT, RANK)
         stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), stays=True)
-        for side in "AB":
-            flat_spectrum(stack, side, K)
+        flat_spectra(stack, K)
 
 
 def main() -> None:

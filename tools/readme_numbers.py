@@ -120,6 +120,24 @@ def _fold_memory(r: Result) -> list[Cells]:
     return [(what, ours, "", -r["share"])]
 
 
+def _fold_growth(r: Result) -> list[Cells]:
+    grows = r["seconds_grow"]
+    return [
+        (
+            f'time of folding {r["adapters_grow"]:g} times as many adapters, `form="auto"`',
+            f"{grows['auto']:.1f}×",
+            f'`form="svd"`: {grows["svd"]:.1f}×',
+            -grows["auto"],
+        ),
+        (
+            f"peak memory of folding 512 MiB under a limit of {_size(r['limit'])}",
+            _size(r["peak"]),
+            "",
+            -r["peak"],
+        ),
+    ]
+
+
 def _library_ops(r: Result) -> list[Cells]:
     return [
         (
@@ -467,6 +485,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_bytes": _fold_bytes,
     "fold_flat": _fold_flat,
     "fold_memory": _fold_memory,
+    "fold_growth": _fold_growth,
     "library_ops": _library_ops,
     "lowrank_svd": _lowrank_svd,
     "resize": _resize,

@@ -112,6 +112,20 @@ def test_pieces_of_the_overlap_matrix_change_nothing(monkeypatch):
     assert init_groups(stacks, 9, "V").tolist() == whole == [0, 1, 2] * 3
 
 
+def test_all_are_compared_with_a_sample(monkeypatch):
+    """Groups with one in the sample are found whole, wherever it lies; nobody joins a wrong one."""
+    adapters = [trained(1 + s % 3, s) for s in range(9)] + [trained(10 + s, s) for s in range(9)]
+    adapters += [trained(4, 20), trained(4, 21)]
+    stacks = stacks_of(adapters)
+    lone = [-1] * 9
+    assert init_groups(stacks, 20, "V").tolist() == [0, 1, 2] * 3 + lone + [3, 3]
+    monkeypatch.setattr(groups_module, "_SAMPLE", 4 * 6)  # of rank 4: numbers 0, 4, 8, 11, 15, 19
+    monkeypatch.setattr(groups_module, "_PIECE", 8)
+    assert init_groups(stacks, 20, "V").tolist() == [0, 1, 2] * 3 + lone + [3, 3]
+    monkeypatch.setattr(groups_module, "_SAMPLE", 4 * 2)  # the first and the last
+    assert init_groups(stacks, 20, "V").tolist() == [0, -1, -1] * 3 + lone + [1, 1]
+
+
 def test_probes_are_evenly_spaced():
     assert probes(2, 3) == [0, 1]
     assert probes(0, 3) == []

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -602,6 +603,50 @@ def test_memory_limits_the_blocks_and_changes_no_contract(mixed, monkeypatch):
         lib = lf.fold(mixed, tolerance=0.1, form=form, memory="1KiB")
         for name, a in mixed.items():
             assert dense_error(a, lib[name]) <= 0.1
+
+
+@pytest.mark.parametrize("form", ["flat", "auto"])
+def test_more_adapters_are_read_no_oftener(make_adapter, form, monkeypatch):
+    """No block reads the others: a module of an adapter is read as often whatever their number.
+    What is alive of what was read are a few updates that wait for their digests.
+    """
+    from lorafold.collection import collection, groups
+    from lorafold.fold import one_pass
+    from lorafold.fold.planning import directions, flat
+
+    monkeypatch.setattr(one_pass, "block_bytes", lambda memory: 128)  # an adapter each
+    monkeypatch.setattr(groups, "_SAMPLE", 32)
+    monkeypatch.setattr(flat, "_FEW", 4)
+    monkeypatch.setattr(directions, "_WHOLE", 16)
+    reads, alive, most = {}, weakref.WeakSet(), 0
+    plain = collection.Collection.update
+
+    def update(self, i, path):
+        nonlocal most
+        found = plain(self, i, path)
+        u = lf.LowRank(found.A.clone(), found.B.clone(), found.scale)
+        reads[self.names[i], path] = reads.get((self.names[i], path), 0) + 1
+        alive.add(u)
+        most = max(most, sum(x.num_parameters for x in alive))
+        return u
+
+    monkeypatch.setattr(collection.Collection, "update", update)
+    seen = []
+    for count in (10, 30):
+        reads.clear()
+        most = 0
+        adapters = {}
+        for i in range(count):
+            own, start = (make_adapter({"m": (48, 32)}, 4, seed=k) for k in (i, 100 + i % 2))
+            modules = {p: lf.LowRank(start[p].A + 0.2 * u.A, u.B) for p, u in own.items()}
+            adapters[f"a{i}"] = lf.Adapter(modules)
+        lib = lf.fold(adapters, tolerance=0.2, form=form)
+        assert max(lib.error(n) for n in lib) <= 0.2
+        assert len(reads) == count
+        seen.append(max(reads.values()))
+        assert most < 11 * 320
+    few, many = seen
+    assert many <= few + 1  # groups are looked for in a sample first, where that is not all
 
 
 def test_progress_runs_from_nothing_to_all(regular):

@@ -170,7 +170,7 @@ class Collection:
             self._digests[i][path] = b""  # to come
             self._read.append((i, path, u))
             self._numbers += u.num_parameters
-            if self._numbers >= _HASHED_TOGETHER:
+            if self._numbers >= min(_HASHED_TOGETHER, self.block_bytes):
                 self._hashing.append(self._pool.submit(self._hash, self._read))
                 self._read, self._numbers = [], 0
                 self._collect(_AT_ONCE)

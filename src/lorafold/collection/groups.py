@@ -7,11 +7,15 @@ overlap is o = ‖Q_iᵀ Q_j‖²_F / r (r the smaller rank); chance gives r/d, 
     (o − r/d) / (1 − r/d) > 0.25
 
 marks a pair, and connected pairs make a group. The same on the column spaces finds shared B.
+
+Every adapter is compared with a sample of bounded size, all of them where they are few: not each
+with each. So a group of which none is in the sample is not found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +27,8 @@ from .stack import Stack
 THRESHOLD = 0.25
 _WIDTH = 256  # longer vectors are folded down to this many coordinates
 _PROBES = 2  # modules looked at
-_PIECE = 2048  # directions a side of one piece of the overlap matrix
+_PIECE = 1024  # directions a side of one piece of the overlap matrix
+_SAMPLE = 1 << 14  # directions of the adapters that all are compared with
 
 
 def probes(count: int, most: int) -> list[int]:
@@ -44,27 +49,65 @@ def init_groups(stacks: Sequence[Stack], count: int, side: str) -> np.ndarray:
         (count,) group number, −1 for adapters that are alone; groups are numbered by their first
         member.
     """
-    score = _Pairs(count)
-    for j in probes(len(stacks), _PROBES):
-        score.add(*_directions(stacks[j], side))
-    return score.groups()
+    looked_at = [stacks[j] for j in probes(len(stacks), _PROBES)]
+    rank = max((int(stack.ranks.max()) for stack in looked_at), default=1)
+    pairs = _Pairs(count, np.array(probes(count, max(2, _SAMPLE // rank)), np.int64))
+    for stack in looked_at:
+        pairs.add(stack, side)
+    return pairs.groups()
 
 
-def _directions(stack: Stack, side: str) -> tuple[np.ndarray, list[Tensor], int]:
-    """Members, an orthonormal basis (m, r_i) for each, and the dimension m that chance is for."""
-    d = stack.shape[0 if side == "U" else 1]
-    m = min(d, _WIDTH)
-    bases: list[Tensor] = []
+@dataclass(frozen=True)
+class _Bases:
+    """Orthonormal bases of some adapters' sides.
+
+    Args:
+        members: (n,). Q: (n, m, r), with zeros for missing directions. ranks: (n,).
+    """
+
+    members: np.ndarray
+    Q: Tensor
+    ranks: np.ndarray
+
+    def of(self, members: np.ndarray) -> _Bases:
+        """Those of them that are among these."""
+        rows = np.flatnonzero(np.isin(self.members, members))
+        return _Bases(self.members[rows], self.Q[torch.as_tensor(rows)], self.ranks[rows])
+
+    def pieces(self) -> Iterator[_Bases]:
+        """A few at a time."""
+        size = max(1, _PIECE // self.Q.shape[2])
+        for lo in range(0, len(self.members), size):
+            here = slice(lo, lo + size)
+            yield _Bases(self.members[here], self.Q[here], self.ranks[here])
+
+    def side_by_side(self) -> Tensor:
+        """(m, n·r)."""
+        return self.Q.permute(1, 0, 2).flatten(1)
+
+    def near(self, others: _Bases) -> np.ndarray:
+        """(n, n') which of them overlap by more than the threshold."""
+        m, r = self.Q.shape[1:]
+        square = (self.side_by_side().T @ others.side_by_side()).square_()
+        o = square.view(len(self.Q), r, len(others.Q), -1).sum((1, 3)).cpu().numpy()
+        smaller = np.minimum(self.ranks[:, None], others.ranks).clip(1)
+        chance = np.minimum(smaller / m, 0.999)
+        near: np.ndarray = (o / smaller - chance) / (1 - chance) > THRESHOLD
+        return near
+
+
+def _bases(stack: Stack, side: str) -> Iterator[_Bases]:
+    """Block by block; vectors longer than `_WIDTH` are folded down."""
+    rank = int(stack.ranks.max())
     for f in stack.factors():
         X = f.B if side == "U" else f.A.mT
-        if d > m:
-            X = _folded(X, m)
+        if X.shape[1] > _WIDTH:
+            X = _folded(X, _WIDTH)
         lam, W = torch.linalg.eigh(gram(X))
         live = lam > 1e-8 * lam[:, -1:].clamp_min(1e-300)
-        Q = X @ (W / lam.clamp_min(1e-300).sqrt()[:, None, :]).to(X.dtype)
-        bases += [Q[i, :, keep].float() for i, keep in enumerate(live)]
-    stack.forget()
-    return stack.members, bases, m
+        Q = X @ (W * (live / lam.clamp_min(1e-300).sqrt())[:, None, :]).to(X.dtype)
+        Q = torch.nn.functional.pad(Q.float(), (0, rank - Q.shape[2]))
+        yield _Bases(f.members, Q, live.sum(1).cpu().numpy())
 
 
 def _folded(X: Tensor, m: int) -> Tensor:
@@ -83,49 +126,50 @@ def _folded(X: Tensor, m: int) -> Tensor:
 
 
 class _Pairs:
-    """At how many of the modules looked at each pair overlaps; connected pairs make groups.
+    """At how many of the modules looked at each adapter overlaps each of the sample; connected
+    pairs make groups.
 
-    Kin are all pairs of a group, so which ones overlap is kept as bits: a row for each adapter, one
-    for each later adapter.
+    Kin are all pairs of a group, so which ones overlap is kept as bits.
+
+    Args:
+        count: adapters. sample: (T,) positions of those that all are compared with, ascending.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._agree: list[np.ndarray] = []  # (count, ⌈count / 8⌉) for each module
+    def __init__(self, count: int, sample: np.ndarray) -> None:
+        self._count, self._sample = count, sample
+        self._agree: list[np.ndarray] = []  # (count, ⌈T / 8⌉) for each module
         self._looks = np.zeros(count, np.int64)
 
-    def add(self, members: np.ndarray, bases: list[Tensor], m: int) -> None:
-        keep = [k for k, Q in enumerate(bases) if Q.shape[1]]
-        members = members[keep]
-        bases = [bases[k] for k in keep]
-        if not bases:
-            return
-        self._looks[members] += 1
-        ranks = np.array([Q.shape[1] for Q in bases])
-        top = int(ranks.max())
-        whole = torch.stack([torch.nn.functional.pad(Q, (0, top - Q.shape[1])) for Q in bases])
-        agree = np.zeros((self._count, -(-self._count // 8)), np.uint8)
-        size = max(1, _PIECE // top)
-        for lo in range(0, len(whole), size):
-            left = whole[lo : lo + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
-            near = np.zeros((left.shape[1] // top, self._count), bool)
-            for lo2 in range(lo, len(whole), size):
-                right = whole[lo2 : lo2 + size].permute(1, 0, 2).reshape(whole.shape[1], -1)
-                square = (left.T @ right).square_().reshape(-1, top, right.shape[1] // top, top)
-                o = square.sum((1, 3)).cpu().numpy()
-                r = np.minimum(ranks[lo : lo + size, None], ranks[None, lo2 : lo2 + size])
-                chance = np.minimum(r / m, 0.999)
-                near[:, members[lo2 : lo2 + size]] = (o / r - chance) / (1 - chance) > THRESHOLD
-            agree[members[lo : lo + size]] = np.packbits(near, axis=1)
+    def add(self, stack: Stack, side: str) -> None:
+        """Look at one module."""
+        found = [b.of(self._sample) for b in _bases(stack, side)]
+        whole = _Bases(
+            np.concatenate([b.members for b in found]),
+            torch.cat([b.Q for b in found]),
+            np.concatenate([b.ranks for b in found]),
+        )
+        everyone = len(whole.members) == len(stack)
+        agree = np.zeros((self._count, -(-len(self._sample) // 8)), np.uint8)
+        for block in [whole] if everyone else _bases(stack, side):
+            self._looks[block.members] += block.ranks > 0
+            for some in block.pieces():
+                near = np.zeros((len(some.members), len(self._sample)), bool)
+                for others in whole.pieces():
+                    columns = np.searchsorted(self._sample, others.members)
+                    near[:, columns] = some.near(others)
+                agree[some.members] = np.packbits(near, axis=1)
         self._agree.append(agree)
+        stack.forget()
 
     def groups(self) -> np.ndarray:
+        """(count,) numbers as `init_groups` gives them."""
         first = np.arange(self._count)  # member of each one's group
+        looks = self._looks[self._sample]
         for i in range(self._count):
             # A pair counts where it agrees at most of the modules that both were seen at.
-            counts = sum(np.unpackbits(a[i], count=self._count).astype(int) for a in self._agree)
-            near = np.flatnonzero(2 * counts > np.minimum(self._looks[i], self._looks))
-            found = np.unique(first[near[near > i]])
+            counts = sum(np.unpackbits(a[i], count=len(looks)).astype(int) for a in self._agree)
+            near = self._sample[np.flatnonzero(2 * counts > np.minimum(self._looks[i], looks))]
+            found = np.unique(first[near])
             if len(found) and (found != first[i]).any():
                 found = np.union1d(found, first[i])
                 first[np.isin(first, found)] = found[0]

@@ -35,6 +35,7 @@ class Basis:
         self._columns: Tensor | None = columns
         self._side, self._d, self._device = side, int(columns.shape[0]), columns.device
         self._gram: Tensor | None = None
+        self._factored: tuple[Tensor, Tensor] | None = None
 
     @property
     def columns(self) -> Tensor:
@@ -46,12 +47,19 @@ class Basis:
     def release(self) -> None:
         """Keep the record only, which is several times smaller."""
         if self._side:
-            self._columns = None
+            self._columns = self._factored = None
 
     def coordinates(self, X: Tensor) -> Tensor:
         """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""
-        found: Tensor = torch.linalg.solve(self.gram(), (self.columns.T @ X).double())
-        return found.to(X.dtype)
+        return self.solved((self.columns.T @ X).double()).to(X.dtype)
+
+    def solved(self, X: Tensor) -> Tensor:
+        """The Gram's inverse times X (n, R, r) float64; the Gram is factored once."""
+        if self._factored is None:
+            self._factored = torch.linalg.lu_factor(self.gram())
+        n, R, r = X.shape
+        found: Tensor = torch.linalg.lu_solve(*self._factored, X.mT.reshape(n * r, R).T)
+        return found.T.view(n, r, R).mT
 
     def gram(self) -> Tensor:
         """(R, R) float64 inner products of the columns."""

@@ -54,6 +54,7 @@ class FlatSide:
         self.count = len(rows) - 1  # directions beside the mean
         self._rows: Tensor | None = rows
         self._side, self._d, self._device = side, int(rows.shape[1]), rows.device
+        self._inverse: tuple[Tensor, Tensor] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -65,7 +66,7 @@ class FlatSide:
     def release(self) -> None:
         """Keep the record only."""
         if self._side:
-            self._rows = None
+            self._rows = self._inverse = None
 
     def loadings(self, X: Tensor, rows: np.ndarray | None = None) -> Tensor:
         """Least-squares loadings (n, k) of the flattened factors X (n, D).
@@ -75,16 +76,25 @@ class FlatSide:
         """
         if self.known is not None and rows is not None:
             return self.known[torch.as_tensor(rows, device=X.device)]
-        D = self.rows[1:]
-        if not len(D):
+        if not self.count:
             return X.new_zeros(len(X), 0)
-        unit = power_of_two(D.abs().max().double())  # products of its multiples lose nothing
-        D = D / unit.to(D.dtype)
-        wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
-        # Rows of factors near the end of float32's range may vanish or be alike: not by `solve`.
-        inverse = torch.linalg.pinv(wide, hermitian=True)
+        unit, inverse = self._unit_and_inverse()
+        D = self.rows[1:] / unit.to(X.dtype)
         found: Tensor = ((X - self.rows[0]) @ D.T).double() @ (inverse / unit)
         return found.to(X.dtype)
+
+    def _unit_and_inverse(self) -> tuple[Tensor, Tensor]:
+        """A power of two near the directions' largest number, and the inverse (k, k) of the Gram of
+        the directions divided by it, whose products lose nothing.
+        """
+        if self._inverse is None:
+            D = self.rows[1:]
+            unit = power_of_two(D.abs().max().double())
+            D = D / unit.to(D.dtype)
+            wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
+            # Rows of factors near the end of float32's range may vanish or be alike: no `solve`.
+            self._inverse = unit, torch.linalg.pinv(wide, hermitian=True)
+        return self._inverse
 
     @property
     def lengths(self) -> Tensor:

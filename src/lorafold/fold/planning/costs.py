@@ -140,12 +140,25 @@ class Costs:
             tails.append(squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy())
         missed = np.concatenate(tails)
         missed = np.where(missed <= squares, missed, squares)  # at worst a part is left out
-        energy = np.repeat(missed[:, None] / S.shape[1], S.shape[1], 1)
-        allowed = self.allowed(stack, S)
-        over = energy.sum(1) > allowed
-        if over.any():
-            nbytes += float(predicted_nbytes(energy[over], widths, allowed[over]).sum())
+        energy = _spread(missed, S.shape[1])
+        nbytes += self.of_residuals(stack, S, missed)
         return ModulePlan("flat", energy, widths, nbytes, flat=bases, fixed=fixed, squares=squares)
+
+    def of_residuals(self, stack: Stack, S: np.ndarray, missed: np.ndarray) -> float:
+        """Bytes of residuals where flat sides miss (N,) squared norms."""
+        allowed = self.allowed(stack, S)
+        over = missed > allowed
+        if not over.any():
+            return 0.0
+        widths = np.full(S.shape[1], float(sum(stack.shape)))
+        return float(
+            predicted_nbytes(_spread(missed[over], S.shape[1]), widths, allowed[over]).sum()
+        )
+
+
+def _spread(missed: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) components that carry (n,) squared norms evenly."""
+    return np.repeat(missed[:, None] / count, count, 1)
 
 
 def _in_cores(energy: np.ndarray, U: Shared | None, V: Shared | None) -> np.ndarray:

@@ -296,7 +296,7 @@ class Spans:
                         continue
                     K = (X @ inner[side[0], g]).double()
                     at = torch.as_tensor(index, device=held.device)
-                    held[at] = K @ torch.linalg.solve(basis.gram(), K.mT)
+                    held[at] = K @ basis.solved(K.mT)
                 grams.append(held)
             lost = (of.left * of.right - grams[0] * grams[1]).sum((1, 2)) * of.square
             tails[block.rows] = lost.clamp_min(0).cpu().numpy()

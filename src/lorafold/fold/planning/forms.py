@@ -12,7 +12,7 @@ from ...collection.limits import threads
 from ...collection.stack import Stack
 from ...words import note
 from .costs import Costs, reaching
-from .flat import coded_side, flat_spectrum, predicted_nbytes
+from .flat import coded_side, flat_spectra, predicted_nbytes
 from .plan import FlatBases, ModulePlan
 from .sharing import SIDES, Sharing
 
@@ -78,7 +78,7 @@ class Planner:
         o = self.costs.options
         if set(stack.ranks[S.any(1)].tolist()) != {int(stack.ranks.max())}:
             return []  # only zero updates may be of a lower rank
-        spectra = {side: flat_spectrum(stack, side, o.rank) for side in "AB"}
+        spectra = flat_spectra(stack, o.rank, every=o.tolerance is None and o.rank is None)
         if o.tolerance is None:
             bits = 32 if o.bits is None else int(np.ceil(o.bits))
             counts = {
@@ -91,10 +91,12 @@ class Planner:
             }
             return [self.costs.on_flat_sides(stack, S, FlatBases(sides["A"], sides["B"], bits > 8))]
         plans: list[ModulePlan] = []
+        missed = sum(s.missed for s in spectra.values())
+        rest = self.costs.of_residuals(stack, S, np.minimum(missed, 1.0) * (S**2).sum(1))
         for theta in _FLAT_THETAS:
             budget = theta * o.tolerance**2 / 2
-            size = sum(predicted_nbytes(s, budget) for s in spectra.values())
-            # The sides alone, before any loadings, must be worth it.
+            size = sum(predicted_nbytes(s, budget) for s in spectra.values()) + rest
+            # The sides, and what they can't hold, must be worth it before any loadings.
             if size > min([limit / _HOPELESS, *(plan.nbytes for plan in plans)]):
                 continue
             sides = {side: coded_side(s, side, budget=budget) for side, s in spectra.items()}

@@ -27,6 +27,8 @@ from .plan import ModulePlan, Shared
 _THETAS = (0.03, 0.1, 0.25, 0.5)  # shares of the tolerance that a shared side may spend
 _SETTLED = 0.1  # of the smallest of these shares: what a sketch may miss unasked
 _FINE = 0.01  # tolerances below this need float64 Grams
+_HELD_BLOCKS = 64  # groups whose sides take more bytes than so many blocks are not looked at
+_COLUMNS = 1024  # of a side that a search holds at most, about
 SIDES = {"input": "V", "output": "U", "shared": "UV"}  # form -> the sides that are shared
 
 Choice = int | None  # number of a partition; None for a side that is each adapter's own
@@ -92,8 +94,16 @@ class Sharing:
         mine = groups[self._stack.members]
         if not (mine >= 0).any() or (mine == mine[0]).all():
             return [everyone]
-        sizes = {g: int((mine == g).sum()) for g in np.unique(mine[mine >= 0])}
-        mine = np.where(np.isin(mine, [g for g, n in sizes.items() if n > 1]), mine, -1)
+        d = self._stack.shape[0 if side == "U" else 1]
+        room, kept = _HELD_BLOCKS * self._stack.block_bytes, []
+        numbers, sizes = np.unique(mine[mine >= 0], return_counts=True)
+        for g in numbers[np.argsort(-sizes, kind="stable")].tolist():  # the largest first
+            alone = int((mine == g).sum()) < 2
+            room -= 4 * d * min(int(self._stack.ranks[mine == g].sum()), d, _COLUMNS)
+            if alone or room < 0:
+                break
+            kept.append(g)
+        mine = np.where(np.isin(mine, kept), mine, -1)
         return [everyone, mine] if (mine >= 0).any() else [everyone]
 
     def _chosen(self, U: Choice, V: Choice) -> list[_Chosen]:
