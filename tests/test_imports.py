@@ -21,11 +21,12 @@ import lorafold as lf
 ROOT = Path(lorafold.__file__).parent
 
 # Each unit may import those in its row, and itself. Verbs of one brace don't know each other.
-GROUND = {"errors", "words", "_verb", "patterns"}
+GROUND = {"errors", "words", "_verb", "patterns", "thin"}
 NOUNS = GROUND | {"lowrank", "parts", "prefixes", "naming", "placing", "adapter", "roles"}
 MAY_IMPORT = {
     "errors": set(),
     "words": {"errors"},
+    "thin": set(),
     "_verb": {"errors", "words"},
     "patterns": {"errors"},
     "lowrank": GROUND,

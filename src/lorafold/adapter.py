@@ -27,6 +27,7 @@ from .parts import LINEAR, Parts, check_bias_scales, extra_kind, refusal_reason
 from .parts import Layout as Layout  # noqa: PLC0414  (part of what an Adapter is)
 from .placing import Spot, applied, check_replicated, placed
 from .prefixes import Prefixes, regauged
+from .thin import thin
 from .words import Keyed, Table, did_you_mean, html_table, warn
 
 
@@ -162,10 +163,12 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
 
     # Geometry
 
+    @thin
     def norm(self) -> float:
         """‖ΔW‖_F over all modules."""
         return math.hypot(*(u.norm() for u in self._algebra().values()))
 
+    @thin
     def inner(self, other: Adapter) -> float:
         """⟨ΔW, ΔW'⟩ summed over the modules both have."""
         mine, theirs = self._pair(other)
@@ -175,6 +178,7 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
         """Cosine between the two updates; 0 when either is zero."""
         return cosine(self.inner(other), self.norm(), other.norm())
 
+    @thin
     def distance(self, other: Adapter) -> float:
         """‖ΔW − ΔW'‖_F, from the QR of the concatenated factors (not from inner products)."""
         mine, theirs = self._pair(other)
@@ -187,12 +191,14 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
                 parts.append((mine[p] if p in mine else theirs[p]).norm())
         return math.hypot(*parts)
 
+    @thin
     def spectrum(self) -> dict[str, Tensor]:
         """Module path → singular values of ΔW, descending."""
         return {p: u.spectrum() for p, u in self._algebra().items()}
 
     # Vector space
 
+    @thin
     def __add__(self, other: Adapter) -> Adapter:
         """Exact sum: factors concatenated, ranks add, no cross terms between A and B."""
         if not isinstance(other, Adapter):
@@ -219,6 +225,7 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
 
     # Other sizes and gauges
 
+    @thin
     def resize(
         self,
         rank: int | None = None,
@@ -258,10 +265,12 @@ class Adapter(Vector, Keyed, Table, Mapping[str, LowRank]):
         svds = ((p, ranks[p], *parts[p]) for p in parts)
         return _regauged(self, {p: from_svd(U[:, :k], S[:k], Vh[:k]) for p, k, U, S, Vh in svds})
 
+    @thin
     def nested(self) -> Adapter:
         """The same update, re-gauged so that every rank prefix is the best one of that rank."""
         return _regauged(self, {p: u.balanced() for p, u in self._algebra().items()})
 
+    @thin
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
         """A copy on `device` with the factors in `dtype`; extras move but keep their dtype."""
         modules = {p: u.to(device, dtype) for p, u in self.modules.items()}

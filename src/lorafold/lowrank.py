@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import MismatchError
+from .thin import thin
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # ‖ΔW‖ below this share of Σ ‖b_k‖ ‖a_k‖: the terms cancel, and float32 loses what is left.
@@ -149,10 +150,12 @@ class LowRank(Vector):
 
     # Measures
 
+    @thin
     def norm(self) -> float:
         """Frobenius norm of ΔW."""
         return float(torch.linalg.matrix_norm(self._core()[1]).item())
 
+    @thin
     def inner(self, other: LowRank) -> float:
         """Frobenius inner product ⟨ΔW, ΔW'⟩ = tr(ΔWᵀ ΔW').
 
@@ -164,6 +167,7 @@ class LowRank(Vector):
         BB, AA = _product(self.B.T, other.B, dtype), _product(self.A, other.A.T, dtype)
         return self.scale * other.scale * float((BB * AA).sum().item())
 
+    @thin
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Singular value decomposition of ΔW from its factors.
 
@@ -176,6 +180,7 @@ class LowRank(Vector):
         dtype = self._work_dtype
         return Q_B @ U.to(dtype), S.to(dtype), Vh.to(dtype) @ Q_A.T
 
+    @thin
     def spectrum(self) -> Tensor:
         """Singular values of ΔW, (min(r, out, in),), descending."""
         S: Tensor = torch.linalg.svdvals(self._core()[1])
@@ -205,6 +210,7 @@ class LowRank(Vector):
 
     # Other forms of the same update, and lower-rank ones
 
+    @thin
     def truncate(
         self,
         rank: int | None = None,
@@ -228,6 +234,7 @@ class LowRank(Vector):
         k = kept_directions(S, rank=rank, energy=energy, tolerance=tolerance)
         return from_svd(U[:, :k], S[:k], Vh[:k])
 
+    @thin
     def balanced(self) -> LowRank:
         """The same update in the gauge A Aᵀ = Bᵀ B = diag(S): every rank prefix is the best one.
 
@@ -236,6 +243,7 @@ class LowRank(Vector):
         """
         return from_svd(*self.svd())
 
+    @thin
     def unscaled(self, dtype: torch.dtype | None = None) -> LowRank:
         """The same update with its scale multiplied into B, in `dtype` (float32 at least if None).
 
@@ -362,9 +370,10 @@ def _largest(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t.detach(), math.inf).item())
 
 
+@thin
 def _is_finite(t: Tensor) -> bool:
     # A finite sum has finite terms, and is found without a second tensor.
-    return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
+    return math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all())
 
 
 def from_svd(U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..collection.limits import threads
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
+from ..thin import threads
 
 _MAD = 1.4826  # of a normal distribution: its deviation over its median absolute deviation
 _SPREAD = 0.1  # natural logarithms: a family more even than that is even

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..collection.limits import threads
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank, cosine
+from ..thin import threads
 
 _DEAD = 1e-6  # relative singular value of a direction that float32 factors hold nothing of
 

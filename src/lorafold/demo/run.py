@@ -8,20 +8,18 @@ tolerances; every number reported comes from the second.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor
@@ -31,6 +29,7 @@ from ..files import load, save
 from ..files.atomic import new_directory
 from ..files.replacing import Kind
 from ..fold import Library, fold
+from ..thin import thin, threads
 from ..transfer import transfer
 from .model import Llama, base_dir, data_dir, heldout_loss, load_base
 from .truncation import svd_of, truncated
@@ -125,23 +124,12 @@ def run_demo(
         shutil.copytree(data_dir() / "heldout", staging / "texts")
         for name in PAIR:
             shutil.copytree(base_dir(name), staging / "bases" / name)
-        with _one_thread_each(), ThreadPoolExecutor(2) as runs:
+        with threads(1), ThreadPoolExecutor(2) as runs:
             demo = _Demo(staging, tolerances, retention, progress, runs)
             report = {**demo.report(), "moved": demo.moved(pieces)}
         report = {"folder": str(folder), **report, "next": _next(folder, report)}
         (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Small operations on shared cores wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Demo:
@@ -179,7 +167,7 @@ class _Demo:
 
     def _losses(self, adapters: Mapping[str, Adapter | None]) -> dict[str, float]:
         """Each adapter's loss on its task, two at a time."""
-        losses = self._runs.map(self.judge.loss, adapters, adapters.values())
+        losses = self._runs.map(thin(self.judge.loss), adapters, adapters.values())
         return dict(zip(adapters, losses, strict=True))
 
     def report(self) -> dict[str, Any]:

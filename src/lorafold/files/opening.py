@@ -24,6 +24,7 @@ from ..adapter import Adapter, on_base
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..roles.onto import onto
 from ..roles.roles import Tables
+from ..thin import thin
 from ..words import did_you_mean
 from .disk.held import ChangedError
 from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
@@ -79,6 +80,7 @@ def open_library(path: str | os.PathLike[str]) -> Any:
     return pkgutil.resolve_name(_LIBRARY).open(path)
 
 
+@thin
 def load(
     source: str | os.PathLike[str] | Adapter | Mapping[str, Tensor] | nn.Module,
     *,

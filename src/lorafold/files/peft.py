@@ -24,6 +24,7 @@ from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
 from ..roles.fused import Packing
+from ..thin import thin
 from ..words import did_you_mean
 from . import safetensors
 from .config import checked, parsed, plain, read_card, read_text
@@ -169,6 +170,7 @@ class AdapterFile:
         """All keys of the file, in its order; the extras' only, for an adapter in memory."""
         return tuple(self._record.entries) or self.extra_keys
 
+    @thin
     def read(self, path: str, dtype: torch.dtype | None = None) -> LowRank:
         """The update of one module, read into memory of its own.
 
@@ -205,6 +207,7 @@ class AdapterFile:
             return dict(self._adapter.extras)
         return dict(zip(self.extra_keys, self._tensors(self.extra_keys), strict=True))
 
+    @thin
     def load(self, device: Any = None, dtype: torch.dtype | None = None) -> Adapter:
         """The whole adapter.
 
@@ -250,6 +253,7 @@ def open_files(
     return _open_safetensors(place, weights, text, alpha, nbytes, wide)
 
 
+@thin
 def from_state_dict(
     tensors: Mapping[str, Tensor],
     alpha: float | None,

@@ -29,12 +29,13 @@ from ..collection.batch import (
     squared_residuals,
 )
 from ..collection.collection import Collection
-from ..collection.limits import block_bytes, threads
+from ..collection.limits import block_bytes
 from ..collection.sources import Handle, named_handles
 from ..collection.stack import Stack
 from ..errors import MismatchError, RefusedError, ToleranceError
 from ..files import open_adapter
 from ..lowrank import LowRank
+from ..thin import thin, threads
 from ..words import warn
 from .coding.bases import Bases, Basis, Side, basis_of, projected, residual, weighted_norms
 from .coding.flat_part import FlatSide, OtherLengthError, code_parts, flattened
@@ -71,6 +72,7 @@ def one_handle(adapter: Any) -> tuple[str | None, Handle]:
     return next(iter(found.items()))
 
 
+@thin
 def projection(
     c: Contents, adapter: Any, least: float | None = None
 ) -> tuple[dict[str, Tensor | tuple[Tensor, Tensor]], float, dict[str, float]]:

@@ -10,6 +10,7 @@ import torch
 
 from ..collection.sources import Handle, OnBase, named_handles
 from ..errors import FileError, MismatchError, ToleranceError
+from ..thin import thin
 from .addition import one_handle, write_added
 from .contents import Contents, Stored
 from .one_pass import folded
@@ -135,6 +136,7 @@ class Checks(dict[str, Check]):
         self.damage = list(damage)
 
 
+@thin
 def checked(
     c: Contents, sources: Mapping[str, Handle] | None, strict: bool, progress: Progress | None
 ) -> Checks:

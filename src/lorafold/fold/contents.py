@@ -19,14 +19,17 @@ from torch import Tensor
 from ..adapter import Adapter, Layout, with_card
 from ..errors import FileError, UnknownNameError
 from ..lowrank import LowRank
+from ..thin import thin
 from ..words import did_you_mean
 from .coding.bases import Basis, read_basis
 from .coding.flat_part import read_side
-from .coding.record import StoredPart, decode, rank_of, stored_parts
+from .coding.record import StoredPart, decode_together, rank_of, stored_parts
 from .store.catalog import Catalog
-from .store.entries import AdapterEntry, Piece
+from .store.entries import AdapterEntry, ModuleEntry, Piece
 from .store.shard_writer import unsealed
 from .store.store import Store, Transaction
+
+_TOGETHER = 1 << 18  # bytes of records that are decoded together, about
 
 # What comes of sizes and numbers that do not belong together, in numpy, torch and struct.
 _UNFIT = (
@@ -74,6 +77,7 @@ class Contents(Catalog):
 
     # Adapters
 
+    @thin
     def adapter(self, name: str) -> Adapter:
         """An adapter, its factors float32 with scale 1 unless it is stored exactly.
 
@@ -82,12 +86,14 @@ class Contents(Catalog):
         """
         entry = self.entry(name)
         there = self.present(entry)
-        modules = {self.modules[j].path: self._update(j, entry) for j in there}
+        updates = [u for batch in _batches(self, there, entry) for u in self._updates(batch, entry)]
+        modules = {self.modules[j].path: u for j, u in zip(there, updates, strict=True)}
         layouts = self.layouts(entry)
         base = self.manifest.base_model
         config = with_card(self.config(name), self.card(name))
         return Adapter(modules, self.extras(name), config, base, layouts)
 
+    @thin
     def update(self, name: str, path: str) -> LowRank:
         """One module of one adapter, read alone.
 
@@ -99,8 +105,9 @@ class Contents(Catalog):
         if j is None or not self.record_size(j, entry):
             hint = did_you_mean(path, [self.modules[k].path for k in self.present(entry)])
             raise UnknownNameError(f"{name!r} has no module {path!r}; {hint}")
-        return self._update(j, entry)
+        return self._updates([j], entry)[0]
 
+    @thin
     def parts(self, name: str, path: str) -> list[StoredPart]:
         """One module of one adapter in the coordinates of the shared sides, nothing multiplied out.
 
@@ -114,7 +121,7 @@ class Contents(Catalog):
         if j is None or not self.record_size(j, entry):
             return []
         basis = functools.partial(self.basis, j)
-        with self._reading(entry, j):
+        with _reading(entry, self.modules[j]):
             return stored_parts(self.record(j, entry), self.modules[j].shape, basis, self.device)
 
     def config(self, name: str) -> dict[str, Any]:
@@ -145,7 +152,7 @@ class Contents(Catalog):
         """
         found = {}
         for j in self.present(entry):
-            with self._reading(entry, j):
+            with _reading(entry, self.modules[j]):
                 shape = self.modules[j].shape
                 found[self.modules[j].path] = (*shape, rank_of(self.record(j, entry), shape))
         return found
@@ -171,26 +178,22 @@ class Contents(Catalog):
             )
         return record
 
-    def _update(self, j: int, entry: AdapterEntry) -> LowRank:
-        basis = functools.partial(self.basis, j)
-        with self._reading(entry, j):
-            return decode(self.record(j, entry), self.modules[j].shape, basis, self.device)
-
-    @contextlib.contextmanager
-    def _reading(self, entry: AdapterEntry, j: int) -> Iterator[None]:
-        """What is no damage by the checksums, and still can't be decoded, is named."""
+    def _updates(self, numbers: list[int], entry: AdapterEntry) -> list[LowRank]:
+        """An adapter's updates at some modules, decoded together; one that can't be is named."""
+        at = self.modules
         try:
-            yield
+            with _reading(entry, self.modules[numbers[0]]):
+                records = [(self.record(j, entry), at[j].shape) for j in numbers]
+                bases = [functools.partial(self.basis, j) for j in numbers]
+                return decode_together(records, bases, self.device)
         except FileError:
-            raise
-        except _UNFIT as e:
-            raise FileError(
-                f"the library's record of {entry.name!r} at {self.modules[j].path!r} can't be "
-                f"decoded: its manifest and shards do not belong together ({e})"
-            ) from e
+            if len(numbers) == 1:
+                raise
+        return [u for j in numbers for u in self._updates([j], entry)]
 
     # Bases
 
+    @thin
     def basis(self, j: int, side: str, number: int, count: int | None = None) -> Tensor:
         """A shared basis of module number j: (d, R) for "U" and "V", (1 + k, D) for "A" and "B".
 
@@ -228,6 +231,7 @@ class Contents(Catalog):
             raise FileError(f"{piece.tensor} of {piece.shard} has not {piece.columns} vectors")
         return found
 
+    @thin
     def sides(self, j: int) -> dict[str, list[Basis]]:
         """The shared bases of module number j by side, "U" and "V", in order of their numbers."""
         found: dict[str, list[Basis]] = {"U": [], "V": []}
@@ -246,6 +250,33 @@ class Contents(Catalog):
     def as_it_is(self) -> Contents:
         """The same for reading; closing this one does not reach it, a closed one is refused."""
         return Contents(self.store.as_it_is(), self.device)
+
+
+@contextlib.contextmanager
+def _reading(entry: AdapterEntry, module: ModuleEntry) -> Iterator[None]:
+    """What is no damage by the checksums, and still can't be decoded, is named."""
+    try:
+        yield
+    except FileError:
+        raise
+    except _UNFIT as e:
+        raise FileError(
+            f"the library's record of {entry.name!r} at {module.path!r} can't be "
+            f"decoded: its manifest and shards do not belong together ({e})"
+        ) from e
+
+
+def _batches(c: Contents, numbers: list[int], entry: AdapterEntry) -> Iterator[list[int]]:
+    """An adapter's modules in runs of about `_TOGETHER` bytes of records."""
+    batch, size = [], 0
+    for j in numbers:
+        batch.append(j)
+        size += c.record_size(j, entry)
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Stored:

@@ -20,9 +20,9 @@ from ..collection.batch import (
     Factors,
     squared_residuals,
 )
-from ..collection.limits import threads
 from ..collection.stack import Stack
 from ..errors import ToleranceError
+from ..thin import threads
 from ..words import note
 from .coding.flat_part import code_parts
 from .coding.record import NOTHING, Coded, Target, code, decode, exact_record

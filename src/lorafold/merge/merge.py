@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..adapter import ORIGIN, Adapter, merged_config
 from ..collection.collection import Collection
-from ..collection.limits import threads
 from ..collection.sources import Handle, named_handles
 from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from ..parts import check_bias_scales
 from ..prefixes import regauged
+from ..thin import threads
 from ..words import warn
 from .algebra import searched, spectral
 from .algebra.core import Cut, Members

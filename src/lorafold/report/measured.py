@@ -15,10 +15,11 @@ import numpy as np
 from ..collection.batch import singular_values
 from ..collection.collection import Collection
 from ..collection.groups import init_groups
-from ..collection.limits import block_bytes, threads
+from ..collection.limits import block_bytes
 from ..collection.sources import Handle
 from ..compare.anatomy import families_of
 from ..errors import RefusedError
+from ..thin import threads
 from ..words import warn
 
 Advance = Callable[[int, int, str], None]

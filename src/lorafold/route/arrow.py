@@ -22,6 +22,7 @@ from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError, RefusedError
 from ..lowrank import LowRank
 from ..parts import Layout
+from ..thin import thin
 from ..words import did_you_mean, one_line
 from . import store
 from .encoders import check_width
@@ -249,6 +250,7 @@ def _linear(handle: Handle) -> list[str]:
     return [p for p in handle.shapes if handle.layouts.get(p, Layout()).kind == "linear"]
 
 
+@thin
 def leading_directions(updates: Sequence[LowRank]) -> Tensor:
     """The leading right-singular vectors (n, in) of updates with inputs of one size.
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..collection.limits import threads
 from ..errors import MismatchError, RefusedError
 from ..lowrank import LowRank
+from ..thin import threads
 from ..words import html_table
 
 LEADING = 5  # directions that are compared

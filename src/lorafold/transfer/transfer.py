@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeAlias
 
 from .. import __version__
 from ..adapter import ORIGIN, Adapter
-from ..collection.limits import threads
 from ..collection.sources import named_handles
 from ..errors import MismatchError, RefusedError, UnknownNameError
 from ..lowrank import LowRank
 from ..prefixes import regauged
+from ..thin import threads
 from ..words import did_you_mean, warn
 from .bases import name_of_base
 from .job import Job, Method, Moved, Progress, Transfer

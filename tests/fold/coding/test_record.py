@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from lorafold.collection.batch import Block, decompose
 from lorafold.errors import FileError
+from lorafold.fold.coding import rows
 from lorafold.fold.coding.bases import basis_of
-from lorafold.fold.coding.record import Target, code, decode, exact_record, predicted_nbytes
+from lorafold.fold.coding.record import (
+    Target,
+    code,
+    decode,
+    decode_together,
+    exact_record,
+    predicted_nbytes,
+)
 from lorafold.lowrank import LowRank
 
 OUT, INN = 48, 36
@@ -190,3 +198,39 @@ def test_what_no_writer_writes_does_not_grow():
     assert one.rank == 1
     with pytest.raises(FileError, match="more parts"):
         decode(thin(1) * 40, (8, 8), lambda side, number, columns: torch.ones(8, columns))
+
+
+def test_records_decode_together_to_what_each_is_alone(make_update, bases, monkeypatch):
+    """Of all kinds, numbers of bits, lengths (odd ones, too) and sides; in a few operations."""
+    records, shapes = [], []
+    for k, (tolerance, which) in enumerate(
+        [(0.5, "own"), (0.1, "U"), (0.02, "V"), (1e-3, "both"), (1e-6, "own")]
+    ):
+        block = block_of([make_update(OUT, INN, r, seed=10 * k + r) for r in (2, 5, 1)])
+        target = Target("error", tolerance**2 * (block.S.numpy() ** 2).sum(1))
+        records += code(block.factors(), target, *sides_of(bases, which), block=block).records
+        shapes += [(OUT, INN)] * 3
+    for out, inn in ((7, 5), (33, 129)):
+        u = make_update(out, inn, 3)
+        U, S, V = decompose(u.B[None], u.A[None])
+        odd = Block(np.zeros(1, int), U, S, V)
+        records += code(odd.factors(), Target("bits", np.full(1, 16.0)), block=odd).records
+        records += code(odd.factors(), Target("bytes", np.full(1, 40.0)), block=odd).records
+        shapes += [(out, inn)] * 2
+    records += [b"\0", exact_record(make_update(OUT, INN, 4, dtype=torch.bfloat16, scale=0.3))]
+    shapes += [(OUT, INN)] * 2
+    alone = [
+        decode(record, shape, lookup(bases)) for record, shape in zip(records, shapes, strict=True)
+    ]
+    calls = []
+    plain = rows.unrotate
+    monkeypatch.setattr(rows, "unrotate", lambda *given: calls.append(1) or plain(*given))
+    together = decode_together(list(zip(records, shapes, strict=True)), [lookup(bases)] * 21)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.scale, one.A.dtype) == (other.scale, other.A.dtype)
+        assert torch.equal(one.A, other.A)
+        assert torch.equal(one.B, other.B)
+        assert other.A.is_contiguous()
+        assert other.A.untyped_storage().nbytes() == other.A.nbytes  # nothing of the others
+    lengths = 3 + 4  # on either side: 48, 33 and 7; 36, 129, 5 and 9
+    assert len(calls) == lengths

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,12 +26,13 @@ from .rows import (
     LEFT_SEED,
     RIGHT_SEED,
     CodedRows,
+    Written,
     code_rows,
-    read_rows,
+    read_together,
     rounded_coefficients,
     rows_nbytes,
-    skipped_rows,
     write_rows,
+    written_at,
 )
 
 # Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
@@ -321,48 +322,96 @@ def decode(
         The file's own tensors for an exact record; else float32 factors with scale 1. A record
         without any component gives a zero update of rank 1.
     """
-    out, inner = shape
-    lefts: list[Tensor] = []
-    rights: list[Tensor] = []
-    start = 0
+    return decode_together([(record, shape)], [basis], device)[0]
+
+
+def decode_together(
+    records: Sequence[tuple[bytes, tuple[int, int]]],
+    bases: Sequence[BasisOf],
+    device: torch.device | str | None = None,
+) -> list[LowRank]:
+    """Many records decoded at once, to the same as each alone, in a fraction of the time.
+
+    Args:
+        records: each with its (out, in). bases, device: of each, and of all, as for `decode`.
+    """
+    found = [list(_walked(*record)) for record in records]
+    pairs = _pairs([p for parts in found for p in parts if isinstance(p, _Pairs)], device)
+    return [
+        _decoded(*record, basis, parts, pairs, device)
+        for record, basis, parts in zip(records, bases, found, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs in a record. numbers: of the bases U and V."""
+
+    numbers: Numbers
+    written: Written
+
+
+def _walked(record: bytes, shape: tuple[int, int]) -> Iterator[_Pairs | tuple[int, int]]:
+    """The parts of a record: pairs by their heads, others by kind and place."""
+    start = rank = 0
     while start < len(record):
         kind = record[start]
         if kind == NOTHING:
             start += 1
             continue
-        if kind == EXACT:
-            return _decode_exact(record, start, device)
         if kind == PAIRS:
-            left, right, start = _decode_pairs(record, start, shape, basis, device)
+            part = _pairs_at(record, start, shape)
+            yield part
+            count, start = len(part.written.bits), part.written.end
         elif kind == FLAT:
-            left, right, start = decode_part(record, start, shape, basis, device)
+            yield kind, start
+            count, start = skipped_part(record, start)
+        elif kind == EXACT:  # with nothing after it
+            yield kind, start
+            return
         else:
             raise FileError(f"a record of the library has a part of unknown kind {kind}")
+        rank += count
+        if rank > _MOST_PARTS * min(shape):
+            raise FileError("a record of the library has more parts than an update can have")
+
+
+def _decoded(
+    record: bytes,
+    shape: tuple[int, int],
+    basis: BasisOf,
+    parts: Sequence[_Pairs | tuple[int, int]],
+    pairs: Iterator[StoredPart],
+    device: torch.device | str | None,
+) -> LowRank:
+    """The sum of a record's parts, of which `pairs` gives those that are pairs."""
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    for part in parts:
+        if isinstance(part, _Pairs):
+            left, right = _unfolded(next(pairs), basis)
+        elif part[0] == EXACT:
+            return _decode_exact(record, part[1], device)
+        else:
+            left, right, _ = decode_part(record, part[1], shape, basis, device)
         lefts.append(left)
         rights.append(right)
-        if sum(left.shape[1] for left in lefts) > _MOST_PARTS * min(shape):
-            raise FileError("a record of the library has more parts than an update can have")
     if not lefts:
+        out, inner = shape
         return LowRank(torch.zeros(1, inner, device=device), torch.zeros(out, 1, device=device))
     return LowRank(torch.cat(rights), torch.cat(lefts, 1))
 
 
 def rank_of(record: bytes, shape: tuple[int, int]) -> int:
     """The rank of the update that `decode` would give."""
-    rank = start = 0
-    while start < len(record):
-        kind = record[start]
-        if kind == EXACT:
-            return _decode_exact(record, start, None).rank
-        if kind == PAIRS:
-            _, dims, start = _pairs_head(record, start, shape)
-            own, start = skipped_rows(record, start, dims)
-            rank += own
-        elif kind == FLAT:
-            own, start = skipped_part(record, start)
-            rank += own
+    rank = 0
+    for part in _walked(record, shape):
+        if isinstance(part, _Pairs):
+            rank += len(part.written.bits)
+        elif part[0] == EXACT:
+            return _decode_exact(record, part[1], None).rank
         else:
-            start += 1
+            rank += skipped_part(record, part[1])[0]
     return max(rank, 1)
 
 
@@ -391,54 +440,16 @@ def stored_parts(
     Args:
         record, shape, basis, device: as for `decode`.
     """
-    parts: list[StoredPart] = []
-    start = 0
-    while start < len(record):
-        if record[start] == NOTHING:
-            start += 1
-        elif record[start] == PAIRS:
-            part, start = _read_pairs(record, start, shape, device)
-            parts.append(part)
-        else:  # alone in its record, or with its residual: as one part of its own sides
-            u = decode(record[start:], shape, basis, device)
-            return [*parts, StoredPart(u.B, u.A, scale=u.scale)]
+    found = list(_walked(record, shape))
+    pairs = [p for p in found if isinstance(p, _Pairs)]
+    parts = list(_pairs(pairs, device))
+    if len(pairs) < len(found):  # others: alone in their record, or with a residual
+        u = decode(record, shape, basis, device)
+        return [StoredPart(u.B, u.A, scale=u.scale)]
     return parts
 
 
-def _decode_pairs(
-    record: bytes,
-    start: int,
-    shape: tuple[int, int],
-    basis: BasisOf,
-    device: torch.device | str | None,
-) -> tuple[Tensor, Tensor, int]:
-    part, start = _read_pairs(record, start, shape, device)
-    left, right = part.left, part.right
-    if part.U is not None:
-        left = basis("U", part.U, left.shape[0]) @ left
-    if part.V is not None:
-        right = right @ basis("V", part.V, right.shape[1]).T
-    return left, right, start
-
-
-def _read_pairs(
-    record: bytes, start: int, shape: tuple[int, int], device: torch.device | str | None
-) -> tuple[StoredPart, int]:
-    numbers, dims, start = _pairs_head(record, start, shape)
-    count, _ = skipped_rows(record, start, dims)
-    if count > min(dims):  # a core has no more directions than either of its sides
-        raise FileError(f"a record of the library has {count} pairs between sides of {dims}")
-    (P, Q), c, start = read_rows(record, start, dims, (LEFT_SEED, RIGHT_SEED), device)
-    # √|c| on either side keeps A and B of one size, as after training.
-    root = c.abs().sqrt()
-    left, right = (P * (root * c.sign())[:, None]).T, Q * root[:, None]
-    return StoredPart(left, right, numbers[0], numbers[1]), start
-
-
-def _pairs_head(
-    record: bytes, start: int, shape: tuple[int, int]
-) -> tuple[list[int | None], list[int], int]:
-    """Numbers of the two bases, the lengths of a pair on either side, and where the pairs begin."""
+def _pairs_at(record: bytes, start: int, shape: tuple[int, int]) -> _Pairs:
     _, flags = _PAIRS.unpack_from(record, start)
     start += _PAIRS.size
     dims, numbers = list(shape), [None, None]  # type: list[int], list[int | None]
@@ -446,7 +457,37 @@ def _pairs_head(
         if flags >> side & 1:
             numbers[side], dims[side] = _SIDE.unpack_from(record, start)
             start += _SIDE.size
-    return numbers, dims, start
+    written = written_at(record, start, dims)
+    if len(written.bits) > min(dims):  # a core has no more directions than either of its sides
+        raise FileError(
+            f"a record of the library has {len(written.bits)} pairs between sides of {dims}"
+        )
+    return _Pairs((numbers[0], numbers[1]), written)
+
+
+def _pairs(found: Sequence[_Pairs], device: torch.device | str | None) -> Iterator[StoredPart]:
+    """Pairs as they are stored, all decoded at once."""
+    if not found:
+        return
+    rows = read_together([p.written for p in found], (LEFT_SEED, RIGHT_SEED), device, _roots)
+    for p, ((P, Q), _) in zip(found, rows, strict=True):
+        yield StoredPart(P.T, Q, *p.numbers)
+
+
+def _roots(c: Tensor) -> tuple[Tensor, Tensor]:
+    """√|c| on either side keeps A and B of one size, as after training."""
+    root = c.abs().sqrt()
+    return root * c.sign(), root
+
+
+def _unfolded(part: StoredPart, basis: BasisOf) -> tuple[Tensor, Tensor]:
+    """Factors (out, k) and (k, in) of pairs."""
+    left, right = part.left, part.right
+    if part.U is not None:
+        left = basis("U", part.U, left.shape[0]) @ left
+    if part.V is not None:
+        right = right @ basis("V", part.V, right.shape[1]).T
+    return left, right
 
 
 def _decode_exact(record: bytes, start: int, device: torch.device | str | None) -> LowRank:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,11 @@ from .rotation import rotate, unrotate
 _CODE_OF = {bits: code for code, bits in enumerate(LEVELS)}
 _FLOATS = {16: np.float16, 32: np.float32}
 _HEAD = struct.Struct("<HBf")  # count, 1 where coefficients are float32, largest coefficient
+_KINDS = np.dtype(np.float16), np.dtype(np.float32)
+# The two numbers of bits that a byte names; none where there is no such code.
+_LEVELS_OF = [
+    tuple(LEVELS[c] if c < len(LEVELS) else -1 for c in (b & 15, b >> 4)) for b in range(256)
+]
 LEFT_SEED, RIGHT_SEED = 0, 1
 
 
@@ -140,6 +145,52 @@ def write_rows(sides: Sequence[CodedRows], rows: np.ndarray, coefficients: np.nd
     return b"".join(parts)
 
 
+@dataclass(frozen=True)
+class Written:
+    """Rows that `write_rows` wrote into a record, by their head.
+
+    Args:
+        data: the record. dims: length of a row on each side. bits: of each row.
+        kind: of the coefficients. top: the largest of them. start: where they begin.
+        levels: (bits, which rows have them), in the order of the codes. end: where these end.
+    """
+
+    data: bytes
+    dims: Sequence[int]
+    bits: list[int]
+    kind: np.dtype[Any]
+    top: float
+    start: int
+    levels: list[tuple[int, list[int]]]
+    end: int
+
+
+def written_at(data: bytes, start: int, dims: Sequence[int]) -> Written:
+    """What a record has from `start` on, nothing decoded.
+
+    Raises:
+        FileError: it ends too early.
+    """
+    early = FileError("a record of the library ends too early")
+    if start + _HEAD.size > len(data):
+        raise early
+    count, wide, top = _HEAD.unpack_from(data, start)
+    start += _HEAD.size
+    codes = data[start : start + (count + 1) // 2]
+    start += len(codes)
+    bits = [level for code in codes for level in _LEVELS_OF[code]][:count]
+    levels = [(b, [k for k, x in enumerate(bits) if x == b]) for b in sorted({*bits} - {0})[::-1]]
+    if min(bits, default=0) < 0:
+        raise FileError("a record of the library has rows of no known number of bits")
+    kind = _KINDS[wide != 0]
+    end = start + count * kind.itemsize
+    for level, chosen in levels:
+        end += (len(chosen) * sum(dims) * level + 7) // 8
+    if len(bits) < count or end > len(data):
+        raise early
+    return Written(data, dims, bits, kind, top, start, levels, end)
+
+
 def read_rows(
     data: bytes,
     start: int,
@@ -155,56 +206,145 @@ def read_rows(
     Returns:
         [(k, d) float32 for each side], coefficients (k,) float32, and where the rows end.
     """
-    bits, kind, top, start = _head(data, start)
-    count = len(bits)
-    if not bits.all():  # none is written, and they would be large for their bytes
-        raise FileError("a record of the library has rows of 0 bits")
-    relative = np.frombuffer(data, kind, count, start).astype(np.float32)
-    start += count * kind.itemsize
-    coefficients = torch.from_numpy(relative * np.float32(top)).to(device)
-    sides = [torch.zeros(count, d, device=device) for d in dims]
-    for level in _descending(bits):
-        chosen = torch.as_tensor(np.flatnonzero(bits == level), device=device)
-        numbers = len(chosen) * sum(dims)
-        if level <= 8:
-            size = (numbers * level + 7) // 8
-            flat = torch.from_numpy(unpack(data[start : start + size], level, numbers)).to(device)
-        else:
-            size = numbers * level // 8
-            flat = torch.from_numpy(
-                np.frombuffer(data, _FLOATS[level], numbers, start).astype(np.float32)
-            ).to(device)
-        start += size
-        at = 0
-        for side, d in zip(sides, dims, strict=True):
-            part = flat[at : at + len(chosen) * d].reshape(len(chosen), d)
-            at += len(chosen) * d
-            side[chosen] = dequantise(part, level) if level <= 8 else part
-    rounded = torch.as_tensor(np.flatnonzero((bits > 0) & (bits <= 8)), device=device)
-    if len(rounded):
-        for side, seed in zip(sides, seeds, strict=True):
-            side[rounded] = unrotate(side[rounded], seed)
-    return sides, coefficients, start
+    written = written_at(data, start, dims)
+    [(sides, coefficients)] = read_together([written], seeds, device)
+    return sides, coefficients, written.end
 
 
-def skipped_rows(data: bytes, start: int, dims: Sequence[int]) -> tuple[int, int]:
-    """How many rows `read_rows` would give, and where they end."""
-    bits, kind, _, start = _head(data, start)
-    start += len(bits) * kind.itemsize
-    for level in _descending(bits):
-        start += (int((bits == level).sum()) * sum(dims) * level + 7) // 8
-    return len(bits), start
+def read_together(
+    written: Sequence[Written],
+    seeds: Sequence[int],
+    device: torch.device | str | None = None,
+    scales: Callable[[Tensor], Sequence[Tensor]] | None = None,
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Rows of many records, decoded together: each number is as if its record were read alone.
+
+    Codes of one number of bits are unpacked and looked up at once, rows of one length rotated back
+    at once: small ones cost a few operations each, and not a few dozen.
+
+    Args:
+        seeds: of each side's rotation.
+        scales: coefficients → what each side's rows are multiplied by; by nothing where None.
+
+    Returns:
+        For each, views of what is shared: [(k, d) float32 for each side], coefficients (k,)
+        float32.
+    """
+    for w in written:
+        if 0 in w.bits:  # none is written, and they would be large for their bytes
+            raise FileError("a record of the library has rows of 0 bits")
+    sides = _Sides(seeds)
+    firsts = [[sides.place(s, d, len(w.bits)) for s, d in enumerate(w.dims)] for w in written]
+    sides.begin()
+    at = [w.start + len(w.bits) * w.kind.itemsize for w in written]
+    for level in sorted({level for w in written for level, _ in w.levels}, reverse=True):
+        pieces = []
+        for k, w in enumerate(written):
+            for chosen in (chosen for here, chosen in w.levels if here == level):
+                pieces.append((w.data, at[k], len(chosen) * sum(w.dims), k, chosen))
+                at[k] += (pieces[-1][2] * level + 7) // 8
+        for (*_, k, chosen), numbers in zip(pieces, _numbers(level, pieces), strict=True):
+            start = 0
+            for s, d in enumerate(written[k].dims):
+                stop = start + len(chosen) * d
+                sides.fill(s, d, firsts[k][s], chosen, numbers[start:stop], level <= 8)
+                start = stop
+    coefficients = [
+        np.frombuffer(w.data, w.kind, len(w.bits), w.start).astype(np.float32) * np.float32(w.top)
+        for w in written
+    ]
+    c = torch.from_numpy(np.concatenate(coefficients)).to(device)
+    sides.turn_back(device)
+    starts = np.cumsum([0, *(len(w.bits) for w in written)]).tolist()
+    for s, scale in enumerate(scales(c) if scales else ()):
+        sides.scale(
+            s,
+            [(w.dims[s], scale[a:b]) for w, a, b in zip(written, starts, starts[1:], strict=False)],
+        )
+    found, start = [], 0
+    for w, first in zip(written, firsts, strict=True):
+        count = len(w.bits)
+        rows = [sides.rows(s, d, first[s], count) for s, d in enumerate(w.dims)]
+        found.append((rows, c[start : start + count]))
+        start += count
+    return found
 
 
-def _head(data: bytes, start: int) -> tuple[np.ndarray, np.dtype[Any], float, int]:
-    """Bits of every row, how coefficients are stored, the largest of them, and where they begin."""
-    if start + _HEAD.size > len(data):
-        raise FileError("a record of the library ends too early")
-    count, wide, top = _HEAD.unpack_from(data, start)
-    start += _HEAD.size
-    size = (count + 1) // 2
-    bits = np.array(LEVELS)[unpack(data[start : start + size], 4, count)]
-    return bits, np.dtype(np.float32 if wide else np.float16), top, start + size
+def _numbers(level: int, pieces: Sequence[tuple[bytes, int, int, Any, Any]]) -> list[np.ndarray]:
+    """float32 numbers of streams of one number of bits, each (data, start, count, …)."""
+    if level > 8:
+        return [
+            np.frombuffer(data, _FLOATS[level], count, start).astype(np.float32)
+            for data, start, count, *_ in pieces
+        ]
+    # Eight codes fill `level` bytes: streams are unpacked as one, each from a byte that begins so.
+    groups = [-(-count // 8) for _, _, count, *_ in pieces]
+    stream = b"".join(
+        data[start : start + (count * level + 7) // 8].ljust(level * some, b"\0")
+        for (data, start, count, *_), some in zip(pieces, groups, strict=True)
+    )
+    codes = torch.from_numpy(unpack(stream, level, 8 * sum(groups)))
+    numbers = dequantise(codes, level).numpy()
+    ends = 8 * np.cumsum([0, *groups])
+    return [numbers[end : end + p[2]] for end, p in zip(ends.tolist(), pieces, strict=False)]
+
+
+class _Sides:
+    """Rows of many records by their side and length: room for all, filled, then rotated back.
+
+    Args:
+        seeds: of each side's rotation.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._seeds = seeds
+        self._counts: dict[tuple[int, int], int] = {}
+        self._filled: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._turned: dict[tuple[int, int], Tensor] = {}
+
+    def place(self, side: int, d: int, count: int) -> int:
+        """Keep room for rows; the first one's number."""
+        first = self._counts.get((side, d), 0)
+        self._counts[side, d] = first + count
+        return first
+
+    def begin(self) -> None:
+        """Make the room, which is all filled: rows, and whether each was rotated."""
+        for (side, d), count in self._counts.items():
+            self._filled[side, d] = np.empty((count, d), np.float32), np.zeros(count, bool)
+
+    def fill(
+        self, side: int, d: int, first: int, chosen: list[int], numbers: np.ndarray, rotated: bool
+    ) -> None:
+        """Some of a record's rows, whose first one is number `first`."""
+        rows, turned = self._filled[side, d]
+        where: Any = slice(first + chosen[0], first + chosen[-1] + 1)
+        if where.stop - where.start != len(chosen):
+            where = first + np.array(chosen)
+        rows[where], turned[where] = numbers.reshape(-1, d), rotated
+
+    def turn_back(self, device: torch.device | str | None) -> None:
+        """Undo the rotation of those that were rotated."""
+        for (side, d), (rows, turned) in self._filled.items():
+            X = torch.from_numpy(rows).to(device)
+            if turned.all():
+                X = unrotate(X, self._seeds[side])
+            elif turned.any():
+                index = torch.as_tensor(np.flatnonzero(turned), device=device)
+                X[index] = unrotate(X[index], self._seeds[side])
+            self._turned[side, d] = X
+
+    def scale(self, side: int, parts: Sequence[tuple[int, Tensor]]) -> None:
+        """Multiply a side's rows, in their places' order, by (d, (k,) numbers) of each record."""
+        by_length: dict[int, list[Tensor]] = {}
+        for d, numbers in parts:
+            by_length.setdefault(d, []).append(numbers)
+        for d, numbers_of in by_length.items():
+            self._turned[side, d] *= torch.cat(numbers_of)[:, None]
+
+    def rows(self, side: int, d: int, first: int, count: int) -> Tensor:
+        """(count, d) of one record."""
+        return self._turned[side, d][first : first + count]
 
 
 def rounded_coefficients(c: np.ndarray, bits: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ...collection.limits import threads
 from ...collection.stack import Stack
+from ...thin import threads
 from ...words import note
 from .costs import Costs, reaching
 from .flat import coded_side, flat_spectra, predicted_nbytes

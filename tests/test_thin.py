@@ -11,8 +11,11 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafold.collection.limits import threads
+import lorafold as lf
+from lorafold.fold.coding.record import decode
+from lorafold.thin import thin, threads
 
 HOME = 5
 
@@ -137,3 +140,87 @@ def test_a_failure_in_a_scope_sets_the_count_back():
         with pytest.raises(KeyError):
             worker.do(fail)
         assert worker.count() == HOME
+
+
+class Counts(TorchDispatchMode):
+    """Operations that gave many numbers while the thread had several threads to give them to."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        first = found[0] if isinstance(found, tuple) else found
+        size = first.numel() if isinstance(first, torch.Tensor) else 0
+        looks = any(word in str(func) for word in ("view", "detach", "alias"))  # computes nothing
+        if torch.get_num_threads() > 1 and not looks and (size >= 1024 or "linalg" in str(func)):
+            self.shared.add(str(func))
+        return found
+
+
+UPDATE = {
+    "norm": lambda u, v: u.norm(),
+    "inner": lambda u, v: u.inner(v),
+    "svd": lambda u, v: u.svd(),
+    "spectrum": lambda u, v: u.spectrum(),
+    "truncate": lambda u, v: u.truncate(rank=2),
+    "sum": lambda u, v: lf.Adapter({"m": u}) + lf.Adapter({"m": v}),
+    "resize": lambda u, v: lf.Adapter({"m": u}).resize(2),
+    "distance": lambda u, v: lf.Adapter({"m": u}).distance(lf.Adapter({"m": v})),
+}
+LIBRARY = {
+    "load": lambda lib, path: lf.load(path),
+    "open": lambda lib, path: lf.fold(path).contents,
+    "read": lambda lib, path: lib["a"],
+    "one module": lambda lib, path: lib.update("a", "m0"),
+    "parts": lambda lib, path: lib.contents.parts("a", "m0"),
+    "project": lambda lib, path: lib.project(path),
+    "verify": lambda lib, path: lib.verify({"a": path}),
+    "add": lambda lib, path: lib.add(path, name="b", replace=True),
+    "refold": lambda lib, path: lib.refold(0.2),
+    "handle": lambda lib, path: next(iter(lib.__lorafold_handles__().values())).load(),
+}
+
+
+def alone(action, *given):
+    with workers() as new:
+        worker = new()
+
+        def run():
+            before = torch.get_num_threads()
+            with Counts() as counts:
+                action(*given)
+            return before, torch.get_num_threads(), counts.shared
+
+        assert worker.do(run) == (HOME, HOME, set())
+
+
+@pytest.mark.parametrize("action", UPDATE)
+def test_thin_algebra_is_on_one_thread(make_update, action):
+    alone(UPDATE[action], make_update(256, 128, 8, seed=0), make_update(256, 128, 8, seed=1))
+
+
+@pytest.mark.parametrize("action", LIBRARY)
+def test_a_library_is_read_on_one_thread(make_adapter, tmp_path, action):
+    a = make_adapter({"m0": (256, 128), "m1": (256, 128)}, 8)
+    lf.save(a, tmp_path / "a")
+    lib = lf.fold({"a": tmp_path / "a"}, tmp_path / "lib", tolerance=0.1)
+    alone(LIBRARY[action], lib, tmp_path / "a")
+
+
+def test_what_is_on_several_threads_is_seen():
+    """The negative control."""
+    with pytest.raises(AssertionError, match="mm"):
+        alone(lambda x: x @ x, torch.ones(64, 64))
+    alone(thin(lambda x: x @ x), torch.ones(64, 64))
+
+
+def test_an_error_in_thin_algebra_sets_the_count_back():
+    def fail():
+        with pytest.raises(lf.FileError):
+            thin(decode)(b"\x09", (4, 4), None)
+        return torch.get_num_threads()
+
+    with workers() as new:
+        assert new().do(fail) == HOME
