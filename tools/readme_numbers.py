@@ -138,6 +138,18 @@ def _fold_growth(r: Result) -> list[Cells]:
     ]
 
 
+def _reading(r: Result) -> list[Cells]:
+    ours, alone = (r["seconds"][w] for w in ("together", "module by module"))
+    return [
+        (
+            f"{r['adapters']} packaged adapters, {r['modules']} modules, read from a library",
+            f"{1e3 * ours:.0f} ms",
+            f"module by module: {1e3 * alone:.0f} ms",
+            -ours,
+        )
+    ]
+
+
 def _library_ops(r: Result) -> list[Cells]:
     return [
         (
@@ -486,6 +498,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_flat": _fold_flat,
     "fold_memory": _fold_memory,
     "fold_growth": _fold_growth,
+    "reading": _reading,
     "library_ops": _library_ops,
     "lowrank_svd": _lowrank_svd,
     "resize": _resize,

@@ -36,6 +36,7 @@ class Collection:
         folded: how many of the names are folded.
         paths: every module's path, sorted after those of `before`. shapes: (out, in) of each.
         layouts: of those that are not plain linear layers.
+        stays: whether what is read does, as all of it fits under the memory limit.
 
     Raises:
         MismatchError: two adapters that disagree on a module's shape or on the base.
@@ -68,7 +69,7 @@ class Collection:
         self.num_parameters = sum(
             r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values()
         )
-        self._keep = 4 * self.num_parameters <= _KEPT * block_bytes
+        self.stays = 4 * self.num_parameters <= _KEPT * block_bytes
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
         self._pool = ThreadPoolExecutor(2, "digest")
@@ -153,7 +154,7 @@ class Collection:
             read,
             self.block_bytes,
             self._device,
-            self._keep,
+            self.stays,
         )
 
     def update(self, i: int, path: str) -> LowRank:

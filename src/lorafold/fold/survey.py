@@ -22,7 +22,8 @@ from .planning.plan import ModulePlan
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _LARGEST = 1e37  # of a singular value: coefficients are float32
-_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
+_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared,
+# where the collection stays in memory; otherwise the smallest is written, and nothing else is read
 
 
 class Survey:
@@ -111,8 +112,9 @@ class Survey:
             for plan in plans:
                 totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
+        near = _NEAR if self.collection.stays else 1.0
         smallest = min(totals.values())
-        worth = [f for f in forms if f in won or totals.get(f, np.inf) < _NEAR * smallest]
+        worth = [f for f in forms if f in won or totals.get(f, np.inf) < near * smallest]
         mix: dict[str, ModulePlan] = {}
         sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
         for path in paths:
@@ -125,7 +127,7 @@ class Survey:
         cost = sum(plan.nbytes for plan in mix.values())
         for form in worth:
             differs = any(plan.form != form for plan in mix.values())
-            if differs and sizes[form] < _NEAR * cost:
+            if differs and sizes[form] < near * cost:
                 yield self._each(planner, [form, "svd"] if form == "flat" else [form])
 
     def _forms(self) -> list[str]:

@@ -47,7 +47,7 @@ class Basis:
     def release(self) -> None:
         """Keep the record only, which is several times smaller."""
         if self._side:
-            self._columns = self._factored = None
+            self._columns = self._gram = self._factored = None
 
     def coordinates(self, X: Tensor) -> Tensor:
         """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""
