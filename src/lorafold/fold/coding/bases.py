@@ -56,7 +56,11 @@ class Basis:
     def solved(self, X: Tensor) -> Tensor:
         """The Gram's inverse times X (n, R, r) float64; the Gram is factored once."""
         if self._factored is None:
-            self._factored = torch.linalg.lu_factor(self.gram())
+            LU, pivots, singular = torch.linalg.lu_factor_ex(self.gram())
+            if bool(singular):
+                reason = "the columns of a basis are not independent"
+                raise torch.linalg.LinAlgError(reason)  # type: ignore[attr-defined]
+            self._factored = LU, pivots
         n, R, r = X.shape
         found: Tensor = torch.linalg.lu_solve(*self._factored, X.mT.reshape(n * r, R).T)
         return found.T.view(n, r, R).mT
