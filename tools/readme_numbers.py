@@ -162,6 +162,19 @@ def _library_ops(r: Result) -> list[Cells]:
     ]
 
 
+def _command_line(r: Result) -> list[Cells]:
+    took = r["seconds"]
+    verbs = ", ".join(f"`{v}` {took[f'lorafold {v}']:.2f} s" for v in ("ls", "rm", "info"))
+    return [
+        (
+            "a library of 1,000 on the command line, processor time",
+            verbs,
+            f"importing torch: {took['import torch']:.1f} s",
+            -max(took[f"lorafold {v}"] for v in ("ls", "rm", "info")),
+        )
+    ]
+
+
 def _lowrank_svd(r: Result) -> list[Cells]:
     return [
         (
@@ -500,6 +513,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_growth": _fold_growth,
     "reading": _reading,
     "library_ops": _library_ops,
+    "command_line": _command_line,
     "lowrank_svd": _lowrank_svd,
     "resize": _resize,
     "copy_distance": _copy_distance,

@@ -135,3 +135,19 @@ def test_without_a_terminal_there_is_no_timer(monkeypatch):
     with output.progress("folding") as advance:
         advance(1, 2, "")
     assert stream.getvalue() == ""
+
+
+def test_a_table_that_fits_is_the_one_that_rich_would_draw(monkeypatch, capsys):
+    """With letters of any width, empty cells and none, and no rows at all."""
+    columns = ["name", ">rank…", "what…", ">"]
+    rows = [["sql", 4, None, ""], ["żółw 🐢 漢字", 12345, "a\tb", "x"], ["", None, "long " * 9, 1]]
+    monkeypatch.setenv("COLUMNS", "90")
+    out = output.console()
+    for some in (rows, rows[:1], []):
+        output.table(out, columns, some)
+        fast = capsys.readouterr().out
+        with monkeypatch.context() as m:
+            m.setattr(output, "fitting", lambda *_: None)
+            output.table(out, columns, some)
+        assert fast == capsys.readouterr().out
+    assert output.fitting(columns, [["x" * 91, "", "", ""]], 90) is None

@@ -36,22 +36,20 @@ def ls(lib: str) -> None:
 
 
 def _rows(lib: Catalog) -> list[dict[str, Any]]:
-    from ..fold.stats import entry_record
-
     rows = []
-    for name in lib.manifest.adapters:
-        entry = entry_record(lib, name)
+    for entry in lib.manifest.adapters.values():
+        problem = lib.problem(entry.name)
         rows.append(
             {
-                "name": name,
-                "error": entry["error"],
-                "bytes": entry["bytes"],
-                "file_bytes": entry["file_bytes"],
-                "ranks": entry["ranks"],
-                "parameters": entry["parameters"],
-                "exact": bool(entry.get("exact")),
-                "digest": entry["digest"],
-                "problem": entry.get("problem"),
+                "name": entry.name,
+                "error": entry.error,
+                "bytes": lib.own_bytes(entry.name) if problem is None else 0,
+                "file_bytes": entry.file_bytes,
+                "ranks": list(entry.ranks),
+                "parameters": entry.parameters,
+                "exact": entry.exact,
+                "digest": entry.digest,
+                "problem": problem,
             }
         )
     return rows

@@ -124,7 +124,7 @@ def anatomy(adapter: Any, *, threshold: float = 3.5) -> Anatomy:
     """Measure every module of an adapter, and find those that differ from their family.
 
     Args:
-        adapter: an `Adapter` or a path.
+        adapter: an `Adapter`, a path or LIB:NAME.
         threshold: robust deviations from which on a module is an anomaly.
 
     Returns:

@@ -210,7 +210,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         """The adapter in the coordinates of the present bases; nothing is stored.
 
         Args:
-            adapter: an `Adapter` or a path.
+            adapter: an `Adapter`, a path or LIB:NAME.
             warn: warn where the bases cover less than this share of it: where 1 − error is below.
 
         Raises:
@@ -274,7 +274,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         whichever takes fewer bytes. In one folded by size it is only projected: see docs/fold.md.
 
         Args:
-            adapter: an `Adapter` or a path. name: its name; the path's last component when None.
+            adapter: an `Adapter`, a path or LIB:NAME. name: its own; its path's last part if None.
             replace: take the place of an adapter with that name.
             tolerance: its own bound; the library's when None.
             form: "svd" keeps it off the shared bases, "exact" keeps its tensors untouched.
