@@ -5,7 +5,10 @@ damaged, every change that was reported done must be there, and the next writer 
 Repairs: the same with a repair of a library that lost a shard. Writers: four processes change one
 library as fast as they can; how many changes each gets, and how long one waits at most. Reads: an
 adapter is loaded over and over while another process overwrites it; no load may have the scale of
-one and the tensors of another.
+one and the tensors of another. Mutations: every kind of file that lorafold reads is damaged at
+random, `tests/attacks` over again with other seeds; each load must give what another reader makes
+of the same bytes, or an error of one line. Huge: a hundred megabytes of braces where a config, a
+header, a list may be.
 
 No peer: neither safetensors nor PEFT have a collection on the disk that several processes change.
 """
@@ -31,7 +34,8 @@ from _common import arguments, report
 import lorafold as lf
 from lorafold.errors import FileError
 
-QUESTION = "500 kills, four writers at once, loads beside overwrites"
+QUESTION = "500 kills, four writers at once, loads beside overwrites, 1,500 mutations of each file"
+CORPUS = Path(__file__).parents[1] / "tests" / "attacks"
 SHAPES = {"q": (16, 24), "v": (24, 16)}
 
 
@@ -145,7 +149,7 @@ def kills(folder: Path, count: int, writers: int = 3, seed: int = 0) -> dict[str
             assert {"a0", "a1", "a2"} <= set(lib)
             assert all(lib[name].norm() > 0 for name in lib)
             lib.add(SOURCES["a3"], "next")
-            kept = {*lib.contents.state.files, "library.json", ".lock"}
+            kept = {*lib.contents.state.files, "library.json", ".library.json.gz", ".lock"}
         assert set(os.listdir(path)) == kept, "something was left over"
         changes += sum(steps)
         shutil.rmtree(path)
@@ -261,6 +265,55 @@ def reads(folder: Path, duration: float) -> dict[str, int]:
     return {"loads": loads, "overwrites": saves, "mixed": mixed, "failed": failed}
 
 
+# Files
+
+
+def mutations(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
+    """Read `count` mutations of each kind of file; how often each verdict was given, and faults."""
+    sys.path.insert(0, str(CORPUS))
+    import corpus
+
+    verdicts: dict[str, dict[str, int]] = {}
+    faults: list[str] = []
+    for name in corpus.KINDS:
+        place = folder / name
+        place.mkdir()
+        began = time.monotonic()
+        counts, found = corpus.attacked(name, count, place, seed)
+        verdicts[name] = dict(counts)
+        faults += [f"{name} {n}: {did}: {v.word}: {v.reason}" for n, did, v in found]
+        print(f"{name}: {dict(counts)}, {time.monotonic() - began:.0f} s", flush=True)
+    for fault in faults:
+        print(fault)
+    return {"each": count, "seed": seed, "verdicts": verdicts, "faults": len(faults)}
+
+
+def huge(folder: Path, size: int = 100_000_000) -> dict[str, Any]:
+    """Files of braces: what reading each took at most, beyond what was there."""
+    sys.path.insert(0, str(CORPUS))
+    import judge
+
+    braces = b"[" + b"{}," * (size // 3) + b"{}]"
+    config = b'{"r": 2, "lora_alpha": 4, "x": ' + braces + b"}"
+    rows: dict[str, float] = {"seconds": 0.0, "bytes": 0}
+    lf.save(SOURCES["a0"], folder / "huge")
+    for name, data in (
+        ("adapter_config.json", config),
+        ("adapter_model.safetensors", len(config).to_bytes(8, "little") + config),
+    ):
+        file = folder / "huge" / name
+        before = file.read_bytes()
+        file.write_bytes(data)
+        began = time.perf_counter()
+        with judge.limited() as used, contextlib.suppress(FileError):
+            lf.load(folder / "huge")
+            raise AssertionError("it was read")
+        rows["seconds"] = max(rows["seconds"], time.perf_counter() - began)
+        rows["bytes"] = max(rows["bytes"], used[0])
+        file.write_bytes(before)
+    return rows
+
+
 def main() -> None:
     """Attack, print, keep."""
     torch.set_num_threads(1)
@@ -269,6 +322,8 @@ def main() -> None:
         lambda p: (
             p.add_argument("--kills", type=int, default=500, help="processes to kill"),
             p.add_argument("--seconds", type=float, default=25, help="of the crowds"),
+            p.add_argument("--mutations", type=int, default=1500, help="of each kind of file"),
+            p.add_argument("--seed", type=int, default=0, help="of the mutations"),
         ),
     )
     with tempfile.TemporaryDirectory() as name:
@@ -277,6 +332,8 @@ def main() -> None:
         repaired = repairs(folder, max(args.kills // 5, 1))
         crowd = writers(folder, args.seconds)
         read = reads(folder, args.seconds)
+        files = mutations(folder, args.mutations, args.seed)
+        large = huge(folder)
     rows = [
         {"attack": "writers killed", "times": killed["kills"], "lost or damaged": 0},
         {"attack": "repairs killed", "times": repaired["repairs killed"], "lost or damaged": 0},
@@ -286,11 +343,19 @@ def main() -> None:
             "lost or damaged": read["mixed"],
         },
         {"attack": "changes by four at once", "times": sum(crowd["changes"]), "lost or damaged": 0},
+        {
+            "attack": "mutated files read",
+            "times": sum(sum(found.values()) for found in files["verdicts"].values()),
+            "lost or damaged": files["faults"],
+        },
     ]
     result = {"kills": killed, "repairs": repaired, "writers": crowd, "reads": read}
+    result |= {"mutations": files, "huge": large, "rows": rows}
     report(QUESTION, rows, result, save=args.save)
     fair = min(crowd["changes"]) >= 0.8 * max(crowd["changes"])
-    sys.exit(0 if read["mixed"] == read["failed"] == 0 and fair else "an attack succeeded")
+    whole = read["mixed"] == read["failed"] == files["faults"] == 0
+    bounded = large["seconds"] < 2 and large["bytes"] < 256 << 20
+    sys.exit(0 if whole and fair and bounded else "an attack succeeded")
 
 
 if __name__ == "__main__":

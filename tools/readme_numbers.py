@@ -500,6 +500,23 @@ def _loadings(r: Result) -> list[Cells]:
     return rows
 
 
+def _attacks(r: Result) -> list[Cells]:
+    lost = {row["attack"]: row["lost or damaged"] for row in r["rows"]}
+    files, kinds = r["mutations"], len(r["mutations"]["verdicts"])
+    wrong = lost["mutated files read"]
+    killed = lost["writers killed"] + lost["repairs killed"]
+    kills = f"{r['kills']['kills']} writers and {r['repairs']['repairs killed']} repairs"
+    return [
+        (
+            f"{kinds} kinds of file, {files['each']:,} random mutations of each, read",
+            f"{wrong} read wrong, crashed or hung",
+            "",
+            -wrong,
+        ),
+        (f"{kills} of a library killed at random", f"{killed} lost or damaged", "", -killed),
+    ]
+
+
 _LABELS = "no transfer: labels of the same texts"
 _TRAINED = ("moved, trained", "fresh, trained")
 _AFTER = ("moved", *_TRAINED)
@@ -534,6 +551,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "nested": _nested,
     "controller": _controller,
     "loadings": _loadings,
+    "attacks": _attacks,
 }
 
 

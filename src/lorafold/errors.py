@@ -9,9 +9,28 @@ short; of those, `dir(lorafold)` and `from lorafold import *` have the root alon
 
 from __future__ import annotations
 
+_LONGEST = 1_500  # letters of a message; of a longer one its middle is left out
+
 
 class LorafoldError(Exception):
-    """The root of all errors that lorafold raises on purpose."""
+    """The root of all errors that lorafold raises on purpose.
+
+    A message is one line that can be read, whatever the names and texts are that it repeats: line
+    breaks and control characters are escaped in it.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_line(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _line(text: str) -> str:
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    if text.isprintable():
+        return text
+    text = " ".join(map(str.strip, text.strip("\n").split("\n")))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class FileError(LorafoldError, ValueError):

@@ -28,7 +28,7 @@ PYTHON = re.compile(
     r"\w+=(?:\s|$|True|torch|[,;:)])|\b(?:torch|dataclasses|lf)\.\w|\b\w+\((?:\)|[^()]*[=…])"
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-DANGLING = re.compile(r"(?:[,;:(]| or| and| give| use)\s*$|^\s*[,;:)]|  |\( | \)")
+DANGLING = re.compile(r"(?:[,;:(]| or| and| give)\s*$|^\s*[,;:)]|  |\( | \)")
 
 
 @cache

@@ -478,3 +478,16 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path, make_update):
     again = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert torch.equal(torch.cat([again["x"], again["y"]], 1), again["z"])
     assert torch.equal(again[f"{P}q.lora_A.weight"], again[f"{P}v.lora_A.weight"])
+
+
+@pytest.mark.parametrize("key", ["base_model.model.score.weight", "score.weight", "m.score.bias"])
+def test_an_adapter_of_extras_alone_is_read_back(key, tmp_path):
+    adapter = lf.Adapter({}, extras={key: torch.ones(2, 3)})
+    lf.save(adapter, tmp_path / "a")
+    again = lf.load(tmp_path / "a")
+    assert again.extras[key].equal(adapter.extras[key])
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"] == [
+        "score"
+    ]
+    with pytest.raises(MismatchError, match="'head' alone is no adapter"):
+        lf.save(lf.Adapter({}, extras={"head": torch.ones(2)}), tmp_path / "b")

@@ -63,7 +63,7 @@ def leftovers(path):
     with lf.Library.open(path) as lib:
         store = lib.contents.store
         parts = {part.file.name for part in store.manifest.parts}
-        named = {"library.json", ".lock", *store.shards, *parts}
+        named = {"library.json", ".library.json.gz", ".lock", *store.shards, *parts}
     return set(os.listdir(path)) - named
 
 
@@ -156,6 +156,38 @@ def test_a_kill_at_every_call_leaves_the_old_state_or_the_new(
     assert seen[0] == 0
     # The change happens at one call: before it the old state, after it the new one.
     assert seen == sorted(seen, key=[0, 2, 1].index)
+
+
+@pytest.mark.parametrize("operation", [add, remove_and_merge])
+def test_a_manifest_lost_after_a_kill_is_put_back(
+    tmp_path, start, adapters, kill_points, operation
+):
+    """What its second copy names is there, whether that is of the state before or after."""
+    runs = iter(range(10**6))
+    before = state_at(start)
+    seen = []
+
+    def prepare():
+        path = tmp_path / f"run{next(runs)}" / "lib"
+        shutil.copytree(start, path)
+        return path
+
+    def check(path, n):
+        state = state_at(path)
+        os.truncate(path / "library.json", 50)
+        repaired = lf.fold.repair(path)
+        assert repaired.kept == len(state_at(path))
+        assert "as its second copy had it" in repaired.damage[0]
+        assert not repaired.dropped
+        seen.append(state_at(path))
+        if n is None:
+            assert seen[-1] == state
+        shutil.rmtree(path.parent)
+
+    kill_points.everywhere(prepare, lambda path: operation(path, adapters), check)
+    assert seen[0] == before != seen[-1]
+    states = {frozenset(state.items()) for state in seen}
+    assert len(states) == (3 if operation is remove_and_merge else 2)
 
 
 @pytest.mark.parametrize("mode", ["fail once", "fail on"])

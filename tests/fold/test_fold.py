@@ -471,7 +471,9 @@ def test_a_name_is_data_and_never_a_path(tmp_path, make_adapter):
     assert os.listdir(tmp_path) == ["deep"]
     assert os.listdir(tmp_path / "deep") == ["lib"]
     files = os.listdir(tmp_path / "deep" / "lib")
-    ours = re.compile(r"library\.json|\.lock|(shard|adapters)-[0-9a-f]{16}\.(safetensors|json)")
+    ours = re.compile(
+        r"(\.?library\.json(\.gz)?)|\.lock|(shard|adapters)-[0-9a-f]{16}\.(safetensors|json)"
+    )
     assert all(ours.fullmatch(f) for f in files)
     lib = lf.Library.open(tmp_path / "deep" / "lib")
     assert lib.names == NAMES

@@ -1,6 +1,7 @@
 """A library that lost a file gives all that does not need it, and is made whole without it."""
 
 import contextlib
+import gzip
 import itertools
 import os
 import shutil
@@ -191,7 +192,7 @@ def test_repair_drops_or_rebuilds_what_is_lost(template, tmp_path, adapters, dam
             assert readable(lib).items() >= sound.items()
         assert lf.fold.repair(library).damage == ()
         named = {part.file.name for part in lib.contents.manifest.parts}
-        there = {"library.json", ".lock", *lib.contents.state.shards, *named}
+        there = {"library.json", ".library.json.gz", ".lock", *lib.contents.state.shards, *named}
         assert set(os.listdir(library)) == there
 
 
@@ -247,13 +248,56 @@ def test_repair_does_not_throw_away_what_only_can_not_be_read(library, monkeypat
     assert {p.name: p.read_bytes() for p in library.iterdir()} == before
 
 
-def test_a_damaged_manifest_can_not_be_repaired(library):
+def test_a_manifest_is_put_back_from_its_second_copy(library):
+    raw, copy = (library / "library.json").read_bytes(), library / ".library.json.gz"
+    assert gzip.decompress(copy.read_bytes()) == raw
+    for how in ("cut", "empty", "edited", "gone", "folder"):
+        (library / "library.json").unlink()
+        if how == "folder":
+            (library / "library.json").mkdir()
+        elif how != "gone":
+            bad = {"cut": raw[:100], "empty": b"", "edited": raw.replace(b"svd", b"sve", 1)}[how]
+            (library / "library.json").write_bytes(bad)
+        with pytest.raises(FileError, match=r"library\.json|library is"):
+            lf.Library.open(library)
+        if how == "folder":  # what is not lorafold's is not removed
+            with pytest.raises(FileError):
+                lf.fold.repair(library)
+            (library / "library.json").rmdir()
+        found = lf.fold.repair(library)
+        assert "as its second copy had it" in found.damage[0]
+        assert not found.dropped
+        assert (library / "library.json").read_bytes() == raw
+        lf.Library.open(library).verify()
+
+
+def test_a_manifest_without_a_second_copy_can_not_be_repaired(library):
+    copy = library / ".library.json.gz"
+    data = copy.read_bytes()
     os.truncate(library / "library.json", 100)
-    with pytest.raises(FileError, match=r"put library.json back from a copy"):
-        lf.fold.repair(library)
+    flipped = data[:40] + bytes([data[40] ^ 1]) + data[41:]
+    for bad in (b"", data[:-9], flipped, gzip.compress(b"{}")):
+        copy.write_bytes(bad)
+        with pytest.raises(FileError, match=r"no second copy: put library.json back from a copy"):
+            lf.fold.repair(library)
+    copy.unlink()
     (library / "library.json").unlink()
-    with pytest.raises(FileError, match=r"library.json"):
+    with pytest.raises(FileError, match=r"holds no library\.json$"):
         lf.fold.repair(library)
+
+
+def test_a_library_that_lost_manifest_and_shard_is_repaired_at_once(library, adapters):
+    names = list(lf.Library.open(library))
+    with lf.Library.open(library) as lib:
+        gone = library / lib.entry(names[0])["shard"]
+    gone.unlink()
+    (library / "library.json").unlink()
+    with pytest.raises(FileError, match=r"lorafold repair .* puts it back"):
+        lf.Library.open(library)
+    found = lf.fold.repair(library, adapters)
+    assert len(found.damage) == 2
+    assert names[0] in found.rebuilt
+    assert set(lf.Library.open(library)) == set(names)
 
 
 def test_killed_anywhere_a_repair_can_be_done_again(template, tmp_path, adapters, kill_points):

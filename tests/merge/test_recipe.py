@@ -329,7 +329,7 @@ def test_recipes_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(lf.FileError, match="nothing.yaml"):
         Recipe.read(tmp_path / "nothing.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(lf.FileError, match="no text"):
+    with pytest.raises(lf.FileError, match="not UTF-8 text"):
         Recipe.read(tmp_path / "bytes.yaml")
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(lf.MissingExtraError, match=r"lorafold\[merge\]"):

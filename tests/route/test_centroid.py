@@ -280,7 +280,7 @@ def test_damage_is_told(make_clusters, names, tmp_path):
         load(folder)
     numbers.write_bytes(whole)
     for text, says in [
-        ("", "not valid JSON"),
+        ("", "is empty"),
         ("[]", "must hold a JSON object"),
         (json.dumps({**record, "lorafold_router": 2}), "version 2"),
         (json.dumps({**record, "lorafold_router": True}), "'lorafold_router'"),

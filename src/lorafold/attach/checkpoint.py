@@ -20,12 +20,13 @@ from ..errors import MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.config import STATE_NAME
+from ..files.disk.sealed import read_whole, with_seal
 from ..files.formats.flat import read_flat
 from ..files.safetensors import save_tensors
 from ..files.save import ADAPTER, peft_form, write_form
 from .begin.described import described
 from .begin.places import Standing, places_of
-from .begin.resumed import HEADER, VERSION, Training, read_whole, with_seal
+from .begin.resumed import HEADER, VERSION, Training
 from .run.factors import Factors, Modulation
 from .sources import Trained
 from .state import State
@@ -54,7 +55,6 @@ def save_trained(
         for key, value in fresh.state_dict().items()
     }
     try:
-        header = json.loads(json.dumps(header))  # as it will be read: texts for keys
         text = json.dumps(with_seal(header, tensors))
     except (TypeError, ValueError) as e:
         raise MismatchError(f"metadata= can't be written as JSON: {e}") from e

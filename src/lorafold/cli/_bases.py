@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,11 +56,13 @@ def tables_of(names: Iterable[str], flag: str = "--roles") -> list[dict[str, str
     Raises:
         FileError: not there, or no JSON. MismatchError: no object in it.
     """
+    from ..files.config import json_value, read_text
+
     tables = []
     for name in names:
         try:
-            found = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+            found = json_value(read_text(Path(name)), name)
+        except FileError as e:
             raise FileError(f"{flag} {name}: can't be read as JSON ({e})") from e
         if not isinstance(found, dict):
             raise MismatchError(f"{flag} {name}: must hold an object {{end of a path: kind}}")

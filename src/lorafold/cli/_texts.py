@@ -32,7 +32,7 @@ def named_texts(path: Path, needed: bool = True) -> Iterator[tuple[str | None, s
         record: Any = None
         try:
             record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise FileError(f"{path}: line {number}: not valid JSON ({e})") from e
         named = isinstance(record, dict) and isinstance(record.get("name", missing), str | None)
         if not named or not isinstance(record.get("text"), str):

@@ -53,9 +53,11 @@ def known_names(folder: Path) -> dict[str, str]:
     path = folder / NAMES_FILE
     if not path.is_file():
         return {}
+    from ..files.config import json_value, read_text
+
     known: Any = None
-    with contextlib.suppress(ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileError):
+        known = json_value(read_text(path), path)
     if not isinstance(known, dict) or not all(
         isinstance(name, str) and _digest(name).startswith(key.rpartition("-")[2]) and "-" in key
         for key, name in known.items()

@@ -229,7 +229,10 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         return {}
-    return json_object(read_text(path), path)
+    found = json_object(read_text(path), path)
+    if not isinstance(found.get("architectures") or [], list):
+        raise FileError(f"{path}: 'architectures' must be a list of names")
+    return found
 
 
 def _files(path: Path) -> tuple[list[Path], Path | None]:

@@ -41,9 +41,8 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
         FileError: it can't be read, is not UTF-8, or is another file under its name.
     """
     try:
-        size = path.stat().st_size if raw is None else len(raw)
-        if size > _LONGEST:
-            raise FileError(f"{path}: {size:,} bytes are too many for a config")
+        if raw is None:
+            check_length(path, path.stat().st_size)
         text = (read_regular(path) if raw is None else raw).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e
@@ -64,6 +63,12 @@ def read_card(folder: Path) -> str | None:
     return text.rstrip().removesuffix(CARD_MARK).rstrip() or None
 
 
+def check_length(path: Path, size: int) -> None:
+    """Raise a `FileError` where so many bytes can be no config, nor an index of tensors."""
+    if size > _LONGEST:
+        raise FileError(f"{path}: {size:,} bytes are too many for a config")
+
+
 def parsed(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
     """The config in a JSON text, checked as `checked` does.
 
@@ -77,18 +82,37 @@ def json_object(text: str, where: str | os.PathLike[str]) -> dict[str, Any]:
     """The object that a JSON text holds.
 
     Raises:
-        FileError: it is none, or nests more than it says: each `{}` takes 30 times its bytes.
+        FileError: it is none, says a key twice, or nests more than it says: each `{}` takes 30
+            times its bytes.
+    """
+    found = json_value(text, where)
+    if not isinstance(found, dict):
+        raise FileError(f"{where}: must hold a JSON object, found a {type(found).__name__}")
+    return found
+
+
+def json_value(text: str, where: str | os.PathLike[str]) -> Any:
+    """What a JSON text holds, whatever that is.
+
+    Raises:
+        FileError: it is none, says a key twice, or nests more than it says.
     """
     if not text.strip():
         raise FileError(f"{where}: the file is empty; fetch it again")
     if text.count("{") + text.count("[") > 10_000 + len(text) // 16:
         raise FileError(f"{where}: not valid JSON of its kind: brackets without end")
     try:
-        found = json.loads(text)
+        return json.loads(text, object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as e:
         raise FileError(f"{where}: not valid JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise FileError(f"{where}: must hold a JSON object, found a {type(found).__name__}")
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.80} appears twice")
     return found
 
 
@@ -110,6 +134,10 @@ def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, 
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FileError(f"{where}: {field!r} must be a number, found {value!r}")
+    for field in ("target_parameters", "modules_to_save"):
+        value = config.get(field) or []
+        if not isinstance(value, list | str) or not all(isinstance(name, str) for name in value):
+            raise FileError(f"{where}: {field!r} must be a list of names, found {value!r:.80}")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise FileError(f"{where}: {field!r} must be an object, found {config[field]!r}")

@@ -27,7 +27,7 @@ from ..roles.fused import Packing
 from ..thin import thin
 from ..words import did_you_mean
 from . import safetensors
-from .config import checked, parsed, plain, read_card, read_text
+from .config import check_length, checked, parsed, plain, read_card, read_text
 from .disk.header import Entry, disguise
 from .disk.held import ChangedError, Held
 from .find import Location, locate
@@ -284,6 +284,8 @@ def _opened_together(
         try:
             config = None if place.config is None else Held(place.config)
             weights = Held(place.weights)
+            if config is not None:
+                check_length(Path(config.path), config.size)
             raw = None if config is None else config.read()
         except (FileNotFoundError, ChangedError):
             if last:

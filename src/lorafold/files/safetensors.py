@@ -125,6 +125,11 @@ def room(entry: Entry) -> tuple[Tensor, memoryview]:
     return flat.view(entry.dtype).reshape(entry.shape), flat.numpy().data
 
 
+def is_finite(t: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor infinity."""
+    return bool((t.float() if t.itemsize == 1 else t).isfinite().all())
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -197,7 +197,28 @@ def peft_form(
     twice = sorted(tensors.keys() & extras.keys())
     if twice:
         raise MismatchError(f"{twice[0]!r} is both a module's factor and an extra; drop the extra")
+    if not modules:
+        config = _with_saved_modules(config, extras)
     return {**tensors, **extras}, _retargeted(config, adapter)
+
+
+def _with_saved_modules(config: dict[str, Any], extras: Iterable[str]) -> dict[str, Any]:
+    """A config that says what the tensors are, of an adapter that has nothing else.
+
+    Raises:
+        MismatchError: one that lies in no module, and would not be read.
+    """
+    names = dict.fromkeys(str(name) for name in config.get("modules_to_save") or [])
+    for key in extras:
+        if extra_kind(key, config) == "unknown":
+            module, _, _ = key.removeprefix(PREFIX).rpartition(".")
+            if not module:
+                raise MismatchError(
+                    f"{key!r} alone is no adapter: the name of a module's tensor ends in .weight, "
+                    ".bias or the like"
+                )
+            names[module.rpartition(".")[2]] = None
+    return {**config, "modules_to_save": list(names)} if names else config
 
 
 def _check_prefixes(adapter: Adapter, padded: Mapping[str, LowRank]) -> None:

@@ -8,11 +8,13 @@ is killed on the way leaves the damage as it was, so nothing but this is needed 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Collection as Names
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..collection.collection import Collection
 from ..collection.limits import block_bytes
 from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError
+from ..files.atomic import replace_file
 from ..files.find import is_library
 from .addition import own_layouts
 from .change import is_as_stored
@@ -29,10 +32,10 @@ from .one_pass import adapter_entries, in_one_gauge
 from .options import Options, Progress
 from .store.compaction import merge_shards
 from .store.entries import ModuleEntry, Piece
-from .store.manifest import MANIFEST, Manifest
+from .store.manifest import MANIFEST, Manifest, read_copy
 from .store.state import State
 from .store.store import Store, Transaction
-from .store.turns import TIMEOUT
+from .store.turns import TIMEOUT, turn
 from .survey import Survey
 from .write import Builder, check_contract
 
@@ -70,8 +73,9 @@ def repair(
     share). Where a list of adapters is lost, with their names, sources that the library does not
     know are taken in.
 
-    Not for: a damaged `library.json`, which says what all else means: put it back from a copy, or
-    fold the sources again. Nor for what a copy of the library still has: put those files back.
+    A damaged `library.json` is put back from the second copy that each change leaves.
+
+    Not for: what a copy of the library still has: put those files back.
 
     Args:
         path: the library's folder.
@@ -84,9 +88,10 @@ def repair(
         What was damaged, and what was done.
 
     Raises:
-        FileError: no library there, a damaged manifest, a file that can't be read but may be whole,
-            or another process is changing it. MismatchError: a source that is not what was folded.
-            ToleranceError: a bound that can't be met. The library is then as it was.
+        FileError: no library there, a damaged manifest without a second copy, a file that can't be
+            read but may be whole, or another process is changing it.
+        MismatchError: a source that is not what was folded.
+        ToleranceError: a bound that can't be met. The library is then as it was.
 
     Examples:
         >>> import tempfile, torch, lorafold as lf
@@ -97,7 +102,8 @@ def repair(
         ()
     """
     handles = {} if sources is None else named_handles(sources)
-    c = Contents(_opened(path, timeout))
+    store, restored = _opened(path, timeout)
+    c = Contents(store)
     with c.changing() as (t, now):
         if progress is not None:
             progress(0, 2, "reading")
@@ -109,7 +115,7 @@ def repair(
             )
         lost = _lost(now, bool(state.damage))
         if not state.damage and not lost:
-            return Repair(kept=len(t.manifest.adapters))
+            return Repair(restored, kept=len(t.manifest.adapters))
         fresh = _sources(t.manifest, lost, handles)
         healed = _without(state, t, {*lost})
         if progress is not None:
@@ -118,7 +124,7 @@ def repair(
         t.commit(manifest)
     before = now.manifest
     return Repair(
-        tuple(damage.text for damage in state.damage.values()),
+        (*restored, *(damage.text for damage in state.damage.values())),
         tuple(fresh),
         {name: why for name, why in lost.items() if name not in fresh},
         sum(part.lost for part in before.parts),
@@ -126,16 +132,26 @@ def repair(
     )
 
 
-def _opened(path: str | os.PathLike[str], timeout: float) -> Store:
+def _opened(path: str | os.PathLike[str], timeout: float) -> tuple[Store, tuple[str, ...]]:
+    """The library, and what was wrong with its manifest, which is there again."""
     try:
-        return Store.open(path, timeout)
+        return Store.open(path, timeout), ()
     except FileError as e:
-        if not is_library(path):
+        folder = Path(path)
+        if not is_library(path) and read_copy(folder) is None:
             raise
-        raise FileError(
-            f"{e}; all else is read by it: put {MANIFEST} back from a copy of the library, or fold "
-            "the sources again with overwrite=True"
-        ) from e
+        damage = str(e)
+    with turn(folder, timeout):
+        raw = read_copy(folder)
+        with contextlib.suppress(FileError):
+            return Store.open(path, timeout), ()  # somebody has repaired it meanwhile
+        if raw is None:
+            raise FileError(
+                f"{damage}; all else is read by it, and it has no second copy: put {MANIFEST} back "
+                "from a copy of the library, or fold the sources again with overwrite=True"
+            )
+        replace_file(folder / MANIFEST, raw)
+    return Store.open(path, timeout), (f"{damage}; it is as its second copy had it",)
 
 
 def _lost(c: Contents, damaged: bool) -> dict[str, str]:

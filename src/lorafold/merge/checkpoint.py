@@ -28,6 +28,7 @@ from ..errors import FileError, MismatchError
 from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
 from ..files.base import CONFIG_NAME, INDEX_SUFFIX, BaseFiles
+from ..files.config import json_object, read_text
 from ..files.disk.header import Entry, header_of
 from ..files.replacing import Kind
 
@@ -266,7 +267,7 @@ def _write_index(source: Path, target: Path, names: set[str], edits: Edits) -> N
     if edits.dtype is None and not edits.added:
         shutil.copyfile(source, target)
         return
-    index = json.loads(source.read_text(encoding="utf-8"))
+    index = json_object(read_text(source), source)
     for key, like in edits.added.items():
         index["weight_map"][key] = index["weight_map"][like]
     metadata = index.get("metadata")
@@ -280,10 +281,7 @@ def _data_bytes(path: Path) -> int:
 
 
 def _write_config(source: Path, target: Path, edits: Edits) -> None:
-    try:
-        config = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FileError(f"{source} is not valid JSON: {e}") from e
+    config = json_object(read_text(source), source)
     if edits.dtype is not None:
         name = str(edits.dtype).removeprefix("torch.")
         _set_in_parts(

@@ -8,7 +8,6 @@ The entries are those of ΔW, as mergekit's are: the result has full rank, and i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -21,7 +20,8 @@ import torch
 
 from ..adapter import Adapter
 from ..collection.sources import named_handles
-from ..errors import MismatchError, UnknownNameError
+from ..errors import FileError, MismatchError, UnknownNameError
+from ..files.config import json_object, read_text
 from ..files.find import in_library
 from ..words import did_you_mean, warn
 from .algebra.rules import Rule
@@ -280,9 +280,10 @@ class _Places(dict[str, float]):
 def _depth(base: str | None) -> int | None:
     """The number of layers that a local base says it has."""
     try:
-        config = json.loads(Path(base or "", "config.json").read_text(encoding="utf-8"))
+        path = Path(base or "", "config.json")
+        config = json_object(read_text(path), path)
         found = config.get("text_config", config).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError):
+    except (FileError, AttributeError):
         return None
     return found if isinstance(found, int) and found > 0 else None
 

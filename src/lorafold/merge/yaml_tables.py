@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MissingExtraError
+from ..files.config import read_text
 
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _LARGEST = 10_000  # values in a file
@@ -31,12 +32,7 @@ def tables_in(path: Path) -> Any:
         raise MissingExtraError(
             "recipes are YAML, and pyyaml is not there: pip install 'lorafold[merge]'"
         ) from None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise FileError(f"{path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise FileError(f"{path}: it is no text: {e}") from e
+    text = read_text(path)
     loader = None
     try:
         loader = _loader(yaml)(text)

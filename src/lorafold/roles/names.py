@@ -17,6 +17,7 @@ from ..parts import PREFIX, plain_name
 from ..words import one_line
 
 _CONFIG_NAME, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_LONGEST = 64 << 20  # bytes of a configuration
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # What PEFT and lorafold put into a model for an adapter.
 _OF_ADAPTERS = {
@@ -163,6 +164,8 @@ def _of_path(path: Path) -> dict[str, Shape | None]:
     found: dict[str, Shape | None] = {}
     for file in files:
         try:
+            if not file.is_file():  # but a folder, or a FIFO that one would wait for
+                raise FileError(f"{file} is no file")
             with safe_open(file, "pt") as f:
                 slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
                 found |= _layers(
@@ -176,8 +179,12 @@ def _of_path(path: Path) -> dict[str, Shape | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file() or path.stat().st_size > _LONGEST:
+            raise FileError(f"{path} is no configuration")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except FileError:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
         raise FileError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(found, dict):
         raise FileError(f"{path}: must hold a JSON object")

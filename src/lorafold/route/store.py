@@ -22,8 +22,10 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..files.atomic import new_directory
-from ..files.config import read_text
+from ..files.config import json_value, read_text
+from ..files.disk.held import read_regular
 from ..files.replacing import Kind
+from ..files.safetensors import read_entries
 
 NAME, NUMBERS = "router.json", "router.safetensors"
 VERSION = 1
@@ -34,6 +36,7 @@ ROUTER = Kind(
 )
 
 Record = dict[str, Any]
+_MISSING = object()  # of no type that is asked for: not the same as null
 
 
 def write(
@@ -69,18 +72,15 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[Fields,
     if not os.fspath(path) or not (folder / NAME).is_file():
         raise FileError(f"{os.fspath(path) or repr('')} is not a router: there is no {NAME} in it")
     where = folder / NAME
-    try:
-        record = json.loads(read_text(where))
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{where}: not valid JSON ({e})") from e
-    fields = Fields(record, where)
+    fields = Fields(json_value(read_text(where), where), where)
     version = fields.get("lorafold_router", int)
     if version != VERSION:
         raise FileError(f"{where}: version {version} is not one that is read here ({VERSION})")
     if kind is not None and fields.get("kind", str) != kind:
         raise FileError(f"{where}: it is a router of the kind {fields.get('kind', str)!r}")
+    read_entries(folder / NUMBERS)  # before all of it is in memory, that it is as long as it says
     try:
-        numbers = (folder / NUMBERS).read_bytes()
+        numbers = read_regular(folder / NUMBERS)
     except OSError as e:
         raise FileError(f"{folder / NUMBERS}: {e.strerror or e}") from e
     if hashlib.sha256(numbers).hexdigest() != fields.get("sha256", str):
@@ -105,7 +105,7 @@ class Fields:
         Raises:
             FileError: it is not there, or of another type.
         """
-        value = self._record.get(name)
+        value = self._record.get(name, _MISSING)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise FileError(
                 f"{self.where}: {name!r} is missing or of the wrong type: {value!r:.80}"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import Live
-from ..attach.begin.resumed import read_tensors
 from ..collection.folders import folder_names
 from ..errors import MismatchError, RefusedError
+from ..files.disk.sealed import read_sealed, with_seal
 from ..files.safetensors import save_tensors
 from .checks import check_model, check_parameters, check_running, trained_now
 from .many import clip_by_adapter, numbers_of, sums_by_adapter, tokens_by_adapter
@@ -336,8 +336,8 @@ def resume_from(folder: Path, live: Live, names: list[str]) -> None:
 
 def save_controller(folder: Path, controller: OrbitalController) -> None:
     """Write a controller's state into a checkpoint."""
-    header = {"lorafold": json.dumps(controller.state_dict())}
     tensors = {k: t.contiguous().cpu() for k, t in controller.tensors().items()}
+    header = {"lorafold": json.dumps(with_seal(controller.state_dict(), tensors))}
     with tempfile.TemporaryDirectory(prefix=".controller-", dir=folder) as beside:
         save_tensors(tensors, Path(beside) / CONTROLLER, metadata=header)
         os.replace(Path(beside) / CONTROLLER, folder / CONTROLLER)
@@ -349,7 +349,7 @@ def resume_controller(folder: Path, controller: OrbitalController) -> None:
     Raises:
         FileError: it is not there, or can't be read.
     """
-    header, tensors = read_tensors(folder / CONTROLLER)
+    header, tensors = read_sealed(folder / CONTROLLER, "lorafold")
     controller.load_state_dict(header, tensors)
 
 

@@ -18,18 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from ..errors import FileError, MismatchError
 from ..files.atomic import replace_file
+from ..files.config import json_object
+from ..files.disk.sealed import read_whole
 from ..roles import Heads, Packing, Role
+from ..words import one_line
 from .align.bases import Part
 from .align.covariances import FIELDS, Moments
 
 KEY = "lorafold_alignment"
 VERSION = 1
+_FIELDS = {
+    **dict.fromkeys(("counts", "joins", "layers", "settings"), dict),
+    **dict.fromkeys(("digests", "unpaired"), list),
+    **dict.fromkeys(("texts", "tokens"), int),
+    "output": str,
+}
 
 # What some maps of a family give, and which sees it, channel for channel.
 _INNER = ((("gate", "up"), "down"), (("value",), "output"))
@@ -202,21 +210,22 @@ def read(path: str | os.PathLike[str]) -> Alignment:
     where = os.fspath(path)
     if Path(where).is_dir():
         raise FileError(f"{where} is a folder, and an alignment is a file")
+    metadata, tensors = read_whole(where)
+    if KEY not in metadata:
+        raise FileError(f"{where} is no alignment: its metadata has no {KEY}")
+    record = json_object(metadata[KEY], where)
+    if record.get("version") != VERSION:
+        found = one_line(record.get("version"))
+        raise FileError(f"{where}: version {found} is not one that is read here ({VERSION})")
+    for name, kind in _FIELDS.items():
+        if type(record.get(name)) is not kind:
+            raise FileError(f"{where}: no alignment can be read from it ({name!r} is none)")
     try:
-        with safe_open(where, "pt") as file:
-            said = (file.metadata() or {}).get(KEY)
-            if said is None:
-                raise FileError(f"{where} is no alignment: its metadata has no {KEY}")
-            record = json.loads(said)
-            if record["version"] != VERSION:
-                raise FileError(
-                    f"{where}: version {record['version']} is not one that is read here ({VERSION})"
-                )
-            sums: dict[str, dict[str, Moments]] = {"fitted": {}, "held": {}}
-            for key, count in record["counts"].items():
-                part, _, name = key.partition("/")
-                values = (file.get_tensor(f"{key}/{f}").double() for f in FIELDS)
-                sums[part][name] = Moments(count, *values)
+        sums: dict[str, dict[str, Moments]] = {"fitted": {}, "held": {}}
+        for key, count in record["counts"].items():
+            part, _, name = key.partition("/")
+            values = (tensors[f"{key}/{f}"].double() for f in FIELDS)
+            sums[part][name] = Moments(count, *values)
         joins = {Role.parse(role): _join(j) for role, j in record["joins"].items()}
         return Alignment(
             joins,
@@ -230,11 +239,7 @@ def read(path: str | os.PathLike[str]) -> Alignment:
             record["output"],
             record["settings"],
         )
-    except FileError:
-        raise
-    except OSError as e:
-        raise FileError(f"{where}: {e.strerror or e}") from e
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise FileError(f"{where}: no alignment can be read from it ({e})") from e
 
 

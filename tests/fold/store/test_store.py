@@ -80,7 +80,7 @@ def state_at(path):
 
 
 def files(path):
-    return sorted(p.name for p in path.iterdir() if p.name != ".lock")
+    return sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".library.json.gz"))
 
 
 # Commit and read back

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...adapter import Adapter, combined_digest, tensor_digest
+from ...adapter import Adapter
 from ...errors import FileError, MismatchError
 from ...files import load
-from ...files.config import STATE_NAME
-from ...files.peft_keys import check_gathered
-from ...files.safetensors import header_bytes, open_file, parse_header
-from ...files.safetensors import read_tensors as read
+from ...files.config import STATE_NAME, json_object
+from ...files.disk.sealed import check_seal, read_whole
 from ...layers.sites import Place
 from ...layers.swap import device_of
 from ...prefixes import Prefixes
@@ -28,7 +24,6 @@ from .loadings import Loaded
 
 HEADER = "lorafold"  # the key of the header's text
 VERSION = 2
-_SEAL = "sha256"  # of all the rest
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ class Training:
         Raises:
             FileError: it can't be read, or is damaged. MismatchError: NaN or infinity in it.
         """
-        header, flat = read_tensors(path)
+        metadata, flat = read_whole(path)
+        header = json_object(metadata.get(HEADER, "{}"), f"{path}: its header {HEADER!r}")
         _check_header(path, header, flat)
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in flat.items():
@@ -112,46 +108,6 @@ class Checkpoint:
         return cls(load(path), Training.at(beside)) if beside.is_file() else None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file's header of ours, {} where it has none, and its tensors.
-
-    Raises:
-        FileError: it can't be read. MismatchError: NaN or infinity in it, or what was not gathered.
-    """
-    metadata, tensors = read_whole(path)
-    try:
-        header = json.loads(metadata.get(HEADER, "{}"))
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{path}: its header {HEADER!r} is no JSON ({e})") from e
-    if not isinstance(header, dict):
-        raise FileError(f"{path}: its header {HEADER!r} must be an object, found {header!r:.40}")
-    return header, tensors
-
-
-def read_whole(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """A file's metadata and its tensors.
-
-    Raises:
-        FileError: it can't be read. MismatchError: NaN or infinity in it, or what was not gathered.
-    """
-    with open_file(path) as f:
-        header, size = header_bytes(f, path)
-        entries, metadata = parse_header(header, size, path)
-        check_gathered(((key, entry.shape) for key, entry in entries.items()), str(path))
-        tensors = dict(zip(entries, read(f, entries.items(), path), strict=True))
-    for key, t in tensors.items():
-        if not bool((t.float() if t.itemsize == 1 else t).isfinite().all()):
-            raise MismatchError(f"{path}: {key!r} holds NaN or infinity")
-    return metadata, tensors
-
-
-def with_seal(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A header, JSON's values, with a digest of it and of the tensors."""
-    text = json.dumps({k: v for k, v in header.items() if k != _SEAL}, sort_keys=True)
-    parts = [tensor_digest(key, t) for key, t in tensors.items()]
-    return {**header, _SEAL: combined_digest([hashlib.sha256(text.encode()).digest(), *parts])}
-
-
 def _check_header(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Refuse a state of training that is not as it was written.
 
@@ -165,5 +121,5 @@ def _check_header(path: Path, header: Mapping[str, Any], tensors: Mapping[str, T
             f"{one_line(version)}"
         )
     # The first version had no seal.
-    if version == VERSION and header != with_seal(header, tensors):
-        raise FileError(f"{path}: what it holds is not what was written: it is damaged")
+    if version == VERSION:
+        check_seal(path, header, tensors)

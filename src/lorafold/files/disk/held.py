@@ -36,7 +36,10 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         OSError: it can't be opened, or is a directory, a device, or a FIFO (which one would wait
             for).
     """
-    number = os.open(path, _FLAGS)
+    try:
+        number = os.open(path, _FLAGS)
+    except ValueError as e:  # a NUL in it, or what is no Unicode
+        raise OSError(errno.EINVAL, "no file can have such a name", os.fspath(path)) from e
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return number

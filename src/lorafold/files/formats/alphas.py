@@ -10,7 +10,6 @@ It is used, and whatever else is said of α (the config, `alpha=`) has to be the
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FileError, MismatchError
+from ...errors import MismatchError
 from ...parts import PREFIX, alpha_of, refusal_reason, scaling
 from ...words import one_line
-from ..config import checked
+from ..config import checked, json_object
 
 CONFIG_IN_HEADER = "lora_adapter_metadata"
 _IN_HEADER = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
@@ -168,13 +167,7 @@ def header_says(
     if CONFIG_IN_HEADER not in metadata:
         return told, None
     place = f"{where}: {CONFIG_IN_HEADER} in the header"
-    try:
-        config = json.loads(metadata[CONFIG_IN_HEADER])
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{place} is not valid JSON ({e})") from e
-    if not isinstance(config, dict):
-        raise FileError(f"{place} must hold a JSON object")
-    return told, config
+    return told, json_object(metadata[CONFIG_IN_HEADER], place)
 
 
 def by_part(config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from ...roles.fused import Packing
 from ...roles.onto import known_packings, one_each
 from ...roles.role import Role
 from ...roles.roles import Tables, roles
-from ..config import plain
+from ..config import json_object, plain
 from ..disk.header import Entry
 from ..peft_keys import Plan, Slot
 
@@ -159,10 +159,4 @@ def _layout(said: Mapping[str, Any]) -> Layout:
 
 
 def _object(metadata: Mapping[str, str], field: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(metadata[field])
-    except (KeyError, ValueError, RecursionError) as e:
-        raise FileError(f"{where}: the header's {field!r} is missing or no JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise FileError(f"{where}: the header's {field!r} must hold an object")
-    return found
+    return json_object(metadata.get(field, ""), f"{where}: the header's {field!r}")

@@ -24,7 +24,7 @@ from ...parts import PREFIX
 from ...words import did_you_mean
 from ..config import SUBSPACE_NAME, json_object, read_text
 from ..peft_keys import check_gathered, plain_key
-from ..safetensors import open_file, read_entries, read_tensors
+from ..safetensors import is_finite, open_file, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
 _NF4 = (
@@ -187,7 +187,7 @@ class Subspace:
         """
         found: list[str] = []
         for key, t in self.shared.items():
-            if t.is_floating_point() and not bool(t.isfinite().all()):
+            if not is_finite(t):
                 found.append(f"{self.folder}: {key!r} holds NaN or infinity")
         for layer in self.layers:
             for side in "ab":
@@ -218,7 +218,7 @@ class Subspace:
         found = [
             f"{file}: {key!r} holds NaN or infinity"
             for key, t in loadings.items()
-            if t.is_floating_point() and not bool(t.isfinite().all())
+            if not is_finite(t)
         ]
         for layer in self.layers:
             for side in "ab":

@@ -41,7 +41,8 @@ _PLAIN = 1e-3
 VANISHED = 1e-35  # singular values up to this have no coefficient: float32 lacks digits for them
 _RESIDUAL = 0.7  # of the budget: what the shared sides may miss before a residual is looked at
 NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
-_MOST_PARTS = 4  # times the smaller side: the ranks of all parts of one update together
+_MOST_PARTS = 8  # of one update; a writer makes two
+_MOST_RANKS = 4  # times the smaller side: the ranks of all parts together
 _PAIRS = struct.Struct("<BB")
 _SIDE = struct.Struct("<HH")  # basis, how many of its columns
 _EXACT_HEAD = struct.Struct("<BI")
@@ -353,7 +354,7 @@ class _Pairs:
 
 def _walked(record: bytes, shape: tuple[int, int]) -> Iterator[_Pairs | tuple[int, int]]:
     """The parts of a record: pairs by their heads, others by kind and place."""
-    start = rank = 0
+    start = rank = parts = 0
     while start < len(record):
         kind = record[start]
         if kind == NOTHING:
@@ -372,7 +373,8 @@ def _walked(record: bytes, shape: tuple[int, int]) -> Iterator[_Pairs | tuple[in
         else:
             raise FileError(f"a record of the library has a part of unknown kind {kind}")
         rank += count
-        if rank > _MOST_PARTS * min(shape):
+        parts += 1
+        if parts > _MOST_PARTS or rank > _MOST_RANKS * min(shape):
             raise FileError("a record of the library has more parts than an update can have")
 
 

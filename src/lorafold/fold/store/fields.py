@@ -17,6 +17,7 @@ from ...errors import FileError
 
 T = TypeVar("T")
 Check = Callable[[Any], T]
+_BRACKETS = 10_000  # beside one for every sixteen letters
 _MOST = 1 << 62  # of a count: what torch and numpy can still add up
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -137,8 +138,10 @@ def parsed(raw: bytes, where: str) -> Any:
     """What JSON says, without numbers that are none and keys that are twice in an object.
 
     Raises:
-        FileError: it is not JSON.
+        FileError: it is not JSON, or nests more than it says: each `{}` takes 30 times its bytes.
     """
+    if raw.count(b"{") + raw.count(b"[") > _BRACKETS + len(raw) // 16:
+        raise FileError(f"{where} is not valid JSON of its kind: brackets without end")
     try:
         return json.loads(raw.decode(), parse_constant=_no_number, object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as e:

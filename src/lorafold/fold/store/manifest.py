@@ -7,7 +7,12 @@ adding to many adapters writes a new list of one. Records never change; a change
 
 from __future__ import annotations
 
+import functools
+import gzip
 import hashlib
+import io
+import shlex
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import FileError, MismatchError, UnknownNameError
-from ...files.atomic import appears, set_aside
+from ...files.atomic import appears, replace_file, set_aside
 from ...files.config import LIBRARY_NAME
-from ...files.disk.held import read_regular
+from ...files.disk.held import open_regular, read_regular
 from ...words import did_you_mean
 from ..options import FORMS, RECORDED, Options
 from .entries import AdapterEntry, ModuleEntry, sha256, shard_name
@@ -41,7 +46,9 @@ T = TypeVar("T")
 _LONGER = 8  # a list of adapters is written again with one that is new and this many times shorter
 FORMAT = "lorafold-library"
 VERSION = 1
+LONGEST = 1 << 27  # bytes of a manifest
 MANIFEST = LIBRARY_NAME
+COPY = f".{MANIFEST}.gz"
 
 
 @dataclass(frozen=True)
@@ -231,12 +238,19 @@ def read_manifest(path: Path) -> bytes:
         FileError: there is none, or it can't be read.
     """
     try:
-        return read_regular(path / MANIFEST)
+        with open(open_regular(path / MANIFEST), "rb") as file:
+            raw = file.read(LONGEST + 1)
+        if len(raw) > LONGEST:
+            raise FileError(f"{path / MANIFEST} is too long for a manifest")
+        return raw
     except FileNotFoundError as e:
         if not path.exists() and appears(path):
             return read_manifest(path)
         if path.is_dir():
-            raise FileError(f"{path} is not a library: it holds no {MANIFEST}") from e
+            hint = ""
+            if (path / COPY).is_file():
+                hint = f": `lorafold repair {shlex.quote(str(path))}` puts it back from its copy"
+            raise FileError(f"{path} is not a library: it holds no {MANIFEST}{hint}") from e
         aside = set_aside(path)
         if aside:
             raise FileError(
@@ -340,3 +354,41 @@ def _part(
         return Part(Entries.of(()), gone, info, lost=True)
     entries = Entries.read(raw, f"{where.removesuffix(MANIFEST)}{p.file}")
     return Part(entries.without(gone) if gone else entries, gone, info)
+
+
+# A second copy, for when the manifest is damaged: all else is read by it. It is written after each
+# change and before the files go that the change has made needless, and by the next writer before
+# anything else where that was not reached. So what the copy names is there, whether it is of the
+# last state or of the one before. Nobody reads it but a repair.
+
+
+@functools.lru_cache(2)
+def compressed(raw: bytes) -> bytes:
+    """The copy of a manifest, as a file has it."""
+    return gzip.compress(raw, mtime=0)
+
+
+def write_copy(folder: Path, raw: bytes) -> None:
+    """Write it, unless it is there.
+
+    Raises:
+        FileError: it can't be written.
+    """
+    data = compressed(raw)
+    try:
+        there = read_regular(folder / COPY)
+    except OSError:
+        there = b""
+    if there != data:
+        replace_file(folder / COPY, data)
+
+
+def read_copy(folder: Path) -> bytes | None:
+    """The manifest as the copy has it; None where there is none that is whole."""
+    try:
+        with gzip.open(io.BytesIO(read_regular(folder / COPY))) as file:
+            raw = file.read(LONGEST)
+        named_files(raw, str(folder / COPY))
+    except (OSError, EOFError, zlib.error, FileError):
+        return None
+    return raw

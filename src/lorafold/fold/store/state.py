@@ -8,13 +8,14 @@ it is kept as `Damage`, beside the files that are whole.
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import FileError
-from ...files.disk.held import read_regular
+from ...files.disk.held import open_regular
 from .manifest import MANIFEST, Manifest, parse_manifest, read_manifest
 from .part import FileInfo
 from .shard import Shard
@@ -187,11 +188,13 @@ def _state_of(folder: Path, raw: bytes, before: State) -> State:
 
 def _checked_list(path: Path, info: FileInfo) -> bytes:
     try:
-        raw = read_regular(path)
+        with open(open_regular(path), "rb") as file:
+            fits = os.fstat(file.fileno()).st_size == info.nbytes
+            raw = file.read() if fits else b""
     except FileNotFoundError as e:
         raise FileError(f"{path} is missing") from e
     except OSError as e:
         raise FileError(f"{path} can't be read: {e.strerror}") from e
-    if not info.fits(raw):
+    if not fits or not info.fits(raw):
         raise FileError(f"{path} is damaged: it is not what {MANIFEST} says of it")
     return raw

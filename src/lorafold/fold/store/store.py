@@ -1,6 +1,7 @@
 """A library's disk: immutable shards and one manifest, replaced last.
 
     library.json             the manifest: what the library says, its shards and lists of adapters
+    .library.json.gz         a second copy of it, for repairs
     shard-<hex>.safetensors  named by what is in it; size and checksums in the manifest
     adapters-<hex>.json      the adapters whose records are in one shard; likewise
     .lock, .lock.<n>.wait    locked by whoever changes the library, or waits for it; empty
@@ -26,7 +27,16 @@ from typing import Any
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory
 from ...files.replacing import Kind, check_apart, check_no_link
-from .manifest import FORMAT, MANIFEST, Manifest, named_files, read_manifest
+from .manifest import (
+    COPY,
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    compressed,
+    named_files,
+    read_manifest,
+    write_copy,
+)
 from .part import PART_NAME
 from .shard import Shard
 from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
@@ -35,7 +45,7 @@ from .turns import LOCK, TICKET, TIMEOUT, turn
 
 _LEFT_BY_WRITERS = re.compile(
     rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}"
-    rf"|\.({re.escape(MANIFEST)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
+    rf"|\.({re.escape(MANIFEST)}|{re.escape(COPY)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
 )
 
 
@@ -52,7 +62,9 @@ LIBRARY = Kind(
     "a library",
     _is_known,
     re.compile(
-        "|".join((re.escape(MANIFEST), re.escape(LOCK), TICKET.pattern, _LEFT_BY_WRITERS.pattern))
+        "|".join(
+            (*map(re.escape, (MANIFEST, COPY, LOCK)), TICKET.pattern, _LEFT_BY_WRITERS.pattern)
+        )
     ),
 )
 
@@ -179,6 +191,7 @@ class Store:
             manifest = _written(state.manifest, folder, anew=True)
             raw = manifest.to_bytes({name: shard.stated for name, shard in state.shards.items()})
             replace_file(folder / MANIFEST, raw)
+            write_copy(folder, raw)
         return Store.open(path, timeout)
 
     def as_it_is(self) -> Store:
@@ -213,7 +226,8 @@ class Store:
         """Bytes of all files, on disk or as they would be, without those that are lost."""
         state = self.state
         parts = sum(p.file.nbytes for p in state.manifest.parts if p.file and not p.lost)
-        return len(state.raw) + parts + sum(shard.nbytes for shard in state.shards.values())
+        manifest = len(state.raw) + len(compressed(state.raw)) if state.raw else 0
+        return manifest + parts + sum(shard.nbytes for shard in state.shards.values())
 
     def close(self) -> None:
         """Let go of all shards."""
@@ -317,6 +331,11 @@ class Transaction:
         # An exception is what tells the place that nothing is to be kept.
         leaving = error or _LeftWithoutCommitError()
         self._place.__exit__(type(leaving), leaving, trace)
+        if isinstance(error, OSError):
+            where = self._store.path or "the library in memory"
+            about = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+            reason = f"{error.strerror or error}{about}"
+            raise FileError(f"{where} can't be changed: {reason}") from error
 
     def new_shard(self, *, header_capacity: int) -> ShardWriter:
         """A writer of a shard that `commit` will take in, if its manifest uses it.
@@ -360,6 +379,8 @@ class Transaction:
             self._check_undisturbed()
             sync_directory(self._folder)  # the files' names are safe before the manifest has them
             replace_file(self._folder / MANIFEST, raw)
+            if not self._in_place:  # else before anything goes that the old one needs
+                write_copy(self._folder, raw)
         if self._in_place or self._folder is None:
             self._end(state)
             self._place.close()
@@ -481,7 +502,9 @@ def _remove_leftovers(store: Store) -> None:
     assert folder is not None
     try:
         # What counts is the disk: a failed commit may have replaced the manifest or not.
-        named = store.named_by(read_manifest(folder))
+        raw = read_manifest(folder)
+        named = store.named_by(raw)
+        write_copy(folder, raw)  # before what it names goes
         names = os.listdir(folder)
     except (FileError, OSError):
         return

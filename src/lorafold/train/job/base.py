@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import FileError, MismatchError
+from ...files.config import read_text
 from ...quantize import quantize_base
 from .libraries import Libraries
 from .recipe import QUANTIZED, Recipe
@@ -127,8 +128,8 @@ def _end_of_lines(tokenizer: Any, folder: Path) -> str:
 
 def _template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return read_text(Path(path))
+    except FileError as e:
         raise FileError(f"{path}: can't be read as a chat template ({e})") from e
 
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FileError, MismatchError, MissingExtraError
+from ...files.disk.held import read_regular
 from ...words import one_line, some_of
 from ..packing import COLUMN
 
 Row = dict[str, Any]
 KINDS = {"text": ("text",), "messages": ("messages",), "prompt": ("prompt", "completion")}
+_LONGEST = 2 << 30  # bytes of a file, which is read as a whole
 _BESIDE = (COLUMN, "tools", "chat_template_kwargs")
 _SPEAKERS = {"human": "user", "gpt": "assistant"}  # of from/value, that ShareGPT has
 
@@ -123,7 +125,10 @@ def shared(train: Sequence[Row], held: Sequence[Row]) -> int:
 def bytes_of(path: str) -> bytes:
     """A file's bytes; a `FileError` names it."""
     try:
-        return Path(path).read_bytes()
+        size = Path(path).stat().st_size
+        if size > _LONGEST:
+            raise FileError(f"{path}: {size:,} bytes are more than can be read at once; divide it")
+        return read_regular(path)
     except OSError as e:
         raise FileError(f"{path}: {e.strerror or e}") from e
 

@@ -19,7 +19,7 @@ from ...adapter import ORIGIN, Adapter
 from ...collection.folders import folder_names, write_names
 from ...errors import FileError, MismatchError
 from ...files.atomic import new_directory, replace_file
-from ...files.config import CHECKPOINTS, RECIPE_NAME
+from ...files.config import CHECKPOINTS, RECIPE_NAME, json_object, read_text
 from ...files.replacing import Kind, check_apart, check_replaceable
 from ...files.save import ADAPTER, peft_form, write_form
 from .stopping import last_checkpoint
@@ -51,11 +51,8 @@ class Folder:
         path = self.checkpoints / RECIPE_NAME
         if not path.is_file() or self.last is None:
             raise FileError(f"{self.path}: there is no checkpoint of a training run to resume from")
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise FileError(f"{path}: can't be read ({e})") from e
-        if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+        found = json_object(read_text(path), path)
+        if not isinstance(found.get("recipe"), dict):
             raise FileError(f"{path} is no recipe of a run")
         return found
 
@@ -136,8 +133,8 @@ class Folder:
         before: Any = {}
         if (self.path / REPORT).is_file():
             try:
-                before = json.loads((self.path / REPORT).read_text(encoding="utf-8"))["adapters"]
-            except (OSError, ValueError, LookupError, TypeError):
+                before = json_object(read_text(self.path / REPORT), REPORT)["adapters"]
+            except (FileError, LookupError):
                 before = {}  # somebody else's file of that name
         old = [str(a["folder"]) for a in before.values() if a["folder"]]
         names = "|".join(map(re.escape, [*filter(None, folders), *old]))

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import FileError, MismatchError
 from ...files import load
 from ...files.atomic import new_directory
+from ...files.disk.sealed import read_sealed, with_seal
 from ...files.replacing import Kind
 from ...files.safetensors import save_tensors
 from ...files.save import peft_form, write_form
@@ -29,7 +29,7 @@ from .calibrate import Calibration
 from .rounds import named
 from .steer import Judged, Round, Run
 
-FILE, HEADER, VERSION = "run.safetensors", "lorafold_steering_run", 1
+FILE, HEADER, VERSION = "run.safetensors", "lorafold_steering_run", 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 RUN = Kind(
@@ -63,7 +63,8 @@ def save_run(run: Run, path: str | os.PathLike[str]) -> None:
             assert live is not None
             (staging / name).mkdir()
             write_form(staging / name, *peft_form(live.adapter(name)))
-        save_tensors(apart, staging / FILE, metadata={"format": "pt", HEADER: json.dumps(header)})
+        text = json.dumps(with_seal(header, apart))
+        save_tensors(apart, staging / FILE, metadata={"format": "pt", HEADER: text})
 
 
 def load_run(run: Run, path: str | os.PathLike[str]) -> None:
@@ -118,13 +119,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = path / FILE
     if not file.is_file():
         raise FileError(f"{path}: there is no run to go on with")
-    try:
-        with safe_open(file, "pt") as opened:
-            header = json.loads((opened.metadata() or {}).get(HEADER, "null"))
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as e:
-        raise FileError(f"{file}: can't be read ({e})") from e
-    if not isinstance(header, dict) or header.get("version") != VERSION:
+    header, tensors = read_sealed(file, HEADER)
+    if header.get("version") != VERSION:
         raise FileError(f"{file}: this is no run of steering that this version reads")
     return header, tensors
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ...errors import FileError, MismatchError, MissingExtraError
 from ...files.base import read_base
+from ...files.config import json_object, read_text
+from ...files.safetensors import file_errors
 from ...roles import Heads, Packing, Role, heads, packing, recognised
 from ...words import one_line, warn
 from .offsets import Tokenize, tokenize_of
@@ -187,7 +189,7 @@ def _corners(given: Any) -> Iterator[tuple[Tensor, list[int]]]:
     """The first rows' first numbers of every matrix, and its shape."""
     if isinstance(given, str | os.PathLike):
         for file in read_base(given).files:
-            with safe_open(file, "pt") as opened:
+            with file_errors(file), safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     part = opened.get_slice(name)
                     if len(part.get_shape()) == 2 and part.get_dtype() in _FLOATS:
@@ -202,9 +204,9 @@ def _corners(given: Any) -> Iterator[tuple[Tensor, list[int]]]:
 def _read(folder: Path, device: Any) -> nn.Module:
     transformers = _transformers()
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json_object(read_text(folder / "config.json"), folder / "config.json")
         named = getattr(transformers, (config.get("architectures") or [""])[0], None)
-    except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
+    except (FileError, TypeError, LookupError) as e:
         raise FileError(
             f"{folder} is not a base: no config.json can be read in it ({e}); give the folder of a "
             "model, or the model itself"
