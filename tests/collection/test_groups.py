@@ -80,6 +80,18 @@ def test_unrelated_adapters_of_any_rank_are_no_group(rank):
     assert (overlap > groups_module.THRESHOLD) == (rank == 48)
 
 
+def test_unrelated_adapters_of_unequal_ranks_are_no_group():
+    """Half of a narrow space holds half of any direction, and all of it every direction."""
+    g = torch.Generator().manual_seed(0)
+    ranks = [4, 8, 16, 32] * 5
+    adapters = [
+        {p: LowRank(torch.randn(r, 32, generator=g), torch.randn(32, r, generator=g)) for p in "ab"}
+        for r in ranks
+    ]
+    for side in "UV":
+        assert init_groups(stacks_of(adapters), len(ranks), side).tolist() == [-1] * len(ranks)
+
+
 def test_far_trained_adapters_are_no_group_any_more():
     adapters = [trained(1, seed, moved=3.0) for seed in range(3)]
     assert init_groups(stacks_of(adapters), 3, "V").tolist() == [-1] * 3

@@ -164,7 +164,7 @@ def live_repr(state: State) -> str:
     if state.detached:
         return "Live(detached, 0 adapters)"
     names, selection = list(state.sources), state.running.selection
-    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    size = f"{_counted(len(state.slots.patches), 'layer')}, {_counted(len(names), 'adapter')}"
     running = [] if selection is None else [n for n in selection.names if n in state.sources]
     if running:
         now = f"{some_of(running, 3)} in use"
@@ -172,7 +172,11 @@ def live_repr(state: State) -> str:
         now = ""
     else:
         now = f"none in use: live.use({names[0]!r})"
-    return f"Live({len(state.slots.patches)} layers, {count}{now and ', '}{now})"
+    return f"Live({size}{now and ', '}{now})"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def live_html(title: str, state: State) -> str:

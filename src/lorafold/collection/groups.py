@@ -2,9 +2,9 @@
 
 Two adapters trained from one initial A keep nearly the same row space at every module; two of
 different seeds overlap only as chance has it. With orthonormal bases Q of the row spaces the
-overlap is o = ‖Q_iᵀ Q_j‖²_F / r (r the smaller rank); chance gives r/d, so
+overlap is o = ‖Q_iᵀ Q_j‖²_F / r (r the smaller rank); chance gives s/d (s the larger), so
 
-    (o − r/d) / (1 − r/d) > 0.25
+    (o − s/d) / (1 − s/d) > 0.25
 
 marks a pair, and connected pairs make a group. The same on the column spaces finds shared B.
 
@@ -91,8 +91,10 @@ class _Bases:
         square = (self.side_by_side().T @ others.side_by_side()).square_()
         o = square.view(len(self.Q), r, len(others.Q), -1).sum((1, 3)).cpu().numpy()
         smaller = np.minimum(self.ranks[:, None], others.ranks).clip(1)
-        chance = np.minimum(smaller / m, 0.999)
-        near: np.ndarray = (o / smaller - chance) / (1 - chance) > THRESHOLD
+        larger = np.maximum(self.ranks[:, None], others.ranks)
+        chance = larger / m
+        # Of what spans the whole space nothing is known.
+        near: np.ndarray = (o / smaller - chance > THRESHOLD * (1 - chance)) & (larger < m)
         return near
 
 
