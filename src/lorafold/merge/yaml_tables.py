@@ -7,6 +7,7 @@ and what holds itself: here each is an error that names the line.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..errors import FileError, MissingExtraError
 from ..files.config import read_text
 
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_DEEPEST = 500  # brackets within one another
 _LARGEST = 10_000  # values in a file
 
 
@@ -33,6 +35,8 @@ def tables_in(path: Path) -> Any:
             "recipes are YAML, and pyyaml is not there: pip install 'lorafold[merge]'"
         ) from None
     text = read_text(path)
+    if _depth(text) > _DEEPEST:  # of which pyyaml's time is the square
+        raise FileError(f"{path}: it is nested too deeply")
     loader = None
     try:
         loader = _loader(yaml)(text)
@@ -47,6 +51,12 @@ def tables_in(path: Path) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[][{}]", text))
+    return max(itertools.accumulate(steps), default=0)
 
 
 class Table(dict[Any, Any]):
