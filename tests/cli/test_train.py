@@ -78,7 +78,7 @@ def test_an_adapter_a_card_and_what_it_gained(roman, cli):
     assert (found["data"]["train"], found["data"]["held_out"]) == (21, 3)
     assert found["steps"] == 6
     written = json.loads(Path("out/training.json").read_text())
-    assert {**written, "places": found["places"]} == found
+    assert {"kind": "train", **written, "places": found["places"]} == found
     assert str(roman.parent) not in Path("out/training.json").read_text()
     card = Path("out/README.md").read_text()
     assert found["data"]["files"][0]["sha256"] in card

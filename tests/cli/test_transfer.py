@@ -317,7 +317,7 @@ def test_libraries_stay_silent(pair):
     [
         ("base-s", "base-s is there already; give --overwrite"),
         ("base-s --overwrite", "base-s is a folder, and an alignment is a file"),
-        ("texts.jsonl --overwrite", "texts.jsonl: no alignment can be read from it"),
+        ("texts.jsonl --overwrite", "texts.jsonl: the header claims"),
         ("base-s/model.safetensors --overwrite", "is no alignment"),
     ],
 )

@@ -289,8 +289,8 @@ def test_bad_input(tmp_path):
     ("field", "value", "says"),
     [
         ("version", "2", "update lorafold"),
-        ("modules", "[]", "must hold an object"),
-        ("modules", "{", "no JSON"),
+        ("modules", "[]", "must hold a JSON object"),
+        ("modules", "{", "not valid JSON"),
         ("modules", "{}", "do not tell"),
         ("modules", '{"no role!": {"path": "x", "scale": 1}}', "damaged"),
         ("modules", '{"decoder.0.attention.query": {"scale": 1}}', "damaged"),
@@ -302,7 +302,7 @@ def test_bad_input(tmp_path):
             "dama",
         ),
         ("modules", '{"decoder.0.attention.query": []}', "damaged"),
-        ("config", "3", "must hold an object"),
+        ("config", "3", "must hold a JSON object"),
     ],
 )
 def test_a_damaged_header_is_refused(field, value, says, tmp_path):

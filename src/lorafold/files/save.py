@@ -197,7 +197,7 @@ def peft_form(
     twice = sorted(tensors.keys() & extras.keys())
     if twice:
         raise MismatchError(f"{twice[0]!r} is both a module's factor and an extra; drop the extra")
-    if not modules:
+    if not modules and adapter.refusal is None:  # a variant's own tensors are its reader's
         config = _with_saved_modules(config, extras)
     return {**tensors, **extras}, _retargeted(config, adapter)
 
