@@ -11,7 +11,7 @@ import torch
 
 import lorafold as lf
 from lorafold.errors import FileError
-from lorafold.files import atomic, open_adapter
+from lorafold.files import atomic, find, open_adapter
 from lorafold.files.disk import held
 from lorafold.files.disk.held import ChangedError, Held, open_regular
 
@@ -345,3 +345,23 @@ def test_the_card_of_a_config_is_plain_json(tmp_path):
     lf.save(adapter(5), tmp_path / "a")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_alpha"] == 5
     assert Held(tmp_path / "a" / "adapter_config.json").is_there()
+
+
+def test_a_folder_that_is_exchanged_while_it_is_looked_into_is_met(tmp_path, monkeypatch):
+    """Deterministic: the old state is moved away after the folder was seen, not its files."""
+    path, looked, left = tmp_path / "a", find.adapters_at, [1]
+    lf.save(adapter(1), path)
+    lf.save(adapter(2), tmp_path / "b")
+
+    def overtaken(folder):
+        if not left:
+            return looked(folder)
+        left.pop()
+        path.rename(tmp_path / "old")
+        found = looked(folder)
+        (tmp_path / "b").rename(path)
+        return found
+
+    monkeypatch.setattr(find, "adapters_at", overtaken)
+    assert which(lf.load(path)) == {2.0}
+    assert not left

@@ -32,6 +32,7 @@ from .formats.foreign import foreign
 from .hub import is_id, snapshot
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
+_ATTEMPTS = 20  # to look into a directory that is overwritten meanwhile
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
 
 
@@ -216,8 +217,8 @@ def locate(
         path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
-    if path.is_dir():
-        return _in_directory(path, allow_pickle)
+    if path.is_dir() or not os.path.lexists(path):  # a folder that is being replaced
+        return _in_whole_directory(path, allow_pickle)
     if path.suffix not in (".safetensors", ".bin"):
         raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
     if path.suffix == ".bin" and not allow_pickle:
@@ -296,6 +297,27 @@ def _near_name(folder: Path, name: str) -> str | None:
         names = [n for n in os.listdir(folder) if not n.startswith(".")]
         return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
     return None
+
+
+def _in_whole_directory(path: Path, allow_pickle: bool) -> Location:
+    """The adapter in a directory; looked for again where another took its place meanwhile."""
+    for _ in range(_ATTEMPTS):
+        before = _state(path)
+        try:
+            return _in_directory(path, allow_pickle)
+        except FileError:
+            if not appears(path) or _state(path) == before:
+                raise
+    return _in_directory(path, allow_pickle)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What tells a directory from another at its path, and from itself before it was moved."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _in_directory(path: Path, allow_pickle: bool) -> Location:
