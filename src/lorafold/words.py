@@ -6,6 +6,7 @@ import html
 import logging
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -100,9 +101,9 @@ class Table:
 
     __slots__ = ()
 
+    @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
         """One record each, with the same fields, as `pandas.DataFrame(x.rows())` takes them."""
-        raise NotImplementedError
 
     def _title(self) -> str:
         """Above the table."""
