@@ -828,3 +828,13 @@ def test_verify_can_tell_all_that_is_wrong(members, family):
     assert not any(check.problem for check in stored.values())
     with pytest.raises(UnknownNameError):
         lib.verify({"nobody": family(1)}, strict=False)
+
+
+def test_a_model_card_that_can_not_be_read_is_told(tmp_path, members):
+    for name in ("a0", "a1"):
+        lf.save(members[name], tmp_path / name)
+    (tmp_path / "a0" / "README.md").write_bytes(b"caf\xe9")
+    with pytest.warns(UserWarning, match="the model card is left out: .*README.md: not UTF-8"):
+        lib = lf.fold([tmp_path / "a0", tmp_path / "a1"])
+    assert lib.names == ["a0", "a1"]
+    assert [lib.contents.card(name) for name in lib] == [None, None]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MismatchError
+from ..words import warn
 from .disk.header import disguise
 from .disk.held import read_regular
 from .formats.foreign import MLX
@@ -55,10 +56,13 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
 
 
 def read_card(folder: Path) -> str | None:
-    """The model card in an adapter's folder; None where there is none that can be read."""
+    """The model card in an adapter's folder, or None; one that can't be read is warned of."""
+    if not (folder / CARD).is_file():
+        return None
     try:
         text = read_text(folder / CARD)
-    except FileError:
+    except FileError as e:
+        warn(f"the model card is left out: {e}")
         return None
     return text.rstrip().removesuffix(CARD_MARK).rstrip() or None
 
