@@ -471,3 +471,48 @@ def test_the_watch_sees_the_full_matrix_where_it_is_built(make_update, shape_wat
     public = {name for name in vars(LowRank) if not name.startswith("_")}
     values = {"A", "B", "scale", "rank", "shape", "num_parameters"}
     assert public - values - {"dense"} <= covered, "a public operation is not watched"
+
+
+# Numbers at the ends of what their dtype holds
+
+
+@pytest.mark.parametrize("power", [-120, -60, 60, 100, 126])
+def test_measures_hold_to_the_ends_of_float32(power, make_update):
+    u = make_update(6, 5, 2)
+    v = LowRank(u.A, u.B * 2.0**power, u.scale)
+    assert math.isclose(v.norm(), u.norm() * 2.0**power, rel_tol=1e-6)
+    assert math.isclose(v.inner(v), v.norm() ** 2, rel_tol=1e-6)
+    assert (v.truncate(rank=2) - v).norm() <= 1e-5 * v.norm()
+
+
+def test_an_update_beyond_float32_is_measured_in_float64():
+    B = torch.tensor([[3.4e38, 0.0], [0.0, 1.0]])
+    u = LowRank(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), B, 2.0)
+    expected = 10 * 3.4e38
+    assert math.isclose(u.norm(), expected, rel_tol=1e-6)
+    assert u.spectrum().dtype == torch.float64
+    assert math.isclose(float(u.spectrum()[0]), expected, rel_tol=1e-6)
+    cut = u.truncate(rank=1)
+    assert cut.B.dtype == torch.float32
+    assert math.isclose(cut.norm(), expected, rel_tol=1e-6)
+    assert (cut - u).norm() <= 1e-5 * u.norm()
+
+
+def test_what_float64_cannot_multiply_is_told():
+    far = torch.full((2, 2), 1e300, dtype=torch.float64)
+    u = LowRank(far, far)
+    for measure in (u.norm, u.spectrum, u.svd, u.balanced, lambda: u.inner(u)):
+        with pytest.raises(MismatchError, match="too large"):
+            measure()
+    near = LowRank(far / 1e80, far / 1e80)  # of norm 1e440 squared, not itself
+    assert math.isclose(LowRank(far / 1e160, far / 1e160).norm(), 4e280, rel_tol=1e-9)
+    with pytest.raises(MismatchError, match="too large"):
+        near.norm()
+
+
+def test_a_scale_of_any_size_is_multiplied_in():
+    u = LowRank(torch.full((1, 2), 1e30), torch.full((3, 1), 1e30), 1e-320 / 3)
+    found = u.unscaled(torch.float64)
+    assert found.scale == 1
+    assert math.isclose(found.norm(), u.norm(), rel_tol=1e-6)
+    assert math.isclose(u.norm(), 1e60 * u.scale * math.sqrt(6), rel_tol=1e-6)

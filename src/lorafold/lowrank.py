@@ -152,20 +152,32 @@ class LowRank(Vector):
 
     @thin
     def norm(self) -> float:
-        """Frobenius norm of ΔW."""
-        return float(torch.linalg.matrix_norm(self._core()[1]).item())
+        """Frobenius norm of ΔW.
+
+        Raises:
+            MismatchError: it is too large for float64.
+        """
+        core = _core(self)[1]
+        top = _largest(core) or 1.0  # of whose entries the squares need not overflow
+        found = top * float(torch.linalg.matrix_norm(core / top).item())
+        if not math.isfinite(found):
+            raise MismatchError("the norm of an update is too large for float64")
+        return found
 
     @thin
     def inner(self, other: LowRank) -> float:
         """Frobenius inner product ⟨ΔW, ΔW'⟩ = tr(ΔWᵀ ΔW').
 
         Raises:
-            MismatchError: shapes differ.
+            MismatchError: shapes differ, or the product is too large for float64.
         """
         _same_shape(self, other)
         dtype = torch.promote_types(self._work_dtype, other._work_dtype)
         BB, AA = _product(self.B.T, other.B, dtype), _product(self.A, other.A.T, dtype)
-        return self.scale * other.scale * float((BB * AA).sum().item())
+        found = self.scale * other.scale * float((BB * AA).sum().item())
+        if not math.isfinite(found):
+            raise MismatchError("the numbers of two updates are too large to multiply")
+        return found
 
     @thin
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,40 +185,20 @@ class LowRank(Vector):
 
         Returns:
             U (out, k), S (k,) descending, Vh (k, in), with k = min(r, out, in); float32, or
-            float64 where a factor is.
+            float64 where a factor is. S is float64, too, where float32 can't hold it.
+
+        Raises:
+            MismatchError: numbers too large for products in float64.
         """
-        (Q_B, Q_A), core = self._core()
+        (Q_B, Q_A), core = _core(self)
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
         dtype = self._work_dtype
-        return Q_B @ U.to(dtype), S.to(dtype), Vh.to(dtype) @ Q_A.T
+        return Q_B @ U.to(dtype), _held(S, dtype), Vh.to(dtype) @ Q_A.T
 
     @thin
     def spectrum(self) -> Tensor:
-        """Singular values of ΔW, (min(r, out, in),), descending."""
-        S: Tensor = torch.linalg.svdvals(self._core()[1])
-        return S.to(self._work_dtype)
-
-    def _core(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Q_B (out, p), Q_A (in, q) and the float64 core (p, q) with ΔW = Q_B core Q_Aᵀ.
-
-        Where the factors cancel so far that their dtype loses digits, from float64 throughout; what
-        is no more than rounding in that is 0.
-        """
-        dtype = self._work_dtype
-        sides, core, size = self._core_in(dtype)
-        if self.A.is_meta or not bool(torch.linalg.matrix_norm(core) < _CANCELS * size):
-            return sides, self.scale * core
-        (Q_B, Q_A), core, size = self._core_in(torch.float64)
-        core = torch.where(torch.linalg.matrix_norm(core) > _NOISE * size, core, 0.0)
-        return (Q_B.to(dtype), Q_A.to(dtype)), self.scale * core
-
-    def _core_in(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """The same without the scale, from QRs in `dtype`, and Σ ‖b_k‖ ‖a_k‖."""
-        Q_B, R_B = torch.linalg.qr(self.B.to(dtype))
-        Q_A, R_A = torch.linalg.qr(self.A.to(dtype).T)
-        R_B, R_A = R_B.double(), R_A.double()
-        size = torch.linalg.vector_norm(R_B, dim=0) @ torch.linalg.vector_norm(R_A, dim=0)
-        return (Q_B, Q_A), R_B @ R_A.T, size
+        """Singular values of ΔW, (min(r, out, in),), descending; as in `svd`."""
+        return _held(torch.linalg.svdvals(_core(self)[1]), self._work_dtype)
 
     # Other forms of the same update, and lower-rank ones
 
@@ -254,10 +246,11 @@ class LowRank(Vector):
         A, B = self.A.to(dtype), self.B.to(dtype) * self.scale
         if A.is_meta or all(_LOW < _largest(t) < _HIGH for t in (A, B)):
             return LowRank(A, B)
-        e_A, e_B, e = (math.frexp(x)[1] for x in (_largest(self.A), _largest(self.B), self.scale))
+        (_, e_A), (_, e_B) = (math.frexp(_largest(t)) for t in (self.A, self.B))
+        scale, e = math.frexp(self.scale)
         half = (e_A + e_B + e) // 2
-        A = self.A.double() * 2.0 ** (half - e_A)
-        B = self.B.double() * (self.scale * 2.0**-e) * 2.0 ** (e_A + e - half)
+        A = _times_power(self.A.double(), half - e_A)
+        B = _times_power(self.B.double() * scale, e_A + e - half)
         return LowRank(A.to(dtype), B.to(dtype))
 
     def prefix(self, rank: int) -> LowRank:
@@ -349,6 +342,37 @@ class LowRank(Vector):
         return LowRank(self.A, self.B, self.scale * float(c))
 
 
+def _core(u: LowRank) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Q_B (out, p), Q_A (in, q) and the float64 core (p, q) with ΔW = Q_B core Q_Aᵀ.
+
+    Where the factors cancel so far that their dtype loses digits, or are so large that their
+    lengths overflow it, from float64 throughout; what is no more than rounding in that is 0.
+    """
+    dtype = u._work_dtype
+    sides, core, size = _core_in(u, dtype)
+    length = torch.linalg.matrix_norm(core)
+    if u.A.is_meta or bool((length >= _CANCELS * size) & length.isfinite()):
+        return sides, u.scale * core
+    (Q_B, Q_A), core, size = _core_in(u, torch.float64)
+    noise = (torch.linalg.matrix_norm(core) <= _NOISE * size) & size.isfinite()
+    core = u.scale * torch.where(noise, 0.0, core)
+    if not bool(core.isfinite().all()):
+        raise MismatchError(
+            f"its numbers are too large to multiply: A up to {_largest(u.A):.3g}, B up to "
+            f"{_largest(u.B):.3g}, scale {u.scale:.3g}"
+        )
+    return (Q_B.to(dtype), Q_A.to(dtype)), core
+
+
+def _core_in(u: LowRank, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """The same without the scale, from QRs in `dtype`, and Σ ‖b_k‖ ‖a_k‖."""
+    Q_B, R_B = torch.linalg.qr(u.B.to(dtype))
+    Q_A, R_A = torch.linalg.qr(u.A.to(dtype).T)
+    R_B, R_A = R_B.double(), R_A.double()
+    size = torch.linalg.vector_norm(R_B, dim=0) @ torch.linalg.vector_norm(R_A, dim=0)
+    return (Q_B, Q_A), R_B @ R_A.T, size
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits, wherever they are."""
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -376,13 +400,25 @@ def _is_finite(t: Tensor) -> bool:
     return math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all())
 
 
+def _times_power(t: Tensor, k: int) -> Tensor:
+    """2^k · t: in two steps, as a power that float64 can't hold may lead to what it can."""
+    k = min(max(k, -2_000), 2_000)
+    return t * 2.0 ** (k // 2) * 2.0 ** (k - k // 2)
+
+
+def _held(S: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 numbers in a dtype, unless they overflow it."""
+    found = S.to(dtype)
+    return found if S.is_meta or bool(found.isfinite().all()) else S
+
+
 def from_svd(U: Tensor, S: Tensor, Vh: Tensor) -> LowRank:
     """The balanced update U diag(S) Vh with √S on either side.
 
     Args:
         U: (out, k) orthonormal columns. S: (k,) ≥ 0. Vh: (k, in) orthonormal rows.
     """
-    root = S.clamp_min(0).sqrt()
+    root = S.clamp_min(0).sqrt().to(U.dtype)
     return LowRank(root[:, None] * Vh, U * root)
 
 

@@ -1,5 +1,6 @@
 """Runs the corpus: so many mutations of each kind of file, each read and judged."""
 
+import contextlib
 import importlib.util
 import random
 import shutil
@@ -19,7 +20,7 @@ def beside(name):
 
 
 kinds, judge, mutations = beside("kinds"), beside("judge"), beside("mutations")
-KINDS = kinds.KINDS
+KINDS = {**kinds.KINDS, **beside("formats").KINDS}
 
 
 def attacked(name, count, folder, seed=0, first=0, lines=8, more=True):
@@ -48,7 +49,10 @@ def attacked(name, count, folder, seed=0, first=0, lines=8, more=True):
 
     # Nothing is found where nothing was done: the other reader and this one agree.
     assert judge.judged(lambda: before, lambda found: says(found, start)).word == "right", name
-    for line in every:  # what they import takes its time once
+    for module in kind.imports if every else ():  # which takes its time once
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    for line in every:  # and so does what they import
         mutations.copied(start, here)
         judge.clean(out)
         ran = run(words_of(line, here, out))

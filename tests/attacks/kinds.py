@@ -62,7 +62,7 @@ class Kind:
         says: (folder) -> what another reader does; None: what was there before the mutation, or
             as much of it as was found.
         lines, more: command lines that read it, quick ones and others; FOLDER is where it is, OUT
-            a free place.
+            a free place. imports: what these import late, where it is there.
     """
 
     make: Callable[[Path], None]
@@ -71,6 +71,7 @@ class Kind:
     says: Callable[[Path], Any] | None = None
     lines: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
 
 def adapter(seed=0, rank=2, shapes=SHAPES, **told):
@@ -87,7 +88,7 @@ def plain(t):
     return (
         str(t.dtype),
         tuple(t.shape),
-        t.contiguous().view(torch.uint8).numpy().tobytes() if (t.numel()) else b"",
+        t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"",
     )
 
 
@@ -228,7 +229,10 @@ def load_subspace(folder):
 
 def subspace_says(folder):
     meta = strict_json((folder / "subspace_meta.json").read_text(encoding="utf-8"))
-    _, shared = header_of(folder / "subspace.safetensors")
+    return subspace_told(folder, meta, header_of(folder / "subspace.safetensors")[1])
+
+
+def subspace_told(folder, meta, shared):
     found = {}
     for task in meta["task_ids"]:
         name = (meta.get("task_filenames") or {}).get(task, task)
@@ -266,7 +270,8 @@ def portable_says(folder):
     told = json.loads(header["__metadata__"]["modules"])
     factors = sorted(plain(tensors[f"{role}.{x}"]) for role in told for x in "AB")
     names = sorted(said["path"] for said in told.values())
-    return {"scales": sorted(s["scale"] for s in told.values()), "factors": factors, "names": names}
+    scales = sorted(float(said["scale"]) for said in told.values())
+    return {"scales": scales, "factors": factors, "names": names}
 
 
 def make_header(folder):
@@ -464,7 +469,8 @@ def make_run(folder):
 
 def load_run(folder):
     header, tensors = steering._read(folder)
-    return {"header": repr(header), "tensors": {k: plain(t) for k, t in tensors.items()}}
+    header = repr(dict(sorted(header.items())))
+    return {"header": header, "tensors": {k: plain(t) for k, t in tensors.items()}}
 
 
 # Bases in pairs, routers
@@ -530,7 +536,7 @@ def load_routers(folder):
 
 
 def router_file(folder):
-    record = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "router.json").read_text(encoding="utf-8"), parse_int=float)
     # What is no field of a router's is left out of what is written again.
     record = {k: v for k, v in record.items() if k not in ("deep", "many", "", "x", "sha256")}
     return {"record": record, "numbers": (folder / "router.safetensors").read_bytes()}
@@ -599,8 +605,8 @@ def yaml_of(path):
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-                   r"|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN"),
+        re.compile(r"(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+                   r"|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN)$"),
         list("-+.0123456789"),
     )  # fmt: skip
     return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
@@ -791,7 +797,9 @@ KINDS = {
         ),
         load_routers,
         routers_say,
+        (),
         ("route ask FOLDER/centroid x", "route ask FOLDER/learned x"),
+        imports=("sentence_transformers",),
     ),
     "recipe": Kind(
         make_recipe,

@@ -4,10 +4,14 @@
 comes from `chance` (a `random.Random`) alone, so a seed and a number say which mutation it was.
 """
 
+import datetime
 import json
 import os
 import shutil
 import struct
+import warnings
+import zipfile
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,7 +153,7 @@ def _structure(path):
         return _tensors
     if path.suffix == ".json":
         return _json
-    return _text
+    return {".bin": _pickle, ".parquet": _parquet}.get(path.suffix, _text)
 
 
 def _json(path, chance):
@@ -313,6 +317,131 @@ def _text(path, chance):
         lines[k] = f"{head}{mark} {new if isinstance(new, str) else json.dumps(new)}"
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     return f"{kind} line {k}"
+
+
+def _pickle(path, chance):
+    """PyTorch's ZIP of a pickle and storages: its parts, its form, and what is pickled."""
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    kind = chance.choice(
+        ["code"] * 4 + ["number"] * 3 + ["odd"] * 6 + ["drop", "swap", "cut", "twice", "rename"]
+        + ["packed", "bomb", "old form"]
+    )  # fmt: skip
+    names = [n for n in parts if "/data" in n]
+    name, other = chance.choice(names), chance.choice(list(parts))
+    code = next(n for n in parts if n.endswith("data.pkl"))
+    if kind in ("odd", "old form"):
+        state = torch.load(path, weights_only=True)
+        key = chance.choice(list(state))
+        if kind == "odd":
+            kind, state = _odd_tensors(state, key, chance)
+        torch.save(state, path, _use_new_zipfile_serialization=kind != "old form")
+        return kind
+    if kind in ("code", "number"):  # with the checksums of what it then is
+        name = code if kind == "code" else chance.choice([n for n in names if n != code])
+        at = chance.randrange(len(parts[name]))
+        new = chance.choice([chance.randrange(256), parts[name][at] ^ 1 << chance.randrange(8)])
+        parts[name] = parts[name][:at] + bytes([new]) + parts[name][at + 1 :]
+    elif kind == "drop":
+        del parts[other]
+    elif kind == "swap":
+        parts[name], parts[other] = parts[other], parts[name]
+    elif kind == "cut":
+        parts[name] = parts[name][: chance.randrange(len(parts[name]))]
+    elif kind == "rename":
+        parts[chance.choice(["x", "../" + name, name + "\0", "y" * 9_000])] = parts.pop(name)
+    elif kind == "bomb":
+        parts[name] = bytes(400 << 20)
+    how = zipfile.ZIP_DEFLATED if kind in ("packed", "bomb") else zipfile.ZIP_STORED
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", how) as archive:
+        warnings.simplefilter("ignore")  # of names twice
+        for told, data in parts.items():
+            archive.writestr(told, data)
+        if kind == "twice":
+            archive.writestr(other, parts[name])
+    return f"{kind} {name}"
+
+
+def _odd_tensors(state, key, chance):
+    """What is no dict of plain tensors, or holds less than it says."""
+    import torch
+
+    t = state[key]
+    odd = {
+        "parameter": lambda: torch.nn.Parameter(t),
+        "sparse": t.to_sparse,
+        "sparse rows": lambda: t.to_sparse_csr() if t.ndim == 2 else t.to_sparse(),
+        "rounded": lambda: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        "nowhere": lambda: t.to("meta"),
+        "complex": lambda: torch.complex(t, t).conj(),
+        "whole numbers": t.long,
+        "flags": lambda: t > 0,
+        "half": t.half,
+        "wide": t.double,
+        "huge": lambda: torch.zeros(1).expand(1 << 20, 1 << 20),
+        "wound": lambda: torch.zeros(9).as_strided((9_000, 9_000), (0, 0)),
+        "turned": lambda: t.mT if t.ndim == 2 else t,
+        "part": lambda: torch.cat([t, t])[: len(t)],
+        "scalar": lambda: torch.tensor(1.0),
+        "none": lambda: None,
+        "number": lambda: 3.0,
+        "text": lambda: "x",
+        "list": lambda: [t],
+        "state": lambda: {"a": t},
+    }
+    kind = chance.choice([*odd, "shared", "list of all", "numbered", "beside", "ordered"])
+    if kind in odd:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors on their way out
+            return kind, {**state, key: odd[kind]()}
+    if kind == "shared":
+        return kind, {k: t if v.shape == t.shape else v for k, v in state.items()}
+    if kind == "list of all":
+        return kind, list(state.values())
+    if kind == "ordered":
+        return kind, OrderedDict(state)
+    return kind, {**state, 1: t} if kind == "numbered" else {**state, "step": 7}
+
+
+def _parquet(path, chance):
+    """A table of other columns, or the same written in another way."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = parquet.read_table(path).to_pylist()
+    kind = chance.choice(["way", "way", "value", "column", "name", "many", "none", "bytes"])
+    name, row = chance.choice(list(rows[0])), chance.choice(rows)
+    told, own = None, {}
+    if kind == "way":
+        own = {
+            "compression": chance.choice(["none", "snappy", "gzip", "brotli", "zstd", "lz4"]),
+            "use_dictionary": chance.random() < 0.5,
+            "version": chance.choice(["1.0", "2.4", "2.6"]),
+            "data_page_version": chance.choice(["1.0", "2.0"]),
+            "write_statistics": chance.random() < 0.5,
+        }
+    elif kind == "value":
+        new = chance.choice([None, "", " ", "x" * 50_000, "\0"])
+        row[name] = new if isinstance(row[name], str) else None
+    elif kind == "column":
+        new = chance.choice([None, 1, 1e300, True, b"x", [1], {"a": 1}, datetime.date(9999, 1, 1)])
+        rows = [{**r, name: new} for r in rows]
+    elif kind == "name":
+        new = chance.choice(["text", "adapter", "x", "", "\u2028"])
+        rows = [{new if k == name else k: v for k, v in r.items()} for r in rows]
+    elif kind == "many":
+        rows = rows[:1] * 30_000
+    elif kind == "none":
+        rows = []
+    else:  # texts that are none
+        column = pyarrow.array([b"\xff\xfe"] * len(rows)).cast("binary").view("string")
+        table = pyarrow.Table.from_pylist(rows)
+        told = table.set_column(table.column_names.index(name), name, column)
+    table = pyarrow.Table.from_pylist(rows) if told is None else told
+    parquet.write_table(table, path, **own)
+    return f"{kind} {name}"
 
 
 def copied(source, target):

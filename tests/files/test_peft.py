@@ -16,6 +16,7 @@ import lorafold as lf
 from lorafold.errors import FileError, MismatchError, RefusedError, UnknownNameError
 from lorafold.files import AdapterFile, load_many, open_adapter
 from lorafold.files import safetensors as ranges_module
+from lorafold.files.config import as_json
 from lorafold.files.disk import held
 from lorafold.files.peft_targets import exact_pattern
 
@@ -367,6 +368,15 @@ def test_an_untouched_save_keeps_everything(tmp_path):
         lf.save(adapter, tmp_path / "b")
     lf.save(0.5 * adapter, tmp_path / "b", overwrite=True)
     assert lf.load(tmp_path / "b").norm() == pytest.approx(adapter.norm() / 2)
+
+
+def test_half_letters_of_a_config_are_kept(tmp_path):
+    config = {**CONFIG, "target_modules": ["q"], "of": "\ud800"}
+    folder = written(tmp_path / "a", pair("q"), config)
+    lf.save(lf.load(folder), tmp_path / "b")
+    assert lf.load(tmp_path / "b").config["of"] == "\ud800"
+    lf.save(lf.load(folder).resize(rank=1), tmp_path / "c")
+    assert "ü" in as_json({"a": "ü"})
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, make_update):

@@ -167,3 +167,38 @@ def test_damage_is_named(subspace):
     task.unlink()
     with pytest.raises(FileError, match=r"task_sql\.safetensors"):
         load_many(subspace, alpha=6)["sql"]
+
+
+@pytest.mark.parametrize("what", ["scales", "packed", "signed"])
+def test_packed_components_are_a_row_of_bytes_and_a_scale_each(what, tmp_path):
+    torch.manual_seed(0)
+    adapters = [
+        vlora.LoRAWeights(["q"], {"q": torch.randn(2, 12)}, {"q": torch.randn(8, 2)}, 2)
+        for _ in range(3)
+    ]
+    space = vlora.SharedSubspace.from_adapters(adapters, task_ids=list("abc"), num_components=2)
+    space.save_quantized(tmp_path, block_size=8)
+    before = load_many(tmp_path, alpha=6)["a"]
+    path = tmp_path / "subspace_nf4.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if (".scales_" if what == "scales" else ".packed_") in k)
+    tensors[key] = tensors[key].view(torch.int8) if what == "signed" else tensors[key][:, None]
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+    if what == "signed":  # whose digits would be counted from the other end
+        with pytest.raises(MismatchError, match=r"'q' are torch\.int8"):
+            load_many(tmp_path, alpha=6)["a"]
+    else:
+        assert load_many(tmp_path, alpha=6)["a"].digest == before.digest
+
+
+def test_a_task_of_a_name_that_no_file_can_have(subspace):
+    path = subspace / "subspace_meta.json"
+    meta = json.loads(path.read_text())
+    meta["task_ids"].append("x" * 5_000)
+    path.write_text(json.dumps(meta))
+    assert len(load_many(subspace, alpha=6)) == 6
+    with pytest.raises(FileError, match="too long"):
+        load_many(subspace, alpha=6)["x" * 5_000]
+    with pytest.raises(SystemExit) as ended:
+        main(["info", str(subspace)])
+    assert ended.value.code == 0

@@ -292,6 +292,10 @@ def test_damage_is_told(make_clusters, names, tmp_path):
         (json.dumps({**record, "confused": [[9, 9, 1]]}), "4 names"),
         (json.dumps({**record, "calibration": 3}), "'calibration'"),
         (json.dumps({**record, "calibration": {"error": 1}}), "'threshold'|'heldout'"),
+        (
+            json.dumps({**record, "calibration": {**record["calibration"], "threshold": None}}),
+            "'threshold'",
+        ),
         (json.dumps({**record, "encoder": 3}), "'encoder'"),
         (
             json.dumps({**record, "calibration": {**record["calibration"], "wrong": 10**400}}),

@@ -72,9 +72,9 @@ def resume_trained(state: State, path: str | os.PathLike[str], name: str) -> dic
     beside = place / STATE_NAME
     metadata: dict[str, Any] = {}
     select: str | None = None
-    if place.is_file():
+    if os.path.isfile(place):
         found_kind, found, metadata = _flat(state, source, place)
-    elif beside.is_file():
+    elif os.path.isfile(beside):
         training = Training.at(beside)
         header, found = training.header, dict(training.tensors)
         found_kind, metadata = header["kind"], training.metadata
@@ -199,7 +199,7 @@ def _check(
 
 def _load_copies(source: Trained, name: str, state: State, place: Path) -> None:
     """Modules that were saved whole."""
-    if not source.copies or not place.is_dir():
+    if not source.copies or not os.path.isdir(place):
         return
     found = places_of(name, load(place), Standing(state.model, state.slots.patches))
     for p, module in found.copies.items():

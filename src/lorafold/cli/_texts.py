@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def lines_of(text: str) -> list[str]:
 def _text(path: Path) -> str:
     from ..files.config import read_text
 
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileError(f"no such file or directory: {str(path)!r}")
     return read_text(path)
 

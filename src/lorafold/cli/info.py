@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def _places(paths: Sequence[str]) -> list[str]:
     for path in (path for path in paths if path not in idle):
         inside, more = places_at(path)
         idle += more
-        alone = len(inside) == 1 and Path(path).exists()
+        alone = len(inside) == 1 and os.path.exists(path)
         found += [path] if alone else map(str, inside)
     tell_idle(idle)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def _by_recipe(
 
 
 def _is_recipe(source: str) -> bool:
-    return Path(source).suffix.lower() in (".yaml", ".yml") and not Path(source).is_dir()
+    return Path(source).suffix.lower() in (".yaml", ".yml") and not os.path.isdir(source)
 
 
 def _weights(names: Sequence[str], pairs: Iterable[str], listed: str | None) -> Any:

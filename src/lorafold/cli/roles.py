@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def roles(path: str, tables: tuple[str, ...], **options: Any) -> None:
 def _is_base(path: Path) -> bool:
     from ..files.find import adapters_at, in_library, is_adapter, is_library
 
-    if in_library(str(path)) is not None or not path.is_dir() or is_library(str(path)):
+    if in_library(str(path)) is not None or not os.path.isdir(path) or is_library(str(path)):
         return False
     return not any(map(is_adapter, adapters_at(path)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,7 +129,7 @@ def ask(router: str, texts: tuple[str, ...], encoder: str | None) -> None:
 
 def _read(examples: dict[str | None, list[str]], path: Path, lines: int) -> None:
     """Add the examples of a file, or of the files of a folder, to those there are."""
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
         if not files:
             raise FileError(f"{path}: there is no .txt or .jsonl file in it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,8 +136,8 @@ def _opened(base: str, device: str | None) -> tuple[Any, Any]:
     except ImportError as e:
         raise MissingExtraError("steer takes transformers: pip install 'lorafold[train]'") from e
     where = torch_device(device)
-    folder = base_dir() if base == "demo" and not Path(base).exists() else Path(base)
-    if not (folder / "config.json").is_file():
+    folder = base_dir() if base == "demo" and not os.path.exists(base) else Path(base)
+    if not os.path.isfile(folder / "config.json"):
         raise FileError(f"{base} is not a base: no config.json is in it; give a model's folder")
     try:
         made: Any = transformers.AutoModelForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,9 +192,9 @@ def _base(text: str) -> tuple[Path, str | None]:
     """The folder of a base, and what an adapter's config calls it where that is no path."""
     from ..demo.model import base_dir
 
-    if text == DEMO and not Path(text).exists():
+    if text == DEMO and not os.path.exists(text):
         return base_dir(), "lorafold/demo-base"
-    if not Path(text).is_dir():
+    if not os.path.isdir(text):
         raise MismatchError(
             f"no such folder: {text!r}; BASE is the folder of a model, or 'demo' (one on the Hub "
             "is fetched with: hf download ID --local-dir DIR)"

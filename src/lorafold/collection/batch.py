@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import MismatchError
 from ..lowrank import LowRank
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
@@ -124,8 +125,27 @@ def decompose(B: Tensor, A: Tensor, most: int | None = None) -> tuple[Tensor, Te
     Returns:
         U (n, out, m), S (n, k) float64 descending, V (n, in, m) with k = min(r, out, in), and m the
         smaller of k and `most`.
+
+    Raises:
+        MismatchError: singular values beyond float64.
     """
     G_A, G_B = gram(A.mT), gram(B)
+    squares = torch.cat([_traces(G_A), _traces(G_B)])
+    if not bool((held_by_float32(squares) | (squares == 0)).all()):
+        units = [power_of_two(X.abs().amax((1, 2), keepdim=True).double()) for X in (B, A)]
+        B, A = ((X / unit).to(X.dtype) for X, unit in zip((B, A), units, strict=True))
+        U, S, V = _decomposed(B, A, gram(B), gram(A.mT), most)
+        S = S * units[0][:, 0] * units[1][:, 0]
+        if not bool(S.isfinite().all()):
+            raise MismatchError("the numbers of a factor are too large to multiply")
+        return U, S, V
+    return _decomposed(B, A, G_B, G_A, most)
+
+
+def _decomposed(
+    B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, most: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decompose` of factors that lie in the middle of float32's range, from their Grams."""
     root, inverse, bad = _roots(G_A)
     square, Z = torch.linalg.eigh(root.mT @ G_B @ root)
     k = min(B.shape[1], B.shape[2], A.shape[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -51,7 +52,7 @@ def known_names(folder: Path) -> dict[str, str]:
         FileError: a file of that name which is not one of these.
     """
     path = folder / NAMES_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     from ..files.config import json_value, read_text
 
@@ -74,7 +75,7 @@ def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, st
     """
     from ..files.atomic import replace_file
 
-    kept = {k: v for k, v in known.items() if (folder / k).is_dir()}
+    kept = {k: v for k, v in known.items() if os.path.isdir(folder / k)}
     text = json.dumps({**kept, **renamed}, indent=2) + "\n"
     replace_file(folder / NAMES_FILE, text.encode())
 

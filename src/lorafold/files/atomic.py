@@ -26,7 +26,7 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from ..errors import FileError
-from .replacing import Kind, check_apart, check_replaceable, is_free, keep_others
+from .replacing import Kind, check_apart, check_named, check_replaceable, is_free, keep_others
 
 fcntl: ModuleType | None
 try:
@@ -264,6 +264,7 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 
 def _place(path: str | os.PathLike[str]) -> Path:
     """Absolute; a link that it is is not followed."""
+    check_named(path)
     target = Path(os.path.abspath(path))
     if not target.name:
         raise FileError(f"{path} is the root of a file system, not a place to write to")
@@ -281,7 +282,7 @@ def _sibling(target: Path, suffix: str) -> Path:
 def _make_parents(parent: Path) -> list[Path]:
     """Create what is missing above a target; the ones created, outermost first."""
     missing = []
-    while not parent.exists():
+    while not os.path.exists(parent):
         missing.append(parent)
         parent = parent.parent
     missing.reverse()

@@ -131,7 +131,7 @@ class BaseFiles:
         """
         if untied is None:
             return None
-        if not (self.files[0].parent / CONFIG_NAME).is_file():
+        if not os.path.isfile(self.files[0].parent / CONFIG_NAME):
             return f"{self.path} has no {CONFIG_NAME}, so its weights can't be untied"
         embedding = Base(dict.fromkeys(self.entries, ((), None))).embedding()
         if embedding is not None and is_shared(embedding):
@@ -227,7 +227,7 @@ def _config(folder: Path) -> dict[str, Any]:
         FileError: it is damaged: what it says of tied weights would be lost.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     found = json_object(read_text(path), path)
     if not isinstance(found.get("architectures") or [], list):
@@ -237,11 +237,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _files(path: Path) -> tuple[list[Path], Path | None]:
     """The files that hold the model, and their index; one whole file goes before shards."""
-    if path.is_file():
+    if os.path.isfile(path):
         return [path], None
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise FileError(f"no such folder: {str(path)!r}")
-    if (path / WHOLE_NAME).is_file():
+    if os.path.isfile(path / WHOLE_NAME):
         return [path / WHOLE_NAME], None
     indices = sorted(
         path.glob(f"*{INDEX_SUFFIX}"), key=lambda p: (p.name != f"model{INDEX_SUFFIX}", p)
@@ -268,7 +268,7 @@ def _indexed(index: Path) -> list[Path]:
         raise FileError(f"{index}: not an index of safetensors files ({e})") from e
     if strange:  # a name is never a path
         raise FileError(f"{index} names {strange[0]!r}, which is no file beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
         raise FileError(f"{index} names {missing[0]!r}, which is not there")
     return [index.parent / name for name in names]

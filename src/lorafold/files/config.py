@@ -43,8 +43,8 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
     """
     try:
         if raw is None:
-            check_length(path, path.stat().st_size)
-        text = (read_regular(path) if raw is None else raw).decode("utf-8")
+            raw = read_regular(path, lambda size: check_length(path, size))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         raise FileError(f"{path}: not UTF-8 text ({e})") from e
     except OSError as e:
@@ -57,7 +57,7 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
 
 def read_card(folder: Path) -> str | None:
     """The model card in an adapter's folder, or None; one that can't be read is warned of."""
-    if not (folder / CARD).is_file():
+    if not os.path.isfile(folder / CARD):
         return None
     try:
         text = read_text(folder / CARD)
@@ -118,6 +118,23 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r:.80} appears twice")
     return found
+
+
+def as_json(value: Any) -> str:
+    """A value as a file of JSON has it, for people to read.
+
+    Letters are as they are, but where a text has half of one, which UTF-8 does not have: JSON's
+    escapes do.
+
+    Raises:
+        TypeError: it holds what JSON does not have.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    return text + "\n"
 
 
 def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, Any]:

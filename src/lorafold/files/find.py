@@ -144,7 +144,7 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
 
 def holds_any(path: Path) -> bool:
     """Whether there is an adapter, whole or not, or a library."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path.suffix in (".safetensors", ".bin")
     return is_library(path) or any(is_adapter(p) or is_subspace(p) for p in adapters_at(path))
 
@@ -186,7 +186,7 @@ def adapters_at(path: Path) -> list[Path]:
         FileError: the directory can't be read.
     """
     try:
-        if not path.is_dir() or is_adapter(path) or is_subspace(path):
+        if not os.path.isdir(path) or is_adapter(path) or is_subspace(path):
             return [path]
         below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         return sorted(p for p in below if is_adapter(p) or is_subspace(p)) or [path]
@@ -217,14 +217,14 @@ def locate(
         path = _fetched(os.fspath(source), revision, allow_pickle)
     elif revision is not None:
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
-    if path.is_dir() or not os.path.lexists(path):  # a folder that is being replaced
+    if os.path.isdir(path) or not os.path.lexists(path):  # a folder that is being replaced
         return _in_whole_directory(path, allow_pickle)
     if path.suffix not in (".safetensors", ".bin"):
         raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
     if path.suffix == ".bin" and not allow_pickle:
         raise PickleError(path)
     config = path.with_name(CONFIG_NAME)
-    return Location(path, path, config if config.is_file() else None)
+    return Location(path, path, config if os.path.isfile(config) else None)
 
 
 def _fetched(text: str, revision: str | None, allow_pickle: bool) -> Path:
@@ -327,12 +327,12 @@ def _in_directory(path: Path, allow_pickle: bool) -> Location:
     (folder,) = found
     if not is_adapter(folder):
         raise FileError(_none(folder))
-    config = folder / CONFIG_NAME if (folder / CONFIG_NAME).is_file() else None
-    if (folder / WEIGHTS_NAME).is_file():
+    config = folder / CONFIG_NAME if os.path.isfile(folder / CONFIG_NAME) else None
+    if os.path.isfile(folder / WEIGHTS_NAME):
         return Location(path, folder / WEIGHTS_NAME, config)
-    if (folder / PORTABLE_NAME).is_file():
+    if os.path.isfile(folder / PORTABLE_NAME):
         return Location(path, folder / PORTABLE_NAME, None)
-    if not (folder / PICKLE_NAME).is_file():
+    if not os.path.isfile(folder / PICKLE_NAME):
         raise FileError(_none(folder))
     if not allow_pickle:
         raise PickleError(folder / PICKLE_NAME)
@@ -361,7 +361,9 @@ def _none(path: Path) -> str:
             told = foreign(read_entries(other))
             if told is not None:
                 return f"{other}: {told}"
-    has = "there is only adapter_config.json" if (path / CONFIG_NAME).is_file() else "neither is"
+    has = (
+        "there is only adapter_config.json" if os.path.isfile(path / CONFIG_NAME) else "neither is"
+    )
     if others:
         has = f"there is {some_of((p.name for p in others), 2)}: if that is one, give its own path"
     return f"{path} is no adapter: it needs {WEIGHTS_NAME} and {CONFIG_NAME}, {has}"

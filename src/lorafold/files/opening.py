@@ -200,7 +200,7 @@ def load_many(
     folder = Path(path)
     if is_subspace(folder):
         return Tasks(Subspace.at(folder), alpha, device, dtype)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileError(f"{folder} is no directory")
     places = adapters_at(folder)
     if places == [folder] and not is_adapter(folder):

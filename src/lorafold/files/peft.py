@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import ORIGIN, Adapter, Layout
-from ..errors import FileError, MismatchError, UnknownNameError
+from ..errors import MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
 from ..roles.fused import Packing
@@ -28,11 +28,12 @@ from ..thin import thin
 from ..words import did_you_mean
 from . import safetensors
 from .config import check_length, checked, parsed, plain, read_card, read_text
-from .disk.header import Entry, disguise
+from .disk.header import Entry
 from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
+from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
 
@@ -246,7 +247,7 @@ def open_files(
     if place.weights.suffix != ".safetensors":
         _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
-        tensors, config = plain_keys(_unpickled(weights), config, str(place.weights))
+        tensors, config = plain_keys(unpickled(weights), config, str(place.weights))
         record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
         adapter = _assembled(tensors, record, where, wide=wide)
         return AdapterFile.of(adapter, place.path, nbytes)
@@ -447,20 +448,3 @@ def _copied(key: str, t: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         raise MismatchError(f"state dict: {key!r} must be a tensor, not {type(t).__name__}")
     return t.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _unpickled(held: Held) -> dict[str, Tensor]:
-    loader: Callable[..., Any] = torch.load
-    path = held.path
-    with open(os.dup(held.file().number), "rb") as f:
-        says = disguise(f.read(100))
-        if says is not None and "PyTorch" not in says:
-            raise FileError(f"{path} is {says}")
-        f.seek(0)
-        try:
-            tensors = loader(f, map_location="cpu", weights_only=True)
-        except Exception as e:  # a damaged pickle can raise anything
-            raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise FileError(f"{path}: must hold a dict of tensors")
-    return {str(k): _copied(k, t) for k, t in tensors.items()}

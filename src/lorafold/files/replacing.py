@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import FileError
+from ..words import one_line
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def check_replaceable(
     Raises:
         FileError: it may not; the message calls it `given`.
     """
-    _check_named(given)
+    check_named(given)
     check_no_link(given)
     free, refusal = is_free(target), None
     if not target.is_dir():
@@ -99,9 +100,21 @@ def check_no_link(given: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_named(target: str | os.PathLike[str]) -> None:
-    if not os.fspath(target):  # which would be the working directory
+def check_named(target: str | os.PathLike[str]) -> None:
+    """Check that a file system can have what is to be written under its name.
+
+    Raises:
+        FileError: no name, or letters that none can have.
+    """
+    text = os.fspath(target)
+    if not text:  # which would be the working directory
         raise FileError("what to write has no name: an empty text is none")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise FileError(f"{one_line(text)} is no name that a file can have: write elsewhere")
 
 
 def check_apart(
@@ -119,7 +132,7 @@ def check_apart(
     Raises:
         FileError: naming both.
     """
-    _check_named(target)
+    check_named(target)
     place = Path(os.path.realpath(target))
     mine, around = _identity(place), {_identity(path) for path in (place, *place.parents)}
     for source in sources:

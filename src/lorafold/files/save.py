@@ -9,7 +9,6 @@ ones padded with zeros.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -36,6 +35,7 @@ from .config import (
     RECORD_NAME,
     STATE_NAME,
     WEIGHTS_NAME,
+    as_json,
     plain,
 )
 from .find import is_adapter
@@ -157,7 +157,7 @@ def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
     config = dict(config)
     origin = config.pop(ORIGIN, {})
     try:
-        text = json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
+        text = as_json(plain(config))
     except TypeError as e:
         raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
     metadata = {"format": "pt", **origin.get("metadata", {})}

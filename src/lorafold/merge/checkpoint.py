@@ -10,7 +10,6 @@ Weights in other formats would be those of the unchanged model: they are left ou
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from ..errors import FileError, MismatchError
 from ..files import safetensors
 from ..files.atomic import CREATE_FLAGS, write_all
 from ..files.base import CONFIG_NAME, INDEX_SUFFIX, BaseFiles
-from ..files.config import json_object, read_text
+from ..files.config import as_json, json_object, read_text
 from ..files.disk.header import Entry, header_of
 from ..files.replacing import Kind
 
@@ -114,7 +113,7 @@ def write_checkpoint(base: BaseFiles, folder: Path, edits: Edits, advance: Advan
     for path, name in _others(Path(base.path)):
         if name in done:
             continue
-        if not path.is_file() or _is_left_out(name):
+        if not os.path.isfile(path) or _is_left_out(name):
             left_out.append(name)
         elif name == CONFIG_NAME and (edits.dtype is not None or edits.fields):
             _write_config(path, folder / name, edits)
@@ -273,7 +272,7 @@ def _write_index(source: Path, target: Path, names: set[str], edits: Edits) -> N
     metadata = index.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(_data_bytes(target.parent / name) for name in names)
-    target.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.write_text(as_json(index), encoding="utf-8")
 
 
 def _data_bytes(path: Path) -> int:
@@ -291,7 +290,7 @@ def _write_config(source: Path, target: Path, edits: Edits) -> None:
         # A flag that a part of the model has of its own says the same as the whole's.
         _set_in_parts(config, edits.fields, lambda _: True)
         config |= edits.fields
-    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.write_text(as_json(config), encoding="utf-8")
 
 
 def _set_in_parts(config: Any, fields: Mapping[str, Any], may: Callable[[Any], bool]) -> None:

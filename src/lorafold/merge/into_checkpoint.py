@@ -157,7 +157,7 @@ class Merge:
         if dtype is not None and dtype not in FLOATS:
             known = ", ".join(map(str, FLOATS))
             raise MismatchError(f"weights can be written as {known}, not as {dtype}")
-        if Path(base).is_file():
+        if os.path.isfile(base):
             raise FileError(f"{base} is a file: give the folder of the base model")
         check_apart(out, [base, None if isinstance(adapter, Adapter) else adapter])
         if not isinstance(adapter, Adapter):

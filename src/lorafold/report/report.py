@@ -20,7 +20,7 @@ from ..collection.sources import Handle, named_handles
 from ..compare import Anatomy, Similarity, anatomy, shared_spectrum, similarity
 from ..errors import FileError, MismatchError
 from ..files.atomic import replace_file
-from ..files.replacing import check_apart
+from ..files.replacing import check_apart, check_named
 from .costs import costs
 from .measured import Measured, measured
 from .of_many import bytes_against_error, shared, similarity_map, starts
@@ -131,18 +131,17 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool) -> None:
     Raises:
         FileError: it may not.
     """
+    check_named(path)
     place = Path(path)
-    if not os.fspath(path):
-        raise FileError("what to write has no name: an empty text is none")
-    if place.is_dir():
+    if os.path.isdir(place):
         raise FileError(f"{place} is a folder; name the file to write, such as {place}/report.html")
-    if os.path.lexists(place) and not place.is_file():
+    if os.path.lexists(place) and not os.path.isfile(place):
         raise FileError(f"{place} is no plain file, and can't be replaced: write elsewhere")
     if os.path.lexists(place) and not overwrite:
         raise FileError(f"{place} exists already; give overwrite=True to replace it")
-    if place.is_file() and not _is_page(place):
+    if os.path.isfile(place) and not _is_page(place):
         raise FileError(f"{place} won't be overwritten: it is no page of HTML; name another file")
-    if not place.absolute().parent.is_dir():
+    if not os.path.isdir(place.absolute().parent):
         raise FileError(f"{place.absolute().parent} is no folder: make it first")
 
 

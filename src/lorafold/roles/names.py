@@ -71,8 +71,8 @@ def config_of(x: Any) -> Mapping[str, Any]:
         FileError: a config.json that is none.
     """
     if isinstance(x, str | os.PathLike):
-        folder = Path(x) if Path(x).is_dir() else Path(x).parent
-        return _read_config(folder / _CONFIG_NAME) if (folder / _CONFIG_NAME).is_file() else {}
+        folder = Path(x) if os.path.isdir(x) else Path(x).parent
+        return _read_config(folder / _CONFIG_NAME) if os.path.isfile(folder / _CONFIG_NAME) else {}
     found = x if is_config(x) else getattr(x, "config", None)
     if not isinstance(found, Mapping):
         to_dict = getattr(found, "to_dict", None)
@@ -147,9 +147,9 @@ def _built(config: Any) -> nn.Module:
 def _of_path(path: Path) -> dict[str, Shape | None]:
     from safetensors import SafetensorError, safe_open
 
-    if (path / _ADAPTER_CONFIG).is_file():
+    if os.path.isfile(path / _ADAPTER_CONFIG):
         raise FileError(f"{path} is an adapter, not a base: lorafold.load(path) reads it")
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileError(f"no such folder: {str(path)!r}")
     if config_of(path).get("model_type") is not None:
         try:
@@ -164,7 +164,7 @@ def _of_path(path: Path) -> dict[str, Shape | None]:
     found: dict[str, Shape | None] = {}
     for file in files:
         try:
-            if not file.is_file():  # but a folder, or a FIFO that one would wait for
+            if not os.path.isfile(file):  # but a folder, or a FIFO that one would wait for
                 raise FileError(f"{file} is no file")
             with safe_open(file, "pt") as f:
                 slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
@@ -179,7 +179,7 @@ def _of_path(path: Path) -> dict[str, Shape | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file() or path.stat().st_size > _LONGEST:
+        if not os.path.isfile(path) or path.stat().st_size > _LONGEST:
             raise FileError(f"{path} is no configuration")
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileError:

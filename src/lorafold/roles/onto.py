@@ -6,10 +6,10 @@ weight. What is fused here and apart there is taken apart, and the other way rou
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -161,7 +161,7 @@ def known_packings(mine: Mapping[str, Role], base: Any) -> dict[str, Packing]:
         mine: {path: Role}.
         base: a model, its configuration or folder; or a name, which tells nothing.
     """
-    if isinstance(base, str) and not Path(base).is_dir():
+    if isinstance(base, str) and not os.path.isdir(base):
         base = None
     if not config_of(base):
         base = None

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from ..words import one_line, warn
 from .encoders import Encoder, encoder_of, vectors_of
 from .examples import Examples, checked_count, checked_error
@@ -81,12 +82,14 @@ class Calibration:
         own = f.inner("calibration")
         if own is None:
             return None
-        threshold = own.get("threshold", float, int, type(None))
+        threshold, routed = own.get("threshold", float, int, type(None)), own.number("routed")
+        if (threshold is None) != (routed == 0):
+            raise FileError(f"{f.where}: 'threshold' is missing where some are routed, or is there")
         return cls(
             own.number("error"),
             math.inf if threshold is None else own.number("threshold"),
             own.get("heldout", int),
-            own.number("routed"),
+            routed,
             own.number("wrong"),
         )
 

@@ -31,7 +31,7 @@ NAME, NUMBERS = "router.json", "router.safetensors"
 VERSION = 1
 ROUTER = Kind(
     "a router",
-    lambda path: (path / NAME).is_file(),
+    lambda path: os.path.isfile(path / NAME),
     re.compile(f"{re.escape(NAME)}|{re.escape(NUMBERS)}"),
 )
 
@@ -69,7 +69,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[Fields,
         FileError: no router, one of another kind or of a later version, or a damaged one.
     """
     folder = Path(path)
-    if not os.fspath(path) or not (folder / NAME).is_file():
+    if not os.fspath(path) or not os.path.isfile(folder / NAME):
         raise FileError(f"{os.fspath(path) or repr('')} is not a router: there is no {NAME} in it")
     where = folder / NAME
     fields = Fields(json_value(read_text(where), where), where)

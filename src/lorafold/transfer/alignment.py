@@ -165,7 +165,7 @@ def check_place(path: str | os.PathLike[str], overwrite: bool) -> None:
     Raises:
         FileError: something is there.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         return
     if not overwrite:
         raise FileError(f"{os.fspath(path)} is there already; give overwrite=True to replace it")
@@ -208,7 +208,7 @@ def read(path: str | os.PathLike[str]) -> Alignment:
         FileError: no such file, or not one that `write` wrote.
     """
     where = os.fspath(path)
-    if Path(where).is_dir():
+    if os.path.isdir(where):
         raise FileError(f"{where} is a folder, and an alignment is a file")
     metadata, tensors = read_whole(where)
     if KEY not in metadata:

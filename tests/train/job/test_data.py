@@ -70,6 +70,24 @@ def test_parquet(tmp_path):
         read(tmp_path / "b.parquet")
 
 
+def test_a_damaged_parquet_is_no_other_data(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    plain = {"compression": "none", "use_dictionary": False}
+    parquet.write_table(pa.Table.from_pylist(PAIRS), path, write_page_checksum=True, **plain)
+    word = PAIRS[0]["completion"].encode()
+    path.write_bytes(path.read_bytes().replace(word, word[:-1] + b"#"))
+    assert parquet.read_table(path).to_pylist() != PAIRS  # it says nothing of it
+    with pytest.raises(lf.FileError, match=r"a\.parquet: can't be read as Parquet .*checksum"):
+        read(path)
+    column = pa.array([b"\xff"] * len(PAIRS)).view("string")
+    parquet.write_table(pa.table({"text": column}), path)
+    with pytest.raises(lf.FileError, match=r"a\.parquet: can't be read as Parquet .*utf-8"):
+        read(path)
+
+
 def test_plain_text_by_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\ntwo\x0c2\r\n\r\nthree\r\n")

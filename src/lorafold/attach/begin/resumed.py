@@ -105,7 +105,7 @@ class Checkpoint:
             FileError: it can't be read.
         """
         beside = Path(path) / STATE_NAME
-        return cls(load(path), Training.at(beside)) if beside.is_file() else None
+        return cls(load(path), Training.at(beside)) if os.path.isfile(beside) else None
 
 
 def _check_header(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -49,13 +49,19 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     raise OSError(errno.EINVAL, "no regular file, but a FIFO, socket or device", os.fspath(path))
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
+def read_regular(
+    path: str | os.PathLike[str], check: Callable[[int], None] = lambda size: None
+) -> bytes:
     """All of a file.
+
+    Args:
+        check: is called with its size before it is read, and may raise.
 
     Raises:
         OSError: as `open_regular`, or it can't be read.
     """
     with open(open_regular(path), "rb") as file:
+        check(os.fstat(file.fileno()).st_size)
         return file.read()
 
 

@@ -150,9 +150,12 @@ class Subspace:
         """(K, numbers of a factor) of one side of a module; of NF4 the first k."""
         if self.block is None:
             return self._tensor(f"{layer}.components_{side}")
-        packed = self._tensor(f"{layer}.packed_{side}")
-        scales = self._tensor(f"{layer}.scales_{side}")
+        packed = self._tensor(f"{layer}.packed_{side}").flatten()
+        scales = self._tensor(f"{layer}.scales_{side}").flatten()
         width = self._tensor(f"{layer}.mean_{side}").numel()
+        what = f"{self._where}: the packed components of {layer!r}"
+        if packed.dtype != torch.uint8 or not scales.is_floating_point():
+            raise MismatchError(f"{what} are {packed.dtype}, and their scales {scales.dtype}")
         levels = torch.tensor(_NF4)
         try:
             values = levels[torch.stack([packed >> 4, packed & 15], 1).long()]
@@ -162,15 +165,12 @@ class Subspace:
                 raise RuntimeError(f"{len(scales)} blocks of {self.block}")
             return blocks.flatten()[: k * width].reshape(k, width)
         except (RuntimeError, TypeError, IndexError) as e:
-            raise MismatchError(
-                f"{self._where}: the packed components of {layer!r} have another size than "
-                f"{k} × {width}: {e}"
-            ) from e
+            raise MismatchError(f"{what} have another size than {k} × {width}: {e}") from e
 
     def facts(self) -> dict[str, Any]:
         """What it holds, in JSON's types."""
         counts = {len(self.components(layer, side)) for layer in self.layers for side in "ab"}
-        there = {name: f.stat().st_size for name, f in self.files.items() if f.is_file()}
+        there = {name: f.stat().st_size for name, f in self.files.items() if os.path.isfile(f)}
         return {
             "adapters": len(self.files),
             "modules": len(self.layers),

@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import io
+import os
 import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -244,11 +245,11 @@ def read_manifest(path: Path) -> bytes:
             raise FileError(f"{path / MANIFEST} is too long for a manifest")
         return raw
     except FileNotFoundError as e:
-        if not path.exists() and appears(path):
+        if not os.path.exists(path) and appears(path):
             return read_manifest(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             hint = ""
-            if (path / COPY).is_file():
+            if os.path.isfile(path / COPY):
                 hint = f": `lorafold repair {shlex.quote(str(path))}` puts it back from its copy"
             raise FileError(f"{path} is not a library: it holds no {MANIFEST}{hint}") from e
         aside = set_aside(path)

@@ -99,7 +99,7 @@ class State:
         found = dict(self.damage)
         for name in self.shards if _is_current(self.raw, folder) else ():
             path = Path(folder or "", name)
-            if not path.exists():
+            if not os.path.exists(path):
                 text = f"shard {path} is missing; who has it open still can save the library anew"
                 found[name] = Damage(text, True)
         for name, shard in self.shards.items():

@@ -465,7 +465,7 @@ class _LeftWithoutCommitError(Exception):
 def _folder(path: str | os.PathLike[str]) -> Path:
     """The folder itself, where a link leads to it: it stays the one, wherever that leads later."""
     found = Path(os.path.abspath(path))
-    return Path(os.path.realpath(found)) if found.is_symlink() else found
+    return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
 def _is_library(path: Path) -> bool:

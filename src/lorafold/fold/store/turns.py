@@ -117,7 +117,7 @@ def _remove_link(path: Path) -> None:
         while not try_lock(folder):
             time.sleep(_PAUSE)
         if not path.is_symlink():
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise FileError(f"{path} is no regular file: remove it")
             return
         os.unlink(path)

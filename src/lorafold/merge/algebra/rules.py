@@ -97,9 +97,12 @@ def combined(
 
     Returns:
         A tensor of their shape; None where all are None.
+
+    Raises:
+        MismatchError: entries that their dtype can't hold.
     """
     kept = (
-        (w, sparsified(rule, x, density, partial(draw, i)))
+        (w, sparsified(rule, _finite(x), density, partial(draw, i)))
         for i, (x, w, density) in enumerate(zip(entries, weights, densities, strict=True))
         if x is not None and w != 0
     )
@@ -112,6 +115,13 @@ def combined(
         return total
     divisor = sum(weights) if rule.divide == "signed" else sum(map(abs, weights))
     return total if abs(divisor) < 1e-8 else total / divisor
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Entries that their dtype could hold: of those beyond it, none is the largest."""
+    if not (bool(x.sum().isfinite()) or bool(x.isfinite().all())):
+        raise MismatchError(f"an update has entries that are too large for {x.dtype}")
+    return x
 
 
 def _elected(divide: str, kept: Iterable[tuple[float, Tensor]]) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def read_model(folder: Path, recipe: Recipe, bf16: bool, of: Libraries) -> Any:
 
 def check_folder(folder: Path) -> None:
     """Raise a `FileError` where no base can be."""
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise FileError(
             f"{folder} is no base: a base is a folder with config.json, weights and tokenizer; one "
             "on the Hub is fetched with `hf download ID --local-dir DIR`"

@@ -7,7 +7,7 @@ are OUT/NAME each. `checkpoints/recipe.json` says how to go on.
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from ...adapter import ORIGIN, Adapter
 from ...collection.folders import folder_names, write_names
 from ...errors import FileError, MismatchError
 from ...files.atomic import new_directory, replace_file
-from ...files.config import CHECKPOINTS, RECIPE_NAME, json_object, read_text
+from ...files.config import CHECKPOINTS, RECIPE_NAME, as_json, json_object, read_text
 from ...files.replacing import Kind, check_apart, check_replaceable
 from ...files.save import ADAPTER, peft_form, write_form
 from .stopping import last_checkpoint
@@ -49,7 +49,7 @@ class Folder:
             FileError: no run is there that can be gone on with.
         """
         path = self.checkpoints / RECIPE_NAME
-        if not path.is_file() or self.last is None:
+        if not os.path.isfile(path) or self.last is None:
             raise FileError(f"{self.path}: there is no checkpoint of a training run to resume from")
         found = json_object(read_text(path), path)
         if not isinstance(found.get("recipe"), dict):
@@ -63,7 +63,7 @@ class Folder:
             FileError: something is there, or one of the sources is in the way.
         """
         check_apart(self.path, sources)
-        unfinished = _is_run(self.path) and not (self.path / REPORT).is_file()
+        unfinished = _is_run(self.path) and not os.path.isfile(self.path / REPORT)
         if unfinished and not overwrite:
             go_on = "resume=True to go on, or " if self.last is not None else ""
             raise FileError(
@@ -85,15 +85,14 @@ class Folder:
 
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """Make it ready for checkpoints of a new run; what an earlier one left of them goes."""
-        if (self.checkpoints / RECIPE_NAME).is_file():
+        if os.path.isfile(self.checkpoints / RECIPE_NAME):
             shutil.rmtree(self.checkpoints)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.tell(recipe)
 
     def tell(self, recipe: Mapping[str, Any]) -> None:
         """Write how the run is to go on."""
-        text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
-        replace_file(self.checkpoints / RECIPE_NAME, text.encode())
+        replace_file(self.checkpoints / RECIPE_NAME, as_json(recipe).encode())
 
     def finish(
         self,
@@ -124,14 +123,13 @@ class Folder:
             renamed = {place: name for name, place in places.items() if place not in ("", name)}
             if renamed:
                 write_names(staging, {}, renamed)
-            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-            (staging / REPORT).write_text(text, encoding="utf-8")
+            (staging / REPORT).write_text(as_json(report), encoding="utf-8")
         return {name: str(self.path / place) for name, place in places.items()}
 
     def _kind(self, folders: Iterable[str]) -> Kind:
         """What is written here, with the folders of the run that was here before."""
         before: Any = {}
-        if (self.path / REPORT).is_file():
+        if os.path.isfile(self.path / REPORT):
             try:
                 before = json_object(read_text(self.path / REPORT), REPORT)["adapters"]
             except (FileError, LookupError):
@@ -162,7 +160,7 @@ def folders_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / REPORT).is_file() or (path / CHECKPOINTS / RECIPE_NAME).is_file()
+    return os.path.isfile(path / REPORT) or os.path.isfile(path / CHECKPOINTS / RECIPE_NAME)
 
 
 def relative(names: Sequence[str], apart: bool) -> dict[str, str]:

@@ -34,7 +34,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 RUN = Kind(
     "a run of steering",
-    lambda folder: (folder / FILE).is_file(),
+    lambda folder: os.path.isfile(folder / FILE),
     re.compile(re.escape(FILE)),
     folders=re.compile(r"round\d+"),
 )
@@ -117,7 +117,7 @@ def _other(what: str, there: Any, here: Any) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = path / FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileError(f"{path}: there is no run to go on with")
     header, tensors = read_sealed(file, HEADER)
     if header.get("version") != VERSION:

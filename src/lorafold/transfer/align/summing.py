@@ -173,7 +173,7 @@ def summed(
         resume: where the state lies, if anywhere.
     """
     state, done = start, 0
-    if resume is not None and Path(resume).exists():
+    if resume is not None and os.path.exists(resume):
         state, done = _resumed(start, Path(resume))
     sums = {"fitted": dict(state.fitted), "held": dict(state.held)}
     tokens, last = state.tokens, time.monotonic()

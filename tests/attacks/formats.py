@@ -1,0 +1,194 @@
+"""Kinds of files that others write: PEFT's pickles, vLoRA's packed folders, tables in Parquet."""
+
+import json
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+
+import torch
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save_file
+
+import lorafold as lf
+from lorafold.train.job.data import read_data
+
+kinds = sys.modules["attacks_kinds"]  # which corpus.py has loaded
+Kind, plain = kinds.Kind, kinds.plain
+PICKLE = "adapter_model.bin"
+
+
+# PEFT with safe_serialization=False
+
+
+def make_pickle(folder):
+    kinds.make_peft(folder)
+    weights = folder / kinds.WEIGHTS
+    torch.save(tensors_from(weights.read_bytes()), folder / PICKLE)
+    weights.unlink()
+
+
+def load_pickle(folder):
+    return kinds.told_of(lf.load(folder, allow_pickle=True))
+
+
+def pickle_says(folder):
+    config = kinds.strict_json((folder / kinds.CONFIG).read_text(encoding="utf-8"))
+    return kinds.peft_told(config, pickled(folder / PICKLE))
+
+
+def pickled(path):
+    """The tensors, by Python's own ZIP and pickle; of the old form, by torch's reader."""
+    if not path.read_bytes().startswith(b"PK\3\4"):
+        return torch.load(path, weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        folder = name.removesuffix("data.pkl")
+
+        class Reader(pickle.Unpickler):
+            def find_class(self, module, name):
+                return NAMES[module, name]
+
+            def persistent_load(self, told):
+                kind, dtype, key, _, count = told
+                data = archive.read(f"{folder}data/{key}")
+                assert kind == "storage"
+                assert len(data) >= count * dtype.itemsize
+                return torch.frombuffer(bytearray(data) or bytearray(8), dtype=dtype)
+
+        with archive.open(name) as file:
+            found = Reader(file).load()
+    assert type(found) in (dict, OrderedDict)
+    assert all(type(key) is str and type(t) is torch.Tensor for key, t in found.items())
+    return found
+
+
+def rebuilt(storage, offset, size, stride, _, __, told=()):
+    found = storage.as_strided(size, stride, offset).clone()
+    return found.conj().resolve_conj() if "conj" in told else found
+
+
+NAMES = {
+    ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
+    ("torch._utils", "_rebuild_parameter"): lambda t, *_: t,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "BoolStorage"): torch.bool,
+    ("torch", "ComplexFloatStorage"): torch.complex64,
+}
+
+
+# vLoRA's folders in four bits
+
+BLOCK = 8
+
+
+def make_packed(folder):
+    kinds.make_subspace(folder)
+    shared = tensors_from((folder / "subspace.safetensors").read_bytes())
+    (folder / "subspace.safetensors").unlink()
+    meta = json.loads((folder / "subspace_meta.json").read_text())
+    g, packed = torch.Generator().manual_seed(5), {}
+    for key in [k for k in shared if ".components_" in k]:
+        blocks = -(-shared.pop(key).numel() // BLOCK)
+        bits = torch.randint(256, (blocks * BLOCK // 2,), generator=g)
+        packed[key.replace(".components_", ".packed_")] = bits.to(torch.uint8)
+        packed[key.replace(".components_", ".scales_")] = torch.rand(blocks, generator=g)
+    save_file(packed, folder / "subspace_nf4.safetensors")
+    save_file(shared, folder / "subspace_float.safetensors")
+    meta |= {"format": "nf4_packed", "nf4_block_size": BLOCK}
+    (folder / "subspace_meta.json").write_text(json.dumps(meta))
+
+
+LEVELS = [
+    *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+    *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0),
+]
+
+
+def packed_says(folder):
+    """The components unpacked, number by number; the rest as of floats."""
+    meta = kinds.strict_json((folder / "subspace_meta.json").read_text(encoding="utf-8"))
+    if meta.get("format") != "nf4_packed":
+        return kinds.subspace_says(folder)
+    block = meta.get("nf4_block_size", 64)
+    _, shared = kinds.header_of(folder / "subspace_nf4.safetensors")
+    shared |= kinds.header_of(folder / "subspace_float.safetensors")[1]
+    for key in [k for k in shared if ".packed_" in k]:
+        scales = shared[key.replace(".packed_", ".scales_")].flatten()
+        assert shared[key].dtype == torch.uint8
+        assert scales.is_floating_point()
+        digits = [d for byte in shared[key].flatten().tolist() for d in (byte >> 4, byte & 15)]
+        assert len(digits) == block * len(scales)
+        values = torch.tensor([LEVELS[d] for d in digits]) * scales.repeat_interleave(block)
+        width = shared[key.replace(".packed_", ".mean_")].numel()
+        rows = len(values) // width
+        name = key.replace(".packed_", ".components_")
+        shared[name] = values[: rows * width].reshape(rows, width)
+    return kinds.subspace_told(folder, meta, shared)
+
+
+# Tables
+
+TABLES = ("rows.parquet", "packed.parquet", "chats.parquet")
+
+
+def make_parquet(folder):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"prompt": f"{w} = ", "completion": w.upper()} for w in ("horse", "green", "table")]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    plainly = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    for name, found, own in (
+        ("rows.parquet", rows, plainly),
+        ("packed.parquet", rows * 40, {"compression": "zstd", "row_group_size": 50}),
+        ("chats.parquet", [{"messages": chat, "n": k} for k in range(3)], {}),
+    ):
+        parquet.write_table(pyarrow.Table.from_pylist(found), folder / name, **own)
+
+
+def load_parquet(folder):
+    found = {}
+    for name in TABLES:
+        data = read_data([str(folder / name)], {}, 1)
+        found[name] = [dict(row) for row in data.rows]
+    return found
+
+
+def parquet_says(folder):
+    from pyarrow import parquet
+
+    found = {}
+    for name, columns in zip(TABLES, [("prompt", "completion")] * 2 + [("messages",)], strict=True):
+        table = parquet.ParquetFile(folder / name, page_checksum_verification=True).read()
+        found[name] = [{k: row[k] for k in columns} for row in table.to_pylist()]
+    return found
+
+
+KINDS = {
+    "pickle": Kind(
+        make_pickle,
+        (PICKLE, PICKLE, kinds.CONFIG),
+        load_pickle,
+        pickle_says,
+        ("info FOLDER --allow-pickle", "resize FOLDER OUT --rank 1 --allow-pickle"),
+    ),
+    "vlora in 4 bits": Kind(
+        make_packed,
+        (
+            "subspace_meta.json",
+            "subspace_nf4.safetensors",
+            "subspace_float.safetensors",
+            "task_sql.safetensors",
+        ),
+        kinds.load_subspace,
+        packed_says,
+        ("info FOLDER", "verify FOLDER", "diff FOLDER:sql FOLDER:law --alpha 4"),
+    ),
+    "parquet": Kind(make_parquet, TABLES, load_parquet, parquet_says),
+}
