@@ -831,7 +831,7 @@ def test_warnings_are_not_part_of_folding(regular):
 
 def test_a_broken_contract_is_never_committed(tmp_path, monkeypatch, regular):
     """If the coder lied about what it lost, the measure must stop it."""
-    from lorafold.fold import write as build
+    from lorafold.fold.passes import coder as build
     from lorafold.fold.planning import budget as ledger
 
     monkeypatch.setattr(

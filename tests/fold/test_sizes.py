@@ -12,9 +12,9 @@ from lorafold.collection.batch import joined_factors, singular_values
 from lorafold.errors import MismatchError, ToleranceError
 from lorafold.fold.coding.bases import Basis
 from lorafold.fold.coding.record import Target
+from lorafold.fold.passes.coder import code_as_planned
 from lorafold.fold.planning.plan import ModulePlan, Shared
 from lorafold.fold.planning.sharing import Sharing
-from lorafold.fold.write import code_as_planned
 
 OUT, IN, RANK, COUNT = 24, 20, 3, 4
 FORMS = ("svd", "input", "output", "shared", "flat")

@@ -14,12 +14,15 @@ from ..adapter import Layout, combined_digest, module_digest, tensor_digest
 from ..errors import MismatchError
 from ..lowrank import LowRank
 from ..words import some_of
+from .elsewhere import Elsewhere, one_module
 from .sources import Handle
 from .stack import Stack
 
 _FEW = 16_000_000  # numbers in a collection that one thread is enough for, whatever is done
 _HASHED_TOGETHER = 1 << 20  # numbers: handing fewer to another thread costs more than hashing them
 _AT_ONCE = 8  # so many of these that wait for their digests
+_TOGETHER = 1 << 26  # float32 bytes of all modules of the adapters of a block, or
+_BLOCKS = 32  # this part of all: there is work for several, and few enough that batches pay
 _KEPT = 64  # a collection of no more blocks, a quarter of the memory limit, is read once and kept
 
 
@@ -37,6 +40,8 @@ class Collection:
         paths: every module's path, sorted after those of `before`. shapes: (out, in) of each.
         layouts: of those that are not plain linear layers.
         stays: whether what is read does, as all of it fits under the memory limit.
+        blocks: (first, end) positions of the folded adapters that are worked on together: as many
+            as memory allows at the largest module, whoever works on them.
 
     Raises:
         MismatchError: two adapters that disagree on a module's shape or on the base.
@@ -70,6 +75,7 @@ class Collection:
             r * (out + inner) for h in self.handles for out, inner, r in h.shapes.values()
         )
         self.stays = 4 * self.num_parameters <= _KEPT * block_bytes
+        self.blocks = self._split()
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
         self._pool = ThreadPoolExecutor(2, "digest")
@@ -137,25 +143,46 @@ class Collection:
 
     def stack(self, path: str) -> Stack | None:
         """The folded adapters that have the module; None if there is none."""
-        members = [i for i in range(self.folded) if path in self.handles[i].shapes]
-        if not members:
+        members = np.array(
+            [i for i in range(self.folded) if path in self.handles[i].shapes], np.int64
+        )
+        if not len(members):
             return None
-        ranks = np.array([self.handles[i].shapes[path][2] for i in members])
-
-        def read(i: int) -> tuple[Tensor, Tensor, float]:
-            u = self.read(i, path)
-            return u.B, u.A, u.scale
-
+        ranks = np.array([self.handles[i].shapes[path][2] for i in members.tolist()])
+        cuts = np.searchsorted(members, [end for _, end in self.blocks[:-1]])
+        blocks = [rows for rows in np.split(np.arange(len(members)), cuts) if len(rows)]
         return Stack(
             path,
             self.shapes[path],
-            np.array(members),
+            members,
             ranks,
-            read,
+            _Reader(self, path),
             self.block_bytes,
             self._device,
             self.stays,
+            blocks,
         )
+
+    def _split(self) -> list[tuple[int, int]]:
+        widest, everything = [], []
+        for h in self.handles[: self.folded]:
+            sizes = [4 * r * (out + inner) for out, inner, r in h.shapes.values()]
+            widest.append(max(sizes, default=0))
+            everything.append(sum(sizes))
+        together = max(_TOGETHER, sum(everything) // _BLOCKS)
+        found, start, top, total = [], 0, 0, 0
+        for i, (wide, size) in enumerate(zip(widest, everything, strict=True)):
+            top, total = max(top, wide), total + size
+            if i > start and ((i + 1 - start) * top > self.block_bytes or total > together):
+                found.append((start, i))
+                start, top, total = i, wide, size
+        return [*found, (start, self.folded)]
+
+    def called(self, first: int, end: int) -> str:
+        """What to call the adapters at these positions."""
+        if end - first == 1:
+            return f"adapter {self.names[first]!r}"
+        return f"adapters {self.names[first]!r} to {self.names[end - 1]!r}"
 
     def update(self, i: int, path: str) -> LowRank:
         """Adapter i's update at a module."""
@@ -176,6 +203,11 @@ class Collection:
                 self._read, self._numbers = [], 0
                 self._collect(_AT_ONCE)
         return u
+
+    def know(self, digests: Mapping[tuple[int, str], bytes]) -> None:
+        """Take in the digests of modules that were read elsewhere: (position, path) → digest."""
+        for (i, path), digest in digests.items():
+            self._digests[i].setdefault(path, digest)
 
     def _hash(self, updates: list[tuple[int, str, LowRank]]) -> None:
         for i, path, u in updates:
@@ -198,6 +230,24 @@ class Collection:
         return combined_digest(
             [*self._digests[i].values(), *(tensor_digest(k, t) for k, t in extras.items())]
         )
+
+
+class _Reader:
+    """What a stack reads by; `only` gives what does so elsewhere."""
+
+    def __init__(self, collection: Collection, path: str) -> None:
+        self._collection, self._path = collection, path
+
+    def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
+        u = self._collection.read(i, self._path)
+        return u.B, u.A, u.scale
+
+    def only(self, members: np.ndarray) -> Elsewhere:
+        """The same for some positions, made to be pickled."""
+        c, path, there = self._collection, self._path, members.tolist()
+        layouts = {i: c.handles[i].layouts[path] for i in there if path in c.handles[i].layouts}
+        readers = {i: one_module(c.handles[i], path) for i in there}
+        return Elsewhere(path, readers, {i: c.names[i] for i in there}, layouts)
 
 
 def _common_base(names: list[str], handles: list[Handle]) -> str | None:

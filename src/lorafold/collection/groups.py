@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..scale.engine import Engine, Task
 from .batch import gram
 from .stack import Stack
 
@@ -38,12 +39,14 @@ def probes(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / (most - 1)) for k in range(most)})
 
 
-def init_groups(stacks: Sequence[Stack], count: int, side: str) -> np.ndarray:
+def init_groups(
+    stacks: Sequence[Stack], count: int, side: str, engine: Engine | None = None
+) -> np.ndarray:
     """Groups of adapters whose A (side "V") or B (side "U") span nearly the same space.
 
     Args:
         stacks: all modules; a few evenly spaced ones are looked at.
-        count: adapters in the collection.
+        count: adapters in the collection. engine: who looks.
 
     Returns:
         (count,) group number, −1 for adapters that are alone; groups are numbered by their first
@@ -51,10 +54,9 @@ def init_groups(stacks: Sequence[Stack], count: int, side: str) -> np.ndarray:
     """
     looked_at = [stacks[j] for j in probes(len(stacks), _PROBES)]
     rank = max((int(stack.ranks.max()) for stack in looked_at), default=1)
-    pairs = _Pairs(count, np.array(probes(count, max(2, _SAMPLE // rank)), np.int64))
-    for stack in looked_at:
-        pairs.add(stack, side)
-    return pairs.groups()
+    sample = np.array(probes(count, max(2, _SAMPLE // rank)), np.int64)
+    tasks = [Task(f"module {stack.path!r}", (stack, side, count, sample)) for stack in looked_at]
+    return _groups(count, list((engine or Engine()).map(look, tasks)), sample)
 
 
 @dataclass(frozen=True)
@@ -127,56 +129,65 @@ def _folded(X: Tensor, m: int) -> Tensor:
     return shuffled.reshape(len(X), -1, m, X.shape[2]).sum(1)
 
 
-class _Pairs:
-    """At how many of the modules looked at each adapter overlaps each of the sample; connected
-    pairs make groups.
+@dataclass(frozen=True)
+class Look:
+    """Which adapters overlap at one module.
 
     Kin are all pairs of a group, so which ones overlap is kept as bits.
 
     Args:
-        count: adapters. sample: (T,) positions of those that all are compared with, ascending.
+        agree: (count, ⌈T / 8⌉) bits, of each with each of a sample of T. there: (count,) whether it
+            has a direction there.
     """
 
-    def __init__(self, count: int, sample: np.ndarray) -> None:
-        self._count, self._sample = count, sample
-        self._agree: list[np.ndarray] = []  # (count, ⌈T / 8⌉) for each module
-        self._looks = np.zeros(count, np.int64)
+    agree: np.ndarray
+    there: np.ndarray
 
-    def add(self, stack: Stack, side: str) -> None:
-        """Look at one module."""
-        found = [b.of(self._sample) for b in _bases(stack, side)]
-        whole = _Bases(
-            np.concatenate([b.members for b in found]),
-            torch.cat([b.Q for b in found]),
-            np.concatenate([b.ranks for b in found]),
-        )
-        everyone = len(whole.members) == len(stack)
-        agree = np.zeros((self._count, -(-len(self._sample) // 8)), np.uint8)
-        for block in [whole] if everyone else _bases(stack, side):
-            self._looks[block.members] += block.ranks > 0
-            for some in block.pieces():
-                near = np.zeros((len(some.members), len(self._sample)), bool)
-                for others in whole.pieces():
-                    columns = np.searchsorted(self._sample, others.members)
-                    near[:, columns] = some.near(others)
-                agree[some.members] = np.packbits(near, axis=1)
-        self._agree.append(agree)
-        stack.forget()
 
-    def groups(self) -> np.ndarray:
-        """(count,) numbers as `init_groups` gives them."""
-        first = np.arange(self._count)  # member of each one's group
-        looks = self._looks[self._sample]
-        for i in range(self._count):
-            # A pair counts where it agrees at most of the modules that both were seen at.
-            counts = sum(np.unpackbits(a[i], count=len(looks)).astype(int) for a in self._agree)
-            near = self._sample[np.flatnonzero(2 * counts > np.minimum(self._looks[i], looks))]
-            found = np.unique(first[near])
-            if len(found) and (found != first[i]).any():
-                found = np.union1d(found, first[i])
-                first[np.isin(first, found)] = found[0]
-        numbers = np.full(self._count, -1, np.int64)
-        firsts, sizes = np.unique(first, return_counts=True)
-        for number, one in enumerate(firsts[sizes > 1]):
-            numbers[first == one] = number
-        return numbers
+def look(stack: Stack, side: str, count: int, sample: np.ndarray) -> Look:
+    """Compare the adapters at a module.
+
+    Args:
+        count: adapters. sample: (T,) positions of those that all are compared with, ascending.
+    """
+    found = [b.of(sample) for b in _bases(stack, side)]
+    whole = _Bases(
+        np.concatenate([b.members for b in found]),
+        torch.cat([b.Q for b in found]),
+        np.concatenate([b.ranks for b in found]),
+    )
+    everyone = len(whole.members) == len(stack)
+    agree = np.zeros((count, -(-len(sample) // 8)), np.uint8)
+    there = np.zeros(count, bool)
+    for block in [whole] if everyone else _bases(stack, side):
+        there[block.members] = block.ranks > 0
+        for some in block.pieces():
+            near = np.zeros((len(some.members), len(sample)), bool)
+            for others in whole.pieces():
+                columns = np.searchsorted(sample, others.members)
+                near[:, columns] = some.near(others)
+            agree[some.members] = np.packbits(near, axis=1)
+    stack.forget()
+    return Look(agree, there)
+
+
+def _groups(count: int, looks: Sequence[Look], sample: np.ndarray) -> np.ndarray:
+    """(count,) numbers as `init_groups` gives them: connected pairs are one group, and a pair
+    counts where it agrees at most of the modules that both were seen at.
+    """
+    seen = np.zeros(count, np.int64)  # at how many of the modules
+    for one in looks:
+        seen += one.there
+    first = np.arange(count)  # member of each one's group
+    for i in range(count):
+        counts = sum(np.unpackbits(one.agree[i], count=len(sample)).astype(int) for one in looks)
+        near = sample[np.flatnonzero(2 * counts > np.minimum(seen[i], seen[sample]))]
+        found = np.unique(first[near])
+        if len(found) and (found != first[i]).any():
+            found = np.union1d(found, first[i])
+            first[np.isin(first, found)] = found[0]
+    numbers = np.full(count, -1, np.int64)
+    firsts, sizes = np.unique(first, return_counts=True)
+    for number, one in enumerate(firsts[sizes > 1]):
+        numbers[first == one] = number
+    return numbers

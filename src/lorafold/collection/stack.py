@@ -12,12 +12,14 @@ directions below 1e-7 of the largest singular value are dropped as float32 noise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..lowrank import LowRank
 from .batch import Block, Factors, joined_factors
 
 _KEPT_BLOCKS = 3  # a stack of no more blocks is kept between passes
@@ -25,6 +27,8 @@ _KEPT_BLOCKS = 3  # a stack of no more blocks is kept between passes
 
 class Stack:
     """The adapters that have one module, readable block by block any number of times.
+
+    Pickled, it is what reads the same elsewhere, without anything that was read, if `read` is.
 
     Args:
         path: the module's path.
@@ -35,6 +39,7 @@ class Stack:
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
         stays: what is read does, as the whole collection fits under the memory limit.
+        blocks: rows of each block, in order; by `block_bytes` alone when None.
     """
 
     def __init__(
@@ -47,65 +52,104 @@ class Stack:
         block_bytes: int,
         device: torch.device | str | None = None,
         stays: bool = False,
+        blocks: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.path = path
         self.shape = shape
         self.members = members
         self.ranks = ranks
         self.device = device
-        self._read = read
+        self.read = read
         self.block_bytes = block_bytes
+        self.blocks = list(self._split()) if blocks is None else list(blocks)
         self._all_stays = stays
-        self._read_already: list[Factors] | None = None
-        self._decomposed: list[Block] | None = None
+        # By the position of a block's first adapter: parts keep what they read for one another.
+        self._known: dict[int, Factors] = {}
+        self._decomposed: dict[int, Block] = {}
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        read = self.read
+        narrowed = read.only(self.members) if hasattr(read, "only") else read
+        return {**self.__dict__, "read": narrowed, "_known": {}, "_decomposed": {}}
+
+    def __lorafold_key__(self) -> Any:
+        read: Any = self.read
+        if hasattr(read, "only"):
+            read = read.only(self.members)
+        blocks = [len(rows) for rows in self.blocks]
+        given = self.path, self.shape, self.members, self.ranks, self.block_bytes, blocks
+        return *given, self._all_stays, str(self.device), read.identity
 
     @property
     def nbytes(self) -> int:
         """float32 bytes of all factors."""
         return 4 * sum(self.shape) * int(self.ranks.sum())
 
+    def block_from(self, first: int, end: int) -> int | None:
+        """The number of the block whose adapters are at these positions; None if there is none."""
+        for number, rows in enumerate(self.blocks):
+            if first <= self.members[rows[0]] < end:
+                return number
+        return None
+
+    def part(self, number: int) -> Stack:
+        """One block as a stack of its own, which shares what is kept."""
+        rows = self.blocks[number]
+        part = Stack(
+            self.path,
+            self.shape,
+            self.members[rows],
+            self.ranks[rows],
+            self.read,
+            self.block_bytes,
+            self.device,
+            self.stays,
+            [np.arange(len(rows))],
+        )
+        part._known, part._decomposed = self._known, self._decomposed
+        return part
+
     def factors(self) -> Iterator[Factors]:
         """The blocks as read, in order; a stack of a few blocks stays in memory until `forget`."""
-        if self._read_already is not None:
-            yield from self._read_already
-            return
-        keep: list[Factors] | None = [] if self._stays else None
-        for rows in self._split():
-            f = self._load(rows)
-            if keep is not None:
-                keep.append(f)
-            yield f
-        self._read_already = keep
+        for rows in self.blocks:
+            first = int(self.members[rows[0]])
+            found = self._known.get(first)
+            if found is None:
+                members = self.members[rows]
+                parts = [self.read(int(i)) for i in members]
+                found = joined_factors(members, parts, self.device)
+                if self.stays:
+                    self._known[first] = found
+            yield found
 
     def pairs(self) -> Iterator[tuple[Factors, Block | None]]:
         """The blocks as read, in order, each with its decomposition where that was kept."""
-        known = self._decomposed
-        for k, f in enumerate(self.factors()):
-            yield f, None if known is None else known[k]
+        for f in self.factors():
+            yield f, self._decomposed.get(int(f.members[0]))
+
+    def update(self, row: int) -> LowRank:
+        """One update as it came."""
+        B, A, scale = self.read(int(self.members[row]))
+        return LowRank(A, B, scale)
 
     def hold(self, factors: Factors, block: Block) -> None:
         """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""
-        self._read_already, self._decomposed = [factors], [block]
-
-    def in_memory(self) -> list[Factors] | None:
-        """All the blocks as read, where they stay in memory; None where they don't."""
-        if self._read_already is None and self._stays:
-            for _ in self.factors():
-                pass
-        return self._read_already
+        first = int(self.members[0])
+        self._known[first], self._decomposed[first] = factors, block
 
     @property
-    def _stays(self) -> bool:
+    def stays(self) -> bool:
+        """Whether what is read stays in memory, until `forget`."""
         return self._all_stays or self.nbytes <= _KEPT_BLOCKS * self.block_bytes
 
     def forget(self) -> None:
         """Drop what is kept in memory, unless all of the collection may be."""
-        self._decomposed = None
+        self._decomposed.clear()
         if not self._all_stays:
-            self._read_already = None
+            self._known.clear()
 
     def _split(self) -> Iterator[np.ndarray]:
         width = 4 * sum(self.shape)
@@ -116,8 +160,3 @@ class Stack:
                 yield np.arange(start, row)
                 start, top = row, rank
         yield np.arange(start, len(self))
-
-    def _load(self, rows: np.ndarray) -> Factors:
-        members = self.members[rows]
-        parts = [self._read(int(i)) for i in members]
-        return joined_factors(members, parts, self.device)

@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,12 @@ class _Record:
         self.layouts = MappingProxyType(
             {p: s.layout for p, s in plan.slots.items() if s.layout != Layout()}
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that it says."""
+        said = repr((dict(self.entries), dict(self.slots), dict(self.config)))
+        return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 ATTEMPTS = 20  # to open what is overwritten meanwhile; each needs one more writer
@@ -202,6 +209,21 @@ class AdapterFile:
         where = self.path if self._file is None else Path(self._file.path).parent
         return None if where is None else read_card(where)
 
+    def only(self, path: str) -> ModuleFile | None:
+        """What reads one module in another process; None for an adapter in memory."""
+        if self._file is None:
+            return None
+        return ModuleFile(self._file, self._record.slots[path], self._record.entries, self._wide)
+
+    @property
+    def identity(self) -> str:
+        """Which adapter it is: by its file's size, time of change and header; by all of it where it
+        is in memory.
+        """
+        if self._file is None:
+            return self.load().digest
+        return f"{self._file.version} {self._record.digest}"
+
     def read_extras(self) -> dict[str, Tensor]:
         """{file key: tensor} of everything that is no module's factor."""
         if self._adapter is not None:
@@ -227,11 +249,40 @@ class AdapterFile:
         return str(self.path or "adapter") if self._file is None else self._file.path
 
     def _tensors(self, keys: Iterable[str]) -> list[Tensor]:
-        held, entries = self._file, self._record.entries
-        assert held is not None
-        found = safetensors.read_tensors(held.file(), ((k, entries[k]) for k in keys), held.path)
-        held.file()  # which says if it was written to meanwhile
-        return found
+        assert self._file is not None
+        return _tensors_of(self._file, {key: self._record.entries[key] for key in keys})
+
+
+def _tensors_of(held: Held, entries: Mapping[str, Entry]) -> list[Tensor]:
+    found = safetensors.read_tensors(held.file(), entries.items(), held.path)
+    held.file()  # which says if it was written to meanwhile
+    return found
+
+
+class ModuleFile:
+    """One module of an adapter's file, to be read in another process; made by `AdapterFile.only`.
+
+    Args:
+        file: the file. slot: where the factors are in it. entries: of its header.
+        wide: what factors of 8 bits are read in.
+    """
+
+    def __init__(
+        self, file: Held, slot: Slot, entries: Mapping[str, Entry], wide: torch.dtype | None
+    ) -> None:
+        self._file, self._slot, self._wide = file, slot, wide
+        self._entries = {key: entries[key] for key in (slot.A, slot.B)}
+
+    @property
+    def identity(self) -> str:
+        """Which numbers they are: by the file's size and time of change, and where in it."""
+        return f"{self._file.version} {self._slot} {self._entries} {self._wide}"
+
+    @thin
+    def read(self, path: str) -> LowRank:
+        """As `AdapterFile.read`."""
+        A, B = _tensors_of(self._file, self._entries)
+        return _update(A, B, path, self._slot, self._file.path, None, self._wide)
 
 
 def open_files(

@@ -43,6 +43,8 @@ from .coding.record import Coded, Target, code
 from .contents import Contents
 from .one_pass import adapter_entries, in_one_gauge
 from .options import Kept, Options
+from .passes.survey import Survey
+from .passes.write import Builder, check_contract
 from .planning.budget import Ledger
 from .planning.costs import Costs
 from .planning.plan import FlatBases, ModulePlan, Shared
@@ -50,8 +52,6 @@ from .store.entries import ModuleEntry
 from .store.manifest import Manifest
 from .store.shard_writer import ShardWriter
 from .store.store import Transaction
-from .survey import Survey
-from .write import Builder, check_contract
 
 _CLOSE = 0.25  # of the bytes without shared sides: an update that the bases hold well
 _SPENT, _AIM = 0.98, 0.995  # of the allowed error: enough of it used, and what to try for
@@ -350,7 +350,7 @@ class Adding:
         if batch.paths[0] in self._cores:
             known = [self._cores[path] for path in batch.paths]
             core = torch.cat([left for left, _ in known]), torch.cat([right for _, right in known])
-        block = self.survey.cut(batch.block)
+        block = self.survey.costs.cut(batch.block)
         return code(batch.factors, target, numbers, U, V, block=block, core=core)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -54,6 +55,11 @@ class Contents(Catalog):
         self.device = device
         self._pieces: dict[tuple[str, str], Tensor] = {}
         self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
+
+    @property
+    def version(self) -> str:
+        """Digest of the manifest that it shows."""
+        return hashlib.sha256(self.state.raw).hexdigest()
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[tuple[Transaction, Contents]]:
@@ -301,6 +307,18 @@ class Stored:
     def read(self, path: str) -> LowRank:
         return self._contents.update(self._name, path)
 
+    @property
+    def identity(self) -> str:
+        """Which adapter it is: its name, and what its library said when it was opened."""
+        return f"{self._name} {self._contents.version}"
+
+    def only(self, path: str) -> StoredElsewhere | None:
+        """What reads it in another process; None for a library in memory."""
+        c = self._contents
+        if c.store.path is None:
+            return None
+        return StoredElsewhere(str(c.store.path), c.version, self._name, c.device)
+
     def read_extras(self) -> dict[str, Tensor]:
         return self._contents.extras(self._name)
 
@@ -310,3 +328,29 @@ class Stored:
 
     def load(self) -> Adapter:
         return self._contents.adapter(self._name)
+
+
+class StoredElsewhere:
+    """An adapter of a library, to be read in another process; made by `Stored.only`.
+
+    Args:
+        folder: the library's. version: what it said. name: the adapter's. device: where to read it.
+    """
+
+    def __init__(self, folder: str, version: str, name: str, device: Any) -> None:
+        self._folder, self._version, self._name, self._device = folder, version, name, device
+
+    @property
+    def identity(self) -> str:
+        return f"{self._name} {self._version}"
+
+    def read(self, path: str) -> LowRank:
+        return _opened(self._folder, self._version, self._device).update(self._name, path)
+
+
+@functools.lru_cache(4)
+def _opened(folder: str, version: str, device: Any) -> Contents:
+    found = Contents(Store.open(folder), device)
+    if found.version != version:
+        raise FileError(f"the library {folder} was changed meanwhile: start again")
+    return found

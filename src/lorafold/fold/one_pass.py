@@ -14,12 +14,12 @@ from ..collection.sources import Handle
 from ..errors import ToleranceError
 from ..prefixes import Prefixes
 from .options import Options
+from .passes.survey import Survey
+from .passes.write import Builder, Written, check_contract
 from .store.entries import AdapterEntry, config_difference
 from .store.manifest import Manifest
 from .store.part import Entries, Part
 from .store.store import Transaction
-from .survey import Survey
-from .write import Builder, Written, check_contract
 
 
 def adapter_entries(
@@ -117,16 +117,7 @@ def folded(
         ToleranceError: a source's own error leaves nothing of its bound.
     """
     own = tolerances or {}
-    collection = Collection(
-        handles,
-        exact={
-            name
-            for name, handle in handles.items()
-            if own.get(name, options.tolerance) == 0 or in_one_gauge(handle)
-        },
-        block_bytes=block_bytes(options.memory),
-        device=options.device,
-    )
+    collection = _collected(handles, options, own)
     names = collection.names[: collection.folded]
     bound = options.tolerance or 0.0
     stated = np.array([own.get(name, bound) for name in names])
@@ -136,8 +127,9 @@ def folded(
             [_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)]
         )
         _refuse_unmet(collection.names[collection.folded :], own, bound, old_errors)
-    survey = Survey(collection, options, bounds, options.progress)
-    written = Builder(survey).write(transaction)
+    with options.crew.engine((_said_of(handles), options.bare(), bounds)) as engine:
+        survey = Survey(collection, options, bounds, options.progress, engine)
+        written = Builder(survey).write(transaction)
     if options.tolerance is not None:
         error = np.sqrt(
             np.divide(
@@ -167,6 +159,26 @@ def folded(
         (Part(Entries.joined([Entries.of(entries)])),),
         survey.plain_svd_nbytes(),
     )
+
+
+def _collected(
+    handles: Mapping[str, Handle], options: Options, bounds: Mapping[str, float]
+) -> Collection:
+    return Collection(
+        handles,
+        exact={
+            name
+            for name, handle in handles.items()
+            if bounds.get(name, options.tolerance) == 0 or in_one_gauge(handle)
+        },
+        block_bytes=block_bytes(options.memory),
+        device=options.device,
+    )
+
+
+def _said_of(handles: Mapping[str, Handle]) -> list[Any]:
+    """What tells a run's adapters from those of another."""
+    return [(name, h.shapes, getattr(h, "identity", None)) for name, h in handles.items()]
 
 
 def _what_is_left(name: str, tolerance: float, error: float) -> float:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 from ..collection.limits import memory_bytes, torch_device
 from ..errors import MismatchError
+from ..scale.engine import Crew
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -37,6 +40,9 @@ class Refolding(TypedDict, total=False):
     memory: str | int
     device: Any
     progress: Progress | None
+    executor: Executor | str | None
+    workers: int | None
+    work: str | os.PathLike[str] | None
 
 
 class Folding(Refolding, total=False):
@@ -59,6 +65,9 @@ class Options:
     memory: str | int = "1GiB"
     device: Any = None
     progress: Progress | None = None
+    executor: Executor | str | None = None
+    workers: int | None = None
+    work: str | os.PathLike[str] | None = None
 
     @classmethod
     def of(cls, **given: Any) -> Options:
@@ -89,6 +98,7 @@ class Options:
             )
         o.check_ranges()
         memory_bytes(o.memory)
+        _ = o.crew
         return replace(o._completed(), device=torch_device(o.device))
 
     def _completed(self) -> Options:
@@ -126,6 +136,15 @@ class Options:
     def coded(self) -> bool:
         """Whether an average number of bits decides (not a tolerance, not floats)."""
         return self.bits is not None and self.bits <= 8
+
+    def bare(self) -> Options:
+        """What decides about bytes: no callables, nobody's workers."""
+        return replace(self, score=None, progress=None, executor=None, workers=None, work=None)
+
+    @property
+    def crew(self) -> Crew:
+        """Who is to do the work."""
+        return Crew(self.executor, self.workers, self.work)
 
     def recorded(self) -> dict[str, Any]:
         """What a library says of them: those that are set."""

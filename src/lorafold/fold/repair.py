@@ -30,14 +30,14 @@ from .change import is_as_stored
 from .contents import Contents
 from .one_pass import adapter_entries, in_one_gauge
 from .options import Options, Progress
+from .passes.survey import Survey
+from .passes.write import Builder, check_contract
 from .store.compaction import merge_shards
 from .store.entries import ModuleEntry, Piece
 from .store.manifest import MANIFEST, Manifest, read_copy
 from .store.state import State
 from .store.store import Store, Transaction
 from .store.turns import TIMEOUT, turn
-from .survey import Survey
-from .write import Builder, check_contract
 
 
 @dataclass(frozen=True)

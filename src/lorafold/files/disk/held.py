@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from ...errors import FileError
 
@@ -97,10 +98,14 @@ class Held:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         opened = Descriptor(open_regular(path))
-        self._status = _status(os.fstat(opened.number))
-        self.size = self._status[2]
+        self._status: tuple[int, ...] = _status(os.fstat(opened.number))
+        self.size = self._status[-2]
         self._opened: Descriptor | None = opened
         _keep(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Devices and inodes have other numbers on another machine.
+        return _elsewhere, (self.path, self._status[2:])
 
     def file(self) -> Descriptor:
         """The open file, as it was.
@@ -116,7 +121,7 @@ class Held:
                 opened = Descriptor(open_regular(self.path))
             except OSError as e:
                 raise ChangedError(f"{self.path} can't be opened again: {e.strerror or e}") from e
-        if _status(os.fstat(opened.number)) != self._status:
+        if _status(os.fstat(opened.number))[-len(self._status) :] != self._status:
             raise ChangedError(
                 f"{self.path}: the file was changed since it was opened; open it again"
             )
@@ -138,16 +143,28 @@ class Held:
         self.file()
         return found
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Its size and time of change (ns)."""
+        return self._status[-2:]
+
     def is_there(self) -> bool:
         """Whether its path still leads to it, unchanged."""
         try:
-            return _status(os.stat(self.path)) == self._status
+            return _status(os.stat(self.path))[-len(self._status) :] == self._status
         except OSError:
             return False
 
     def let_go(self) -> None:
         """Close it when no read is running; the next one opens it again."""
         self._opened = None
+
+
+def _elsewhere(path: str, status: tuple[int, ...]) -> Held:
+    """A file that another process has opened, of this size and time of change."""
+    held = Held.__new__(Held)
+    held.path, held._status, held.size, held._opened = path, status, status[0], None
+    return held
 
 
 def _status(found: os.stat_result) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ here they are coded as bases, and updates are put into the coordinates of what w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,14 @@ class Basis:
         """Keep the record only, which is several times smaller."""
         if self._side:
             self._columns = self._gram = self._factored = None
+
+    def __lorafold_key__(self) -> Any:
+        return self.record, self.fresh, self._side, self._d
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._side:
+            return self.__dict__
+        return {**self.__dict__, "_columns": None, "_gram": None, "_factored": None}
 
     def coordinates(self, X: Tensor) -> Tensor:
         """Least-squares coordinates (n, R, r) of the columns of X (n, d, r)."""

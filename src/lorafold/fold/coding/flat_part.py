@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,12 @@ class FlatSide:
         """Keep the record only."""
         if self._side:
             self._rows = self._inverse = None
+
+    def __lorafold_key__(self) -> Any:
+        return self.record, self.known, self._side, self._d
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None, "_inverse": None} if self._side else self.__dict__
 
     def loadings(self, X: Tensor, rows: np.ndarray | None = None) -> Tensor:
         """Least-squares loadings (n, k) of the flattened factors X (n, D).

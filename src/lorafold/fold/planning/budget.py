@@ -7,6 +7,7 @@ the library is written module by module, what one leaves of its budget goes to t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -115,28 +116,56 @@ def _row_of(stack: Stack, count: int) -> np.ndarray:
 
 
 class Ledger:
-    """What each adapter may still lose: the budgets of its modules, and what is carried over."""
+    """What each adapter may still lose: the budgets of its modules, and what is carried over.
+
+    Args:
+        targets: path → what the module may lose (or take). tolerances: (N,) of the adapters.
+        total: (N,) their squared norms.
+        first, rows: of a part of a ledger: its first adapter's position, and path → the first row.
+    """
 
     def __init__(
-        self, targets: dict[str, Target], tolerances: np.ndarray, total: np.ndarray
+        self,
+        targets: Mapping[str, Target],
+        tolerances: np.ndarray,
+        total: np.ndarray,
+        first: int = 0,
+        rows: Mapping[str, int] | None = None,
     ) -> None:
         self.total = total
-        self._targets = targets
+        self._targets, self._tolerances = targets, tolerances
+        self._first, self._rows = first, rows or {}
         self._carry = np.zeros(len(total))
         self._slack = 0.9 * SLACK * tolerances**2 * total
 
+    def part(self, first: int, end: int, rows: Mapping[str, tuple[int, int]]) -> Ledger:
+        """That of some adapters alone, at its beginning.
+
+        Args:
+            first, end: their positions. rows: path → (first, end) of their rows in the stack.
+        """
+        here = slice(first, end)
+        targets = {p: self._targets[p].take(np.arange(*span)) for p, span in rows.items()}
+        starts = {p: start for p, (start, _) in rows.items()}
+        return Ledger(targets, self._tolerances[here], self.total[here], first, starts)
+
+    def __lorafold_key__(self) -> Any:
+        return self._targets, self._tolerances, self.total, self._first, self._rows
+
     def target(self, path: str, rows: np.ndarray, members: np.ndarray) -> Target:
-        target = self._targets[path].take(rows)
+        """What some rows of a module are to meet."""
+        target = self._targets[path].take(rows - self._rows.get(path, 0))
         if target.kind != "error":
             return target
-        return Target(
-            "error", np.maximum(target.amount + self._carry[members], 0.3 * target.amount)
-        )
+        carry = self._carry[members - self._first]
+        return Target("error", np.maximum(target.amount + carry, 0.3 * target.amount))
 
     def limit(self, path: str, rows: np.ndarray, members: np.ndarray) -> np.ndarray:
         """The most a module may lose so that the adapter's sum can still hold."""
-        most: np.ndarray = self._targets[path].amount[rows] + self._carry[members]
-        most += self._slack[members]
+        there = members - self._first
+        amount = self._targets[path].amount[rows - self._rows.get(path, 0)]
+        most: np.ndarray = amount + self._carry[there]
+        most += self._slack[there]
         return most
 
     def in_sum(self, paths: Sequence[str], member: int) -> tuple[Target, float]:
@@ -155,4 +184,6 @@ class Ledger:
         )
 
     def book(self, path: str, rows: np.ndarray, members: np.ndarray, error: np.ndarray) -> None:
-        self._carry[members] += self._targets[path].amount[rows] - error
+        """Take account of what a module has lost."""
+        amount = self._targets[path].amount[rows - self._rows.get(path, 0)]
+        self._carry[members - self._first] += amount - error

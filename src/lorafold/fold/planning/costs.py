@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from ...collection.batch import squared_residuals
+from ...collection.batch import Block, squared_residuals
 from ...collection.stack import Stack
 from ..coding.flat_part import code_parts, part_nbytes
 from ..coding.record import predicted_nbytes
@@ -35,6 +36,19 @@ class Costs:
             used: np.ndarray = before < o.energy * (S**2).sum(1, keepdims=True)
             return used
         return np.ones(S.shape, bool)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank or an energy drops directions of an adapter's own."""
+        o = self.options
+        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
+
+    def cut(self, block: Block) -> Block:
+        """The block without the directions that a rank or an energy drops."""
+        if not self.cuts:
+            return block
+        keep = torch.as_tensor(self.used(block.S.cpu().numpy()), device=block.S.device)
+        return Block(block.members, block.U, torch.where(keep, block.S, 0.0), block.V)
 
     def allowed(self, stack: Stack, S: np.ndarray) -> np.ndarray:
         """(N,) squared error that each row may have at this module alone."""

@@ -72,7 +72,7 @@ def flat_spectra(
     for side in "AB":
         rows = _Rows(stack, side)
         room = max(_FEW, _BLOCKS * stack.block_bytes // (4 * rows.length))
-        if every or (n <= _GRAM and (n <= room or stack.in_memory() is not None)):
+        if every or (n <= _GRAM and (n <= room or stack.stays)):
             found[side] = _whole(rows, n - 1 if most is None else min(most, n - 1))
         else:
             wanted = min(room, _WIDEST) if most is None else most

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from ...collection.stack import Stack
-from ...thin import threads
 from ...words import note
 from .costs import Costs, reaching
 from .flat import coded_side, flat_spectra, predicted_nbytes
@@ -26,12 +25,10 @@ class Planner:
 
     Args:
         costs: what they cost under the fold's options. groups: side → (N_all,) init groups.
-        flat_threads: torch threads that flat sides are worth.
     """
 
     costs: Costs
     groups: Mapping[str, np.ndarray]
-    flat_threads: int | None = None
 
     def candidates(self, stack: Stack, S: np.ndarray, forms: Sequence[str]) -> list[ModulePlan]:
         """A fitted plan for each of `forms` that applies, cheapest first.
@@ -56,8 +53,7 @@ class Planner:
                 continue
             try:
                 if form == "flat":
-                    with threads(self.flat_threads):
-                        plans += self._flat(stack, S, limit)
+                    plans += self._flat(stack, S, limit)
                 else:
                     sharing = sharing or Sharing(
                         self.costs, self.groups, stack, S, [f for f in forms if f in SIDES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,10 @@ class ModulePlan:
     fixed: float = 0.0
     squares: np.ndarray | None = None
     rate: float | None = None
+
+    def bare(self) -> ModulePlan:
+        """What coding needs of it."""
+        return replace(self, energy=self.energy[:0])
 
     def release(self) -> None:
         """Keep the bases as the bytes that will be written, until they are needed."""

@@ -6,19 +6,21 @@ All forms are tried on a few modules; the others follow those that won there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import torch
 
-from ..collection.batch import Block, Factors, norms, singular_values
-from ..collection.collection import Collection
-from ..collection.groups import init_groups, probes
-from ..errors import MismatchError
-from .options import Options, Progress
-from .planning.costs import Costs
-from .planning.forms import Planner
-from .planning.plan import ModulePlan
+from ...collection.batch import Block, Factors
+from ...collection.collection import Collection
+from ...collection.groups import init_groups, probes
+from ...collection.stack import Stack
+from ...errors import MismatchError
+from ...scale.engine import Engine, Task
+from ..options import Options, Progress
+from ..planning.costs import Costs
+from ..planning.forms import Planner
+from ..planning.plan import ModulePlan
+from .tasks import candidates, measured, wide
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _LARGEST = 1e37  # of a singular value: coefficients are float32
@@ -31,7 +33,7 @@ class Survey:
 
     Args:
         collection: the adapters. options: how to fold. tolerances: (folded,) each adapter's bound.
-        progress: called with (done, total, stage).
+        progress: called with (done, total, stage). engine: who does the work.
 
     Attributes:
         stacks: module path → the folded adapters that have it. costs: what forms cost.
@@ -45,29 +47,56 @@ class Survey:
         options: Options,
         tolerances: np.ndarray,
         progress: Progress | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.collection = collection
         self.options = options
+        self.engine = engine or Engine()
         self.tolerances = tolerances
         self.progress = progress or (lambda done, total, stage: None)
         stacks = {p: collection.stack(p) for p in collection.paths}
         self.stacks = {p: s for p, s in stacks.items() if s is not None}
         self.groups: dict[str, np.ndarray] = {}
         self.singular_values: dict[str, np.ndarray] = {}
-        self.costs = Costs(options, tolerances**2)
+        self.costs = Costs(options.bare(), tolerances**2)
 
     def measure(self) -> None:
         """Init groups and every module's singular values."""
         count = self.collection.folded
         if count > 1:
             stacks = list(self.stacks.values())
-            self.groups = {side: init_groups(stacks, count, side) for side in "UV"}
-        for k, (path, stack) in enumerate(self.stacks.items()):
-            self.progress(k, 2 * len(self.stacks), "measuring")
-            S = [self._spectra(f).cpu().numpy() for f in stack.factors()]
-            stack.forget()
-            width = max(s.shape[1] for s in S)
-            self._found(path, np.concatenate([_wide(s, width) for s in S]))
+            self.groups = {side: init_groups(stacks, count, side, self.engine) for side in "UV"}
+        by_path: dict[str, list[np.ndarray]] = {path: [] for path in self.stacks}
+        tasks = list(self._measuring())
+        for k, (spectra, digests) in enumerate(self.engine.map(measured, tasks)):
+            self.progress(k, 2 * len(tasks), "measuring")
+            self.collection.know(digests)
+            for path, S in spectra.items():
+                by_path[path].append(S)
+        for path, found in by_path.items():
+            width = max(S.shape[1] for S in found)
+            self._found(path, np.concatenate([wide(S, width) for S in found]))
+
+    def _measuring(self) -> Iterator[Task]:
+        """Elsewhere a task is a block of adapters, whose files nobody else reads; here it is a
+        module, which so is read once for all that is done with it.
+        """
+        if not self.engine.spread:
+            for path, stack in self.stacks.items():
+                yield Task(f"module {path!r}", (self.costs, [stack]))
+            return
+        for first, end, parts in self.blocks():
+            yield Task(self.collection.called(first, end), (self.costs, list(parts.values())))
+
+    def blocks(self) -> Iterator[tuple[int, int, dict[str, Stack]]]:
+        """The adapters that are worked on together: first and end, and path → what they have."""
+        for first, end in self.collection.blocks:
+            parts = {}
+            for path, stack in self.stacks.items():
+                number = stack.block_from(first, end)
+                if number is not None:
+                    parts[path] = stack.part(number)
+            yield first, end, parts
 
     def _found(self, path: str, S: np.ndarray) -> None:
         """Keep a module's singular values, which float32 must hold."""
@@ -81,34 +110,22 @@ class Survey:
             )
         self.singular_values[path] = S
 
-    def _spectra(self, f: Factors) -> torch.Tensor:
-        """Singular values (n, r); where no bits depend on them, what has their norm, (n, 1)."""
-        if self.options.tolerance is None and self.options.form == "flat":
-            return norms(f)
-        exact = self.options.tolerance is not None and self.tolerances.min(initial=1.0) < 0.01
-        return singular_values(f, exact)
-
     def know(self, path: str, factors: Factors, block: Block) -> None:
         """Take in a module that was read and decomposed elsewhere."""
         self.stacks[path].hold(factors, block)
         self._found(path, block.S.cpu().numpy())
 
-    def plans(self, many: int) -> Iterator[dict[str, ModulePlan]]:
-        """The plans worth writing, the cheapest by prediction first.
-
-        Args:
-            many: torch threads that flat sides are worth.
-        """
-        planner = Planner(self.costs, self.groups, many)
+    def plans(self) -> Iterator[dict[str, ModulePlan]]:
+        """The plans worth writing, the cheapest by prediction first."""
         forms = self._forms()
         if len(forms) == 1 or not self.stacks:
-            yield self._each(planner, forms)
+            yield self._each(forms)
             return
         paths = list(self.stacks)
         won: dict[str, float] = {}
         totals: dict[str, float] = {}
-        for j in probes(len(paths), _PROBES):
-            plans = self._candidates(planner, paths[j], forms)
+        tried = [paths[j] for j in probes(len(paths), _PROBES)]
+        for plans in self._candidates(tried, forms):
             for plan in plans:
                 totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
@@ -117,8 +134,7 @@ class Survey:
         worth = [f for f in forms if f in won or totals.get(f, np.inf) < near * smallest]
         mix: dict[str, ModulePlan] = {}
         sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
-        for path in paths:
-            plans = self._candidates(planner, path, worth)
+        for path, plans in zip(paths, self._candidates(paths, worth), strict=True):
             mix[path] = plans[0]
             by_form = {plan.form: plan.nbytes for plan in plans}
             for form in worth:
@@ -128,7 +144,7 @@ class Survey:
         for form in worth:
             differs = any(plan.form != form for plan in mix.values())
             if differs and sizes[form] < near * cost:
-                yield self._each(planner, [form, "svd"] if form == "flat" else [form])
+                yield self._each([form, "svd"] if form == "flat" else [form])
 
     def _forms(self) -> list[str]:
         form = self.options.form
@@ -139,26 +155,30 @@ class Survey:
         # Flat before those that keep the decomposed stack in memory.
         return ["svd", "flat", "input", "output", "shared"]
 
-    def _each(self, planner: Planner, forms: list[str]) -> dict[str, ModulePlan]:
+    def _each(self, forms: list[str]) -> dict[str, ModulePlan]:
         plans = {}
-        for path, stack in self.stacks.items():
-            found = self._candidates(planner, path, forms)
+        for path, found in zip(self.stacks, self._candidates(self.stacks, forms), strict=True):
             if not found:
                 raise MismatchError(
                     f"form 'flat' needs one rank at each module; {path!r} has ranks "
-                    f"{sorted(set(stack.ranks.tolist()))}: resize the adapters, or take "
-                    "another form"
+                    f"{sorted(set(self.stacks[path].ranks.tolist()))}: resize the adapters, or "
+                    "take another form"
                 )
             plans[path] = found[0]
         return plans
 
-    def _candidates(self, planner: Planner, path: str, forms: list[str]) -> list[ModulePlan]:
-        stack = self.stacks[path]
-        plans = planner.candidates(stack, self.singular_values[path], forms)
-        for plan in plans:
-            plan.release()
-        stack.forget()
-        return plans
+    def _candidates(self, paths: Iterable[str], forms: list[str]) -> Iterator[list[ModulePlan]]:
+        """Of some modules, the plans in each of `forms` that applies, cheapest first."""
+        planner = Planner(self.costs, self.groups)
+        # Those that share nothing look at no update: nothing to send anywhere.
+        engine = Engine() if forms == ["svd"] else self.engine
+        tasks = [
+            Task(
+                f"module {path!r}", (planner, self.stacks[path], self.singular_values[path], forms)
+            )
+            for path in paths
+        ]
+        return engine.map(candidates, tasks)
 
     def plain_svd_nbytes(self) -> int:
         """Bytes that truncated SVD of each adapter in float16 takes at the same tolerance.
@@ -190,27 +210,3 @@ class Survey:
         for path, stack in self.stacks.items():
             total[stack.members] += (self.singular_values[path] ** 2).sum(1)
         return total
-
-    @property
-    def cuts(self) -> bool:
-        """Whether a rank or an energy drops directions of an adapter's own."""
-        o = self.options
-        return o.form in ("svd", "auto") and (o.rank is not None or o.energy is not None)
-
-    def cut(self, block: Block) -> Block:
-        """The block without the directions that a rank or an energy drops."""
-        if not self.cuts:
-            return block
-        S = block.S.cpu().numpy()
-        keep = self.costs.used(S)
-        return Block(
-            block.members,
-            block.U,
-            torch.where(torch.as_tensor(keep, device=block.S.device), block.S, 0.0),
-            block.V,
-        )
-
-
-def _wide(S: np.ndarray, width: int) -> np.ndarray:
-    """(n, r) singular values with zeros to (n, width)."""
-    return np.pad(S, ((0, 0), (0, width - S.shape[1])))

@@ -1,0 +1,93 @@
+"""Reading a module of some adapters in another process, on this machine or another.
+
+What travels is where each one's tensors lie, and what the file was when it was opened; of adapters
+in memory, their tensors. Nobody gets more of a collection than what it works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..adapter import Layout, module_digest
+from ..errors import MismatchError
+from ..lowrank import LowRank
+from .sources import Handle
+
+
+@runtime_checkable
+class Portable(Protocol):
+    """What reads one module, and can be pickled."""
+
+    @property
+    def identity(self) -> str:
+        """Says whether another one reads the same."""
+
+    def read(self, path: str) -> LowRank:
+        """The update."""
+
+
+class InMemory:
+    """An update that travels itself.
+
+    Args:
+        update: it.
+    """
+
+    def __init__(self, update: LowRank) -> None:
+        self._update = update
+
+    @property
+    def identity(self) -> str:
+        return module_digest("", self._update, Layout()).hex()
+
+    def read(self, path: str) -> LowRank:
+        return self._update
+
+
+def one_module(handle: Handle, path: str) -> Portable:
+    """What reads a module of an opened adapter elsewhere."""
+    narrowed = getattr(handle, "only", None)
+    found = None if narrowed is None else narrowed(path)
+    return InMemory(handle.read(path)) if found is None else found
+
+
+class Elsewhere:
+    """Reads one module of some adapters, as a `Stack` asks for it; made to be pickled.
+
+    Args:
+        path: the module's. readers: position → what reads it. names: position → adapter.
+        layouts: position → its layout, of those that are not plain linear layers.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        readers: Mapping[int, Portable],
+        names: Mapping[int, str],
+        layouts: Mapping[int, Layout],
+    ) -> None:
+        self.path = path
+        self._readers, self._names, self._layouts = readers, names, layouts
+        self._digests: dict[int, bytes] | None = None
+
+    def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
+        try:
+            u = self._readers[i].read(self.path)
+        except MismatchError as e:
+            raise MismatchError(f"adapter {self._names[i]!r}: {e}") from e
+        if self._digests is not None and i not in self._digests:
+            self._digests[i] = module_digest(self.path, u, self._layouts.get(i, Layout()))
+        return u.B, u.A, u.scale
+
+    def take_digests(self) -> dict[int, bytes]:
+        """Where the digest of whatever is read from now on is put: position → digest."""
+        self._digests = {}
+        return self._digests
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name → which update is read."""
+        return {self._names[i]: reader.identity for i, reader in self._readers.items()}

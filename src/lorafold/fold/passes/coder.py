@@ -1,0 +1,212 @@
+"""Coding blocks of a module as it was planned: to their budgets, and measured on what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...collection.batch import Block, Factors, squared_residuals
+from ...collection.stack import Stack
+from ...words import note
+from ..coding.flat_part import code_parts
+from ..coding.record import Coded, Target, code, decode, exact_record
+from ..planning.budget import Ledger
+from ..planning.costs import Costs
+from ..planning.plan import FlatBases, ModulePlan, basis_at, side_pairs
+
+_ATTEMPTS = 5  # more, to get a module within its bound, before it is stored exactly
+_FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
+_ROUNDING = 5e-8  # of Σ ‖b_k‖ ‖a_k‖: what another order of the decoder's sums may change
+_WORSE = 4.0  # times ‖ΔW‖²: a flat part that misses more is left out
+
+
+@dataclass(frozen=True)
+class Coder:
+    """Codes blocks to what a ledger leaves them.
+
+    Args:
+        costs: of plans, under the fold's options and bounds.
+    """
+
+    costs: Costs
+
+    @property
+    def fine(self) -> bool:
+        """Whether a bound is so small that what is measured must be what is read back."""
+        bounded = self.costs.options.tolerance is not None
+        return bounded and self.costs.budgets.min(initial=1.0) < _FINE**2
+
+    def coded(
+        self,
+        stack: Stack,
+        plan: ModulePlan,
+        ledger: Ledger,
+        known: Coded | None = None,
+        first: int = 0,
+    ) -> Iterator[tuple[np.ndarray, Coded]]:
+        """Each block's adapters, and their records at a module; the ledger is kept.
+
+        Args:
+            stack: some or all of the module's updates. plan: of the module, for all of them.
+            known: what was coded and booked already, of a single block.
+            first: the row in `plan` and `ledger` of the stack's first update.
+        """
+        start = first
+        for f, decomposed in stack.pairs():
+            rows = np.arange(start, start + len(f.members))
+            start += len(f.members)
+            target = ledger.target(stack.path, rows, f.members)
+            if known is not None:
+                coded = known
+            else:
+                block = decomposed
+                if self.costs.cuts and plan.flat is None:
+                    block = self.costs.cut(decomposed or f.decomposed())
+                coded = code_as_planned(f, rows, plan, target, block)
+            one = _Block(f, rows, rows - first, stack, plan)
+            if self.fine and target.kind == "error":
+                coded = _as_read(one, coded)
+            if target.kind == "error":
+                if known is None:
+                    coded = self._enforced(one, target, coded, ledger)
+                coded = _not_bulky(one, coded)
+                if known is None:
+                    ledger.book(stack.path, rows, f.members, coded.squared_error)
+            yield f.members, coded
+
+    def _enforced(self, block: _Block, target: Target, coded: Coded, ledger: Ledger) -> Coded:
+        """Code again what overshot; at last store it exactly."""
+        f, rows = block.factors, block.rows
+        factor, limit = np.ones(len(rows)), ledger.limit(block.stack.path, rows, f.members)
+        for _ in range(_ATTEMPTS):
+            over = np.flatnonzero(coded.squared_error > limit)
+            if not len(over):
+                return coded
+            # On top of what earlier attempts asked for, which was not enough.
+            factor[over] *= 0.97 * limit[over] / coded.squared_error[over]
+            again = block.take(over)
+            redone = code_as_planned(
+                again.factors, again.rows, block.plan, target.take(over, factor[over])
+            )
+            if self.fine:
+                redone = _as_read(again, redone)
+            coded = coded.replaced(over, redone)
+        return _exact_rows(block, np.flatnonzero(coded.squared_error > limit), coded)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some updates at a module: as read, and their rows in the plan and in the stack."""
+
+    factors: Factors
+    rows: np.ndarray
+    in_stack: np.ndarray
+    stack: Stack
+    plan: ModulePlan
+
+    def take(self, some: np.ndarray) -> _Block:
+        factors = self.factors.take(some)
+        return _Block(factors, self.rows[some], self.in_stack[some], self.stack, self.plan)
+
+
+def _as_read(block: _Block, coded: Coded) -> Coded:
+    """The same, its errors measured in float64 on what the records decode to.
+
+    What codes many at once multiplies in another order than what reads one, and small errors are no
+    larger than what that changes.
+    """
+    plan, stack = block.plan, block.stack
+
+    def basis(side: str, number: int, count: int) -> Tensor:
+        if side in "AB":
+            assert plan.flat is not None
+            return (plan.flat.A if side == "A" else plan.flat.B).rows
+        found = basis_at(plan.U if side == "U" else plan.V, number)
+        assert found is not None
+        return found.columns[:, :count]
+
+    error = np.zeros(len(coded.records))
+    for k, record in enumerate(coded.records):
+        source = stack.update(int(block.in_stack[k]))
+        stored = decode(record, stack.shape, basis, stack.device)
+        wide = [u.to(stack.device, torch.float64) for u in (source, stored)]
+        lost = (wide[0] - wide[1]).norm()
+        size = float((wide[1].B.norm(dim=0) * wide[1].A.norm(dim=1)).sum())
+        rounded = _ROUNDING * size if lost > 0 else 0.0
+        error[k] = lost**2 + rounded**2
+    return Coded(coded.records, error, coded.payload)
+
+
+def _not_bulky(block: _Block, coded: Coded) -> Coded:
+    """Records that outgrew the tensors that they stand for give way to these."""
+    itemsize = 4  # float32 at most; smaller dtypes are caught by their own record's length
+    raw = sum(block.stack.shape) * block.stack.ranks[block.in_stack]
+    bulky = np.array([len(r) for r in coded.records]) > itemsize * raw
+    return _exact_rows(block, np.flatnonzero(bulky), coded, only_smaller=True)
+
+
+def _exact_rows(block: _Block, rows: np.ndarray, coded: Coded, only_smaller: bool = False) -> Coded:
+    found = {}
+    for k in rows.tolist():
+        record = exact_record(block.stack.update(int(block.in_stack[k])))
+        if not only_smaller or len(record) < len(coded.records[k]):
+            found[k] = record
+    sizes = np.array([len(record) for record in found.values()], float)
+    by = Coded(list(found.values()), np.zeros(len(found)), sizes)
+    return coded.replaced(np.array(list(found), int), by)
+
+
+def code_as_planned(
+    f: Factors, rows: np.ndarray, plan: ModulePlan, target: Target, block: Block | None = None
+) -> Coded:
+    """Code some updates, each with the sides it has.
+
+    Args:
+        f: as they came. rows: of the stack. block: their decomposition where it is known; without
+            it only those that share nothing are decomposed, and those in a bad gauge.
+    """
+    if plan.flat is not None:
+        return _code_flat(f, rows, plan, plan.flat, target)
+    result = Coded.nothing(len(rows))
+    for (u, v), members in side_pairs(rows, plan.U, plan.V).items():
+        U, V = basis_at(plan.U, u), basis_at(plan.V, v)
+        numbers = [(u if U else None, v if V else None)] * len(members)
+        known = None if block is None else block.take(members)
+        some, wanted = f.take(members), target.take(members)
+        try:
+            part = code(some, wanted, numbers, U, V, block=known)
+        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+            if U is None and V is None:
+                raise
+            note(f"form {plan.form!r}: {len(members)} updates get sides of their own: {e}")
+            part = code(some, wanted, block=known)
+        result = result.replaced(members, part)
+    return result
+
+
+def _code_flat(
+    f: Factors, rows: np.ndarray, plan: ModulePlan, flat: FlatBases, target: Target
+) -> Coded:
+    """Flat parts, and where these miss the target a residual of the adapter's own."""
+    parts = code_parts(f, flat.A, flat.B, 0, flat.wide, rows)
+    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
+    # What is tiny beside the mean comes out far worse than as nothing.
+    assert plan.squares is not None
+    nothing = plan.squares[rows]
+    worse = ~(error <= _WORSE * nothing)
+    parts.forget(np.flatnonzero(worse))
+    error = np.where(worse, nothing, error)
+    payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
+    coded = Coded(parts.records, error, payload)
+    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
+    if len(over):
+        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
+        rest = code(Factors(f.members[over], B, A), target.take(over))
+        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
+        more = Coded(records, rest.squared_error, rest.payload + payload[over])
+        coded = coded.replaced(over, more)
+    return coded

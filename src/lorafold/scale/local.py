@@ -1,0 +1,146 @@
+"""Workers on this machine: processes of one interpreter each, replaced where they die or hang.
+
+Not `ProcessPoolExecutor`: that imports the user's main module in every process, which runs a script
+without a guard again, and when one process dies it fails all that runs without saying whose fault
+it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from .worker import perform
+
+_START = "import sys; sys.path[:] = {path!r}; from lorafold.scale.worker import main; main()"
+
+
+class WorkerDiedError(Exception):
+    """The process that ran a task ended."""
+
+
+class LocalWorkers(Executor):
+    """Runs `perform` in processes of this machine.
+
+    Args:
+        count: processes. patience: seconds that a task may take before its process is killed.
+    """
+
+    def __init__(self, count: int, patience: float) -> None:
+        self.count, self._patience = count, patience
+        self._threads = ThreadPoolExecutor(count, "worker")
+        self._idle: SimpleQueue[_Process] = SimpleQueue()
+        self._all: set[_Process] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        for _ in range(count):
+            self._start()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if fn is not perform or kwargs:
+            raise TypeError("these workers run tasks of a work directory alone")
+        return self._threads.submit(self._run, args)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes, at once."""
+        with self._lock:
+            self._closed = True
+            for process in self._all:
+                process.kill()
+        self._threads.shutdown(wait, cancel_futures=True)
+        for process in self._all:
+            process.close()
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._closed:
+                process = _Process()
+                self._all.add(process)
+                self._idle.put(process)
+
+    def _run(self, task: tuple[Any, ...]) -> bytes | None:
+        process = self._idle.get()
+        try:
+            found = process.ask(task, self._patience)
+        except BaseException:
+            process.kill()
+            with self._lock:
+                self._all.discard(process)
+            process.close()
+            self._start()
+            raise
+        self._idle.put(process)
+        return found
+
+
+class _Process:
+    """One process, asked one thing at a time."""
+
+    def __init__(self) -> None:
+        # Thin algebra in each, and its threads would only wait for one another.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _START.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+
+    def ask(self, task: tuple[Any, ...], patience: float) -> bytes | None:
+        """Have it run a task.
+
+        Raises:
+            WorkerDiedError: it ended, or took too long and was ended.
+        """
+        stdin, stdout = self._popen.stdin, self._popen.stdout
+        assert stdin is not None
+        assert stdout is not None
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            self.kill()
+
+        timer = threading.Timer(patience, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            stdin.write(json.dumps(task) + "\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except OSError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer.endswith("\n"):
+            why = f"did not answer within {patience:g} s" if hung.is_set() else self._end()
+            raise WorkerDiedError(f"process {self._popen.pid} {why}")
+        return bytes.fromhex(answer) or None
+
+    def _end(self) -> str:
+        try:
+            code = self._popen.wait(10)
+        except subprocess.TimeoutExpired:
+            return "closed its output"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
+    def kill(self) -> None:
+        """End it; whoever waits for its answer is told."""
+        self._popen.kill()
+
+    def close(self) -> None:
+        """Let go of one that was ended."""
+        self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()

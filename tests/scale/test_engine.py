@@ -1,0 +1,256 @@
+"""Tasks run by whatever executor: in order, tried again where a worker fails, named where not."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lorafold import FileError, MismatchError
+from lorafold.scale.engine import Crew, Engine, Spread, Task
+from lorafold.scale.local import LocalWorkers
+from lorafold.scale.work import Pieces, WorkDirectory
+
+# Functions of this module are found by the workers, which have this process's path.
+
+
+def double(x):
+    return 2 * x
+
+
+def slow(x, seconds):
+    time.sleep(seconds)
+    return x
+
+
+def fails(x):
+    raise MismatchError(f"not {x}")
+
+
+def odd_error(x):
+    class Odd(Exception):
+        def __init__(self, a, b):
+            super().__init__(a)
+
+    raise Odd(1, 2)
+
+
+def long(x):
+    return Pieces(x, [b"ab", b"cde"])
+
+
+def of_shared(shared, k):
+    return shared.get()[k]
+
+
+def dies_first(marker):
+    """Ends its process when it is run for the first time."""
+    if not os.path.exists(marker):
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def hangs_first(marker):
+    if not os.path.exists(marker):
+        Path(marker).touch()
+        time.sleep(600)
+    return "alive"
+
+
+def dies(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(folder, x):
+    Path(folder, f"{x}.{os.getpid()}.{time.monotonic_ns()}").touch()
+    return x
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two workers; the path has this module's folder, as it is no package."""
+    import sys
+
+    sys.path.insert(0, os.path.dirname(__file__))
+    workers = LocalWorkers(2, 60)
+    yield workers
+    workers.shutdown()
+    sys.path.remove(os.path.dirname(__file__))
+
+
+@pytest.fixture(params=["here", "threads", "processes"])
+def engine(request, tmp_path, two):
+    if request.param == "here":
+        yield Engine()
+    elif request.param == "threads":
+        with ThreadPoolExecutor(2) as threads:
+            yield Spread(threads, WorkDirectory(tmp_path / "work"))
+    else:
+        yield Spread(two, WorkDirectory(tmp_path / "work"))
+
+
+def tasks(*inputs):
+    return [Task(f"number {k}", given) for k, given in enumerate(inputs)]
+
+
+def test_results_come_in_order(engine):
+    assert list(engine.map(double, tasks(*((k,) for k in range(20))))) == list(range(0, 40, 2))
+    assert list(engine.map(slow, tasks((1, 0.3), (2, 0.0), (3, 0.1)))) == [1, 2, 3]
+    assert list(engine.map(double, [])) == []
+
+
+def test_what_a_task_raises_is_raised(engine):
+    with pytest.raises(MismatchError, match="not 3"):
+        list(engine.map(fails, tasks((3,))))
+
+
+def test_an_error_that_cannot_travel_is_told(two, tmp_path):
+    with pytest.raises(RuntimeError, match="Odd: 1"):
+        list(Spread(two, WorkDirectory(tmp_path)).map(odd_error, tasks((3,))))
+
+
+def test_long_results_are_read_in_ranges(engine):
+    (found,) = engine.map(long, tasks((5,)))
+    assert found.value == 5
+    assert [found.read(0, 2), found.read(1, 4), found.read(5, 5)] == [b"ab", b"bcd", b""]
+
+
+def test_a_cut_result_is_told(two, tmp_path):
+    (found,) = Spread(two, WorkDirectory(tmp_path)).map(long, tasks((5,)))
+    (file,) = tmp_path.glob("*.done")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FileError, match="was cut"):
+        found.read(0, 5)
+
+
+def test_what_tasks_share_is_there(engine):
+    shared = engine.share({"a": 1, "b": 2})
+    assert list(engine.map(of_shared, tasks((shared, "b"), (shared, "a")))) == [2, 1]
+
+
+def test_a_worker_that_dies_is_replaced(two, tmp_path):
+    engine = Spread(two, WorkDirectory(tmp_path / "work"))
+    given = [(str(tmp_path / f"m{k}"),) for k in range(3)]
+    assert list(engine.map(dies_first, tasks(*given))) == ["alive"] * 3
+
+
+def test_a_task_that_kills_its_workers_is_named_and_the_others_are_done(two, tmp_path):
+    work = WorkDirectory(tmp_path / "work")
+    engine = Spread(two, work)
+    sent = [Task("adapter 'bad'", (1,))]
+    with pytest.raises(FileError, match="'bad' was given up after 3 attempts: .* signal 9"):
+        list(engine.map(dies, sent))
+    assert list(engine.map(double, tasks((4,), (5,)))) == [8, 10]
+
+
+def test_a_worker_that_hangs_is_ended(tmp_path, two):
+    workers = LocalWorkers(1, 3)
+    try:
+        engine = Spread(workers, WorkDirectory(tmp_path / "work"), 3)
+        found = list(engine.map(hangs_first, tasks((str(tmp_path / "marker"),))))
+    finally:
+        workers.shutdown()
+    assert found == ["alive"]
+
+
+def test_what_is_done_is_not_done_again(two, tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    work = WorkDirectory(tmp_path / "work")
+    first = list(Spread(two, work).map(counted, tasks(*((str(runs), k) for k in range(3)))))
+    again = list(Spread(two, work).map(counted, tasks(*((str(runs), k) for k in range(4)))))
+    assert first == [0, 1, 2]
+    assert again == [0, 1, 2, 3]
+    assert len(os.listdir(runs)) == 4
+    assert not list((tmp_path / "work").glob("*.task"))
+
+
+class Refusing(Executor):
+    """One that fails as some do when a machine is lost: not with an error of the task."""
+
+    def __init__(self, times):
+        self.left, self.lock = times, threading.Lock()
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = Future()
+        with self.lock:
+            if self.left:
+                self.left -= 1
+                future.set_exception(ConnectionResetError("a machine is gone"))
+                return future
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_what_an_executor_loses_is_sent_again(tmp_path):
+    assert list(Spread(Refusing(2), WorkDirectory(tmp_path)).map(double, tasks((1,)))) == [2]
+    other = tmp_path / "other"
+    with pytest.raises(
+        FileError, match="number 0 was given up after 3 .*: a machine is gone"
+    ):
+        list(Spread(Refusing(3), WorkDirectory(other)).map(double, tasks((1,))))
+
+
+def test_an_executor_that_was_shut_down_is_told(tmp_path):
+    threads = ThreadPoolExecutor(1)
+    threads.shutdown()
+    with pytest.raises(FileError, match="takes no tasks: cannot schedule"):
+        list(Spread(threads, WorkDirectory(tmp_path)).map(double, tasks((1,))))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"executor": 3}, "executor must be a concurrent.futures.Executor"),
+        ({"executor": "dask"}, "or 'ray://host:port', found 'dask'"),
+        ({"workers": 0}, "workers must be a whole number of at least 1, found 0"),
+        ({"workers": True}, "found True"),
+        ({"workers": 1.5}, "found 1.5"),
+        ({"workers": 2, "executor": "ray"}, "exclude each other"),
+    ],
+)
+def test_who_is_to_work_is_checked(given, message):
+    with pytest.raises(MismatchError, match=message):
+        Crew(**given)
+
+
+def test_a_work_directory_of_another_run_is_refused(tmp_path):
+    with Crew(work=tmp_path / "w").engine("one") as engine:
+        assert list(engine.map(double, tasks((1,)))) == [2]
+    with Crew(work=tmp_path / "w").engine("one") as engine:
+        assert list(engine.map(double, tasks((1,)))) == [2]
+    with (
+        pytest.raises(FileError, match="of another run, of other adapters or options"),
+        Crew(work=tmp_path / "w").engine("two"),
+    ):
+        pass
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with (
+        pytest.raises(FileError, match="is no work directory, and not empty"),
+        Crew(work=tmp_path / "mine").engine("one"),
+    ):
+        pass
+    (tmp_path / "w/work.json").write_text("{")
+    with pytest.raises(FileError, match="can't be read"), Crew(work=tmp_path / "w").engine("one"):
+        pass
+    with (
+        pytest.raises(FileError, match="can't be a work directory"),
+        Crew(work=tmp_path / "mine/notes.txt").engine("one"),
+    ):
+        pass
+
+
+def test_a_ray_that_does_not_answer_is_named():
+    pytest.importorskip("ray")
+    with (
+        pytest.raises(FileError, match="no Ray answers at ray://127.0.0.1:9 within 10 s"),
+        Crew("ray://127.0.0.1:9").engine(),
+    ):
+        pass
+    with pytest.raises(FileError, match="is no address of a Ray cluster"), Crew("ray://").engine():
+        pass
