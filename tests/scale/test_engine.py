@@ -189,9 +189,7 @@ class Refusing(Executor):
 def test_what_an_executor_loses_is_sent_again(tmp_path):
     assert list(Spread(Refusing(2), WorkDirectory(tmp_path)).map(double, tasks((1,)))) == [2]
     other = tmp_path / "other"
-    with pytest.raises(
-        FileError, match="number 0 was given up after 3 .*: a machine is gone"
-    ):
+    with pytest.raises(FileError, match="number 0 was given up after 3 .*: a machine is gone"):
         list(Spread(Refusing(3), WorkDirectory(other)).map(double, tasks((1,))))
 
 
