@@ -20,7 +20,7 @@ def beside(name):
 
 
 kinds, judge, mutations = beside("kinds"), beside("judge"), beside("mutations")
-KINDS = {**kinds.KINDS, **beside("formats").KINDS}
+KINDS = {**kinds.KINDS, **beside("formats").KINDS, **beside("runs").KINDS}
 
 
 def attacked(name, count, folder, seed=0, first=0, lines=8, more=True):

@@ -33,7 +33,6 @@ from lorafold.collection.folders import known_names
 from lorafold.errors import LorafoldError
 from lorafold.files import load_many
 from lorafold.files.base import Weights, read_base
-from lorafold.files.disk.sealed import with_seal
 from lorafold.fold import Library
 from lorafold.merge.recipe import Recipe
 from lorafold.roles.role import Role
@@ -41,7 +40,6 @@ from lorafold.route import load as load_router
 from lorafold.train.job.data import read_data
 from lorafold.train.job.dialects import read_config
 from lorafold.train.mixin import resume_controller, save_controller
-from lorafold.train.steering import state as steering
 from lorafold.train.steering.pairs import read_pairs
 from lorafold.transfer.align.bases import Part
 from lorafold.transfer.align.covariances import Moments
@@ -453,26 +451,6 @@ def load_controller(folder):
     return {"state": repr(controller.state_dict()), "tensors": tensors}
 
 
-def make_run(folder):
-    """A state of steering, as far as it is read before there is a model."""
-    header = {
-        "version": 2,
-        "options": {"lr": 0.1},
-        "kept": {"round1": 1.0},
-        "done": [],
-        "now": None,
-    }
-    tensors = {"none": torch.zeros(1), "now.0": torch.arange(6.0)}
-    told = {"format": "pt", steering.HEADER: json.dumps(with_seal(header, tensors))}
-    save_file(tensors, folder / steering.FILE, metadata=told)
-
-
-def load_run(folder):
-    header, tensors = steering._read(folder)
-    header = repr(dict(sorted(header.items())))
-    return {"header": header, "tensors": {k: plain(t) for k, t in tensors.items()}}
-
-
 # Bases in pairs, routers
 
 
@@ -519,16 +497,20 @@ def alignment_says(folder):
     }
 
 
+ROUTERS = ("centroid", "learned", "arrow")
+
+
 def make_routers(folder):
     texts = {"sql": ["select a", "select b", "from c"], "law": ["shall pay", "shall go", "lessee"]}
     lf.CentroidRouter.fit(texts, "ngrams").save(folder / "centroid")
     torch.manual_seed(0)
     lf.LearnedRouter(("sql", "law"), 8, 4).save(folder / "learned")
+    lf.ArrowRouter({"sql": adapter(0), "law": adapter(1)}, top_k=1).save(folder / "arrow")
 
 
 def load_routers(folder):
     found = {}
-    for name in ("centroid", "learned"):
+    for name in ROUTERS:
         router = load_router(folder / name)
         router.save(folder / "again", overwrite=True)
         found[name] = router_file(folder / "again")
@@ -543,7 +525,7 @@ def router_file(folder):
 
 
 def routers_say(folder):
-    return {name: router_file(folder / name) for name in ("centroid", "learned")}
+    return {name: router_file(folder / name) for name in ROUTERS}
 
 
 # Texts
@@ -785,16 +767,10 @@ KINDS = {
         make_state, ("run/training_state.safetensors",), load_state, None, ("info FOLDER/run",)
     ),
     "controller": Kind(make_controller, ("controller_state.safetensors",), load_controller),
-    "run": Kind(make_run, ("run.safetensors",), load_run),
     "alignment": Kind(make_alignment, ("al.safetensors",), load_alignment, alignment_says),
     "router": Kind(
         make_routers,
-        (
-            "centroid/router.json",
-            "centroid/router.safetensors",
-            "learned/router.json",
-            "learned/router.safetensors",
-        ),
+        tuple(f"{name}/router.{end}" for name in ROUTERS for end in ("json", "safetensors")),
         load_routers,
         routers_say,
         (),

@@ -5,6 +5,8 @@ comes from `chance` (a `random.Random`) alone, so a seed and a number say which 
 """
 
 import datetime
+import functools
+import gzip
 import json
 import os
 import shutil
@@ -153,7 +155,8 @@ def _structure(path):
         return _tensors
     if path.suffix == ".json":
         return _json
-    return {".bin": _pickle, ".parquet": _parquet}.get(path.suffix, _text)
+    other = {".bin": _pickle, ".pt": _bytes, ".parquet": _parquet, ".gz": _packed_json}
+    return other.get(path.suffix, _text)
 
 
 def _json(path, chance):
@@ -403,6 +406,21 @@ def _odd_tensors(state, key, chance):
     if kind == "ordered":
         return kind, OrderedDict(state)
     return kind, {**state, 1: t} if kind == "numbered" else {**state, "step": 7}
+
+
+def _packed_json(path, chance):
+    """What is packed, changed; or a little that unpacks to a lot."""
+    if chance.random() < 0.1:
+        path.write_bytes(_packed_zeros())
+        return "bomb"
+    what, text = _json_text(gzip.decompress(path.read_bytes()).decode(), chance)
+    path.write_bytes(gzip.compress(text.encode("utf-8", "surrogatepass"), mtime=0))
+    return what
+
+
+@functools.cache
+def _packed_zeros():
+    return gzip.compress(bytes(400 << 20), 1, mtime=0)
 
 
 def _parquet(path, chance):

@@ -20,10 +20,14 @@ spec.loader.exec_module(corpus)
 judge = corpus.judge
 
 
+NEEDS = {"recipe": ["yaml"], "config": ["yaml"], "parquet": ["pyarrow"]}
+NEEDS["steering"] = ["transformers"]
+
+
 @pytest.mark.parametrize("kind", corpus.KINDS)
 def test_a_mutated_file_is_read_as_it_is_or_refused(kind, tmp_path):
-    if kind in ("recipe", "config"):
-        pytest.importorskip("yaml")
+    for module in NEEDS.get(kind, ()):
+        pytest.importorskip(module)
     counts, faults = corpus.attacked(kind, 40, tmp_path, lines=20, more=False)
     assert not faults
     assert counts["refused"] > 5

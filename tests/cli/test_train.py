@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -300,6 +301,26 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(roman, cli, monkeypatch)
     assert cli("train", "-o", "out", "--resume").code == 0
     assert cli(*line, "-o", "whole").code == 0
     assert lf.load("out").distance(lf.load("whole")) < 1e-4 * lf.load("whole").norm()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_a_checkpoint_with_another_bit_is_not_gone_on_from(name, roman, cli, monkeypatch, heard):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        cli("train", "demo", "--data", roman, "-o", "out", "--steps", 4, *QUICK)
+    path = Path("out/checkpoints/checkpoint-3", name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ran = cli("train", "-o", "out", "--resume")
+    assert ran.code == 2
+    assert f"checkpoint-3/{name} is not what was written: remove out/checkpoints/" in ran.err
+    shutil.rmtree(path.parent)
+    assert cli("train", "-o", "out", "--resume").code == 0
+    recipe = Path("out/checkpoints/recipe.json")
+    recipe.write_text(recipe.read_text().replace('"rank": 4', '"rank": 8'))
+    ran = cli("train", "-o", "out", "--resume")
+    assert "recipe.json: what it holds is not what was written" in ran.err
 
 
 def test_a_result_that_can_t_be_written_leaves_the_old_one(roman, cli, monkeypatch):

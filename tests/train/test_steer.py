@@ -326,6 +326,20 @@ def test_a_run_goes_on_with_the_same_only(tmp_path):
         load_run(run, tmp_path / "left")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_kept_round_is_what_was_written(name, tmp_path):
+    options = Options(kind=lf.LoRA(rank=2), rounds=2, **SMALL)
+    run = Run(llama(), Letters(), rows(), options)
+    assert not run.go(stop=lambda: len(run.done) == 1)
+    save_run(run, tmp_path / "left")
+    path = tmp_path / "left" / "round1" / name
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(lf.FileError, match=f"round1/{name} is not what was written"):
+        load_run(Run(llama(), Letters(), rows(), options), tmp_path / "left")
+
+
 def test_a_loss_that_is_not_finite_is_told_and_the_model_let_go():
     model = llama()
     with torch.no_grad():

@@ -48,7 +48,7 @@ _swept: set[Path] = set()  # folders already cleared of what killed writers left
 
 
 @contextlib.contextmanager
-def _told(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """Tell what the system says where the target is written as a `FileError` that names it."""
     try:
         yield
@@ -101,7 +101,7 @@ def new_directory(
         'whole'
     """
     target = _place(path)
-    with _told(target):
+    with writing(target):
         yield from _appearing(path, target, kind, sources, overwrite)
 
 
@@ -160,7 +160,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
         FileError: it can't be written: the disk is full, a folder is not there.
     """
     target = _place(path)
-    with _told(target):
+    with writing(target):
         _replace(target, data)
 
 

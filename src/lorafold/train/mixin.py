@@ -9,6 +9,7 @@ Without that column all is as in the library, but for what is saved.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from ..attach import Live
 from ..collection.folders import folder_names
-from ..errors import MismatchError, RefusedError
+from ..errors import FileError, MismatchError, RefusedError
+from ..files.atomic import writing
 from ..files.disk.sealed import read_sealed, with_seal
 from ..files.safetensors import save_tensors
+from .checkpoints import check_sealed, drop_older, written
 from .checks import check_model, check_parameters, check_running, trained_now
 from .many import clip_by_adapter, numbers_of, sums_by_adapter, tokens_by_adapter
 from .measured import Measured
@@ -241,15 +244,37 @@ class AdapterTraining:
         own: Any = self
         if not own.args.should_save:
             return
+
+        def more(beside: Path) -> None:
+            if self._controller is not None:
+                write_controller(beside, self._controller)
+            try:
+                if own.processing_class is not None:
+                    own.processing_class.save_pretrained(beside)
+            except Exception as e:  # of tokenizers, whose writer raises nothing narrower
+                raise FileError(f"{folder} can't be written: the tokenizer: {e}") from e
+            arguments = io.BytesIO()
+            torch.save(own.args, arguments)
+            (beside / "training_args.bin").write_bytes(arguments.getvalue())
+
         folder = Path(own.args.output_dir if output_dir is None else output_dir)
-        save_into(folder, self.live, self._names)
-        if self._controller is not None:
-            save_controller(folder, self._controller)
-        if own.processing_class is not None:
-            own.processing_class.save_pretrained(folder)
-        torch.save(own.args, folder / "training_args.bin")
+        save_into(folder, self.live, self._names, more)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        own: Any = self
+        run, limit = own._get_output_dir(trial=trial), own.args.save_total_limit
+        with written(Path(run, f"checkpoint-{own.state.global_step}"), seals=own.args.should_save):
+            own.args.save_total_limit = None  # none goes before the new one is whole
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                own.args.save_total_limit = limit
+            own.accelerator.wait_for_everyone()
+        if own.args.should_save:
+            drop_older(Path(run), limit, own.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        check_sealed(Path(resume_from_checkpoint))
         resume_from(Path(resume_from_checkpoint), self.live, self._names)
         if self._controller is not None:
             resume_controller(Path(resume_from_checkpoint), self._controller)
@@ -310,22 +335,52 @@ def handle_of(model: Any) -> Live:
     return live
 
 
-def save_into(folder: Path, live: Live, names: list[str]) -> None:
+def save_into(
+    folder: Path,
+    live: Live,
+    names: list[str],
+    more: Callable[[Path], None] = lambda beside: None,
+) -> None:
     """Write trained adapters into a folder, one itself, several as `adapters/NAME`.
 
     All are written beside before the first file takes its place: a disk that is full leaves what
     was there.
+
+    Args:
+        more: writes other files into a folder that is given to it, which get there, too.
+
+    Raises:
+        FileError: they can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     places = _places(names)
-    with tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder) as beside:
+    with writing(folder), _staging(folder) as beside:
+        more(beside)
         for name in names:
-            live.save(Path(beside) / "new" / places[name] / "it", name)
-        for name in names:
-            target = folder / places[name]
-            target.mkdir(parents=True, exist_ok=True)
-            for file in sorted((Path(beside) / "new" / places[name] / "it").iterdir()):
-                os.replace(file, target / file.name)
+            live.save(beside / ".it", name)
+            into = beside / places[name]
+            into.mkdir(parents=True, exist_ok=True)
+            for file in (beside / ".it").iterdir():
+                os.replace(file, into / file.name)
+            (beside / ".it").rmdir()
+        for file in sorted(p for p in beside.rglob("*") if not p.is_dir()):
+            target = folder / file.relative_to(beside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder in another to write in, of which nothing stays, nor of the other if it was new."""
+    new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".beside-", dir=folder) as beside:
+            yield Path(beside)
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def resume_from(folder: Path, live: Live, names: list[str]) -> None:
@@ -335,12 +390,21 @@ def resume_from(folder: Path, live: Live, names: list[str]) -> None:
 
 
 def save_controller(folder: Path, controller: OrbitalController) -> None:
-    """Write a controller's state into a checkpoint."""
+    """Write a controller's state into a checkpoint.
+
+    Raises:
+        FileError: it can't be written.
+    """
+    with writing(folder), _staging(folder) as beside:
+        write_controller(beside, controller)
+        os.replace(beside / CONTROLLER, folder / CONTROLLER)
+
+
+def write_controller(folder: Path, controller: OrbitalController) -> None:
+    """Write a controller's state into a folder that nobody reads yet."""
     tensors = {k: t.contiguous().cpu() for k, t in controller.tensors().items()}
     header = {"lorafold": json.dumps(with_seal(controller.state_dict(), tensors))}
-    with tempfile.TemporaryDirectory(prefix=".controller-", dir=folder) as beside:
-        save_tensors(tensors, Path(beside) / CONTROLLER, metadata=header)
-        os.replace(Path(beside) / CONTROLLER, folder / CONTROLLER)
+    save_tensors(tensors, folder / CONTROLLER, metadata=header)
 
 
 def resume_controller(folder: Path, controller: OrbitalController) -> None:

@@ -1,7 +1,8 @@
-"""A whole file of tensors in memory, and a seal on what it says.
+"""A whole file of tensors in memory, and seals on what files say.
 
 A seal is a digest of the header's own values and of all tensors, beside them in the header: a state
-that a later step goes on from must be what was written, to the last bit.
+that a later step goes on from must be what was written, to the last bit. Files of other formats are
+sealed from beside, by their lengths and checksums.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from ...errors import FileError, MismatchError
 from ..config import json_object
 from ..peft_keys import check_gathered
 from ..safetensors import header_bytes, is_finite, open_file, parse_header, read_tensors
+from .held import open_regular
 
 _SEAL = "sha256"  # of all the rest
 
@@ -66,3 +69,32 @@ def check_seal(
     """Raise a `FileError` where they are not what was written."""
     if header != with_seal(header, tensors):
         raise FileError(f"{path}: what it holds is not what was written: it is damaged")
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+    """{name: its bytes and their SHA-256} of files in a folder, as `check_sums` takes it.
+
+    Raises:
+        FileError: one can't be read.
+    """
+    return {name: _sum(folder / name, None) for name in names}
+
+
+def check_sums(folder: Path, told: Mapping[str, Any], remedy: str = "it is damaged") -> None:
+    """Raise a `FileError` where a file is not what it was; one of another length is not read."""
+    for name, sums in told.items():
+        if _sum(folder / name, sums[0] if isinstance(sums, list) and sums else None) != sums:
+            raise FileError(f"{folder / name} is not what was written: {remedy}")
+
+
+def _sum(path: Path, size: object) -> list[Any]:
+    """The bytes of a file, and their SHA-256, unless they are not so many."""
+    found = hashlib.sha256()
+    try:
+        with open(open_regular(path), "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            while size in (None, length) and (part := file.read(1 << 20)):
+                found.update(part)
+    except OSError as e:
+        raise FileError(f"{path}: {e.strerror or e}") from e
+    return [length, found.hexdigest()]

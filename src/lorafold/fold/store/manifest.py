@@ -312,7 +312,9 @@ def named_files(raw: bytes, where: str) -> set[str]:
 def _checked(raw: bytes, where: str) -> _Whole:
     if raw[: len(_HEAD)] == _HEAD and raw[_START - len(_NEXT) : _START] == _NEXT:
         stated = raw[len(_HEAD) : _START - len(_NEXT)].decode("ascii", "replace")
-        found = hashlib.sha256(b"{" + raw[_START:]).hexdigest()
+        digest = hashlib.sha256(b"{")
+        digest.update(memoryview(raw)[_START:])  # of what may be long, no second copy
+        found = digest.hexdigest()
         if found != stated:
             raise FileError(f"{where} is damaged: its SHA-256 is {found}, it states {stated:.80}")
         value = parsed(raw, where)
@@ -376,8 +378,13 @@ def write_copy(folder: Path, raw: bytes) -> None:
         FileError: it can't be written.
     """
     data = compressed(raw)
+
+    def check(size: int) -> None:
+        if size != len(data):
+            raise OSError("of another length")
+
     try:
-        there = read_regular(folder / COPY)
+        there = read_regular(folder / COPY, check)
     except OSError:
         there = b""
     if there != data:
@@ -386,9 +393,16 @@ def write_copy(folder: Path, raw: bytes) -> None:
 
 def read_copy(folder: Path) -> bytes | None:
     """The manifest as the copy has it; None where there is none that is whole."""
+
+    def check(size: int) -> None:
+        if size > LONGEST:
+            raise OSError("too long")
+
     try:
-        with gzip.open(io.BytesIO(read_regular(folder / COPY))) as file:
-            raw = file.read(LONGEST)
+        with gzip.open(io.BytesIO(read_regular(folder / COPY, check))) as file:
+            raw = file.read(len(_HEAD))
+            if raw == _HEAD:  # a little may unpack to a lot
+                raw += file.read(LONGEST)
         named_files(raw, str(folder / COPY))
     except (OSError, EOFError, zlib.error, FileError):
         return None

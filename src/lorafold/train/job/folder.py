@@ -20,9 +20,10 @@ from ...collection.folders import folder_names, write_names
 from ...errors import FileError, MismatchError
 from ...files.atomic import new_directory, replace_file
 from ...files.config import CHECKPOINTS, RECIPE_NAME, as_json, json_object, read_text
+from ...files.disk.sealed import check_seal, with_seal
 from ...files.replacing import Kind, check_apart, check_replaceable
 from ...files.save import ADAPTER, peft_form, write_form
-from .stopping import last_checkpoint
+from ..checkpoints import check_sealed, last_checkpoint
 
 REPORT, TEMPLATE_FILE = "training.json", "chat_template.jinja"
 
@@ -46,14 +47,16 @@ class Folder:
         """How the run there was begun: `recipe`, `digest` and more, as `begin` was given them.
 
         Raises:
-            FileError: no run is there that can be gone on with.
+            FileError: no run is there that can be gone on with, or it is not what was written.
         """
-        path = self.checkpoints / RECIPE_NAME
-        if not os.path.isfile(path) or self.last is None:
+        path, last = self.checkpoints / RECIPE_NAME, self.last
+        if not os.path.isfile(path) or last is None:
             raise FileError(f"{self.path}: there is no checkpoint of a training run to resume from")
         found = json_object(read_text(path), path)
         if not isinstance(found.get("recipe"), dict):
             raise FileError(f"{path} is no recipe of a run")
+        check_seal(path, found, {})
+        check_sealed(last)
         return found
 
     def check(self, sources: Iterable[str | Path], overwrite: bool) -> None:
@@ -92,7 +95,7 @@ class Folder:
 
     def tell(self, recipe: Mapping[str, Any]) -> None:
         """Write how the run is to go on."""
-        replace_file(self.checkpoints / RECIPE_NAME, as_json(recipe).encode())
+        replace_file(self.checkpoints / RECIPE_NAME, as_json(with_seal(recipe, {})).encode())
 
     def finish(
         self,
@@ -128,14 +131,11 @@ class Folder:
 
     def _kind(self, folders: Iterable[str]) -> Kind:
         """What is written here, with the folders of the run that was here before."""
-        before: Any = {}
-        if os.path.isfile(self.path / REPORT):
-            try:
-                before = json_object(read_text(self.path / REPORT), REPORT)["adapters"]
-            except (FileError, LookupError):
-                before = {}  # somebody else's file of that name
-        old = [str(a["folder"]) for a in before.values() if a["folder"]]
-        names = "|".join(map(re.escape, [*filter(None, folders), *old]))
+        old: list[str] = []
+        with contextlib.suppress(FileError):  # somebody else's file of that name
+            if os.path.isfile(self.path / REPORT):
+                old = _told_folders(json_object(read_text(self.path / REPORT), REPORT))
+        names = "|".join(map(re.escape, filter(None, [*folders, *old])))
         files = rf"{ADAPTER.files.pattern}|training\.json|names\.json|chat_template\.jinja"
         return Kind(
             "an adapter",
@@ -144,6 +144,14 @@ class Folder:
             re.compile(names) if names else None,
             ADAPTER.marked,
         )
+
+
+def _told_folders(report: Mapping[str, Any]) -> list[str]:
+    """The folders of adapters that a training.json tells of; of another's, none."""
+    adapters = report.get("adapters")
+    told = adapters.values() if isinstance(adapters, dict) else ()
+    found = [a.get("folder") for a in told if isinstance(a, dict)]
+    return [name for name in found if isinstance(name, str)]
 
 
 def folders_of(names: Iterable[str]) -> dict[str, str]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ...errors import FileError, LorafoldError
+from ...errors import LorafoldError
+from ..checkpoints import last_checkpoint
 from ..many import finite
 from ..trainers import sft_trainer
 from .libraries import Libraries
@@ -79,10 +77,10 @@ def watching(of: Libraries, interrupts: Interrupts, progress: Callable[..., None
 
 @functools.cache
 def careful_trainer() -> Any:
-    """TRL's trainer with adapters, whose checkpoints are whole and of numbers."""
+    """TRL's trainer with adapters, whose checkpoints are of numbers."""
 
     class CarefulTrainer(sft_trainer()):  # type: ignore[misc]
-        """It makes no step of what is no number, and leaves no checkpoint that is cut short."""
+        """It makes no step of what is no number."""
 
         def training_step(self, *args: Any, **kw: Any) -> Any:
             """The library's, of a loss that is a number."""
@@ -103,33 +101,7 @@ def careful_trainer() -> Any:
             kept = "there is no checkpoint yet" if last is None else f"{last} is the last good one"
             return f": {kept}; a lower lr= or a longer warmup= may help"
 
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            try:
-                super()._save_checkpoint(model, trial)
-            except (OSError, RuntimeError, SafetensorError, FileError) as e:
-                shutil.rmtree(folder, ignore_errors=True)
-                last = last_checkpoint(folder.parent)
-                kept = "" if last is None else f"; {last} is whole"
-                raise FileError(f"{folder} can't be written ({_reason(e)}){kept}") from e
-
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """Nothing: the card is written when the run is over."""
 
     return CarefulTrainer
-
-
-def _reason(e: BaseException) -> str:
-    e = e.__cause__ or e if isinstance(e, FileError) else e  # which names a hidden folder
-    return str(getattr(e, "strerror", None) or e).strip().splitlines()[0]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint in a folder that was written whole."""
-    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(p.name.removeprefix("checkpoint-")): p for p in found if _numbered(p)}
-    return steps[max(steps)] if steps else None
-
-
-def _numbered(path: Path) -> bool:
-    return path.name.removeprefix("checkpoint-").isdecimal()

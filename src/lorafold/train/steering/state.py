@@ -2,7 +2,8 @@
 
 `round1`, `round2`, … are PEFT directories of what is kept. The file holds the round that is being
 trained: `now.<i>` and `best.<i>`, its parameters in their order, `adam.<i>.<moment>`, and in its
-header what was asked for, which has to be the same when it goes on, and what was seen so far.
+header what was asked for, which has to be the same when it goes on, what was seen so far, and the
+checksums of the rounds' files.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...adapter import Adapter
 from ...errors import FileError, MismatchError
 from ...files import load
 from ...files.atomic import new_directory
-from ...files.disk.sealed import read_sealed, with_seal
+from ...files.config import CONFIG_NAME, WEIGHTS_NAME
+from ...files.disk.sealed import check_sums, read_sealed, sums_of, with_seal
 from ...files.replacing import Kind
 from ...files.safetensors import save_tensors
 from ...files.save import peft_form, write_form
@@ -29,7 +32,7 @@ from .calibrate import Calibration
 from .rounds import named
 from .steer import Judged, Round, Run
 
-FILE, HEADER, VERSION = "run.safetensors", "lorafold_steering_run", 2
+FILE, HEADER, VERSION = "run.safetensors", "lorafold_steering_run", 3
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 RUN = Kind(
@@ -63,6 +66,10 @@ def save_run(run: Run, path: str | os.PathLike[str]) -> None:
             assert live is not None
             (staging / name).mkdir()
             write_form(staging / name, *peft_form(live.adapter(name)))
+        files = (
+            f"{name}/{file}" for name in header["kept"] for file in (CONFIG_NAME, WEIGHTS_NAME)
+        )
+        header["files"] = sums_of(staging, files)
         text = json.dumps(with_seal(header, apart))
         save_tensors(apart, staging / FILE, metadata={"format": "pt", HEADER: text})
 
@@ -73,13 +80,12 @@ def load_run(run: Run, path: str | os.PathLike[str]) -> None:
     Raises:
         FileError: no run is there, or it can't be read. MismatchError: other pairs or options.
     """
-    header, tensors = _read(Path(path))
+    header, tensors, adapters = read_run(Path(path))
     for what, here in _asked(run).items():
         if header.get(what) != here:
             raise MismatchError(f"{path} is a run {_other(what, header.get(what), here)}")
     done = [_round(told) for told in header["done"]]
-    kept = {name: (load(Path(path) / name), c) for name, c in header["kept"].items()}
-    run.restore(kept, done)
+    run.restore({name: (a, header["kept"][name]) for name, a in adapters.items()}, done)
     if header["now"] is not None:
         _go_on(run, header["now"], tensors)
 
@@ -115,14 +121,21 @@ def _other(what: str, there: Any, here: Any) -> str:
     return f"with {name} {there.get(name)!r}, and not {here[name]!r}: give the same options"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Adapter]]:
+    """Header and tensors of a run on the disk, and the rounds that are kept of it.
+
+    Raises:
+        FileError: none is there, or it is not what was written.
+    """
     file = path / FILE
     if not os.path.isfile(file):
         raise FileError(f"{path}: there is no run to go on with")
     header, tensors = read_sealed(file, HEADER)
     if header.get("version") != VERSION:
         raise FileError(f"{file}: this is no run of steering that this version reads")
-    return header, tensors
+    check_sums(path, header["files"])
+    kept = {name: load(path / name) for name in header["kept"]}
+    return header, tensors, kept
 
 
 def _round(told: dict[str, Any]) -> Round:
