@@ -95,6 +95,7 @@ def test_a_library_whose_manifest_or_list_is_braces(tmp_path):
     digest = hashlib.sha256(data).hexdigest()
     name = f"adapters-{digest[:16]}.json"
     told["adapters"] = [{"file": name, "bytes": len(data), "sha256": digest}]
+    told["adapters"][0] |= {"prefix": "", "listed": 1}
     part.rename(lib / name)
     assert name != old
     sealed(json.dumps(told, separators=(",", ":")).encode())

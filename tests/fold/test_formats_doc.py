@@ -15,6 +15,7 @@ import safetensors.numpy
 import torch
 
 import lorafold as lf
+from lorafold.adapter import ORIGIN
 from lorafold.fold.coding.codebook import codebook
 
 PAGE = Path(lf.__file__).parents[2] / "docs" / "formats.md"
@@ -69,20 +70,27 @@ class Reader:
             assert len(data) == part["bytes"]
             assert hashlib.sha256(data).hexdigest() == part["sha256"]
             assert part["file"] == f"adapters-{part['sha256'][:16]}.json"
-            gone = part.get("gone", [])
-            found += [entry for entry in json.loads(data) if entry["name"] not in gone]
+            gone, entries = part.get("gone", []), json.loads(data)
+            assert part["listed"] == len(entries)
+            for entry in entries:
+                digest = hashlib.sha256(entry["name"].encode()).digest()
+                bits = "".join(f"{byte:08b}" for byte in digest[:4])
+                assert bits.startswith(part["prefix"])
+            found += [entry for entry in entries if entry["name"] not in gone]
         found.sort(key=lambda entry: entry["order"])
         return {entry["name"]: entry for entry in found}
 
     def adapter(self, name):
         """{path: ΔW (out, in) float64}, and the extras."""
         entry = self.adapters[name]
-        shard = self.shards[entry["shard"]]
+        shard, row = self.place(entry["id"])
         updates = {}
+        lines = [line[:-1] for line in shard["at"][row : row + 2]]
+        assert zlib.crc32(b"".join(line.tobytes() for line in lines)) == shard["at"][row][-1]
         for j, module in enumerate(self.manifest["modules"]):
-            if j >= len(shard["at"]):
+            if j >= len(lines[0]):
                 continue
-            low, high = (int(x) for x in shard["at"][j, entry["row"] : entry["row"] + 2])
+            low, high = (int(line[j]) for line in lines)
             if high > low:
                 stored = shard[f"m{j}"].tobytes()[low:high]
                 record = stored[:-4]
@@ -90,6 +98,25 @@ class Reader:
                 updates[module["path"]] = self.update(module, record)
         extras = {key: shard[tensor] for key, tensor in entry.get("extras", {}).items()}
         return updates, extras
+
+    def place(self, number):
+        """The shard and the row of an id."""
+        for name, info in self.manifest["shards"].items():
+            low, high = info.get("ids", (1, 0))
+            if low <= number <= high:
+                ids = self.shards[name]["ids"].tolist()
+                assert ids == sorted(ids)
+                assert len(ids) == info["rows"]
+                assert (ids[0], ids[-1]) == (low, high)
+                assert number not in info.get("gone", [])
+                return self.shards[name], ids.index(number)
+        raise AssertionError(number)
+
+    def card(self, name):
+        """The text of a model card; None where there is none."""
+        shard, row = self.place(self.adapters[name]["id"])
+        number = shard["cards"][row] if "cards" in shard else 0
+        return shard[f"card{number - 1}"].tobytes().decode() if number else None
 
     def config(self, name):
         difference = self.adapters[name].get("config", {})
@@ -268,7 +295,9 @@ def compare(folder):
         assert {k: v.tolist() for k, v in extras.items()} == {
             k: v.tolist() for k, v in adapter.extras.items()
         }
-        assert reader.config(name) == adapter.config
+        config = {k: v for k, v in adapter.config.items() if k != ORIGIN}
+        assert reader.config(name) == config
+        assert reader.card(name) == lib.contents.card(name)
     return reader
 
 
@@ -312,9 +341,44 @@ def test_what_was_added_later_is_read(form, make_adapter, tmp_path):
     assert len(reader.shards) > 1
     assert "layers.2.q_proj" not in reader.adapter("a/0")[0]
     with lf.Library.open(tmp_path / "lib") as opened:
-        for name in late:
+        for name in (*late, "a/0"):
             opened.remove(name)
     reader = compare(tmp_path / "lib")
+    assert any("gone" in shard for shard in reader.manifest["shards"].values())
+
+
+def test_cards_and_many_lists_and_shards_are_read(make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafold.fold.store.part._LONGEST", 2)
+    monkeypatch.setattr("lorafold.fold.passes.write._ROWS", 2)
+    for k, (name, adapter) in enumerate(related(make_adapter).items()):
+        folder = tmp_path / name.replace("/", "")
+        lf.save(adapter, folder)
+        if k != 1:
+            (folder / "README.md").write_text(f"# Card {k % 2}")
+    with lf.fold([tmp_path / f"a{k}" for k in range(6)], tmp_path / "lib", form="shared") as lib:
+        reader = compare(tmp_path / "lib")
+        assert (len(reader.manifest["adapters"]) > 2, len(reader.shards)) == (True, 3)
+        assert [reader.card(f"a{k}") for k in range(3)] == ["# Card 0", None, "# Card 0"]
+        lib.remove("a2")
+        lib.add(tmp_path / "a2", "again")
+        lib.add(tmp_path / "a3", "a3", replace=True)
+    reader = compare(tmp_path / "lib")
+    assert reader.card("again") == "# Card 0"
+
+
+def test_a_list_that_was_lost_and_came_back_is_read(make_adapter, tmp_path):
+    adapters = related(make_adapter)
+    lf.fold(adapters, tmp_path / "lib").close()
+    (part,) = (tmp_path / "lib").glob("adapters-*")
+    raw = part.read_bytes()
+    part.unlink()
+    with pytest.warns(UserWarning, match="is damaged"):
+        lib = lf.Library.open(tmp_path / "lib")
+    lib.add(adapters["a/1"], "a/0", form="svd")
+    lib.close()
+    part.write_bytes(raw)
+    reader = compare(tmp_path / "lib")
+    assert sorted(reader.adapters) == sorted(adapters)
     assert any("gone" in part for part in reader.manifest["adapters"])
 
 

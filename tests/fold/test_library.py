@@ -1,6 +1,7 @@
 """A library that changes: what is added, removed and folded anew, and what must not move."""
 
 import builtins
+import json
 import multiprocessing
 import os
 import shutil
@@ -758,43 +759,72 @@ def test_equal_folds_are_equal_files(tmp_path, members, family):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_adding_writes_nothing_that_grows_with_the_names(tmp_path, make_adapter):
-    written = {}
+@pytest.fixture
+def short_lists(monkeypatch):
+    """Lists of eight names at most."""
+    monkeypatch.setattr("lorafold.fold.store.part._LONGEST", 8)
+    monkeypatch.setattr("lorafold.fold.store.part._SHORT", 3)
+
+
+@pytest.mark.usefixtures("short_lists")
+def test_adding_and_removing_write_nothing_that_grows_with_the_names(
+    tmp_path, make_adapter, monkeypatch
+):
+    monkeypatch.setattr("lorafold.fold.store.compaction._SMALL", 256)
+    monkeypatch.setattr("lorafold.fold.store.compaction._FULL", 4096)
     for count in (20, 200):
         adapters = {f"a{i:03}": make_adapter({"m": (8, 8)}, 1, seed=i) for i in range(count)}
-        lib = lf.fold(adapters, tmp_path / str(count), tolerance=0.3, form="svd")
-        lib.add(make_adapter({"m": (8, 8)}, 1, seed=999), "first")  # what is left of the fold goes
-        before = {p.name for p in (tmp_path / str(count)).iterdir()}
-        lib.add(make_adapter({"m": (8, 8)}, 1, seed=1000), "new")
-        lib.close()
-        fresh = [p for p in (tmp_path / str(count)).iterdir() if p.name not in before]
-        fresh.append(tmp_path / str(count) / "library.json")
-        written[count] = sum(p.stat().st_size for p in fresh)
-        with lf.Library.open(tmp_path / str(count)) as again:
-            assert again.names == [*adapters, "first", "new"]
-            assert len(again.contents.manifest.parts) == 2
-    assert abs(written[200] - written[20]) < 40
+        path = tmp_path / str(count)
+        lib = lf.fold(adapters, path, tolerance=0.3, form="svd")
+        assert len(lib.contents.manifest.parts) >= count / 8
+        for k in range(12):
+            before = {p.name: p.read_bytes() for p in path.iterdir()}
+            lib.add(make_adapter({"m": (8, 8)}, 1, seed=999 + k), f"new{k}")
+            if k % 3 == 2:
+                lib.remove(f"a{k:03}")
+            fresh = [p for p in path.iterdir() if p.name not in before]
+            lists = [json.loads(p.read_bytes()) for p in fresh if p.name.startswith("adapters-")]
+            assert 1 <= len(lists) <= 4
+            assert all(len(found) <= 8 for found in lists)
+            shards = [p.stat().st_size for p in fresh if p.name.startswith("shard-")]
+            assert len(shards) == 1
+            assert shards[0] < 4000
+        with lf.Library.open(path) as again:
+            removed = {f"a{k:03}" for k in (2, 5, 8, 11)}
+            names = [*(n for n in adapters if n not in removed), *(f"new{k}" for k in range(12))]
+            assert again.names == names
+            assert len(again) == len(names)
+            again.verify()
 
 
-def test_lists_of_adapters_stay_few(tmp_path, make_adapter):
+@pytest.mark.usefixtures("short_lists")
+def test_lists_of_adapters_fit_their_names(tmp_path, make_adapter):
     lib = lf.fold({"a": make_adapter({"m": (8, 8)}, 1, seed=0)}, tmp_path / "lib", tolerance=0.3)
     names = ["a"]
-    for i in range(40):
-        name = f"n{i % 30}"
+    for i in range(60):
+        name = f"n{i % 40}"
         lib.add(make_adapter({"m": (8, 8)}, 1, seed=i), name, replace=True)
         names += [name] if name not in names else []
         if i % 7 == 3:
             lib.remove(names.pop(i % len(names)))
         assert lib.names == names
         parts = lib.contents.manifest.parts
-        assert len(parts) <= 2
-        assert sum(len(part.gone) for part in parts) <= len(names)
+        assert all(len(part.entries) <= 8 for part in parts)
+        assert len(parts) <= len(names)
+        prefixes = sorted(part.prefix for part in parts)
+        assert sum(2.0 ** -len(prefix) for prefix in prefixes) == 1  # each name has one place
         assert {p.name for p in (tmp_path / "lib").glob("adapters-*")} == {
             part.file.name for part in parts
         }
     with lf.Library.open(tmp_path / "lib") as again:
         assert again.names == names
         again.verify()
+    for name in names[:-1]:
+        lib.remove(name)
+    assert [part.prefix for part in lib.contents.manifest.parts] == [""]
+    lib.remove(names[-1])
+    assert lib.names == []
+    assert not list((tmp_path / "lib").glob("adapters-*"))
 
 
 def test_a_library_shows_what_users_need(members):

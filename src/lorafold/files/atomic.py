@@ -237,8 +237,23 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def share_lock(descriptor: int) -> bool:
+    """Lock together with others who share it, without waiting; False when someone holds it alone.
+
+    Raises:
+        OSError: there are no locks here.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def unlock(descriptor: int) -> None:
-    """Let go of what `try_lock` locked."""
+    """Let go of what `try_lock` or `share_lock` locked."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 

@@ -169,13 +169,15 @@ def write_added(
     )
     bounds = np.full(collection.folded, bound or 0.0)
     survey = Survey(collection, options, bounds)
-    builder = Builder(survey)
+    builder = Builder(survey, before.next_id)
     adding = Adding(c, survey, own_sides=form == "svd")
     with threads(1):
         adding.plan()
-        writer = t.new_shard(header_capacity=builder.header_capacity(adding.plans))
-        written = builder.write_plans(writer, adding.plans, adding.coded)
-    (entry,) = adapter_entries(collection, written, bounds, before.options, before.config)
+        (writer,) = builder.writers(t, adding.plans)
+        written = builder.write_plans([writer], adding.plans, adding.coded)
+    (entry,) = adapter_entries(
+        collection, written, bounds, before.options, before.config, first=before.next_id
+    )
     if bound is not None and collection.folded:
         check_contract([name], np.array([entry.error]), bounds)
     if bound is None and entry.error >= _LOST:
@@ -190,10 +192,11 @@ def write_added(
     modules = (*longer, *written.modules[known:])
     entry = dataclasses.replace(
         entry,
-        order=before.adapters.next_order() if old is None else old.order,
+        order=entry.order if old is None else old.order,
         layouts=own_layouts(modules, handle),
     )
-    return writer, dataclasses.replace(before.changed([entry]), modules=modules)
+    manifest = before.changed([entry]).holding(written.holds)
+    return writer, dataclasses.replace(manifest, modules=modules)
 
 
 def own_layouts(modules: tuple[ModuleEntry, ...], handle: Handle) -> dict[str, Layout]:

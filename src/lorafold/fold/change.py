@@ -148,6 +148,7 @@ def checked(
     state = c.state.verified(c.store.path)
     if strict and state.damage:
         raise FileError(state.problems())
+    c = c.seeing(state)
     names = list(c.manifest.adapters if sources is None else sources)
     entries = {name: c.entry(name) for name in names}  # an unknown name is told at once
     if state.damage:

@@ -140,13 +140,8 @@ class Contents(Catalog):
     def extras(self, name: str) -> dict[str, Tensor]:
         """What the adapter's file held beside its factors, bit for bit."""
         entry = self.entry(name)
-        shard = self._shard(entry.shard)
+        shard = self.shard_of(entry)
         return {key: shard.read_tensor(t).to(self.device) for key, t in entry.extras.items()}
-
-    def card(self, name: str) -> str | None:
-        """An adapter's model card, the text of the README.md beside its file."""
-        at, card = self.entry(name).shard, self.entry(name).card
-        return None if card is None else self._shard(at).read_bytes(card).decode(errors="replace")
 
     # Records
 
@@ -175,7 +170,7 @@ class Contents(Catalog):
         Raises:
             FileError: they are damaged.
         """
-        shard = self._shard(entry.shard)
+        shard = self.shard_of(entry)
         record = unsealed(shard.read_bytes(f"m{j}", *self.span(j, entry)))
         if record is None:
             raise FileError(

@@ -18,7 +18,6 @@ from .passes.survey import Survey
 from .passes.write import Builder, Written, check_contract
 from .store.entries import AdapterEntry, config_difference
 from .store.manifest import Manifest
-from .store.part import Entries, Part
 from .store.store import Transaction
 
 
@@ -29,6 +28,7 @@ def adapter_entries(
     options: Options,
     common: Mapping[str, Any],
     *,
+    first: int = 0,
     order: Mapping[str, int] | None = None,
     groups: Mapping[str, np.ndarray] | None = None,
     old_errors: Mapping[str, float] | None = None,
@@ -37,7 +37,8 @@ def adapter_entries(
 
     Args:
         tolerances: (folded,) each one's stated bound. common: the config that entries differ from.
-        order: name → its place among all names. groups: side → (folded,) init groups.
+        first: the first one's id. order: name → its place among all names; its id if None.
+        groups: side → (folded,) init groups.
         old_errors: errors that the sources themselves had; they are added.
     """
     found = []
@@ -57,22 +58,20 @@ def adapter_entries(
             tolerance = 0.0  # its own bound, which folding anew shall keep
         entry = AdapterEntry(
             name=name,
-            order=(order or {}).get(name, i),
-            row=i,
+            order=first + i if order is None else order[name],
+            id=first + i,
             digest=getattr(handle, "original_digest", None)
             or collection.digest(i, handle.read_extras()),
             file_bytes=handle.nbytes,
             parameters=parameters,
             rank=_ranks(handle.shapes, collection.paths),
             error=error,
-            shard=written.shard,
             bits=bits,
             tolerance=tolerance,
             exact=i >= collection.folded,
             refusal=handle.refusal or None,
             config=config_difference(common, handle.config),
             extras=written.extras[i],
-            card=written.cards[i],
             layouts=_own_layouts(collection, handle),
             groups=_groups(groups or {}, i) if i < collection.folded else {},
         )
@@ -151,14 +150,14 @@ def folded(
         groups=survey.groups,
         old_errors=old_errors,
     )
-    return Manifest(
+    empty = Manifest(
         collection.base_model,
         options,
         common,
         tuple(written.modules),
-        (Part(Entries.joined([Entries.of(entries)])),),
-        survey.plain_svd_nbytes(),
+        plain_svd_bytes=survey.plain_svd_nbytes(),
     )
+    return empty.changed(entries).holding(written.holds)
 
 
 def _collected(

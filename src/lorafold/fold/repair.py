@@ -35,6 +35,7 @@ from .passes.write import Builder, check_contract
 from .store.compaction import merge_shards
 from .store.entries import ModuleEntry, Piece
 from .store.manifest import MANIFEST, Manifest, read_copy
+from .store.part import Part
 from .store.state import State
 from .store.store import Store, Transaction
 from .store.turns import TIMEOUT, turn
@@ -107,22 +108,23 @@ def repair(
     with c.changing() as (t, now):
         if progress is not None:
             progress(0, 2, "reading")
-        state = t.state.verified(c.store.path)
+        state = t.verified()
+        found = now.seeing(state)
         unsure = [damage.text for damage in state.damage.values() if not damage.lost]
         if unsure:
             raise FileError(
                 f"{unsure[0]}: it may be whole; make it readable, or remove it, and repair again"
             )
-        lost = _lost(now, bool(state.damage))
+        lost = _lost(found, bool(state.damage))
         if not state.damage and not lost:
-            return Repair(restored, kept=len(t.manifest.adapters))
-        fresh = _sources(t.manifest, lost, handles)
+            return Repair(restored, kept=len(found.manifest.adapters))
+        fresh = _sources(found.manifest, lost, handles)
         healed = _without(state, t, {*lost})
         if progress is not None:
             progress(1, 2, "folding")
-        manifest = _refolded(t, healed, t.manifest, fresh, memory)
+        manifest = _refolded(t, healed, found.manifest, fresh, memory)
         t.commit(manifest)
-    before = now.manifest
+    before = found.manifest
     return Repair(
         (*restored, *(damage.text for damage in state.damage.values())),
         tuple(fresh),
@@ -187,8 +189,10 @@ def _sources(
 
 def _without(state: State, t: Transaction, lost: Names[str]) -> Manifest:
     """The manifest without what is lost; what is whole in damaged shards is in a new one."""
-    kept = tuple(part for part in state.manifest.parts if not part.lost)
-    manifest = dataclasses.replace(state.manifest, parts=kept).changed((), lost)
+    kept = [Part.of(p.prefix, ()) if p.lost else p for p in state.manifest.parts]
+    manifest = dataclasses.replace(state.manifest, parts=tuple(kept)).changed((), lost)
+    if any(part.lost for part in state.manifest.parts):
+        manifest = _of_known_names(state, manifest)
     modules = tuple(_shortened(state, module) for module in manifest.modules)
     manifest = dataclasses.replace(manifest, modules=modules)
     damaged = {
@@ -196,7 +200,22 @@ def _without(state: State, t: Transaction, lost: Names[str]) -> Manifest:
         for name, shard in state.shards.items()
         if name in state.damage and name in manifest.used
     }
-    return merge_shards(t, manifest, damaged) if damaged else manifest
+    for name, shard in damaged.items():
+        manifest = merge_shards(t, manifest, {name: shard})
+    return manifest
+
+
+def _of_known_names(state: State, manifest: Manifest) -> Manifest:
+    """The manifest with rows of those alone that its lists name."""
+    there = set(manifest.adapters.ids())
+    holds = {}
+    for name, rows in manifest.holds.items():
+        if name in state.shards:
+            with contextlib.suppress(FileError):
+                ids = state.shards[name].read("ids").tolist()
+                holds[name] = rows.without(number for number in ids if number not in there)
+    kept = {name: rows for name, rows in holds.items() if rows.alive}
+    return manifest.holding(kept, manifest.holds)
 
 
 def _shortened(state: State, module: ModuleEntry) -> ModuleEntry:
@@ -261,11 +280,11 @@ def _refolded(
     )
     names = collection.names[: collection.folded]
     limits = np.array([bounds[name] or 0.0 for name in names])
-    written = Builder(Survey(collection, options, limits)).write(t)
-    last = before.adapters.next_order()
-    order = {n: old[n].order if n in old else last + k for k, n in enumerate(handles)}
+    first = manifest.next_id
+    written = Builder(Survey(collection, options, limits), first).write(t)
+    order = {n: old[n].order if n in old else first + k for k, n in enumerate(handles)}
     entries = adapter_entries(
-        collection, written, limits, before.options, before.config, order=order
+        collection, written, limits, before.options, before.config, first=first, order=order
     )
     if bound is not None and collection.folded:
         check_contract(names, np.array([e.error for e in entries[: collection.folded]]), limits)
@@ -273,4 +292,5 @@ def _refolded(
     entries = tuple(
         dataclasses.replace(e, layouts=own_layouts(modules, handles[e.name])) for e in entries
     )
-    return dataclasses.replace(manifest.changed(entries), modules=modules)
+    manifest = manifest.changed(entries).holding(written.holds)
+    return dataclasses.replace(manifest, modules=modules)

@@ -47,7 +47,7 @@ def library_stats(c: Catalog) -> dict[str, Any]:
         "damage": [damage.text for damage in c.state.damage.values()],
         "forms": forms,
         "init_groups": _groups(entries),
-        "modules": [_module(c, j, module, readable) for j, module in enumerate(c.modules)],
+        "modules": _modules(c, readable),
     }
 
 
@@ -81,7 +81,8 @@ def entry_record(c: Catalog, name: str) -> dict[str, Any]:
     """See `Library.entry`."""
     entry = c.entry(name)
     bound, problem = entry.bound(c.manifest.options.tolerance), c.problem(name)
-    found = {**entry.to_json(), "bound": bound, "ranks": list(entry.ranks)}
+    found = {**entry.to_json(), "shard": c.manifest.shard_of(entry.id)}
+    found |= {"bound": bound, "ranks": list(entry.ranks)}
     lost = None if problem is None else {"bytes": 0, "problem": problem}
     return {**found, **(lost or {"bytes": c.own_bytes(name)})}
 
@@ -99,16 +100,28 @@ def _groups(entries: list[AdapterEntry]) -> dict[str, list[list[str]]]:
     return {side: groups for side, groups in kept.items() if groups}
 
 
-def _module(c: Catalog, j: int, module: ModuleEntry, entries: list[AdapterEntry]) -> dict[str, Any]:
-    held = [c.record_size(j, e) for e in entries]
-    ranks = [e.rank_at(j) for e, size in zip(entries, held, strict=True) if size]
+def _modules(c: Catalog, entries: list[AdapterEntry]) -> list[dict[str, Any]]:
+    held, number, ranks = ([0] * len(c.modules) for _ in range(3))
+    for entry in entries:
+        for j, size in enumerate(c.record_sizes(entry)):
+            if size:
+                held[j] += size
+                number[j] += 1
+                ranks[j] += entry.rank_at(j)
+    return [
+        _module(c, module, *sums)
+        for module, *sums in zip(c.modules, held, number, ranks, strict=True)
+    ]
+
+
+def _module(c: Catalog, module: ModuleEntry, held: int, number: int, ranks: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "path": module.path,
         "shape": list(module.shape),
         "form": module.form,
-        "adapters": len(ranks),
-        "parameters": sum(ranks) * sum(module.shape),
-        "record_bytes": sum(held),
+        "adapters": number,
+        "parameters": ranks * sum(module.shape),
+        "record_bytes": held,
         "basis_bytes": sum(
             c.basis_size(p.shard, p.tensor)
             for pieces in module.bases.values()

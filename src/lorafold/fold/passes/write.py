@@ -4,11 +4,15 @@ From a survey's singular values each adapter's bits are water-filled over all of
 fixes what each module may lose. Then every module is coded to its budget and measured on what was
 written; what a module leaves of its budget goes to the next, and one that overshoots is coded
 again. So the sum holds, and nothing but one module's block is ever in memory.
+
+A shard holds the records of so many adapters at most, so that to lose one, or to write one anew
+when most of it has left, costs the same in a library of any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,25 +24,27 @@ from ...thin import threads
 from ..coding.record import Coded, exact_record
 from ..planning.budget import Ledger, module_budgets
 from ..planning.plan import ModulePlan
-from ..store.entries import ModuleEntry, Piece
+from ..store.catalog import index_of, write_cards
+from ..store.entries import ModuleEntry, Piece, Rows
 from ..store.shard_writer import ShardWriter, sealed
 from ..store.store import Transaction
 from .coder import Coder
 from .survey import Survey
 from .tasks import Block, CodedPart, coded_block, coded_parts
 
+_ROWS = 4096  # adapters whose records are in one shard
 Ahead = Callable[[Ledger], Mapping[str, Coded]]
 
 
 @dataclass
 class Written:
-    """A collection in one shard.
+    """A collection in shards.
 
     Args:
         squared_error, squared_norm: (N,) over the folded adapters.
         payload: (N,) bytes of packed codes. modules: what the manifest says of each module.
-        extras: of each adapter, file key → tensor. cards: of each, the tensor with its card.
-        shard: its name. nbytes: of the shard.
+        extras: of each adapter, file key → tensor.
+        holds: the shards, with the ids of whose records they hold. nbytes: of all shards.
     """
 
     squared_error: np.ndarray
@@ -46,8 +52,7 @@ class Written:
     payload: np.ndarray
     modules: list[ModuleEntry] = field(default_factory=list)
     extras: list[dict[str, str]] = field(default_factory=list)
-    cards: list[str | None] = field(default_factory=list)
-    shard: str = ""
+    holds: dict[str, Rows] = field(default_factory=dict)
     nbytes: int = 0
 
 
@@ -55,11 +60,12 @@ class Builder:
     """Writes a collection that has been surveyed.
 
     Args:
-        survey: of the adapters.
+        survey: of the adapters. first: the id of the first of them; the others' follow.
     """
 
-    def __init__(self, survey: Survey) -> None:
+    def __init__(self, survey: Survey, first: int = 0) -> None:
         self._survey = survey
+        self._first = first
         self._collection, self._options = survey.collection, survey.options
         known: dict[str, str] = {}  # many have one card, a template's
         cards = [h.card for h in self._collection.handles]
@@ -70,22 +76,36 @@ class Builder:
         with threads(1):  # what needs more has workers
             self._survey.measure()
             plans = list(self._survey.plans())
-            written: list[tuple[ShardWriter, Written]] = []
+            written: list[tuple[list[ShardWriter], Written]] = []
             for chosen in plans:
-                writer = transaction.new_shard(header_capacity=self.header_capacity(chosen))
-                written.append((writer, self.write_plans(writer, chosen)))
+                writers = self.writers(transaction, chosen)
+                written.append((writers, self.write_plans(writers, chosen)))
         best = min(range(len(written)), key=lambda k: written[k][1].nbytes)
-        for k, (writer, _) in enumerate(written):
-            if k != best:
+        for k, (writers, _) in enumerate(written):
+            for writer in writers if k != best else ():
                 writer.abort()
         return written[best][1]
 
+    def writers(
+        self, transaction: Transaction, plans: Mapping[str, ModulePlan]
+    ) -> list[ShardWriter]:
+        """New shards for the collection, `_ROWS` of its adapters each."""
+        count = -(-len(self._collection.names) // _ROWS)
+        return [
+            transaction.new_shard(header_capacity=self._header_capacity(plans, k))
+            for k in range(count)
+        ]
+
     def write_plans(
-        self, writer: ShardWriter, plans: Mapping[str, ModulePlan], ahead: Ahead | None = None
+        self,
+        writers: Sequence[ShardWriter],
+        plans: Mapping[str, ModulePlan],
+        ahead: Ahead | None = None,
     ) -> Written:
-        """Code every module as planned into one shard, measured as it is written.
+        """Code every module as planned into shards, measured as it is written.
 
         Args:
+            writers: as `writers` makes them; the first takes what is shared, too.
             ahead: from the ledger, modules of a single block that are coded and booked already.
         """
         c, n = self._collection, self._collection.folded
@@ -96,7 +116,7 @@ class Builder:
         ledger = Ledger(budgets, bounds, survey.totals())
         coder = Coder(survey.costs)
         known: Mapping[str, Coded] = {} if ahead is None or coder.fine else ahead(ledger)
-        at = np.zeros((len(c.paths), len(c.names) + 1), np.int64)
+        sizes = np.zeros((len(c.paths), len(c.names)), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
         blocks = self._coded_elsewhere(coder, plans, ledger) if survey.engine.spread else None
@@ -104,8 +124,8 @@ class Builder:
             if blocks is None:
                 survey.progress(len(c.paths) + j, 2 * len(c.paths), "writing")
             plan, stack = plans.get(path), survey.stacks.get(path)
-            sizes = np.zeros(len(c.names), np.int64)
-            with writer.stream(f"m{j}") as stream:
+            with contextlib.ExitStack() as open_streams:
+                streams = [open_streams.enter_context(w.stream(f"m{j}")) for w in writers]
                 if blocks is not None:
                     parts: Iterable[tuple[CodedPart, bytes]] = (
                         (part, found.read(part.begin, part.begin + int(part.sizes.sum())))
@@ -119,26 +139,43 @@ class Builder:
                 for part, records in parts:
                     result.squared_error[part.members] += part.squared_error
                     result.payload[part.members] += part.payload
-                    sizes[part.members] = part.sizes
-                    stream.write(records)
+                    sizes[j, part.members] = part.sizes
+                    for k, some in _by_shard(part, records):
+                        streams[k].write(some)
                 if stack is not None:
                     stack.forget()
                 for i in range(n, len(c.names)):
                     if path in c.handles[i].shapes:
-                        sizes[i] = stream.write(sealed(exact_record(c.read(i, path))))
-            at[j, 1:] = np.cumsum(sizes)
+                        record = sealed(exact_record(c.read(i, path)))
+                        sizes[j, i] = streams[i // _ROWS].write(record)
             if plan is not None:
                 plan.release()
-            bases.append({} if plan is None else _write_bases(j, plan, writer))
-        writer.add("at", at if at.max(initial=0) >= 1 << 32 else at.astype(np.uint32))
-        result.extras = self._write_extras(writer)
-        result.cards = self._write_cards(writer)
-        info = writer.close()
-        result.shard, result.nbytes = info.name, info.nbytes
+            bases.append({} if plan is None else _write_bases(j, plan, writers[0]))
+        for k, writer in enumerate(writers):
+            self._close(k, writer, sizes, result)
+        shared = writers[0].close().name
         for path, fresh in zip(c.paths, bases, strict=True):
-            pieces = {name: (Piece(info.name, *piece),) for name, piece in fresh.items()}
+            pieces = {name: (Piece(shared, *piece),) for name, piece in fresh.items()}
             result.modules.append(self._module_entry(path, plans.get(path), pieces))
         return result
+
+    def _close(self, k: int, writer: ShardWriter, sizes: np.ndarray, result: Written) -> None:
+        """Write what shard k has beside the records, and name it."""
+        rows = range(k * _ROWS, min((k + 1) * _ROWS, len(self._collection.names)))
+        ids = [self._first + i for i in rows]
+        for name, array in index_of(ids, sizes[:, rows.start : rows.stop]).items():
+            writer.add(name, array)
+        for i, number in zip(rows, ids, strict=True):
+            extras = self._collection.handles[i].read_extras()
+            names = {key: f"x{number}.{x}" for x, key in enumerate(extras)}
+            for key, tensor in extras.items():
+                writer.add(names[key], tensor)
+            result.extras.append(names)
+        cards = [self._cards[i] for i in rows]
+        write_cards(writer, [card.encode() if card else None for card in cards])
+        info = writer.close()
+        result.holds[info.name] = Rows(ids[0], ids[-1], len(ids))
+        result.nbytes += info.nbytes
 
     def _coded_elsewhere(
         self, coder: Coder, plans: Mapping[str, ModulePlan], ledger: Ledger
@@ -200,30 +237,23 @@ class Builder:
         asked = self._options.rank
         return available if asked is not None and asked > available else None
 
-    def _write_extras(self, writer: ShardWriter) -> list[dict[str, str]]:
-        found = []
-        for i, handle in enumerate(self._collection.handles):
-            names = {}
-            for k, (key, tensor) in enumerate(handle.read_extras().items()):
-                names[key] = f"x{i}.{k}"
-                writer.add(names[key], tensor)
-            found.append(names)
-        return found
-
-    def _write_cards(self, writer: ShardWriter) -> list[str | None]:
-        names = {text: f"card{k}" for k, text in enumerate(dict.fromkeys(self._cards)) if text}
-        for text, name in names.items():
-            with writer.stream(name) as stream:
-                stream.write(text.encode())
-        return [names.get(text or "") for text in self._cards]
-
-    def header_capacity(self, plans: Mapping[str, ModulePlan]) -> int:
-        """Bytes to reserve for a shard's header."""
-        c = self._collection
+    def _header_capacity(self, plans: Mapping[str, ModulePlan], k: int) -> int:
+        """Bytes to reserve for the header of shard k."""
+        c, rows = self._collection, slice(k * _ROWS, (k + 1) * _ROWS)
         bases = sum(len(s.bases) for p in plans.values() for s in (p.U, p.V) if s is not None)
         bases += 2 * sum(p.flat is not None for p in plans.values())
-        extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles)
-        return 256 + 120 * (len(c.paths) + bases + extras + len(set(self._cards)))
+        extras = sum(len(getattr(h, "extra_keys", ())) for h in c.handles[rows])
+        cards = len(set(self._cards[rows]))
+        return 256 + 120 * (len(c.paths) + (bases if k == 0 else 0) + extras + cards)
+
+
+def _by_shard(part: CodedPart, records: bytes) -> Iterator[tuple[int, bytes]]:
+    """A part's records, split among the shards that its adapters are in."""
+    ends = np.concatenate([[0], np.cumsum(part.sizes)])
+    shards = part.members // _ROWS
+    for k in np.unique(shards).tolist():
+        first, last = np.searchsorted(shards, [k, k + 1]).tolist()
+        yield k, records[int(ends[first]) : int(ends[last])]
 
 
 def _write_bases(j: int, plan: ModulePlan, writer: ShardWriter) -> dict[str, tuple[str, int]]:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import os
+import zlib
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ...errors import FileError
 from ...words import warn
 from .entries import AdapterEntry, ModuleEntry
 from .manifest import Manifest
 from .shard import Shard
-from .state import remedy
+from .shard_writer import ShardWriter
+from .state import State, remedy
 from .store import Store
 from .turns import TIMEOUT
 
-_NUMBERS = {"U32": "I", "I64": "q", "U64": "Q"}  # codes of dtypes: as Python's arrays have them
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Self
+
+_NUMBERS = {"U32": "I", "I64": "q"}  # codes of dtypes: as Python's arrays have them
+_KEPT = 1024  # rows of an index that stay in memory
+Spans = tuple[Sequence[int], Sequence[int]]
 
 
 class Catalog:
@@ -67,8 +78,7 @@ class Catalog:
 
     def own_bytes(self, name: str) -> int:
         """Bytes of an adapter's records; what it shares with others and its extras are apart."""
-        entry = self.entry(name)
-        starts, stops = self._index(entry).spans(entry.row)
+        starts, stops = self._spans(self.entry(name))
         return sum(stops) - sum(starts)
 
     def problem(self, name: str) -> str | None:
@@ -80,10 +90,11 @@ class Catalog:
             UnknownNameError: no such adapter.
         """
         entry = self.entry(name)
-        if entry.shard in self.state.missing:
-            return self.state.damage[entry.shard].text
+        shard = self.manifest.shard_of(entry.id)
+        if shard is not None and shard in self.state.missing:
+            return self.state.damage[shard].text
         try:
-            self._index(entry)
+            self._spans(entry)
         except FileError as e:
             return str(e)
         return None
@@ -92,9 +103,9 @@ class Catalog:
         """Warn of files that could not be opened, and of how many adapters that is known."""
         if not self.state.damage:
             return
-        there = self.manifest.adapters
-        lost = [name for name, shard in there.shard_of().items() if shard in self.state.missing]
-        which = f"{len(lost)} of its {len(there)} adapters can't be read"
+        holds = self.manifest.holds
+        lost = sum(holds[name].alive for name in self.state.missing if name in holds)
+        which = f"{lost} of its {len(self.manifest.adapters)} adapters can't be read"
         if not lost:
             which = "adapters that need it can't be read"
         advice = remedy(self.store.path, all(damage.lost for damage in self.state.damage.values()))
@@ -106,13 +117,17 @@ class Catalog:
 
     def present(self, entry: AdapterEntry) -> list[int]:
         """The numbers of the modules that an adapter has."""
-        spans = zip(*self._index(entry).spans(entry.row), strict=True)
+        spans = zip(*self._spans(entry), strict=True)
         return [j for j, (start, stop) in enumerate(spans) if stop > start]
 
     def span(self, j: int, entry: AdapterEntry) -> tuple[int, int]:
         """Where an adapter's record at module number j begins and ends in the shard's `m{j}`."""
-        index = self._index(entry)
-        return index.span(j, entry.row) if j < index.modules else (0, 0)
+        starts, stops = self._spans(entry)
+        return (starts[j], stops[j]) if j < len(starts) else (0, 0)
+
+    def record_sizes(self, entry: AdapterEntry) -> list[int]:
+        """Bytes of an adapter at each module that its shard knows, by their numbers."""
+        return [stop - start for start, stop in zip(*self._spans(entry), strict=True)]
 
     def record_size(self, j: int, entry: AdapterEntry) -> int:
         """Bytes of an adapter at module number j; 0 where it lacks the module."""
@@ -126,48 +141,133 @@ class Catalog:
     def _shard(self, name: str) -> Shard:
         return self.state.shard(name, self.store.path)
 
-    def _index(self, entry: AdapterEntry) -> Index:
-        found = self._indices.get(entry.shard)
-        if found is None:
-            shard = self._shard(entry.shard)
-            found = self._indices[entry.shard] = Index.of(shard, len(self.modules))
-        if entry.row >= found.rows:
-            raise FileError(
-                f"{entry.name!r} is row {entry.row} of a shard that has {found.rows} rows"
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where the records of a shard begin and end: (modules, rows + 1) numbers, row after row."""
-
-    modules: int
-    rows: int
-    numbers: array[int]
-
-    @classmethod
-    def of(cls, shard: Shard, modules: int) -> Index:
-        """That of a shard in a library of so many modules.
+    def shard_of(self, entry: AdapterEntry) -> Shard:
+        """The shard with an adapter's records.
 
         Raises:
-            FileError: it is of another size, or damaged.
+            FileError: it is lost, or the manifest names none.
         """
+        name = self.manifest.shard_of(entry.id)
+        if name is None:
+            raise FileError(f"{entry.name!r} has id {entry.id}, which no shard of the library has")
+        return self._shard(name)
+
+    def _spans(self, entry: AdapterEntry) -> Spans:
+        shard = self.shard_of(entry)
+        return self._index(shard).spans(shard, entry.id)
+
+    def _index(self, shard: Shard) -> Index:
+        name = shard.stated.name
+        found = self._indices.get(name)
+        if found is None:
+            found = self._indices[name] = Index(shard, len(self.modules))
+        return found
+
+    def card(self, name: str) -> str | None:
+        """An adapter's model card, the text of the README.md beside its file."""
+        entry = self.entry(name)
+        shard = self.shard_of(entry)
+        found = card_of(shard, self._index(shard).row(shard, entry.id))
+        return None if found is None else found.decode(errors="replace")
+
+    def seeing(self, state: State) -> Self:
+        """The same of another state of the store, as it was found to be by a closer look."""
+        twin = copy.copy(self)
+        twin.state = state
+        return twin
+
+
+class Index:
+    """Where the records of a shard's rows begin and end; of a row, what is asked for is read.
+
+    Args:
+        shard: that it is of. modules: how many the library has.
+
+    Attributes:
+        modules: how many the shard knows. ids: of the rows, rising.
+
+    Raises:
+        FileError: it is of another size, or damaged.
+    """
+
+    def __init__(self, shard: Shard, modules: int) -> None:
         shape, code = shard.shape("at"), shard.code("at")
-        if len(shape) != 2 or shape[0] > modules or shape[1] < 1 or code not in _NUMBERS:
+        fits = len(shape) == 2 and 1 <= shape[1] <= modules + 1 and code in _NUMBERS
+        if not fits or shard.shape("ids") != (shape[0] - 1,) or shard.code("ids") != "I64":
             raise FileError(
                 f"shard {shard.name}: its index is {shape} of {code}, for {modules} modules"
             )
-        numbers = array(_NUMBERS[code])
-        numbers.frombytes(shard.read_bytes("at"))
-        return cls(shape[0], shape[1] - 1, numbers)
+        self.modules = shape[1] - 1
+        self._code = _NUMBERS[code]
+        self.ids = array("q")
+        self.ids.frombytes(shard.read_bytes("ids"))
+        self._kept: dict[int, Spans] = {}
 
-    def span(self, j: int, row: int) -> tuple[int, int]:
-        """Where the record of a row at module number j begins and ends."""
-        at = j * (self.rows + 1) + row
-        return self.numbers[at], self.numbers[at + 1]
+    def row(self, shard: Shard, number: int) -> int:
+        """The row of an id."""
+        row = bisect.bisect_left(self.ids, number)
+        if row == len(self.ids) or self.ids[row] != number:
+            raise FileError(
+                f"shard {shard.name} has no id {number}: it and the manifest do not belong together"
+            )
+        return row
 
-    def spans(self, row: int) -> tuple[array[int], array[int]]:
-        """The same at all modules: where they begin, and where they end."""
-        step = self.rows + 1
-        return self.numbers[row::step], self.numbers[row + 1 :: step]
+    def spans(self, shard: Shard, number: int) -> Spans:
+        """Where the records of an id begin and end at all modules."""
+        found = self._kept.get(number)
+        if found is None:
+            found = self._read(shard, self.row(shard, number))
+            if len(self._kept) >= _KEPT:
+                self._kept.clear()
+            self._kept[number] = found
+        return found
+
+    def _read(self, shard: Shard, row: int) -> Spans:
+        both, m = array(self._code), self.modules
+        step = both.itemsize * (m + 1)
+        raw = shard.read_bytes("at", row * step, (row + 2) * step)
+        both.frombytes(raw)
+        ends = memoryview(raw)[: step - both.itemsize], memoryview(raw)[step : -both.itemsize]
+        if zlib.crc32(ends[1], zlib.crc32(ends[0])) != both[m]:
+            raise FileError(f"shard {shard.name} is damaged in row {row} of its index")
+        return both[:m], both[m + 1 : -1]
+
+
+def index_of(ids: Sequence[int], sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of an index, by their names.
+
+    Args:
+        ids: of the rows, rising. sizes: (modules, rows) bytes of the records.
+    """
+    import numpy as np
+
+    modules, rows = sizes.shape
+    at = np.zeros((rows + 1, modules + 1), np.int64)
+    np.cumsum(sizes.T, axis=0, out=at[1:, :modules])
+    if at.max(initial=0) < 1 << 32:
+        at = at.astype(np.uint32)
+    lines = [line.tobytes() for line in at[:, :modules]]
+    for row in range(rows):
+        at[row, modules] = zlib.crc32(lines[row + 1], zlib.crc32(lines[row]))
+    return {"ids": np.array(ids, np.int64), "at": at}
+
+
+def write_cards(writer: ShardWriter, cards: Sequence[bytes | None]) -> None:
+    """Write the model cards of a shard's rows, each text once, and which row has which."""
+    import numpy as np
+
+    numbers = {text: k for k, text in enumerate(dict.fromkeys(filter(None, cards)))}
+    if not numbers:
+        return
+    writer.add("cards", np.array([numbers[c] + 1 if c else 0 for c in cards], np.uint32))
+    for text, k in numbers.items():
+        with writer.stream(f"card{k}") as stream:
+            stream.write(text)
+
+
+def card_of(shard: Shard, row: int) -> bytes | None:
+    """The model card of a row of a shard; None where it has none."""
+    if "cards" not in shard.keys:
+        return None
+    number = int.from_bytes(shard.read_bytes("cards")[4 * row : 4 * row + 4], "little")
+    return shard.read_bytes(f"card{number - 1}") if number else None

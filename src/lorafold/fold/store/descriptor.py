@@ -1,14 +1,25 @@
-"""An open file that many hold: closed with the last of them, never under a running read."""
+"""An open file that many hold: closed with the last of them, never under a running read.
+
+Systems allow a process a thousand open files or so, and a thousand readers of one library have the
+same ones.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS
 from ...files.disk.held import open_regular
+
+_known: weakref.WeakValueDictionary[tuple[int, int, str], Descriptor] = (
+    weakref.WeakValueDictionary()
+)
+_lock = threading.Lock()
 
 
 class Descriptor:
@@ -24,13 +35,16 @@ class Descriptor:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Descriptor:
-        """A shard that is there.
+        """A file that is there; the same object for all who have it open, however many they are.
 
         Raises:
             FileError: it is missing, or can't be opened.
         """
         try:
-            return cls(open_regular(path), str(path))
+            opened = cls(open_regular(path), str(path))
+            status = os.fstat(opened.number)
+            with _lock:
+                return _known.setdefault((status.st_dev, status.st_ino, opened.name), opened)
         except FileNotFoundError as e:
             raise FileError(f"shard {path} is missing") from e
         except OSError as e:

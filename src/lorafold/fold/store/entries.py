@@ -6,7 +6,7 @@ docs/formats.md describes the fields. Every one is checked as it is read; record
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -152,25 +152,53 @@ _MODULE: dict[str, Callable[[Any], Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Whose records a shard holds.
+
+    Args:
+        first, last: the lowest and the highest id; other shards have none between. count: how many
+            rows there are, by rising ids. gone: ids of those that have left since, rising.
+    """
+
+    first: int
+    last: int
+    count: int
+    gone: tuple[int, ...] = ()
+
+    @property
+    def alive(self) -> int:
+        """How many adapters are still there."""
+        return self.count - len(self.gone)
+
+    def without(self, ids: Iterable[int]) -> Rows:
+        """After some have left."""
+        return replace(self, gone=tuple(sorted({*self.gone, *ids})))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it, beside the file's checksums."""
+        found: dict[str, Any] = {"ids": [self.first, self.last], "rows": self.count}
+        return {**found, "gone": list(self.gone)} if self.gone else found
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterEntry:
     """What the manifest says of an adapter.
 
     Args:
-        name: any text. order: its place among the names. shard, row: where its records are.
+        name: any text. order: its place among the names. id: which its records have in whatever
+            shard they are; no other adapter of the library ever has the same.
         digest: of the original's tensors. file_bytes, parameters, rank: of the original; the rank
             is one number, or a list in the order of the modules, 0 where it has none.
         error: ‖ΔŴ − ΔW‖ / ‖ΔW‖. bits: packed bits a parameter; None for exact.
         tolerance: its own bound. exact: all of its records are exact. refusal: why ΔW algebra is
             refused. config: {"set", "drop"}: what turns the common config into its own.
-        extras: file key → tensor of the shard. card: the tensor with its model card's text.
-        layouts: where they differ from the modules'.
+        extras: file key → tensor of the shard. layouts: where they differ from the modules'.
         groups: side ("in", "out") → the number of its init group.
     """
 
     name: str
     order: int
-    shard: str
-    row: int
+    id: int
     digest: str
     file_bytes: int
     parameters: int
@@ -182,7 +210,6 @@ class AdapterEntry:
     refusal: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
-    card: str | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
 
@@ -238,8 +265,7 @@ def _difference(value: Any) -> dict[str, Any]:
 _ADAPTER: dict[str, Callable[[Any], Any]] = {
     "name": text,
     "order": count,
-    "shard": shard_name,
-    "row": count,
+    "id": count,
     "digest": sha256,
     "file_bytes": count,
     "parameters": count,
@@ -251,7 +277,6 @@ _ADAPTER: dict[str, Callable[[Any], Any]] = {
     "refusal": text,
     "config": _difference,
     "extras": mapped(text),
-    "card": text,
     "layouts": mapped(_layout),
     "groups": mapped(count, one_of("in", "out")),
 }

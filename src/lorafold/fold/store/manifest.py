@@ -1,12 +1,14 @@
 """What a library says of itself, as records: every field read is checked into one of these.
 
 docs/formats.md describes the files: a small `library.json` (`Manifest`: the options, a
-`ModuleEntry` a module, the shards), and one list of `AdapterEntry` for each shard (`Part`), so that
-adding to many adapters writes a new list of one. Records never change; a change makes new ones.
+`ModuleEntry` a module, the shards with the ids of whose records they hold), and lists of
+`AdapterEntry` (`Part`). An entry has its adapter's id and not its shard, so that no list changes
+where records are copied into another shard. Records never change; a change makes new ones.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gzip
 import hashlib
@@ -26,7 +28,7 @@ from ...files.config import LIBRARY_NAME
 from ...files.disk.held import open_regular, read_regular
 from ...words import did_you_mean
 from ..options import FORMS, RECORDED, Options
-from .entries import AdapterEntry, ModuleEntry, sha256, shard_name
+from .entries import AdapterEntry, ModuleEntry, Rows, sha256, shard_name, sizes
 from .fields import (
     Wrong,
     an_object,
@@ -40,11 +42,10 @@ from .fields import (
     text,
     tuple_of,
 )
-from .part import PART_NAME, Entries, FileInfo, Part
+from .part import PART_NAME, PREFIX, Adapters, Entries, FileInfo, Part, changed_parts
 from .shard_writer import ShardInfo
 
 T = TypeVar("T")
-_LONGER = 8  # a list of adapters is written again with one that is new and this many times shorter
 FORMAT = "lorafold-library"
 VERSION = 1
 LONGEST = 1 << 27  # bytes of a manifest
@@ -60,6 +61,8 @@ class Manifest:
         base_model: that the adapters belong to. options: it was folded by.
         config: what the adapters' configs are written as differences from.
         modules: a module's position is its number. parts: the adapters, in lists.
+        holds: shard → whose records it has; none of a shard that has bases alone.
+        next_id: larger than every id and every place among the names so far.
         plain_svd_bytes: what truncating each adapter alone would take; 0 without a tolerance.
     """
 
@@ -68,12 +71,14 @@ class Manifest:
     config: Mapping[str, Any] = field(default_factory=dict)
     modules: tuple[ModuleEntry, ...] = ()
     parts: tuple[Part, ...] = ()
+    holds: Mapping[str, Rows] = field(default_factory=dict)
+    next_id: int = 0
     plain_svd_bytes: int = 0
 
     @cached_property
-    def adapters(self) -> Entries:
+    def adapters(self) -> Adapters:
         """By name, in the order in which they came."""
-        return Entries.joined(part.entries for part in self.parts)
+        return Adapters(self.parts)
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -97,34 +102,64 @@ class Manifest:
         """
         try:
             return self.adapters[name]
-        except (KeyError, TypeError):
+        except KeyError:
             hint = did_you_mean(str(name), self.adapters)
             raise UnknownNameError(f"no adapter {name!r} in the library; {hint}") from None
 
     def changed(self, entries: Iterable[AdapterEntry], leaving: Collection[str] = ()) -> Manifest:
         """With these adapters, in place of those of their names, and without those that leave.
 
-        What is new goes into a list of its own, and lists that are not much longer into that with
-        it: there are few, and a long one is hardly ever written again.
+        Only the lists that have one of the names are written anew. Which shard has the records of
+        what is new is said by `holding`.
         """
-        fresh: dict[str, Any] = {e.name: e for e in entries}
-        parts = [part.without({*fresh, *leaving}) for part in self.parts]
-        kept = [part for part in parts if part.lost]
-        whole = [part for part in parts if not part.lost]
-        for part in sorted(whole, key=lambda part: len(part.entries)):
-            # One that is mostly gone is written anew, too.
-            if len(part.entries) <= _LONGER * len(fresh) or len(part.gone) > len(part.entries):
-                fresh |= dict(part.entries.items_as_they_are())
-            else:
-                kept.append(part)
-        new = [Part(Entries.joined([Entries(lambda: fresh)]))] if fresh else []
-        return replace(self, parts=(*reversed(kept), *new))
+        fresh = {entry.name: entry for entry in entries}
+        left = set()
+        for name in {*fresh, *leaving} if self.parts else ():
+            part = self.adapters.part_of(name)
+            if part is not None:
+                left.add(part.entries.id_of(name))
+        highest = max((max(e.id, e.order) for e in fresh.values()), default=-1)
+        holds, left_of = dict(self.holds), dict[str, list[int]]()
+        for number in left - {entry.id for entry in fresh.values()}:
+            shard = self.shard_of(number)
+            if shard is not None:
+                left_of.setdefault(shard, []).append(number)
+        for name, numbers in left_of.items():
+            holds[name] = holds[name].without(numbers)
+            if not holds[name].alive and name not in self._with_bases:
+                del holds[name]
+        return replace(
+            self,
+            parts=changed_parts(self.parts, fresh, leaving),
+            holds=holds,
+            next_id=max(self.next_id, highest + 1),
+        )
+
+    def holding(self, shards: Mapping[str, Rows], instead: Collection[str] = ()) -> Manifest:
+        """With some shards' rows, and without those of others that they take the place of."""
+        kept = {name: rows for name, rows in self.holds.items() if name not in instead}
+        return replace(self, holds={**kept, **shards})
+
+    @cached_property
+    def _starts(self) -> tuple[list[int], list[str]]:
+        found = sorted((rows.first, name) for name, rows in self.holds.items())
+        return [first for first, _ in found], [name for _, name in found]
+
+    def shard_of(self, number: int) -> str | None:
+        """The shard with the records of the adapter of an id; None where no shard has them."""
+        starts, names = self._starts
+        at = bisect.bisect_right(starts, number) - 1
+        return names[at] if at >= 0 and number <= self.holds[names[at]].last else None
 
     @cached_property
     def used(self) -> frozenset[str]:
         """The shards that hold anything of the library."""
+        return self._with_bases | {name for name, rows in self.holds.items() if rows.alive}
+
+    @cached_property
+    def _with_bases(self) -> frozenset[str]:
         pieces = (p for m in self.modules for pieces in m.bases.values() for p in pieces)
-        return frozenset(set(self.adapters.shard_of().values()) | {piece.shard for piece in pieces})
+        return frozenset(piece.shard for piece in pieces)
 
     def to_bytes(self, shards: Mapping[str, ShardInfo]) -> bytes:
         """`library.json`: what it says, and first of all the SHA-256 of that.
@@ -139,6 +174,7 @@ class Manifest:
             "options": self.options.recorded(),
             "plain_svd_bytes": self.plain_svd_bytes,
             "config": self.config,
+            "next_id": self.next_id,
             "modules": [m.to_json() for m in self.modules],
             "adapters": [part.to_json() for part in self.parts],
             "shards": {
@@ -146,6 +182,7 @@ class Manifest:
                     "bytes": info.nbytes,
                     "header_sha256": info.header_sha256,
                     "data_sha256": info.data_sha256,
+                    **(self.holds[name].to_json() if name in self.holds else {}),
                 }
                 for name, info in shards.items()
             },
@@ -166,6 +203,8 @@ class _PartFile:
     file: str
     bytes: int
     sha256: str
+    prefix: str
+    listed: int
     gone: tuple[str, ...] = ()
 
 
@@ -174,6 +213,14 @@ class _ShardFile:
     bytes: int
     header_sha256: str
     data_sha256: str
+    ids: tuple[int, int] | None = None
+    rows: int = 0
+    gone: tuple[int, ...] = ()
+
+    @property
+    def holds(self) -> Rows | None:
+        """Whose records it has."""
+        return None if self.ids is None else Rows(*self.ids, self.rows, self.gone)
 
 
 def _base_model(value: Any) -> str | None:
@@ -203,33 +250,72 @@ def _right(record: Callable[[Any], T]) -> Callable[[Any], T]:
     return check
 
 
+def _ids(value: Any) -> tuple[int, int]:
+    found = sizes(value)
+    if len(found) != 2 or found[0] > found[1]:
+        raise Wrong("[lowest, highest]")
+    return found[0], found[1]
+
+
+def _shard_file(value: Any) -> _ShardFile:
+    found = read(_ShardFile, value, _SHARD, "one")
+    gone = set(found.gone)
+    if found.ids is None:
+        fits = not found.rows and not gone
+    else:
+        first, last = found.ids
+        fits = 1 <= found.rows <= last - first + 1 and len(gone) == len(found.gone) <= found.rows
+        fits = fits and all(first <= number <= last for number in gone)
+    if not fits:
+        raise Wrong("right (its ids, rows and gone do not belong together)")
+    return found
+
+
 _PART = {
     "file": matching(PART_NAME, "the name of a list of adapters"),
     "bytes": count,
     "sha256": sha256,
+    "prefix": matching(PREFIX, "the first bits of a hash, as 0 and 1"),
+    "listed": count,
     "gone": tuple_of(text),
 }
-_SHARD = {"bytes": count, "header_sha256": sha256, "data_sha256": sha256}
+_SHARD: dict[str, Callable[[Any], Any]] = {
+    "bytes": count,
+    "header_sha256": sha256,
+    "data_sha256": sha256,
+    "ids": _ids,
+    "rows": count,
+    "gone": sizes,
+}
 _WHOLE: dict[str, Callable[[Any], Any]] = {
     "base_model": _base_model,
     "options": _options,
     "config": an_object,
     "modules": tuple_of(_right(ModuleEntry.from_json)),
     "adapters": tuple_of(_right(lambda value: read(_PartFile, value, _PART, "a list"))),
-    "shards": mapped(_right(lambda value: read(_ShardFile, value, _SHARD, "one")), shard_name),
+    "shards": mapped(_right(_shard_file), shard_name),
+    "next_id": count,
     "plain_svd_bytes": count,
 }
 
 
 @dataclass(frozen=True)
-class _Whole:
+class Said:
+    """A manifest as it is in its file."""
+
     base_model: str | None
     options: Options
     config: dict[str, Any]
     modules: tuple[ModuleEntry, ...]
     adapters: tuple[_PartFile, ...]
     shards: dict[str, _ShardFile]
+    next_id: int
     plain_svd_bytes: int
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that it names."""
+        return {*self.shards, *(p.file for p in self.adapters)}
 
 
 def read_manifest(path: Path) -> bytes:
@@ -264,34 +350,39 @@ def read_manifest(path: Path) -> bytes:
         raise FileError(f"{path / MANIFEST} can't be read: {e.strerror}") from e
 
 
-def parse_manifest(
-    raw: bytes, where: str, part: Callable[[FileInfo], bytes | None], known: Iterable[Part] = ()
+def manifest_of(
+    whole: Said,
+    where: str,
+    load: Callable[[FileInfo], Callable[[], bytes] | None],
+    known: Iterable[Part] = (),
 ) -> tuple[Manifest, dict[str, ShardInfo]]:
-    """The manifest and what it says about its shards, checked.
+    """The manifest and what it says about its shards.
 
     Args:
-        raw: as read. where: the file, for messages.
-        part: reads a list of adapters that the manifest names, checked; None where it is lost.
+        whole: as read. where: the file, for messages.
+        load: of a list of adapters, what gives its checked bytes; None where it is lost.
         known: parts that need not be read again.
 
     Raises:
-        FileError: damaged, not a library's, of a newer version, or with a field that is wrong.
+        FileError: what it says does not belong together.
     """
-    whole = _checked(raw, where)
     shards = {
         name: ShardInfo(s.bytes, s.header_sha256, s.data_sha256) for name, s in whole.shards.items()
     }
     for name, info in shards.items():
         if info.name != name:
             raise FileError(f"{where}: {name} is {info.name} by its checksums")
-    have = {p.file: p for p in known if p.file is not None and not p.lost}
-    parts = [_part(p, have, part, where) for p in whole.adapters]
+    have = {p.file: p for p in known if p.file is not None and not p.lost and p.entries.loaded}
+    parts = [_part(p, have, load, where) for p in whole.adapters]
+    holds = {name: s.holds for name, s in whole.shards.items()}
     manifest = Manifest(
         whole.base_model,
         whole.options,
         whole.config,
         whole.modules,
         tuple(parts),
+        {name: rows for name, rows in holds.items() if rows is not None},
+        whole.next_id,
         whole.plain_svd_bytes,
     )
     if len(manifest.numbers) < len(manifest.modules):
@@ -303,13 +394,17 @@ def named_files(raw: bytes, where: str) -> set[str]:
     """The files that a manifest names.
 
     Raises:
-        FileError: as `parse_manifest`, as far as the lists of adapters are not needed.
+        FileError: as `said`.
     """
-    whole = _checked(raw, where)
-    return {*whole.shards, *(p.file for p in whole.adapters)}
+    return said(raw, where).files
 
 
-def _checked(raw: bytes, where: str) -> _Whole:
+def said(raw: bytes, where: str) -> Said:
+    """What the bytes of a manifest say, each field checked.
+
+    Raises:
+        FileError: damaged, not a library's, of a newer version, or with a field that is wrong.
+    """
     if raw[: len(_HEAD)] == _HEAD and raw[_START - len(_NEXT) : _START] == _NEXT:
         stated = raw[len(_HEAD) : _START - len(_NEXT)].decode("ascii", "replace")
         digest = hashlib.sha256(b"{")
@@ -320,7 +415,7 @@ def _checked(raw: bytes, where: str) -> _Whole:
         value = parsed(raw, where)
         _check_version(value, where)
         try:
-            return read(_Whole, value, _WHOLE, "its object")
+            return read(Said, value, _WHOLE, "its object")
         except FileError as e:
             raise FileError(f"{where}: {e}") from None
     value = parsed(raw, where)
@@ -344,19 +439,20 @@ def _check_version(value: Any, where: str) -> None:
 def _part(
     p: _PartFile,
     known: Mapping[FileInfo, Part],
-    load: Callable[[FileInfo], bytes | None],
+    load: Callable[[FileInfo], Callable[[], bytes] | None],
     where: str,
 ) -> Part:
-    """A list of adapters, read, or as it is known."""
+    """A list of adapters, read when it is needed, or as it is known."""
     info, gone = FileInfo(p.file, p.bytes, p.sha256), frozenset(p.gone)
     before = known.get(info)
-    if before is not None and before.gone <= gone:
-        return before.without(gone - before.gone)
-    raw = load(info)
-    if raw is None:
-        return Part(Entries.of(()), gone, info, lost=True)
-    entries = Entries.read(raw, f"{where.removesuffix(MANIFEST)}{p.file}")
-    return Part(entries.without(gone) if gone else entries, gone, info)
+    if before is not None and before.gone == gone and before.prefix == p.prefix:
+        return before
+    reading = load(info)
+    if reading is None:
+        return Part(p.prefix, Entries.of(()), p.listed, gone, info, lost=True)
+    name = f"{where.removesuffix(MANIFEST)}{p.file}"
+    entries = Entries.read(reading, name, p.prefix, p.listed)
+    return Part(p.prefix, entries.without(gone) if gone else entries, p.listed, gone, info)
 
 
 # A second copy, for when the manifest is damaged: all else is read by it. It is written after each

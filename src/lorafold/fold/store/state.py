@@ -3,6 +3,10 @@
 A `State` never changes; a store goes from one to the next in one assignment, so whoever holds one
 reads records and bases that belong together. What can't be opened is no reason to give nothing:
 it is kept as `Damage`, beside the files that are whole.
+
+Nothing that a writer does reaches a state. Where it has few files, all are opened or read at once.
+Of many, each is opened when it is needed, and a shared lock on the manifest (a lease) says to
+writers that what this one names is still to stay: see `store.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +14,28 @@ from __future__ import annotations
 import errno
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import FileError
+from ...files.atomic import is_still_at, share_lock
 from ...files.disk.held import open_regular
-from .manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from .descriptor import Descriptor
+from .manifest import MANIFEST, Manifest, Said, manifest_of, read_manifest, said
 from .part import FileInfo
 from .shard import Shard
 from .shard_writer import ShardInfo
 
+_HELD = 16  # files that a reader opens at once; of more it opens those that it needs
+_OPEN = 64  # shards that stay open, where they are more and can be opened again
 _RETRIES = 10  # manifests replaced while a reader was opening shards; each needs one more writer
 _OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of this process: no fault of a file
+
+
+def many(files: Collection[str]) -> bool:
+    """Whether a library has so many files that a reader does not open all of them at once."""
+    return len(files) > _HELD
 
 
 @dataclass(frozen=True)
@@ -51,21 +64,96 @@ class Damage:
         return cls(str(error), number in (None, errno.ENOENT))
 
 
+class Shards(Mapping[str, Shard]):
+    """A library's shards by name, each opened when it is first asked for.
+
+    Args:
+        infos: name → what is stated of it. folder: where they are; None in memory.
+        opened: those that are open already.
+        lease: what keeps writers from removing them; None where all are open.
+    """
+
+    def __init__(
+        self,
+        infos: Mapping[str, ShardInfo],
+        folder: Path | None = None,
+        opened: Mapping[str, Shard] | None = None,
+        lease: Descriptor | None = None,
+    ) -> None:
+        self.infos = dict(infos)
+        self._folder, self._lease = folder, lease
+        self._opened = dict(opened or {})
+        self._closed = False
+
+    def __getitem__(self, name: str) -> Shard:
+        info = self.infos[name]
+        found = self._opened.get(name)
+        if found is None:
+            if self._closed or self._folder is None:
+                raise FileError(
+                    f"the library {self._folder or 'in memory'} is closed: open it again"
+                )
+            found = self._opened[name] = Shard.open(self._folder / name, info)
+            if self._lease is not None and len(self._opened) > _OPEN:
+                self._opened.pop(
+                    next(iter(self._opened), ""), None
+                )  # whoever reads it still has it
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+    @property
+    def opened(self) -> dict[str, Shard]:
+        """Those that are open now."""
+        return {name: shard for name, shard in list(self._opened.items()) if not shard.closed}
+
+    @property
+    def closed(self) -> bool:
+        """Whether they were closed; none never are."""
+        return self._closed and bool(self.infos)
+
+    def close(self) -> None:
+        """Let go of all."""
+        self._closed = True
+        for shard in list(self._opened.values()):
+            shard.close()
+
+    def twin(self) -> Shards:
+        """The same, closed apart from these."""
+        opened = {name: shard.twin() for name, shard in self.opened.items()}
+        return Shards(self.infos, self._folder, opened, self._lease)
+
+    def moved_to(self, folder: Path) -> Shards:
+        """Those of a folder that has another name by now, all of which are open."""
+        for shard in self._opened.values():
+            shard.moved_to(folder)
+        return Shards(self.infos, folder, self._opened, self._lease)
+
+
 @dataclass(frozen=True)
 class State:
     """A manifest, and the shards that it names.
 
     Args:
         raw: the manifest as written. manifest: what it says.
-        shards: name → those that are open. missing: name → what is stated of the others.
+        shards: name → those that are there. missing: name → what is stated of the others.
         damage: file name → what is wrong, of shards and of lists of adapters.
+        lease: keeps writers from removing files that are not open; None where all are.
     """
 
     raw: bytes = b""
     manifest: Manifest = field(default_factory=Manifest)
-    shards: Mapping[str, Shard] = field(default_factory=dict)
+    shards: Shards = field(default_factory=lambda: Shards({}))
     missing: Mapping[str, ShardInfo] = field(default_factory=dict)
     damage: Mapping[str, Damage] = field(default_factory=dict)
+    lease: Descriptor | None = None
 
     @property
     def files(self) -> set[str]:
@@ -88,26 +176,36 @@ class State:
 
     def twin(self) -> State:
         """The same, with shards that are closed apart from these."""
-        return replace(self, shards={name: shard.twin() for name, shard in self.shards.items()})
+        return replace(self, shards=self.shards.twin())
 
     def verified(self, folder: Path | None) -> State:
-        """The same with all damage that is found by reading every shard.
+        """The same with all damage that is found by reading every file.
 
         Args:
-            folder: where the shards should have their names, unless a writer has moved on.
+            folder: where the files should have their names, unless a writer has moved on.
         """
-        found = dict(self.damage)
-        for name in self.shards if _is_current(self.raw, folder) else ():
-            path = Path(folder or "", name)
-            if not os.path.exists(path):
-                text = f"shard {path} is missing; who has it open still can save the library anew"
-                found[name] = Damage(text, True)
-        for name, shard in self.shards.items():
+        found, parts = dict(self.damage), list(self.manifest.parts)
+        if folder is not None and _is_current(self.raw, folder):
+            for name in self.shards:
+                path = folder / name
+                if not os.path.exists(path):
+                    text = (
+                        f"shard {path} is missing; who has it open still can save the library anew"
+                    )
+                    found[name] = Damage(text, True)
+            for k, part in enumerate(parts):
+                if part.file is not None and not part.lost:
+                    try:
+                        checked_list(folder / part.file.name, part.file)
+                    except FileError as e:
+                        found[part.file.name] = Damage.of(e)
+                        parts[k] = part.unreadable()
+        for name in self.shards:
             try:
-                shard.verify()
+                self.shards[name].verify()
             except FileError as e:
-                found[name] = Damage.of(e)
-        return replace(self, damage=found)
+                found.setdefault(name, Damage.of(e))
+        return replace(self, manifest=replace(self.manifest, parts=tuple(parts)), damage=found)
 
     def problems(self) -> str:
         """What is damaged, in a line: the first, and how many more."""
@@ -133,6 +231,13 @@ def remedy(folder: Path | None, lost: bool = True) -> str:
     )
 
 
+# Reading
+
+
+class _OutrunError(FileError):
+    """A writer has replaced the manifest meanwhile."""
+
+
 def read_state(folder: Path, before: State) -> State:
     """What the disk says now; shards that are open already stay open.
 
@@ -143,14 +248,15 @@ def read_state(folder: Path, before: State) -> State:
     for _ in range(_RETRIES):
         if before.raw and raw == before.raw and not before.damage:
             return before
+        found = None
         try:
-            found = _state_of(folder, raw, before)
+            found = state_of(folder, raw, before)
             if not found.damage:
                 return found
+        except _OutrunError:
+            pass
         except FileError:
-            found = None
-            again = read_manifest(folder)
-            if again == raw:
+            if read_manifest(folder) == raw:
                 raise
         # Either the library is damaged, or a writer removed a file after we read which there are;
         # then the manifest has changed, too.
@@ -161,32 +267,106 @@ def read_state(folder: Path, before: State) -> State:
     raise FileError(f"{folder} changes faster than it can be opened; try again")
 
 
-def _state_of(folder: Path, raw: bytes, before: State) -> State:
+def state_of(folder: Path, raw: bytes, before: State) -> State:
+    """The state of a manifest that a folder has now.
+
+    Args:
+        before: whose open shards, and lists that were read, are taken over.
+
+    Raises:
+        FileError: the manifest can't be used, or is another by now.
+    """
+    where = str(folder / MANIFEST)
+    whole = said(raw, where)
+    lease = _lease(folder, raw) if many(whole.files) else None
+    # What is read now, and not when it is needed: without a lease everything.
+    now = whole.files if lease is None else _not_as_stated(folder, whole)
     damage: dict[str, Damage] = {}
 
-    def list_of(info: FileInfo) -> bytes | None:
-        path = folder / info.name
+    def list_of(info: FileInfo) -> _ListFile | None:
+        file = _ListFile(folder / info.name, info, lease)
         try:
-            return _checked_list(path, info)
+            return file.read() if info.name in now else file
         except FileError as e:
             damage[info.name] = Damage.of(e)
             return None
 
-    where = str(folder / MANIFEST)
-    manifest, infos = parse_manifest(raw, where, list_of, before.manifest.parts)
-    shards, missing = {}, {}
-    for name, info in infos.items():
-        known = before.shards.get(name)
+    manifest, infos = manifest_of(whole, where, list_of, before.manifest.parts)
+    there = before.shards.opened
+    opened = {name: shard for name, shard in there.items() if infos.get(name) == shard.info}
+    for name in infos.keys() & now:
         try:
-            if known is None or known.closed or known.info != info:
-                known = Shard.open(folder / name, info)
-            shards[name] = known
+            opened[name] = opened.get(name) or Shard.open(folder / name, infos[name])
         except FileError as e:
-            damage[name], missing[name] = Damage.of(e), info
-    return State(raw, manifest, shards, missing, damage)
+            damage[name] = Damage.of(e)
+    missing = {name: info for name, info in infos.items() if name in damage}
+    kept = {name: info for name, info in infos.items() if name not in missing}
+    return State(raw, manifest, Shards(kept, folder, opened, lease), missing, damage, lease)
 
 
-def _checked_list(path: Path, info: FileInfo) -> bytes:
+def _lease(folder: Path, raw: bytes) -> Descriptor | None:
+    """A shared lock on the manifest, as long as this is held; None where files can't be locked."""
+    try:
+        file = Descriptor.of(folder / MANIFEST)
+        if share_lock(file.number):
+            now = bytearray(len(raw) + 1)
+            whole = not file.read_into(memoryview(now), 0) and bytes(now[:-1]) == raw
+            if whole and is_still_at(file.number, folder / MANIFEST):
+                return file
+    except FileError:
+        raise _OutrunError(f"{folder / MANIFEST} was replaced") from None
+    except OSError:
+        return None
+    raise _OutrunError(f"{folder / MANIFEST} was replaced")
+
+
+def _not_as_stated(folder: Path, whole: Said) -> set[str]:
+    """The files that are not there, or not as long as the manifest says."""
+    sizes = {p.file: p.bytes for p in whole.adapters}
+    sizes |= {name: shard.bytes for name, shard in whole.shards.items()}
+    with os.scandir(folder) as files:
+        found = {file.name: file.stat().st_size for file in files if file.name in sizes}
+    return {name for name, size in sizes.items() if found.get(name) != size}
+
+
+@dataclass(frozen=True)
+class _ListFile:
+    """A list of adapters that is read when it is needed.
+
+    Args:
+        lease: keeps it there until then. raw: its bytes, once read.
+    """
+
+    path: Path
+    info: FileInfo
+    lease: Descriptor | None
+    raw: bytes | None = None
+
+    def read(self) -> _ListFile:
+        """The same with its bytes.
+
+        Raises:
+            FileError: it is missing or damaged.
+        """
+        return replace(self, raw=checked_list(self.path, self.info))
+
+    def __call__(self) -> bytes:
+        """Its bytes."""
+        if self.raw is not None:
+            return self.raw
+        try:
+            return checked_list(self.path, self.info)
+        except FileError as e:
+            damage = Damage.of(e)
+            raise FileError(f"{damage.text}; {remedy(self.path.parent, damage.lost)}") from e
+
+
+def checked_list(path: Path, info: FileInfo) -> bytes:
+    """A list's bytes.
+
+    Raises:
+        FileError: they can't be read, or are not those of its name.
+    """
     try:
         with open(open_regular(path), "rb") as file:
             fits = os.fstat(file.fileno()).st_size == info.nbytes

@@ -2,14 +2,18 @@
 
     library.json             the manifest: what the library says, its shards and lists of adapters
     .library.json.gz         a second copy of it, for repairs
+    .library.<hex>.json      one that was replaced, and that a reader may have open
     shard-<hex>.safetensors  named by what is in it; size and checksums in the manifest
-    adapters-<hex>.json      the adapters whose records are in one shard; likewise
+    adapters-<hex>.json      adapters whose names' hashes begin alike; likewise
     .lock, .lock.<n>.wait    locked by whoever changes the library, or waits for it; empty
 
 A change writes new files beside the old ones, flushes them, and replaces the manifest: that one
-rename is the change. Files it no longer names are removed after it. A reader opens all shards at
-once and keeps them open, so nothing that a writer does reaches it; a killed writer leaves the old
+rename is the change. Files it no longer names are removed after it; a killed writer leaves the old
 state or the new one, and files that no manifest names, which the next writer removes.
+
+Nothing that a writer does reaches a reader. One of a library of few files opens all of them at
+once. One of many holds a shared lock on the manifest that it read; a writer keeps
+that under another name, and the files that it names, until it finds nobody's lock on it.
 """
 
 from __future__ import annotations
@@ -19,13 +23,14 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import FileError
-from ...files.atomic import new_directory, replace_file, sync_directory
+from ...files.atomic import new_directory, replace_file, sync_directory, try_lock
+from ...files.disk.held import read_regular
 from ...files.replacing import Kind, check_apart, check_no_link
 from .manifest import (
     COPY,
@@ -40,11 +45,12 @@ from .manifest import (
 from .part import PART_NAME
 from .shard import Shard
 from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
-from .state import State, read_state
+from .state import Shards, State, many, read_state
 from .turns import LOCK, TICKET, TIMEOUT, turn
 
+_REPLACED = re.compile(r"\.library\.[0-9a-f]{16}\.json")
 _LEFT_BY_WRITERS = re.compile(
-    rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}"
+    rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}|{_REPLACED.pattern}"
     rf"|\.({re.escape(MANIFEST)}|{re.escape(COPY)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
 )
 
@@ -112,9 +118,10 @@ class Store:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Store:
-        """Open a library's folder and all of its shards.
+        """Open a library's folder; see `state.py` for which files that opens.
 
-        Shards and lists that are damaged are left out, and named in `state.damage`.
+        Shards and lists that are missing or cut are left out, and named in `state.damage`; of few
+        files also those that are damaged.
 
         Args:
             path: the folder. timeout: seconds that a change waits for its turn.
@@ -185,13 +192,9 @@ class Store:
         if state.damage:
             raise FileError(f"a damaged library is not copied: {state.problems()}")
         timeout = self.timeout if timeout is None else timeout
-        with _replaced(Path(os.path.abspath(path)), self.path, overwrite, timeout) as folder:
-            for name, shard in state.shards.items():
-                shard.copy_to(folder / name)
-            manifest = _written(state.manifest, folder, anew=True)
-            raw = manifest.to_bytes({name: shard.stated for name, shard in state.shards.items()})
-            replace_file(folder / MANIFEST, raw)
-            write_copy(folder, raw)
+        check_apart(path, [self.path])
+        with Store.create(path, overwrite=overwrite, timeout=timeout) as t:
+            t.commit(t.copied(state))
         return Store.open(path, timeout)
 
     def as_it_is(self) -> Store:
@@ -209,7 +212,7 @@ class Store:
     @property
     def closed(self) -> bool:
         """Whether it was closed; one without shards never is."""
-        return any(shard.closed for shard in self.shards.values())
+        return self.state.shards.closed
 
     def verify(self) -> None:
         """Read all shards and compare with the checksums in the manifest.
@@ -227,12 +230,11 @@ class Store:
         state = self.state
         parts = sum(p.file.nbytes for p in state.manifest.parts if p.file and not p.lost)
         manifest = len(state.raw) + len(compressed(state.raw)) if state.raw else 0
-        return manifest + parts + sum(shard.nbytes for shard in state.shards.values())
+        return manifest + parts + sum(info.nbytes for info in state.shards.infos.values())
 
     def close(self) -> None:
         """Let go of all shards."""
-        for shard in self.shards.values():
-            shard.close()
+        self.state.shards.close()
         self.state = replace(self.state, raw=b"")  # so that a transaction opens them again
 
     def __enter__(self) -> Store:
@@ -353,6 +355,27 @@ class Transaction:
         self._writers.append(writer)
         return writer
 
+    def copied(self, state: State) -> Manifest:
+        """Write the shards of another store, for `commit` to take in.
+
+        Returns:
+            Its manifest, whose lists of adapters are still to be written.
+        """
+        self._check_open()
+        if self._folder is not None:
+            for name, shard in state.shards.items():
+                unnamed = self._folder / f".shard.{secrets.token_hex(8)}.tmp"
+                shard.copy_to(unnamed)
+                os.replace(unnamed, self._folder / name)
+        self.state = State(shards=Shards(state.shards.infos, self._folder))
+        parts = tuple(replace(part, file=None) for part in state.manifest.parts)
+        return replace(state.manifest, parts=parts)
+
+    def verified(self) -> State:
+        """The state with all damage that is found by reading every file."""
+        self.state = self.state.verified(self._folder)
+        return self.state
+
     def commit(self, manifest: Manifest) -> Store:
         """Make the change: all or nothing. Ends the transaction.
 
@@ -370,38 +393,43 @@ class Transaction:
         self._check_open()
         shards, missing = self._shards_of(manifest)
         manifest = _written(manifest, self._folder)
-        stated = {name: shard.stated for name, shard in shards.items()}
-        raw = manifest.to_bytes({**missing, **stated})
+        raw = manifest.to_bytes({**missing, **shards.infos})
         lists = {part.file.name for part in manifest.parts if part.file is not None}
         damage = {n: d for n, d in self.state.damage.items() if n in lists or n in missing}
         state = State(raw, manifest, shards, missing, damage)
         if self._folder is not None:
             self._check_undisturbed()
             sync_directory(self._folder)  # the files' names are safe before the manifest has them
+            if self._in_place:
+                _keep_for_readers(self._folder)
             replace_file(self._folder / MANIFEST, raw)
             if not self._in_place:  # else before anything goes that the old one needs
                 write_copy(self._folder, raw)
         if self._in_place or self._folder is None:
-            self._end(state)
+            self._end(self._leased(state))
             self._place.close()
         else:
             self._place.close()  # gives the folder its name
-            for shard in shards.values():
-                assert self._store.path is not None
-                shard.moved_to(self._store.path)
-            self._end(state)
+            assert self._store.path is not None
+            state = replace(state, shards=shards.moved_to(self._store.path))
+            self._end(self._leased(state))
         return self._store
 
-    def _shards_of(self, manifest: Manifest) -> tuple[dict[str, Shard], dict[str, ShardInfo]]:
+    def _leased(self, state: State) -> State:
+        """The state as a reader has it, if it has many files."""
+        path = self._store.path
+        if path is None or not many(state.files):
+            return state
+        return read_state(path, replace(state, raw=b""))
+
+    def _shards_of(self, manifest: Manifest) -> tuple[Shards, dict[str, ShardInfo]]:
         """What a manifest uses, the old ones first; new ones get their names, others go.
 
         Returns:
-            Those that are open, and those that are lost: they are named on as long as they are
-            used, for they may be put back. While a list is lost, nobody knows what that uses.
+            Those that are there, and those that are lost: they are named on as long as they are
+            used, for they may be put back.
         """
-        used = manifest.used
-        if any(part.lost for part in manifest.parts):
-            used |= self.shards.keys() | self.state.missing.keys()
+        used, there = manifest.used, self.state.shards
         fresh: dict[str, ShardWriter] = {}
         for writer in self._writers:
             if not writer.aborted:
@@ -411,18 +439,22 @@ class Transaction:
                 else:
                     writer.abort()
         missing = {n: i for n, i in self.state.missing.items() if n in used and n not in fresh}
-        unknown = sorted(used - self.shards.keys() - fresh.keys() - missing.keys())
+        unknown = sorted(used - there.keys() - fresh.keys() - missing.keys())
         if unknown:
-            raise FileError(f"there is no shard {unknown[0]}; there are {len(self.shards)}")
+            raise FileError(f"there is no shard {unknown[0]}; there are {len(there)}")
         # One that was there already and is written again takes the other's place: it is whole.
-        shards = {n: s for n, s in self.shards.items() if n in used and n not in fresh}
+        infos = {n: info for n, info in there.infos.items() if n in used and n not in fresh}
+        files = [*infos, *fresh, *missing, *(part.prefix for part in manifest.parts)]
+        opened = there.opened if many(files) else {n: there[n] for n in infos}
+        opened = {n: shard for n, shard in opened.items() if n in infos}
         for name, writer in fresh.items():
             if self._folder is not None:
                 self._named.append(writer)
                 writer.rename(self._folder)
             # Opened before the manifest names them: what can't be opened is not committed.
-            shards[name] = Shard.of(writer)
-        return shards, missing
+            opened[name] = Shard.of(writer)
+            infos[name] = opened[name].stated
+        return Shards(infos, self._folder, opened, self.state.lease), missing
 
     def _end(self, state: State) -> None:
         self._state = "committed"
@@ -443,11 +475,11 @@ class Transaction:
             )
 
 
-def _written(manifest: Manifest, folder: Path | None, anew: bool = False) -> Manifest:
-    """The manifest with all of its lists of adapters written (where `anew`, also the old ones)."""
+def _written(manifest: Manifest, folder: Path | None) -> Manifest:
+    """The manifest with all of its lists of adapters written."""
     parts = []
     for part in manifest.parts:
-        if part.file is not None and not anew:
+        if part.file is not None:
             parts.append(part)
             continue
         raw = part.entries.to_bytes()
@@ -506,6 +538,7 @@ def _remove_leftovers(store: Store) -> None:
         named = store.named_by(raw)
         write_copy(folder, raw)  # before what it names goes
         names = os.listdir(folder)
+        named |= _still_read(folder, filter(_REPLACED.fullmatch, names))
     except (FileError, OSError):
         return
     for name in names:
@@ -514,12 +547,30 @@ def _remove_leftovers(store: Store) -> None:
                 os.unlink(folder / name)
 
 
-@contextlib.contextmanager
-def _replaced(path: Path, source: Path | None, overwrite: bool, timeout: float) -> Iterator[Path]:
-    """A directory to take the place of `path`, whose writers are kept out if it is a library."""
-    check_no_link(path)
-    check_apart(path, [source])
-    with contextlib.ExitStack() as stack:
-        if overwrite and _is_library(path):
-            stack.enter_context(turn(path, timeout))
-        yield stack.enter_context(new_directory(path, LIBRARY, overwrite=overwrite))
+def _keep_for_readers(folder: Path) -> None:
+    """Give a manifest that is to be replaced a second name, where readers may have a lock on it."""
+    try:
+        files = named_files(read_manifest(folder), str(folder / MANIFEST))
+    except FileError:
+        return
+    if many(files):
+        os.link(folder / MANIFEST, folder / f".library.{secrets.token_hex(8)}.json")
+
+
+def _still_read(folder: Path, replaced: Iterable[str]) -> set[str]:
+    """Manifests that were replaced, but that a reader has a lock on; and the files they name."""
+    kept: set[str] = set()
+    for name in replaced:
+        path = folder / name
+        try:
+            if os.path.samefile(path, folder / MANIFEST):
+                continue  # of a writer that was killed before it could replace it
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            if not try_lock(descriptor):
+                kept |= {name, *named_files(read_regular(path), str(path))}
+        finally:
+            os.close(descriptor)
+    return kept
