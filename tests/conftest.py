@@ -5,9 +5,15 @@ All of it is session-scoped, so that hypothesis may use it too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import os
+import socket
+import struct
+import threading
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -335,3 +341,138 @@ def wide() -> Wide:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Wide().eval()
+
+
+# Stores: one in this process, and one that speaks S3, on loopback
+
+
+class Requests:
+    """What an S3 server is asked for, and a place to come between.
+
+    Attributes:
+        log: (method, path, range asked for) of every request.
+        before: called with (method, path) before the server sees a request. What it returns, if
+            anything, is the answer: a status, "reset" for a broken connection, or "lost" where
+            the request is carried out and the connection breaks before the answer.
+        headers: taken out of requests, as by a store that doesn't know them.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app, self._lock = app, threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        self.log: list[tuple[str, str, str | None]] = []
+        self.before: Callable[[str, str], Any] = lambda method, path: None
+        self.headers: set[str] = set()
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.log.append((method, path, environ.get("HTTP_RANGE")))
+        told = self.before(method, path)
+        for name in self.headers:
+            environ.pop(name, None)
+        if isinstance(told, int):
+            start(f"{told} injected", [("Content-Length", "0")])
+            return [b""]
+        if told != "reset":
+            with self._lock:  # a real store decides on conditions one by one, this one does not
+                answer = [b"".join(self._app(environ, start))]
+        if told in ("reset", "lost"):
+            connection = environ["werkzeug.socket"]
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
+        return answer
+
+
+class At:
+    """A folder at a URL, empty at first.
+
+    Attributes:
+        url: of it. fs, path: fsspec's file system, and the folder in that.
+        requests: what the server is asked for; None where there is no server.
+    """
+
+    def __init__(self, url: str, fs: Any, requests: Requests | None) -> None:
+        self.url, self.fs, self.requests = url, fs, requests
+        self.path = fs._strip_protocol(url)
+
+    def put(self, folder: Path, name: str = "") -> None:
+        """Put what is in a folder of this machine there."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                inside = path.relative_to(folder).as_posix()
+                self.fs.pipe_file(f"{self.path}/{name}{'/' if name else ''}{inside}", _read(path))
+
+    def files(self, name: str = "") -> dict[str, bytes]:
+        """{name: content} of what is there."""
+        top = f"{self.path}/{name}".rstrip("/")
+        with contextlib.suppress(FileNotFoundError):
+            return {p[len(top) + 1 :]: self.fs.cat_file(p) for p in self.fs.find(top)}
+        return {}
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterable[tuple[str, Requests]]:
+    """An S3 server on loopback: its address, and what it is asked for."""
+    pytest.importorskip("moto")
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    requests = Requests(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, requests, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def s3(s3_server: tuple[str, Requests], monkeypatch: pytest.MonkeyPatch) -> Iterable[At]:
+    """A folder in a bucket of an S3 server; s3:// leads there."""
+    import fsspec
+
+    address, requests = s3_server
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-key-of-the-tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret-of-the-tests")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # who is patient is tested, and not two at once
+    requests.clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    fs.mkdir(bucket)
+    yield At(f"s3://{bucket}/some/folder", fs, requests)
+    requests.clear()
+
+
+@pytest.fixture
+def memory() -> At:
+    """A folder in this process's memory."""
+    import fsspec
+
+    return At(f"memory://{uuid.uuid4().hex[:8]}/folder", fsspec.filesystem("memory"), None)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def at(request: pytest.FixtureRequest) -> At:
+    """A folder at a URL, on each kind of store."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores are asked again without waiting."""
+    from lorafold.files.remote import asking, exchange
+
+    monkeypatch.setattr(asking, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(exchange.time, "sleep", lambda _: None)

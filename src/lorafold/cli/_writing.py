@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +12,8 @@ from ..collection.folders import folder_names, known_names, write_names
 
 if TYPE_CHECKING:
     import torch
+
+    from ..files.remote.place import Place
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ["float32", "float16", "bfloat16"]
@@ -75,8 +76,8 @@ class Places:
         paths: {name: folder}, each free or to be replaced. renamed: {folder's name: name}.
     """
 
-    target: Path
-    paths: dict[str, Path]
+    target: Place
+    paths: dict[str, Place]
     renamed: dict[str, str]
     known: dict[str, str]
 
@@ -103,17 +104,19 @@ class Places:
         Raises:
             FileError: something is in the way.
         """
+        from ..files.remote.place import place_of
         from ..files.replacing import check_apart, check_replaceable
         from ..files.save import ADAPTER
 
         names = list(names)
         folders = folder_names(names if among is None else among) if many else {}
-        paths = {name: Path(target, folders[name]) if many else Path(target) for name in names}
+        out = place_of(target)
+        paths = {name: out / folders[name] if many else out for name in names}
         for path in paths.values():
             check_apart(path, sources)
             check_replaceable(path, ADAPTER, overwrite, path)
         renamed = {folders[name]: name for name in names if many and folders[name] != name}
-        return cls(Path(target), paths, renamed, known_names(Path(target)) if renamed else {})
+        return cls(out, paths, renamed, known_names(out) if renamed else {})
 
     def list_names(self, failed: Collection[str] = ()) -> dict[str, str]:
         """Write names.json, where it is needed; {folder's name: name} of what is there.

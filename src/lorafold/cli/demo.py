@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,9 +35,10 @@ def demo(folder: str, overwrite: bool) -> None:
     bytes and at the same error. Needs no network; takes a minute or two.
     """
     from ..demo.run import run_demo
+    from ..files.remote.place import local
 
     with output.progress("running the model") as advance:
-        found = run_demo(Path(folder), overwrite=overwrite, progress=advance)
+        found = run_demo(local(folder), overwrite=overwrite, progress=advance)
     output.report(found, lambda out: _show(out, found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,12 +44,13 @@ def extract(
     may be rounding.
     """
     from ..files import save
+    from ..files.remote.place import place_of
     from ..files.replacing import check_apart, check_replaceable
     from ..files.save import ADAPTER
     from ..merge.extract import extract as extracted
     from ..merge.extract import facts
 
-    check_replaceable(Path(target), ADAPTER, overwrite, target)
+    check_replaceable(place_of(target), ADAPTER, overwrite, target)
     check_apart(target, [base, tuned])
     with output.progress("comparing") as advance:
         adapter = extracted(

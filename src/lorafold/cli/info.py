@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,7 +44,7 @@ def info(paths: tuple[str, ...], **options: Any) -> None:
     described = []
     with output.progress("reading") as advance:
         for k, path in enumerate(found):
-            advance(k, len(found), Path(path).name)
+            advance(k, len(found), PurePath(path).name)
             if len(found) == 1:
                 described.append(describe(path, opened(path, **options)))
             else:
@@ -110,13 +109,14 @@ def _shared_words(shared: list[dict[str, Any]]) -> str:
 def _places(paths: Sequence[str]) -> list[str]:
     """The adapters that paths stand for: those in a folder where it is not itself one."""
     from ..files.find import idle_among, places_at, tell_idle
+    from ..files.remote.place import exists
 
     idle = idle_among(paths)
     found: list[str] = []
     for path in (path for path in paths if path not in idle):
         inside, more = places_at(path)
         idle += more
-        alone = len(inside) == 1 and os.path.exists(path)
+        alone = len(inside) == 1 and exists(path)
         found += [path] if alone else map(str, inside)
     tell_idle(idle)
     return found
@@ -286,7 +286,7 @@ def _show_many(out: Console, found: list[dict[str, Any]]) -> None:
     varied = {title: cells for title, cells in columns.items() if title not in common}
     numbers = {"rank", "modules", "parameters", "norm"}
     heads = [f">{t}" if t in numbers else f"{t}…" for t in varied]
-    rows = zip((Path(d["path"]).name for d in good), *varied.values(), strict=True)
+    rows = zip((PurePath(d["path"]).name for d in good), *varied.values(), strict=True)
     output.table(out, ["adapter", *heads], rows)
     if common:
         same = "; ".join(f"{t} {c or 'none'}" for t, c in common.items())
@@ -295,9 +295,9 @@ def _show_many(out: Console, found: list[dict[str, Any]]) -> None:
         if "error" in d:
             output.say(out, f"can't be read: {d['error']}")
         elif d["refusal"]:
-            output.say(out, f"\n{Path(d['path']).name}: not for ΔW algebra: {d['refusal']}")
+            output.say(out, f"\n{PurePath(d['path']).name}: not for ΔW algebra: {d['refusal']}")
         elif d["idle"]:
-            output.say(out, f"\n{Path(d['path']).name} does nothing: {d['idle']}")
+            output.say(out, f"\n{PurePath(d['path']).name} does nothing: {d['idle']}")
 
 
 def _short(targets: list[str]) -> str:

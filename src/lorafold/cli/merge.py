@@ -90,13 +90,13 @@ def merge(
     --tolerance cut it; the error of that is told.
     """
     from ..files import open_adapter, save
+    from ..files.remote.place import place_of
     from ..files.replacing import check_apart, check_replaceable
     from ..files.save import ADAPTER
 
     if rank is not None and tolerance is not None:
         raise click.UsageError("give --rank or --tolerance, not both")
-    place = Path(target)
-    check_replaceable(place, ADAPTER, overwrite, target)
+    check_replaceable(place_of(target), ADAPTER, overwrite, target)
     with output.progress("merging") as advance:
         options["progress"] = advance
         reading = {"dtype": dtype, **reading_of(options)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..adapter import Adapter
     from ..collection.sources import Handle
+    from ..files.remote.place import Place
 
 # Rounding to half precision up to this share of the error that is made anyway is not worth twice
 # the bytes: the two add up as squares, to half a percent more.
@@ -83,7 +83,7 @@ def resize(
 
 def _resized(
     handle: Handle,
-    path: Path,
+    path: Place,
     size: Mapping[str, Any],
     dtype: torch.dtype | None,
     saving: Mapping[str, Any],

@@ -65,6 +65,7 @@ def fit(
     and "text" in every line. Held-out examples say when to abstain: so that of what is routed no
     more than --error goes to a wrong adapter.
     """
+    from ..files.remote.place import place_of
     from ..files.replacing import check_replaceable
     from ..route import CentroidRouter, LearnedRouter
     from ..route.store import ROUTER
@@ -72,7 +73,7 @@ def fit(
     given = {name: value for name, value in options.items() if value is not None}
     if given and kind == "centroid":
         raise click.UsageError(f"{_LEARNED_ONLY[next(iter(given))]} is for --kind learned")
-    check_replaceable(Path(target), ROUTER, overwrite, target)
+    check_replaceable(place_of(target), ROUTER, overwrite, target)
     examples: dict[str | None, list[str]] = {}
     for source in sources:
         _read(examples, Path(source), lines)

@@ -80,13 +80,14 @@ def steer(
     the base, calibrated, and kept; OUT is all of them as one adapter, beside the table of what it
     does along c (README.md, steering.json).
     """
+    from ..files.remote.place import local
     from ..files.replacing import check_apart, check_replaceable
     from ..files.save import ADAPTER
     from ..train.steering.pairs import read_pairs
     from ..train.steering.state import load_run
     from ..train.steering.steer import Run
 
-    check_replaceable(Path(target), ADAPTER, overwrite, target)
+    check_replaceable(local(target), ADAPTER, overwrite, target)
     check_apart(target, [None if base == "demo" else base, pairs, texts])
     asked = _asked(options)
     rows, others = read_pairs(pairs), [] if texts is None else texts_of(texts, lines)

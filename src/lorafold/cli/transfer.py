@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..collection.sources import Handle
+    from ..files.remote.place import Place
     from ..transfer import Transfer
 
 Advance = Callable[[int, int, str], None]
@@ -201,7 +201,7 @@ def _within(advance: Advance, done: int, count: int) -> Advance:
 def _moved(
     name: str,
     handle: Handle,
-    place: Path,
+    place: Place,
     given: Mapping[str, Any],
     saving: Mapping[str, Any],
     advance: Advance,

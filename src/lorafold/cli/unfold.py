@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..adapter import Adapter
+    from ..files.remote.place import Place
 
 
 @command("unfold", example="lorafold unfold lib sql poems -o unfolded")
@@ -82,7 +82,7 @@ def unfold(
         raise CheckFailed(f"{len(lost)} of {of} can't be read, {name!r} first: {why}")
 
 
-def _rounding(adapter: Adapter, path: Path) -> float | None:
+def _rounding(adapter: Adapter, path: Place) -> float | None:
     """Relative error that the dtype adds to what the library holds; None where ΔW is refused."""
     from ..files import load
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from ..files.remote.place import Place, is_dir, is_file
 
 NAMES_FILE = "names.json"
 
@@ -45,14 +44,14 @@ def folder_names(names: Iterable[str]) -> dict[str, str]:
     return {name: folders[name] for name in names}
 
 
-def known_names(folder: Path) -> dict[str, str]:
+def known_names(folder: Place) -> dict[str, str]:
     """{folder: name} that an earlier `unfold` has listed in names.json; {} where it is not there.
 
     Raises:
         FileError: a file of that name which is not one of these.
     """
     path = folder / NAMES_FILE
-    if not os.path.isfile(path):
+    if not is_file(path):
         return {}
     from ..files.config import json_value, read_text
 
@@ -67,7 +66,7 @@ def known_names(folder: Path) -> dict[str, str]:
     return known
 
 
-def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
+def write_names(folder: Place, known: Mapping[str, str], renamed: Mapping[str, str]) -> None:
     """Add {folder: name} to what names.json says of other folders that are still there.
 
     Args:
@@ -75,7 +74,7 @@ def write_names(folder: Path, known: Mapping[str, str], renamed: Mapping[str, st
     """
     from ..files.atomic import replace_file
 
-    kept = {k: v for k, v in known.items() if os.path.isdir(folder / k)}
+    kept = {k: v for k, v in known.items() if is_dir(folder / k)}
     text = json.dumps({**kept, **renamed}, indent=2) + "\n"
     replace_file(folder / NAMES_FILE, text.encode())
 

@@ -1,8 +1,8 @@
 """Sources to named handles: whatever a user may give where adapters are asked for.
 
-A source is a path, a glob, a folder of adapters, LIB:NAME, a library (its folder, or a `Library`),
-an `Adapter`, an opened adapter, {name: any of these}, or a list of any of these, within one
-another. A handle is an opened adapter: its header is known, its tensors are read one by one.
+A source is a path or URL, a glob, a folder of adapters, LIB:NAME, a library (its folder, or a
+`Library`), an `Adapter`, an opened adapter, {name: any of these}, or a list of any of these, within
+one another. A handle is an opened adapter: its header is known, its tensors are read one by one.
 
 Libraries are `fold`'s, which stands on this room. So they are known here by what they can do, which
 is `__lorafold_handles__`.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +34,7 @@ from ..files.find import (
     tell_idle,
 )
 from ..files.opening import open_library
+from ..files.remote.place import Place, is_url
 from ..lowrank import LowRank
 from ..words import some_of
 
@@ -46,7 +46,7 @@ class Handle(Protocol):
     """An adapter whose tensors are read one by one (`lorafold.files.open_adapter` gives one)."""
 
     @property
-    def path(self) -> Path | None: ...
+    def path(self) -> Place | None: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int, int]]: ...
@@ -150,7 +150,7 @@ class OnBase:
         return getattr(self._handle, name)
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> Place | None:
         return self._handle.path
 
     @property
@@ -264,9 +264,9 @@ class _Opener:
         for place in places:
             yield from self._in(place)
 
-    def _in(self, place: Path) -> Iterator[tuple[str, Handle]]:
+    def _in(self, place: Place) -> Iterator[tuple[str, Handle]]:
         if is_library(place):
-            yield from self._library(str(place)).__lorafold_handles__().items()
+            yield from self._library(os.fspath(place)).__lorafold_handles__().items()
         elif is_subspace(place):
             for name, adapter in load_many(place, alpha=self._alpha).items():
                 yield name, open_adapter(adapter)
@@ -274,12 +274,12 @@ class _Opener:
             yield name_of(place), self._file(place)
 
     def _library(self, folder: str) -> Shelf:
-        place = os.path.realpath(folder)
+        place = folder if is_url(folder) else os.path.realpath(folder)
         if place not in self._libraries:
             self._libraries[place] = open_library(folder)
         return self._libraries[place]
 
-    def _file(self, place: Path) -> Handle:
+    def _file(self, place: Place) -> Handle:
         alpha, revision, pickled = self._alpha, self._revision, bool(self._allow_pickle)
         try:
             if alpha is not None and locate(place, revision=revision, allow_pickle=pickled).config:

@@ -26,6 +26,8 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from ..errors import FileError
+from .remote.place import Place, UrlPath, is_url, place_of
+from .remote.writing import appearing_at
 from .replacing import Kind, check_apart, check_named, check_replaceable, is_free, keep_others
 
 fcntl: ModuleType | None
@@ -48,7 +50,7 @@ _swept: set[Path] = set()  # folders already cleared of what killed writers left
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[None]:
+def writing(target: Place) -> Iterator[None]:
     """Tell what the system says where the target is written as a `FileError` that names it."""
     try:
         yield
@@ -77,6 +79,9 @@ def new_directory(
     An empty directory counts as nothing. Of what is replaced, only the files go that are of the
     kind's own; the others stay.
 
+    At a URL, what was written on this machine is put there at the end, file after file: see
+    `remote.writing`.
+
     Args:
         path: the directory to appear.
         kind: what is written.
@@ -100,6 +105,10 @@ def new_directory(
         >>> (folder / "out" / "a.txt").read_text()
         'whole'
     """
+    if is_url(path):
+        with writing(place_of(path)):
+            yield from appearing_at(place_of(path), kind, sources, overwrite)
+        return
     target = _place(path)
     with writing(target):
         yield from _appearing(path, target, kind, sources, overwrite)
@@ -159,6 +168,12 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         FileError: it can't be written: the disk is full, a folder is not there.
     """
+    if is_url(path):
+        url = place_of(path)
+        assert isinstance(url, UrlPath)
+        with writing(url):
+            url.write_bytes(data)
+        return
     target = _place(path)
     with writing(target):
         _replace(target, data)
@@ -208,6 +223,8 @@ def set_aside(path: str | os.PathLike[str]) -> list[Path]:
     Args:
         path: what was being overwritten.
     """
+    if is_url(path):
+        return []
     target = Path(os.path.abspath(path))
     pattern = re.compile(re.escape(f".{_short(target)}.") + r"[0-9a-f]{16}\.old")
     try:
@@ -220,6 +237,8 @@ def set_aside(path: str | os.PathLike[str]) -> list[Path]:
 
 def appears(path: str | os.PathLike[str]) -> bool:
     """Whether something is at `path`, or comes there in a moment: an overwrite has it set aside."""
+    if is_url(path):
+        return place_of(path).exists()
     for pause in (0.001, 0.01, 0.1):
         if os.path.lexists(path) or not set_aside(path):
             break

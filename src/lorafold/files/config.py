@@ -7,7 +7,6 @@ import enum
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MismatchError
@@ -15,6 +14,7 @@ from ..words import warn
 from .disk.header import disguise
 from .disk.held import read_regular
 from .formats.foreign import MLX
+from .remote.place import Place, is_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,7 +32,7 @@ CARD_MARK = "<!-- Written by lorafold, and replaced with the adapter. -->"  # it
 CHECKPOINTS, RECIPE_NAME = "checkpoints", "recipe.json"  # of a training run, and how it goes on
 
 
-def read_text(path: Path, raw: bytes | None = None) -> str:
+def read_text(path: Place, raw: bytes | None = None) -> str:
     """The file's text.
 
     Args:
@@ -55,9 +55,9 @@ def read_text(path: Path, raw: bytes | None = None) -> str:
     return text
 
 
-def read_card(folder: Path) -> str | None:
+def read_card(folder: Place) -> str | None:
     """The model card in an adapter's folder, or None; one that can't be read is warned of."""
-    if not os.path.isfile(folder / CARD):
+    if not is_file(folder / CARD):
         return None
     try:
         text = read_text(folder / CARD)
@@ -67,7 +67,7 @@ def read_card(folder: Path) -> str | None:
     return text.rstrip().removesuffix(CARD_MARK).rstrip() or None
 
 
-def check_length(path: Path, size: int) -> None:
+def check_length(path: Place, size: int) -> None:
     """Raise a `FileError` where so many bytes can be no config, nor an index of tensors."""
     if size > _LONGEST:
         raise FileError(f"{path}: {size:,} bytes are too many for a config")

@@ -30,6 +30,7 @@ from .config import (
 )
 from .formats.foreign import foreign
 from .hub import is_id, snapshot
+from .remote.place import Place, UrlPath, is_dir, is_file, is_url, matching, place_of
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
 _ATTEMPTS = 20  # to look into a directory that is overwritten meanwhile
@@ -40,15 +41,15 @@ _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
 class Location:
     """One adapter on the disk: what was given, its tensors and, where there is one, its config."""
 
-    path: Path
-    weights: Path
-    config: Path | None
+    path: Place
+    weights: Place
+    config: Place | None
 
 
 class PickleError(FileError):
     """An adapter that is a pickle, and was not asked for as one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.found = f"{path} is a pickle, which can run code when it is read"
         super().__init__(
             f"{self.found}: give allow_pickle=True if you trust it (it is read with "
@@ -56,30 +57,30 @@ class PickleError(FileError):
         )
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: Place) -> bool:
     """Whether the directory itself holds an adapter's weights or config."""
-    return any(os.path.isfile(path / name) for name in _FILES)
+    return any(is_file(path / name) for name in _FILES)
 
 
 def is_subspace(path: str | os.PathLike[str]) -> bool:
     """Whether the directory is one of vLoRA's, of many adapters."""
-    return os.path.isfile(Path(path, SUBSPACE_NAME))
+    return is_file(place_of(path) / SUBSPACE_NAME)
 
 
 def is_library(path: str | os.PathLike[str]) -> bool:
     """Whether the directory holds a library."""
-    return os.path.isfile(Path(path, LIBRARY_NAME))
+    return is_file(place_of(path) / LIBRARY_NAME)
 
 
-def is_of_a_run(path: Path) -> bool:
+def is_of_a_run(path: Place) -> bool:
     """Whether the directory holds the checkpoints of a training run."""
-    return path.name == CHECKPOINTS and os.path.isfile(path / RECIPE_NAME)
+    return path.name == CHECKPOINTS and is_file(path / RECIPE_NAME)
 
 
 def in_library(text: str) -> tuple[str, str] | None:
     """Library and name of LIB:NAME; None where the text is a path, or no library is there.
 
-    A path that exists is a path, whatever colons are in it.
+    A path that exists is a path, whatever colons are in it. That of `scheme://` is not looked at.
     """
     return _inside(text, is_library)
 
@@ -90,20 +91,27 @@ def in_subspace(text: str) -> tuple[str, str] | None:
 
 
 def _inside(text: str, is_one: Callable[[str], bool]) -> tuple[str, str] | None:
-    if os.path.exists(text):  # of what is no path (too long, a NUL in it) it says no
-        return None
-    drive = len(os.path.splitdrive(text)[0])  # Windows' C: is no library
+    if is_url(text):
+        drive = text.index("://") + 3
+        if ":" not in text[drive:] or place_of(text).exists():
+            return None
+    else:
+        if os.path.exists(text):  # of what is no path (too long, a NUL in it) it says no
+            return None
+        drive = len(os.path.splitdrive(text)[0])  # Windows' C: is no library
     colons = (at for at, letter in enumerate(text) if letter == ":" and at >= drive)
     return next(((text[:at], text[at + 1 :]) for at in colons if is_one(text[:at])), None)
 
 
-def matches(text: str | os.PathLike[str]) -> list[Path]:
+def matches(text: str | os.PathLike[str]) -> list[Path] | list[UrlPath]:
     """The path itself, or what a glob matches, sorted.
 
     Raises:
         FileError: a glob that matches nothing, or a path that only is one and is not there.
     """
     path = os.fspath(text)
+    if isinstance(place := place_of(text), UrlPath):
+        return _matches(place)
     if os.path.lexists(path) or not glob.has_magic(path):
         if not os.path.lexists(path) and str(Path(path)) != path:
             # "" would become the working directory, and "./sql" an id on the Hub.
@@ -115,7 +123,17 @@ def matches(text: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
+def _matches(url: UrlPath) -> list[UrlPath]:
+    url = url.at_once()
+    if not glob.has_magic(url.url) or url.exists():
+        return [url]
+    found = matching(url)
+    if not found:
+        raise FileError(f"no adapter matches {str(url)!r}")
+    return found
+
+
+def places_at(text: str | os.PathLike[str]) -> tuple[list[Place], list[Place]]:
     """Where a path, folder or glob has adapters and libraries; and what it has that is neither.
 
     A path that is named is taken at its word. Of what a glob matches, and of the folders in a
@@ -125,8 +143,8 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     Raises:
         FileError: a glob that matches nothing, or no adapter.
     """
-    found = matches(text)
-    if found == [Path(text)]:
+    found: list[Place] = [*matches(text)]
+    if found == [place_of(text)]:
         (path,) = found
         places = [path] if is_library(path) else adapters_at(path)
         if places == [path]:
@@ -142,9 +160,9 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
     return places, [path for path in found if path not in kept]
 
 
-def holds_any(path: Path) -> bool:
+def holds_any(path: Place) -> bool:
     """Whether there is an adapter, whole or not, or a library."""
-    if not os.path.isdir(path):
+    if not is_dir(path):
         return path.suffix in (".safetensors", ".bin")
     return is_library(path) or any(is_adapter(p) or is_subspace(p) for p in adapters_at(path))
 
@@ -156,7 +174,7 @@ def idle_among(paths: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLik
     """
     given: dict[Path, list[str | os.PathLike[str]]] = {}
     for path in paths:
-        if os.path.lexists(path):
+        if not is_url(path) and os.path.lexists(path):
             given.setdefault(Path(path).parent, []).append(path)
     idle: list[str | os.PathLike[str]] = []
     for folder, inside in given.items():
@@ -176,7 +194,7 @@ def tell_idle(paths: Sequence[str | os.PathLike[str]]) -> None:
         warn(f"passed over, as no adapter is there: {some_of(map(os.fspath, paths))}")
 
 
-def adapters_at(path: Path) -> list[Path]:
+def adapters_at(path: Place) -> list[Place]:
     """The adapters that a path stands for: those directly below it, or the path itself.
 
     It is itself where it is no directory, is an adapter or a subspace, or has neither below.
@@ -186,7 +204,7 @@ def adapters_at(path: Path) -> list[Path]:
         FileError: the directory can't be read.
     """
     try:
-        if not os.path.isdir(path) or is_adapter(path) or is_subspace(path):
+        if not is_dir(path) or is_adapter(path) or is_subspace(path):
             return [path]
         below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         return sorted(p for p in below if is_adapter(p) or is_subspace(p)) or [path]
@@ -194,8 +212,10 @@ def adapters_at(path: Path) -> list[Path]:
         raise FileError(f"{path}: {e.strerror or e}") from e
 
 
-def name_of(path: Path) -> str:
+def name_of(path: Place) -> str:
     """What an adapter is called by its path."""
+    if isinstance(path, UrlPath):
+        return path.parent.name if path.suffix in (".safetensors", ".bin") else path.name
     resolved = path if path.name not in ("", "..") else path.resolve()
     return resolved.parent.name if resolved.suffix in (".safetensors", ".bin") else resolved.name
 
@@ -210,6 +230,8 @@ def locate(
     """
     if not isinstance(source, str | os.PathLike):
         raise FileError(f"an adapter is given as a path, not as {type(source).__name__}")
+    if is_url(source):
+        return _at_url(source, revision, allow_pickle)
     path = Path(source)
     if not os.fspath(source):  # which would be the working directory
         raise NoSuchPathError("")
@@ -219,12 +241,29 @@ def locate(
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
     if os.path.isdir(path) or not os.path.lexists(path):  # a folder that is being replaced
         return _in_whole_directory(path, allow_pickle)
+    return _file_at(path, allow_pickle)
+
+
+def _at_url(source: str | os.PathLike[str], revision: str | None, allow_pickle: bool) -> Location:
+    url = place_of(source)
+    assert isinstance(url, UrlPath)
+    url = url.at_once()
+    if revision is not None:
+        raise FileError(f"{url} is a URL; revision= is for ids on the Hub")
+    if url.is_dir():
+        return _in_directory(url, allow_pickle)
+    if not url.exists():
+        raise NoSuchPathError(str(url))
+    return _file_at(url, allow_pickle)
+
+
+def _file_at(path: Place, allow_pickle: bool) -> Location:
     if path.suffix not in (".safetensors", ".bin"):
         raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
     if path.suffix == ".bin" and not allow_pickle:
         raise PickleError(path)
     config = path.with_name(CONFIG_NAME)
-    return Location(path, path, config if os.path.isfile(config) else None)
+    return Location(path, path, config if is_file(config) else None)
 
 
 def _fetched(text: str, revision: str | None, allow_pickle: bool) -> Path:
@@ -273,6 +312,8 @@ def near_path(text: str) -> str | None:
     Every part that is missing is taken for the name most like it, as far as there is one. Of
     LIB:NAME, that is of LIB.
     """
+    if is_url(text):
+        return None
     path = Path(text)
     at, changed = Path(path.anchor), False
     for part in path.relative_to(path.anchor).parts:
@@ -320,32 +361,32 @@ def _state(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns
 
 
-def _in_directory(path: Path, allow_pickle: bool) -> Location:
+def _in_directory(path: Place, allow_pickle: bool) -> Location:
     found = adapters_at(path)
     if len(found) > 1:
         raise FileError(_many(path, (p.name for p in found)))
     (folder,) = found
     if not is_adapter(folder):
         raise FileError(_none(folder))
-    config = folder / CONFIG_NAME if os.path.isfile(folder / CONFIG_NAME) else None
-    if os.path.isfile(folder / WEIGHTS_NAME):
+    config = folder / CONFIG_NAME if is_file(folder / CONFIG_NAME) else None
+    if is_file(folder / WEIGHTS_NAME):
         return Location(path, folder / WEIGHTS_NAME, config)
-    if os.path.isfile(folder / PORTABLE_NAME):
+    if is_file(folder / PORTABLE_NAME):
         return Location(path, folder / PORTABLE_NAME, None)
-    if not os.path.isfile(folder / PICKLE_NAME):
+    if not is_file(folder / PICKLE_NAME):
         raise FileError(_none(folder))
     if not allow_pickle:
         raise PickleError(folder / PICKLE_NAME)
     return Location(path, folder / PICKLE_NAME, config)
 
 
-def _many(path: Path, names: Iterable[str]) -> str:
+def _many(path: Place, names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(repr(n) for n in names[:5]) + (", …" if names[5:] else "")
     return f"{path} holds {len(names)} adapters: {shown}; give the path of one of them"
 
 
-def _none(path: Path) -> str:
+def _none(path: Place) -> str:
     from .safetensors import read_entries  # and torch with it, which finding does not need
 
     if is_subspace(path):
@@ -361,9 +402,7 @@ def _none(path: Path) -> str:
             told = foreign(read_entries(other))
             if told is not None:
                 return f"{other}: {told}"
-    has = (
-        "there is only adapter_config.json" if os.path.isfile(path / CONFIG_NAME) else "neither is"
-    )
+    has = "there is only adapter_config.json" if is_file(path / CONFIG_NAME) else "neither is"
     if others:
         has = f"there is {some_of((p.name for p in others), 2)}: if that is one, give its own path"
     return f"{path} is no adapter: it needs {WEIGHTS_NAME} and {CONFIG_NAME}, {has}"

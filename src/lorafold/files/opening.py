@@ -14,7 +14,6 @@ import functools
 import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace,
 from .formats.running import running_parts
 from .formats.vlora import Subspace, Tasks
 from .peft import ATTEMPTS, AdapterFile, from_state_dict, open_files
+from .remote.place import Place, UrlPath, is_dir, place_of
 
 _LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
@@ -47,9 +47,10 @@ def open_adapter(
 
     Args:
         source: a PEFT directory, one holding a single such directory, a safetensors file, LIB:NAME
-            for one in a library, SUB:TASK for one in a vLoRA folder, an id on the Hub (when
-            huggingface_hub is installed), or an `Adapter` in memory. A path that exists is a path,
-            and what looks like a path is never asked for on the Hub, unless `revision` is given.
+            for one in a library, SUB:TASK for one in a vLoRA folder, a URL of any of these, an id
+            on the Hub (when huggingface_hub is installed), or an `Adapter` in memory. A path that
+            exists is a path, and what looks like a path is never asked for on the Hub, unless
+            `revision` is given.
         alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
         revision: a branch, tag or commit, for a Hub id.
         allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
@@ -68,10 +69,10 @@ def open_adapter(
         if found is not None:
             with open_library(found[0]) as library:
                 nbytes = library.entry(found[1])["file_bytes"]
-                return AdapterFile.of(library[found[1]], Path(text), nbytes)
+                return AdapterFile.of(library[found[1]], place_of(text), nbytes)
         found = in_subspace(text)
         if found is not None:
-            return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], Path(text))
+            return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], place_of(text))
     return open_files(source, alpha, revision, allow_pickle, dtype)
 
 
@@ -197,10 +198,11 @@ def load_many(
         >>> sorted(load_many(folder))
         ['poems', 'sql']
     """
-    folder = Path(path)
+    folder = place_of(path)
+    folder = folder.at_once() if isinstance(folder, UrlPath) else folder
     if is_subspace(folder):
         return Tasks(Subspace.at(folder), alpha, device, dtype)
-    if not os.path.isdir(folder):
+    if not is_dir(folder):
         raise FileError(f"{folder} is no directory")
     places = adapters_at(folder)
     if places == [folder] and not is_adapter(folder):
@@ -212,7 +214,7 @@ def load_many(
 class _Folder(Mapping[str, Adapter]):
     """PEFT directories in one folder."""
 
-    def __init__(self, places: Mapping[str, Path], options: Mapping[str, Any]) -> None:
+    def __init__(self, places: Mapping[str, Place], options: Mapping[str, Any]) -> None:
         self._places, self._options = places, options
 
     def __getitem__(self, name: str) -> Adapter:

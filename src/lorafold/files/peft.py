@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -37,6 +36,8 @@ from .formats.flat import is_flat, read_flat
 from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
+from .remote.file import UrlFile, held
+from .remote.place import Place
 
 
 class _Record:
@@ -95,10 +96,10 @@ class AdapterFile:
 
     def __init__(
         self,
-        path: Path | None,
+        path: Place | None,
         record: _Record,
         nbytes: int,
-        file: Held | None = None,
+        file: Held | UrlFile | None = None,
         adapter: Adapter | None = None,
         wide: torch.dtype | None = None,
     ) -> None:
@@ -107,7 +108,7 @@ class AdapterFile:
 
     @classmethod
     def of(
-        cls, adapter: Adapter, path: Path | None = None, nbytes: int | None = None
+        cls, adapter: Adapter, path: Place | None = None, nbytes: int | None = None
     ) -> AdapterFile:
         """The same interface on an adapter in memory."""
         slots = {
@@ -206,7 +207,7 @@ class AdapterFile:
 
         That of an adapter in memory is in its config (`ORIGIN`), if it has one.
         """
-        where = self.path if self._file is None else Path(self._file.path).parent
+        where = self.path if self._file is None else self._file.place.parent
         return None if where is None else read_card(where)
 
     def only(self, path: str) -> ModuleFile | None:
@@ -253,9 +254,9 @@ class AdapterFile:
         return _tensors_of(self._file, {key: self._record.entries[key] for key in keys})
 
 
-def _tensors_of(held: Held, entries: Mapping[str, Entry]) -> list[Tensor]:
+def _tensors_of(held: Held | UrlFile, entries: Mapping[str, Entry]) -> list[Tensor]:
     found = safetensors.read_tensors(held.file(), entries.items(), held.path)
-    held.file()  # which says if it was written to meanwhile
+    held.check()  # which says if it was written to meanwhile
     return found
 
 
@@ -268,7 +269,11 @@ class ModuleFile:
     """
 
     def __init__(
-        self, file: Held, slot: Slot, entries: Mapping[str, Entry], wide: torch.dtype | None
+        self,
+        file: Held | UrlFile,
+        slot: Slot,
+        entries: Mapping[str, Entry],
+        wide: torch.dtype | None,
     ) -> None:
         self._file, self._slot, self._wide = file, slot, wide
         self._entries = {key: entries[key] for key in (slot.A, slot.B)}
@@ -325,7 +330,7 @@ def from_state_dict(
 
 def _opened_together(
     source: str | os.PathLike[str], revision: str | None, allow_pickle: bool
-) -> tuple[Location, Held, str | None, int]:
+) -> tuple[Location, Held | UrlFile, str | None, int]:
     """Where an adapter is, its tensors' file, its config's text, and the bytes of both.
 
     Both files were at their paths at one moment: where an overwrite came between, once more.
@@ -334,11 +339,13 @@ def _opened_together(
         last = attempt == ATTEMPTS - 1
         place = locate(source, revision=revision, allow_pickle=allow_pickle)
         try:
-            config = None if place.config is None else Held(place.config)
-            weights = Held(place.weights)
+            config = None if place.config is None else held(place.config)
+            weights = held(place.weights)
             if config is not None:
-                check_length(Path(config.path), config.size)
+                check_length(config.place, config.size)
             raw = None if config is None else config.read()
+            if isinstance(weights, UrlFile):
+                weights.begin()  # the header, which is to be of the same moment
         except (FileNotFoundError, ChangedError):
             if last:
                 raise
@@ -351,7 +358,7 @@ def _opened_together(
 
 def _open_safetensors(
     place: Location,
-    weights: Held,
+    weights: Held | UrlFile,
     text: str | None,
     alpha: float | None,
     nbytes: int,

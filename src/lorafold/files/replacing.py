@@ -14,9 +14,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import FileError
 from ..words import one_line
+from .remote.place import Place, UrlPath, is_url, place_of
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,24 @@ class Kind:
 
     Args:
         name: with its article, for messages: "an adapter".
-        known: whether a directory (not an empty one) is one.
+        known: whether a directory (not an empty one), on this machine or a store, is one.
         files: pattern of the names of the files in it that lorafold writes.
         folders: pattern of the names of the folders in it that lorafold writes, with all of theirs.
         marked: {name: mark} of files that anyone may have written: one without the mark stays, and
             no other takes its place.
+        last: the file that makes it one, where there is such: on a store it comes last.
     """
 
     name: str
-    known: Callable[[Path], bool]
+    known: Callable[[Any], bool]
     files: re.Pattern[str]
     folders: re.Pattern[str] | None = None
     marked: Mapping[str, str] = field(default_factory=dict)
+    last: str | None = None
 
-    def owns(self, path: Path) -> bool:
+    def owns(self, path: Place) -> bool:
         """Whether it is a file or folder of lorafold's writing."""
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not (isinstance(path, Path) and path.is_symlink()):
             return self.folders is not None and self.folders.fullmatch(path.name) is not None
         mark = self.marked.get(path.name)
         if mark is not None and path.is_file():
@@ -48,8 +52,10 @@ class Kind:
         return self.files.fullmatch(path.name) is not None
 
 
-def is_free(target: Path) -> bool:
+def is_free(target: Place) -> bool:
     """Whether nothing is there, or an empty directory, which counts as nothing."""
+    if isinstance(target, UrlPath):
+        return not target.is_file() and not any(target.iterdir())
     if not os.path.lexists(target):
         return True
     try:
@@ -59,7 +65,7 @@ def is_free(target: Path) -> bool:
 
 
 def check_replaceable(
-    target: Path, kind: Kind, overwrite: bool, given: str | os.PathLike[str]
+    target: Place, kind: Kind, overwrite: bool, given: str | os.PathLike[str]
 ) -> None:
     """Check that a directory of this kind may take the place of what is at `target`.
 
@@ -67,18 +73,23 @@ def check_replaceable(
         FileError: it may not; the message calls it `given`.
     """
     check_named(given)
-    check_no_link(given)
+    if isinstance(target, UrlPath):
+        target = target.at_once()
+    else:
+        check_no_link(given)
     free, refusal = is_free(target), None
     if not target.is_dir():
         refusal = f"it is a file, not the folder of {kind.name}"
     elif not kind.known(target):
-        names = sorted(os.listdir(target))
+        names = sorted(path.name for path in target.iterdir())
         refusal = f"it is not {kind.name}: it holds {names[0]!r}" if names else None
     if not free and not overwrite:
         remedy = f", and {refusal}" if refusal else "; give overwrite=True to replace it"
         raise FileError(f"{given} exists already{remedy}")
     if not free and refusal:
         raise FileError(f"{given} won't be overwritten: {refusal}; name another folder")
+    if isinstance(target, UrlPath):
+        return
     here = Path.cwd()
     if os.path.lexists(target) and (here == target or target in here.parents):
         # Nearly always a slip, and it would pull the ground from under the caller's shell.
@@ -133,6 +144,11 @@ def check_apart(
         FileError: naming both.
     """
     check_named(target)
+    sources = list(sources)
+    urls = [place_of(source) for source in sources if source is not None and is_url(source)]
+    if is_url(target):
+        _check_urls_apart(place_of(target), urls)
+        return
     place = Path(os.path.realpath(target))
     mine, around = _identity(place), {_identity(path) for path in (place, *place.parents)}
     for source in sources:
@@ -140,6 +156,18 @@ def check_apart(
             if _identity(path) in around:
                 what = "is" if _identity(path) == mine else "lies in"
             elif mine != place and mine in map(_identity, path.parents):
+                what = "holds"
+            else:
+                continue
+            raise FileError(f"{target} {what} the source {source}: write elsewhere")
+
+
+def _check_urls_apart(target: Place, sources: Iterable[Place]) -> None:
+    for source in sources:
+        if isinstance(target, UrlPath) and isinstance(source, UrlPath):
+            if source.holds(target):
+                what = "is" if source == target else "lies in"
+            elif target.holds(source):
                 what = "holds"
             else:
                 continue

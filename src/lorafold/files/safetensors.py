@@ -25,6 +25,8 @@ from ..errors import FileError
 from .disk import header as heads
 from .disk.header import DTYPE_NAMES, ENOUGH, Entry, Path, disguise, header_length
 from .disk.held import Descriptor, open_regular
+from .remote.file import UrlFile
+from .remote.place import UrlPath, place_of
 
 # Older releases of torch lack some of the 8-bit types.
 DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: name for name, dtype in DTYPES.items()}
 
-Opened = FileIO | Descriptor
+Opened = FileIO | Descriptor | UrlFile
 
 
 @contextlib.contextmanager
@@ -55,6 +57,19 @@ def file_errors(path: Path) -> Iterator[None]:
 # Reading a file
 
 
+def open_place(path: Path) -> FileIO | UrlFile:
+    """The file, of this machine or of a store, for reading.
+
+    Raises:
+        FileError: it can't be opened.
+    """
+    place = place_of(path)
+    if not isinstance(place, UrlPath):
+        return open_file(path)
+    with file_errors(path):
+        return UrlFile(place)
+
+
 def open_file(path: Path) -> FileIO:
     """The file, unbuffered, for reading.
 
@@ -73,7 +88,7 @@ def header_bytes(file: Opened, path: Path) -> tuple[bytearray, int]:
     Raises:
         FileError: the file is empty, cut off, or no safetensors file.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.size if isinstance(file, UrlFile) else os.fstat(file.fileno()).st_size
     start = _read(file, 0, min(ENOUGH, size), path)
     says = disguise(start)
     if says is not None:
@@ -100,7 +115,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     Raises:
         FileError: as `header_bytes` and `parse_header`.
     """
-    with open_file(path) as f:
+    with open_place(path) as f:
         header, size = header_bytes(f, path)
     return parse_header(header, size, path)[0]
 
@@ -111,6 +126,12 @@ def read_tensors(file: Opened, wanted: Iterable[tuple[str, Entry]], path: Path) 
     Raises:
         FileError: the file ends too early (it changed since its header was read).
     """
+    wanted = list(wanted)
+    if isinstance(file, UrlFile):  # all of them at once
+        rooms = [room(entry) for _, entry in wanted]
+        parts = [(e.start, view) for (_, e), (_, view) in zip(wanted, rooms, strict=True)]
+        _fill_from(file, parts, f"{path}")
+        return [t for t, _ in rooms]
     result = []
     for key, entry in wanted:
         t, view = room(entry)
@@ -158,7 +179,19 @@ def _read(file: Opened, start: int, length: int, path: Path) -> bytearray:
     return buffer
 
 
+def _fill_from(file: UrlFile, parts: list[tuple[int, memoryview]], what: str) -> None:
+    try:
+        whole = file.read_into(parts)
+    except OSError as e:
+        raise FileError(f"{what} can't be read: {e.strerror or e}") from e
+    if not whole:
+        raise FileError(f"{what} ends too early: the file is cut off or was changed")
+
+
 def _fill(file: Opened, start: int, view: memoryview, what: str) -> None:
+    if isinstance(file, UrlFile):
+        _fill_from(file, [(start, view)], what)
+        return
     try:
         while len(view):  # one read gives at most 2 GiB on Linux
             # At a place of its own, as several threads may read.

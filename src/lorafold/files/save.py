@@ -55,6 +55,7 @@ ADAPTER = Kind(
     is_adapter,
     re.compile("|".join(map(re.escape, _FILES))),
     marked={CARD: CARD_MARK},
+    last=CONFIG_NAME,
 )
 
 # What PEFT writes for a plain LoRA; a config that is already there keeps its own values.
@@ -117,7 +118,7 @@ def save(
 
     Args:
         adapter: what to write.
-        path: the directory to make.
+        path: the directory to make, of this machine or a URL.
         format: "peft", or "portable".
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.

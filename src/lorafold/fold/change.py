@@ -10,6 +10,7 @@ import torch
 
 from ..collection.sources import Handle, OnBase, named_handles
 from ..errors import FileError, MismatchError, ToleranceError
+from ..files.remote.exchange import again
 from ..thin import thin
 from .addition import one_handle, write_added
 from .contents import Contents, Stored
@@ -53,14 +54,18 @@ def add_to(
         )
     for path, (out, inner, _) in handle.shapes.items():
         c.manifest.check_shape(path, (out, inner))
-    with c.changing() as (t, now):
-        if name in t.manifest.adapters and not replace:
-            raise MismatchError(
-                f"the library already has an adapter {name!r}; use replace=True or another name"
-            )
-        writer, manifest = write_added(now, t, name, handle, tolerance, form)
-        commit(t, manifest, writer)
-        return manifest.entry(name).error
+
+    def change() -> float:
+        with c.changing() as (t, now):
+            if name in t.manifest.adapters and not replace:
+                raise MismatchError(
+                    f"the library already has an adapter {name!r}; use replace=True or another name"
+                )
+            writer, manifest = write_added(now, t, name, handle, tolerance, form)
+            commit(t, manifest, writer)
+            return manifest.entry(name).error
+
+    return again(change)
 
 
 # refold

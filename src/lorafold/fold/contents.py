@@ -184,6 +184,8 @@ class Contents(Catalog):
         at = self.modules
         try:
             with _reading(entry, self.modules[numbers[0]]):
+                spans = ((f"m{j}", *self.span(j, entry)) for j in numbers)
+                self.shard_of(entry).ahead(spans)
                 records = [(self.record(j, entry), at[j].shape) for j in numbers]
                 bases = [functools.partial(self.basis, j) for j in numbers]
                 return decode_together(records, bases, self.device)

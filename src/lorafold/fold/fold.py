@@ -35,7 +35,7 @@ def fold(
         sources: paths, globs, folders of adapters, "LIB:name", libraries, `Adapter`s, {name: any of
             these}, or a list of them. A path's name is its last component; an unnamed `Adapter`
             becomes task_0, ….
-        path: the folder to write; None keeps the library in memory.
+        path: the folder to write, of this machine or a URL; None keeps the library in memory.
         tolerance: bound on ‖ΔŴ − ΔW‖ / ‖ΔW‖ of every adapter, measured on what is written; 0
             stores every tensor bit for bit. 0.1 when none of tolerance, rank, energy, bits and
             retention is given.

@@ -90,7 +90,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         don't need them; `entry(name)["problem"]` is said of those in a lost shard.
 
         Args:
-            path: the folder. device, dtype: of the adapters it gives.
+            path: the folder, or its URL. device, dtype: of the adapters it gives.
             timeout: seconds that a change waits for its turn among others.
 
         Raises:

@@ -14,7 +14,6 @@ import os
 from collections.abc import Collection as Names
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,8 @@ from ..collection.sources import Handle, named_handles
 from ..errors import FileError, MismatchError
 from ..files.atomic import replace_file
 from ..files.find import is_library
+from ..files.remote.exchange import replace_if
+from ..files.remote.place import UrlPath, place_of
 from .addition import own_layouts
 from .change import is_as_stored
 from .contents import Contents
@@ -139,21 +140,35 @@ def _opened(path: str | os.PathLike[str], timeout: float) -> tuple[Store, tuple[
     try:
         return Store.open(path, timeout), ()
     except FileError as e:
-        folder = Path(path)
+        folder = place_of(path)
         if not is_library(path) and read_copy(folder) is None:
             raise
         damage = str(e)
+    if isinstance(folder, UrlPath):
+        return _restored_at(folder, timeout, damage)
     with turn(folder, timeout):
         raw = read_copy(folder)
         with contextlib.suppress(FileError):
             return Store.open(path, timeout), ()  # somebody has repaired it meanwhile
-        if raw is None:
-            raise FileError(
-                f"{damage}; all else is read by it, and it has no second copy: put {MANIFEST} back "
-                "from a copy of the library, or fold the sources again with overwrite=True"
-            )
-        replace_file(folder / MANIFEST, raw)
+        replace_file(folder / MANIFEST, _copy(raw, damage))
     return Store.open(path, timeout), (f"{damage}; it is as its second copy had it",)
+
+
+def _restored_at(url: UrlPath, timeout: float, damage: str) -> tuple[Store, tuple[str, ...]]:
+    """The same at a URL: put back if it still is as damaged as it was."""
+    manifest = url / MANIFEST
+    before = manifest.read_bytes() if manifest.is_file() else None
+    replace_if(manifest, _copy(read_copy(url), damage), before)
+    return Store.open(url, timeout), (f"{damage}; it is as its second copy had it",)
+
+
+def _copy(raw: bytes | None, damage: str) -> bytes:
+    if raw is None:
+        raise FileError(
+            f"{damage}; all else is read by it, and it has no second copy: put {MANIFEST} back "
+            "from a copy of the library, or fold the sources again with overwrite=True"
+        )
+    return raw
 
 
 def _lost(c: Contents, damaged: bool) -> dict[str, str]:

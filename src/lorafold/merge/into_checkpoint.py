@@ -25,6 +25,7 @@ from ..errors import FileError, MismatchError, RefusedError
 from ..files import load
 from ..files.atomic import new_directory
 from ..files.base import BaseFiles, read_base
+from ..files.remote.place import local
 from ..files.replacing import check_apart
 from ..placing import Placement, Step, changed, check_replicated, placed
 from .checkpoint import (
@@ -171,7 +172,7 @@ class Merge:
         refusal = seen.untying_refusal(plan.untied(adapter.value_at)) if c != 0 else None
         if refusal is not None:
             raise RefusedError(refusal)
-        return cls(seen, adapter, plan, Path(out), float(c), dtype)
+        return cls(seen, adapter, plan, local(out), float(c), dtype)
 
     def write(self, *, overwrite: bool, progress: Progress | None) -> Merged:
         """Write it, whatever has no place."""

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -24,6 +23,7 @@ from ..errors import FileError
 from ..files.atomic import new_directory
 from ..files.config import json_value, read_text
 from ..files.disk.held import read_regular
+from ..files.remote.place import Place, is_file, place_of
 from ..files.replacing import Kind
 from ..files.safetensors import read_entries
 
@@ -31,7 +31,7 @@ NAME, NUMBERS = "router.json", "router.safetensors"
 VERSION = 1
 ROUTER = Kind(
     "a router",
-    lambda path: os.path.isfile(path / NAME),
+    lambda path: is_file(path / NAME),
     re.compile(f"{re.escape(NAME)}|{re.escape(NUMBERS)}"),
 )
 
@@ -68,8 +68,8 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[Fields,
     Raises:
         FileError: no router, one of another kind or of a later version, or a damaged one.
     """
-    folder = Path(path)
-    if not os.fspath(path) or not os.path.isfile(folder / NAME):
+    folder = place_of(path)
+    if not os.fspath(path) or not is_file(folder / NAME):
         raise FileError(f"{os.fspath(path) or repr('')} is not a router: there is no {NAME} in it")
     where = folder / NAME
     fields = Fields(json_value(read_text(where), where), where)
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[Fields,
 class Fields:
     """The fields of a record, each asked for by name and type."""
 
-    def __init__(self, record: Any, where: Path) -> None:
+    def __init__(self, record: Any, where: Place) -> None:
         if not isinstance(record, dict):
             raise FileError(f"{where}: must hold a JSON object, found a {type(record).__name__}")
         self._record, self.where = record, where

@@ -15,9 +15,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 from ...errors import FileError
+from ..remote.place import UrlPath, is_url, place_of
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _MOST = 64  # files kept open: systems allow a process 256 and more
@@ -53,14 +56,19 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 def read_regular(
     path: str | os.PathLike[str], check: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """All of a file.
+    """All of a file, of this machine or of a store.
 
     Args:
         check: is called with its size before it is read, and may raise.
 
     Raises:
-        OSError: as `open_regular`, or it can't be read.
+        OSError: as `open_regular`, or it can't be read. FileError: as `remote.asking.ask`.
     """
+    if is_url(path):
+        place = place_of(path)
+        assert isinstance(place, UrlPath)
+        check(place.size())
+        return place.read_bytes()
     with open(open_regular(path), "rb") as file:
         check(os.fstat(file.fileno()).st_size)
         return file.read()
@@ -144,9 +152,22 @@ class Held:
         return found
 
     @property
+    def place(self) -> Path:
+        """Its path."""
+        return Path(self.path)
+
+    @property
     def version(self) -> tuple[int, ...]:
         """Its size and time of change (ns)."""
         return self._status[-2:]
+
+    def check(self) -> None:
+        """Raise a `ChangedError` where it is no longer what was opened."""
+        self.file()
+
+    def stream(self) -> BufferedReader:
+        """All of it, to be read as a file of its own."""
+        return open(os.dup(self.file().number), "rb")
 
     def is_there(self) -> bool:
         """Whether its path still leads to it, unchanged."""

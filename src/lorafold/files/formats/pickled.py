@@ -8,7 +8,6 @@ a small one stays small. The form before PyTorch 1.6 has no checksums.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -19,12 +18,13 @@ from torch import Tensor
 from ...errors import FileError
 from ..disk.header import disguise
 from ..disk.held import Held
+from ..remote.file import UrlFile
 from ..safetensors import CODES
 
 _ZIP, _AT_ONCE = b"PK\x03\x04", 1 << 20
 
 
-def unpickled(held: Held) -> dict[str, Tensor]:
+def unpickled(held: Held | UrlFile) -> dict[str, Tensor]:
     """The tensors of a file, each in memory of its own or of those that are equal views.
 
     Raises:
@@ -33,7 +33,7 @@ def unpickled(held: Held) -> dict[str, Tensor]:
     """
     path = held.path
     loader: Callable[..., Any] = torch.load
-    with open(os.dup(held.file().number), "rb") as file:
+    with held.stream() as file:
         file.seek(0)
         start = file.read(100)
         says = disguise(start)
@@ -46,7 +46,7 @@ def unpickled(held: Held) -> dict[str, Tensor]:
             found = loader(file, map_location="cpu", weights_only=True)
         except Exception as e:  # a damaged pickle can raise anything
             raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
-    held.file()  # which says if it was written to meanwhile
+    held.check()  # which says if it was written to meanwhile
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(t, Tensor) for key, t in found.items()
     ):
@@ -69,7 +69,7 @@ def _check_archive(file: IO[bytes]) -> None:
                     pass
 
 
-def _copies(tensors: dict[str, Tensor], held: Held) -> dict[str, Tensor]:
+def _copies(tensors: dict[str, Tensor], held: Held | UrlFile) -> dict[str, Tensor]:
     """The tensors without the storages that they are views of; equal views stay one tensor."""
     made: dict[tuple[Any, ...], Tensor] = {}
     found, left = {}, held.size

@@ -24,7 +24,8 @@ from ...parts import PREFIX
 from ...words import did_you_mean
 from ..config import SUBSPACE_NAME, json_object, read_text
 from ..peft_keys import check_gathered, plain_key
-from ..safetensors import is_finite, open_file, read_entries, read_tensors
+from ..remote.place import Place, is_file, place_of, size_of
+from ..safetensors import is_finite, open_place, read_entries, read_tensors
 
 # The sixteen levels of NF4 at the four digits to which vLoRA keeps them.
 _NF4 = (
@@ -73,9 +74,9 @@ class Subspace:
         shared: {key: tensor}. block: of NF4, the numbers of a block; None for floats.
     """
 
-    folder: Path
+    folder: Place
     layers: list[str]
-    files: Mapping[str, Path]
+    files: Mapping[str, Place]
     rank: int
     shapes: Mapping[str, Mapping[str, Any]]
     shared: Mapping[str, Tensor]
@@ -88,7 +89,7 @@ class Subspace:
         Raises:
             FileError: damaged; naming file and key.
         """
-        folder = Path(path)
+        folder = place_of(path)
         where = folder / SUBSPACE_NAME
         meta = _meta(where)
         packed = meta.get("format") == "nf4_packed"
@@ -112,10 +113,10 @@ class Subspace:
         )
 
     @property
-    def _where(self) -> Path:
+    def _where(self) -> Place:
         return self.folder / SUBSPACE_NAME
 
-    def loadings(self, name: str) -> tuple[Path, dict[str, Tensor]]:
+    def loadings(self, name: str) -> tuple[Place, dict[str, Tensor]]:
         """A task's file and what is in it.
 
         Raises:
@@ -132,7 +133,7 @@ class Subspace:
             )
         return file, _read_all(file)
 
-    def factor(self, layer: str, side: str, loadings: Mapping[str, Tensor], file: Path) -> Tensor:
+    def factor(self, layer: str, side: str, loadings: Mapping[str, Tensor], file: Place) -> Tensor:
         """A (side "a") or B of a task's module, rebuilt."""
         mean = self._tensor(f"{layer}.mean_{side}")
         coefficients = _tensor(loadings, f"{layer}.loadings_{side}", file)
@@ -170,7 +171,7 @@ class Subspace:
     def facts(self) -> dict[str, Any]:
         """What it holds, in JSON's types."""
         counts = {len(self.components(layer, side)) for layer in self.layers for side in "ab"}
-        there = {name: f.stat().st_size for name, f in self.files.items() if os.path.isfile(f)}
+        there = {name: size_of(f) for name, f in self.files.items() if is_file(f)}
         return {
             "adapters": len(self.files),
             "modules": len(self.layers),
@@ -229,7 +230,7 @@ class Subspace:
         return _tensor(self.shared, key, self._where)
 
 
-def _task_files(meta: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+def _task_files(meta: Mapping[str, Any], folder: Place) -> dict[str, Place]:
     where = folder / SUBSPACE_NAME
     files = {}
     names = _object(meta, "task_filenames", where)
@@ -243,14 +244,14 @@ def _task_files(meta: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     return files
 
 
-def _object(meta: Mapping[str, Any], field: str, where: Path) -> dict[str, Any]:
+def _object(meta: Mapping[str, Any], field: str, where: Place) -> dict[str, Any]:
     found = meta.get(field) or {}
     if not isinstance(found, dict):
         raise FileError(f"{where}: {field!r} must be an object, found {found!r:.40}")
     return found
 
 
-def _meta(path: Path) -> dict[str, Any]:
+def _meta(path: Place) -> dict[str, Any]:
     meta = json_object(read_text(path), path)
     for field, kind in (("layer_names", list), ("task_ids", list), ("rank", int)):
         value = meta.get(field)
@@ -260,14 +261,14 @@ def _meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_all(path: Path) -> dict[str, Tensor]:
+def _read_all(path: Place) -> dict[str, Tensor]:
     entries = read_entries(path)
     check_gathered(((key, entry.shape) for key, entry in entries.items()), str(path))
-    with open_file(path) as f:
+    with open_place(path) as f:
         return dict(zip(entries, read_tensors(f, entries.items(), path), strict=True))
 
 
-def _tensor(tensors: Mapping[str, Tensor], key: str, where: Path) -> Tensor:
+def _tensor(tensors: Mapping[str, Tensor], key: str, where: Place) -> Tensor:
     if key not in tensors:
         raise FileError(f"{where}: the tensor {key!r} is missing")
     return tensors[key]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import FileError
+from ...files.remote.exchange import again
 from .catalog import Index, card_of, index_of, write_cards
 from .entries import Piece, Rows
 from .manifest import Manifest
@@ -35,9 +36,13 @@ _AT_ONCE = 1 << 20  # bytes of records that are read together
 
 def remove(store: Store, name: str) -> None:
     """See `Library.remove`."""
-    with store.transaction() as t:
-        t.manifest.entry(name)
-        commit(t, t.manifest.changed((), {name}), None)
+
+    def change() -> None:
+        with store.transaction() as t:
+            t.manifest.entry(name)
+            commit(t, t.manifest.changed((), {name}), None)
+
+    again(change)
 
 
 def commit(t: Transaction, manifest: Manifest, fresh: ShardWriter | None) -> None:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS
@@ -77,6 +77,9 @@ class Descriptor:
     def called(self, name: str) -> None:
         """Say what to call the file after its folder has another name."""
         self.name = name
+
+    def ahead(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """What is read next; nothing is gained by knowing that of a file of this machine."""
 
     def size(self) -> int:
         """Bytes of the file as it is now."""

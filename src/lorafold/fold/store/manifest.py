@@ -13,19 +13,18 @@ import functools
 import gzip
 import hashlib
 import io
-import os
 import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import FileError, MismatchError, UnknownNameError
 from ...files.atomic import appears, replace_file, set_aside
 from ...files.config import LIBRARY_NAME
-from ...files.disk.held import open_regular, read_regular
+from ...files.disk.held import read_regular
+from ...files.remote.place import Place, exists, is_dir, is_file
 from ...words import did_you_mean
 from ..options import FORMS, RECORDED, Options
 from .entries import AdapterEntry, ModuleEntry, Rows, sha256, shard_name, sizes
@@ -318,24 +317,25 @@ class Said:
         return {*self.shards, *(p.file for p in self.adapters)}
 
 
-def read_manifest(path: Path) -> bytes:
+def read_manifest(path: Place) -> bytes:
     """The bytes of the manifest in the folder `path`.
 
     Raises:
         FileError: there is none, or it can't be read.
     """
-    try:
-        with open(open_regular(path / MANIFEST), "rb") as file:
-            raw = file.read(LONGEST + 1)
-        if len(raw) > LONGEST:
+
+    def check(size: int) -> None:
+        if size > LONGEST:
             raise FileError(f"{path / MANIFEST} is too long for a manifest")
-        return raw
+
+    try:
+        return read_regular(path / MANIFEST, check)
     except FileNotFoundError as e:
-        if not os.path.exists(path) and appears(path):
+        if not exists(path) and appears(path):
             return read_manifest(path)
-        if os.path.isdir(path):
+        if is_dir(path):
             hint = ""
-            if os.path.isfile(path / COPY):
+            if is_file(path / COPY):
                 hint = f": `lorafold repair {shlex.quote(str(path))}` puts it back from its copy"
             raise FileError(f"{path} is not a library: it holds no {MANIFEST}{hint}") from e
         aside = set_aside(path)
@@ -467,7 +467,7 @@ def compressed(raw: bytes) -> bytes:
     return gzip.compress(raw, mtime=0)
 
 
-def write_copy(folder: Path, raw: bytes) -> None:
+def write_copy(folder: Place, raw: bytes) -> None:
     """Write it, unless it is there.
 
     Raises:
@@ -487,7 +487,7 @@ def write_copy(folder: Path, raw: bytes) -> None:
         replace_file(folder / COPY, data)
 
 
-def read_copy(folder: Path) -> bytes | None:
+def read_copy(folder: Place) -> bytes | None:
     """The manifest as the copy has it; None where there is none that is whole."""
 
     def check(size: int) -> None:

@@ -12,13 +12,15 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FileError
 from ...files.atomic import CREATE_FLAGS, write_all
 from ...files.disk.header import DTYPE_NAMES, Entry, header_length, parse_header
+from ...files.remote.file import UrlDescriptor
+from ...files.remote.place import UrlPath, place_of
 from .descriptor import Descriptor
 from .shard_writer import CHECKSUMS, ShardInfo, ShardWriter
 
@@ -35,11 +37,11 @@ class Shard:
     The file stays open, so its tensors stay readable after its name is gone.
     """
 
-    def __init__(self, source: Descriptor, info: ShardInfo | None) -> None:
+    def __init__(self, source: Descriptor | UrlDescriptor, info: ShardInfo | None) -> None:
         self.name = source.name
         self.info = info
         self.nbytes = 0
-        self._source: Descriptor | None = source
+        self._source: Descriptor | UrlDescriptor | None = source
         self._tensors: dict[str, Entry] = {}
         self._checksums: dict[str, int] = {}
         self._read_header()
@@ -55,7 +57,10 @@ class Shard:
         Raises:
             FileError: missing, unreadable, not what `info` says, or not valid safetensors.
         """
-        return cls(Descriptor.of(path), info)
+        place = place_of(path)
+        if isinstance(place, UrlPath):
+            return cls(UrlDescriptor(place), info)
+        return cls(Descriptor.of(place), info)
 
     @classmethod
     def of(cls, writer: ShardWriter) -> Shard:
@@ -173,6 +178,15 @@ class Shard:
             self._check(key, data)
         return bytes(data)
 
+    def ahead(self, spans: Iterable[tuple[str, int, int]]) -> None:
+        """Tell which parts, (key, start, stop), `read_bytes` is asked for next.
+
+        Raises:
+            FileError: no such key, or the file can't be read.
+        """
+        starts = ((self._find(key).start, start, stop) for key, start, stop in spans)
+        self._open_source().ahead((at + start, at + stop) for at, start, stop in starts)
+
     def verify(self) -> None:
         """Read all of the shard and compare with the checksums.
 
@@ -229,7 +243,7 @@ class Shard:
         if zlib.crc32(data) != self._checksums.get(key, zlib.crc32(data)):
             raise FileError(f"{self._at(key)} is damaged: its CRC-32 is not the one recorded")
 
-    def _open_source(self) -> Descriptor:
+    def _open_source(self) -> Descriptor | UrlDescriptor:
         source = self._source
         if source is None:
             raise FileError(f"shard {self.name} is closed")
@@ -239,7 +253,7 @@ class Shard:
         if not self._open_source().read_into(target, begin):
             raise FileError(f"{self._at(key)}: the file was truncated after it was opened")
 
-    def _check_size(self, source: Descriptor) -> None:
+    def _check_size(self, source: Descriptor | UrlDescriptor) -> None:
         self.nbytes = source.size()
         if self.info is not None and self.nbytes != self.info.nbytes:
             raise FileError(

@@ -6,7 +6,8 @@ it is kept as `Damage`, beside the files that are whole.
 
 Nothing that a writer does reaches a state. Where it has few files, all are opened or read at once.
 Of many, each is opened when it is needed, and a shared lock on the manifest (a lease) says to
-writers that what this one names is still to stay: see `store.py`.
+writers that what this one names is still to stay: see `store.py`. At a URL there are no locks, and
+what is named no more stays for a day.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from ...errors import FileError
 from ...files.atomic import is_still_at, share_lock
-from ...files.disk.held import open_regular
+from ...files.disk.held import read_regular
+from ...files.remote.place import Place, UrlPath, exists
 from .descriptor import Descriptor
 from .manifest import MANIFEST, Manifest, Said, manifest_of, read_manifest, said
 from .part import FileInfo
@@ -30,7 +32,8 @@ from .shard_writer import ShardInfo
 _HELD = 16  # files that a reader opens at once; of more it opens those that it needs
 _OPEN = 64  # shards that stay open, where they are more and can be opened again
 _RETRIES = 10  # manifests replaced while a reader was opening shards; each needs one more writer
-_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of this process: no fault of a file
+# Of this process, or of a store that gives no ranges: no fault of a file.
+_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTSUP}
 
 
 def many(files: Collection[str]) -> bool:
@@ -76,7 +79,7 @@ class Shards(Mapping[str, Shard]):
     def __init__(
         self,
         infos: Mapping[str, ShardInfo],
-        folder: Path | None = None,
+        folder: Place | None = None,
         opened: Mapping[str, Shard] | None = None,
         lease: Descriptor | None = None,
     ) -> None:
@@ -94,7 +97,8 @@ class Shards(Mapping[str, Shard]):
                     f"the library {self._folder or 'in memory'} is closed: open it again"
                 )
             found = self._opened[name] = Shard.open(self._folder / name, info)
-            if self._lease is not None and len(self._opened) > _OPEN:
+            again = self._lease is not None or isinstance(self._folder, UrlPath)
+            if again and len(self._opened) > _OPEN:
                 self._opened.pop(
                     next(iter(self._opened), ""), None
                 )  # whoever reads it still has it
@@ -161,7 +165,7 @@ class State:
         parts = {part.file.name for part in self.manifest.parts if part.file is not None}
         return {*self.shards, *self.missing, *parts}
 
-    def shard(self, name: str, folder: Path | None) -> Shard:
+    def shard(self, name: str, folder: Place | None) -> Shard:
         """The shard of that name.
 
         Raises:
@@ -178,7 +182,7 @@ class State:
         """The same, with shards that are closed apart from these."""
         return replace(self, shards=self.shards.twin())
 
-    def verified(self, folder: Path | None) -> State:
+    def verified(self, folder: Place | None) -> State:
         """The same with all damage that is found by reading every file.
 
         Args:
@@ -188,7 +192,7 @@ class State:
         if folder is not None and _is_current(self.raw, folder):
             for name in self.shards:
                 path = folder / name
-                if not os.path.exists(path):
+                if not exists(path):
                     text = (
                         f"shard {path} is missing; who has it open still can save the library anew"
                     )
@@ -213,7 +217,7 @@ class State:
         return f"{first} (and {len(rest)} more files)" if rest else first
 
 
-def _is_current(raw: bytes, folder: Path | None) -> bool:
+def _is_current(raw: bytes, folder: Place | None) -> bool:
     """Whether a folder still has the manifest."""
     try:
         return folder is not None and read_manifest(folder) == raw
@@ -221,7 +225,7 @@ def _is_current(raw: bytes, folder: Path | None) -> bool:
         return False
 
 
-def remedy(folder: Path | None, lost: bool = True) -> str:
+def remedy(folder: Place | None, lost: bool = True) -> str:
     """What to do about damage."""
     if not lost:
         return "it may be whole: make it readable, and open the library again"
@@ -238,7 +242,7 @@ class _OutrunError(FileError):
     """A writer has replaced the manifest meanwhile."""
 
 
-def read_state(folder: Path, before: State) -> State:
+def read_state(folder: Place, before: State) -> State:
     """What the disk says now; shards that are open already stay open.
 
     Raises:
@@ -267,7 +271,7 @@ def read_state(folder: Path, before: State) -> State:
     raise FileError(f"{folder} changes faster than it can be opened; try again")
 
 
-def state_of(folder: Path, raw: bytes, before: State) -> State:
+def state_of(folder: Place, raw: bytes, before: State) -> State:
     """The state of a manifest that a folder has now.
 
     Args:
@@ -278,9 +282,12 @@ def state_of(folder: Path, raw: bytes, before: State) -> State:
     """
     where = str(folder / MANIFEST)
     whole = said(raw, where)
-    lease = _lease(folder, raw) if many(whole.files) else None
-    # What is read now, and not when it is needed: without a lease everything.
-    now = whole.files if lease is None else _not_as_stated(folder, whole)
+    lazy, lease = many(whole.files), None
+    if lazy and not isinstance(folder, UrlPath):
+        lease = _lease(folder, raw)
+        lazy = lease is not None
+    # What is read now, and not when it is needed: where it might go until then everything.
+    now = _not_as_stated(folder, whole) if lazy else whole.files
     damage: dict[str, Damage] = {}
 
     def list_of(info: FileInfo) -> _ListFile | None:
@@ -320,12 +327,15 @@ def _lease(folder: Path, raw: bytes) -> Descriptor | None:
     raise _OutrunError(f"{folder / MANIFEST} was replaced")
 
 
-def _not_as_stated(folder: Path, whole: Said) -> set[str]:
+def _not_as_stated(folder: Place, whole: Said) -> set[str]:
     """The files that are not there, or not as long as the manifest says."""
     sizes = {p.file: p.bytes for p in whole.adapters}
     sizes |= {name: shard.bytes for name, shard in whole.shards.items()}
-    with os.scandir(folder) as files:
-        found = {file.name: file.stat().st_size for file in files if file.name in sizes}
+    if isinstance(folder, UrlPath):
+        found = folder.sizes()
+    else:
+        with os.scandir(folder) as files:
+            found = {file.name: file.stat().st_size for file in files if file.name in sizes}
     return {name for name, size in sizes.items() if found.get(name) != size}
 
 
@@ -337,7 +347,7 @@ class _ListFile:
         lease: keeps it there until then. raw: its bytes, once read.
     """
 
-    path: Path
+    path: Place
     info: FileInfo
     lease: Descriptor | None
     raw: bytes | None = None
@@ -361,20 +371,24 @@ class _ListFile:
             raise FileError(f"{damage.text}; {remedy(self.path.parent, damage.lost)}") from e
 
 
-def checked_list(path: Path, info: FileInfo) -> bytes:
+def checked_list(path: Place, info: FileInfo) -> bytes:
     """A list's bytes.
 
     Raises:
         FileError: they can't be read, or are not those of its name.
     """
+    damaged = f"{path} is damaged: it is not what {MANIFEST} says of it"
+
+    def check(size: int) -> None:
+        if size != info.nbytes:
+            raise FileError(damaged)
+
     try:
-        with open(open_regular(path), "rb") as file:
-            fits = os.fstat(file.fileno()).st_size == info.nbytes
-            raw = file.read() if fits else b""
+        raw = read_regular(path, check)
     except FileNotFoundError as e:
         raise FileError(f"{path} is missing") from e
     except OSError as e:
         raise FileError(f"{path} can't be read: {e.strerror}") from e
-    if not fits or not info.fits(raw):
-        raise FileError(f"{path} is damaged: it is not what {MANIFEST} says of it")
+    if not info.fits(raw):
+        raise FileError(damaged)
     return raw

@@ -6,6 +6,7 @@
     shard-<hex>.safetensors  named by what is in it; size and checksums in the manifest
     adapters-<hex>.json      adapters whose names' hashes begin alike; likewise
     .lock, .lock.<n>.wait    locked by whoever changes the library, or waits for it; empty
+    .retired.json            at a URL: since when files are needed no more
 
 A change writes new files beside the old ones, flushes them, and replaces the manifest: that one
 rename is the change. Files it no longer names are removed after it; a killed writer leaves the old
@@ -14,6 +15,10 @@ state or the new one, and files that no manifest names, which the next writer re
 Nothing that a writer does reaches a reader. One of a library of few files opens all of them at
 once. One of many holds a shared lock on the manifest that it read; a writer keeps
 that under another name, and the files that it names, until it finds nobody's lock on it.
+
+At a URL there is no rename, no lock and no open file: the change is one put of the manifest, on the
+condition that it still is what the change began with, where the store knows conditions
+(`remote.exchange`), and files that it no longer names are kept for a day (`remote.retention`).
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import contextlib
 import os
 import re
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -31,7 +37,10 @@ from typing import Any
 from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory, try_lock
 from ...files.disk.held import read_regular
-from ...files.replacing import Kind, check_apart, check_no_link
+from ...files.remote.exchange import replace_if
+from ...files.remote.place import Place, UrlPath, is_file, is_url, place_of
+from ...files.remote.retention import NOTES, retire
+from ...files.replacing import Kind, check_apart, check_no_link, check_replaceable
 from .manifest import (
     COPY,
     FORMAT,
@@ -49,16 +58,17 @@ from .state import Shards, State, many, read_state
 from .turns import LOCK, TICKET, TIMEOUT, turn
 
 _REPLACED = re.compile(r"\.library\.[0-9a-f]{16}\.json")
+_KEPT_NAMES = re.compile("|".join(map(re.escape, (MANIFEST, COPY, LOCK, NOTES))))
 _LEFT_BY_WRITERS = re.compile(
     rf"{SHARD_NAME.pattern}|{PART_NAME.pattern}|{_REPLACED.pattern}"
     rf"|\.({re.escape(MANIFEST)}|{re.escape(COPY)}|{PART_NAME.pattern}|shard)\.[0-9a-f]{{16}}\.tmp"
 )
 
 
-def _is_known(path: Path) -> bool:
+def _is_known(path: Place) -> bool:
     """Whether a library is or was at `path`, in whatever state and of whatever version."""
     try:
-        names = os.listdir(path)
+        names = _names(path)
         return any(map(SHARD_NAME.fullmatch, names)) or FORMAT.encode() in read_manifest(path)
     except (FileError, OSError):
         return False
@@ -67,11 +77,7 @@ def _is_known(path: Path) -> bool:
 LIBRARY = Kind(
     "a library",
     _is_known,
-    re.compile(
-        "|".join(
-            (*map(re.escape, (MANIFEST, COPY, LOCK)), TICKET.pattern, _LEFT_BY_WRITERS.pattern)
-        )
-    ),
+    re.compile("|".join((_KEPT_NAMES.pattern, TICKET.pattern, _LEFT_BY_WRITERS.pattern))),
 )
 
 
@@ -100,7 +106,7 @@ class Store:
         array([1., 1., 1.], dtype=float32)
     """
 
-    def __init__(self, path: Path | None, timeout: float = TIMEOUT) -> None:
+    def __init__(self, path: Place | None, timeout: float = TIMEOUT) -> None:
         self.path = path
         self.timeout = timeout
         self.state = State()
@@ -151,13 +157,8 @@ class Store:
             FileError: when entered: something is at `path` and `overwrite` is False, or another
                 process is changing it.
         """
-        if path is not None:
-            check_no_link(path)
-        return Transaction(
-            Store(None if path is None else Path(os.path.abspath(path)), timeout),
-            "overwrite" if overwrite else "create",
-            timeout,
-        )
+        place = None if path is None else _new_place(path)
+        return Transaction(Store(place, timeout), "overwrite" if overwrite else "create", timeout)
 
     def transaction(self, timeout: float | None = None) -> Transaction:
         """A change of this store, alone among all processes, in their order of asking.
@@ -278,7 +279,9 @@ class Transaction:
         self._kind = kind
         self._timeout = timeout
         self._place = contextlib.ExitStack()  # what holds the lock and cleans up
-        self._folder: Path | None = None
+        self._folder: Place | None = None
+        self._scratch: Path | None = None  # where shards are written before they have their names
+        self._before: bytes | None = None  # at a URL: the manifest that this one's replaces
         self._in_place = False  # whether the folder has its final name
         self._writers: list[ShardWriter] = []
         self._named: list[ShardWriter] = []  # those with their names for good
@@ -307,17 +310,27 @@ class Transaction:
         store, place = self._store, self._place
         if store.path is None:
             place.enter_context(_held(store._alone, self._timeout))
+        elif isinstance(store.path, UrlPath):
+            self._begin_at(store.path)
         elif self._kind == "change" or (self._kind == "overwrite" and _is_library(store.path)):
             place.enter_context(turn(store.path, self._timeout))
             place.enter_context(_without_leftovers(store))
-            self._folder, self._in_place = store.path, True
+            self._folder, self._scratch, self._in_place = store.path, store.path, True
         else:
             folder = new_directory(store.path, LIBRARY, overwrite=self._kind == "overwrite")
-            self._folder = place.enter_context(folder)
+            self._folder = self._scratch = place.enter_context(folder)
         if self._kind == "change":
             if store.path is not None:
                 store._load()  # another writer may have come between
-            self.state = store.state
+            self.state, self._before = store.state, store.state.raw
+
+    def _begin_at(self, url: UrlPath) -> None:
+        """At a URL, where nobody is kept out: who comes between is found at the end."""
+        if self._kind != "change":
+            self._before = _replaceable(url, self._kind == "overwrite")
+        self._place.callback(_remove_leftovers, self._store)
+        scratch = self._place.enter_context(tempfile.TemporaryDirectory(prefix="lorafold-"))
+        self._folder, self._scratch, self._in_place = url, Path(scratch), True
 
     def __exit__(self, kind: object, error: BaseException | None, trace: Any) -> None:
         if self._state == "committed":
@@ -348,12 +361,14 @@ class Transaction:
             header_capacity: as in `ShardWriter`.
         """
         self._check_open()
-        path = None
-        if self._folder is not None:
-            path = self._folder / f".shard.{secrets.token_hex(8)}.tmp"
-        writer = ShardWriter(path, header_capacity=header_capacity)
+        writer = ShardWriter(self._unnamed(), header_capacity=header_capacity)
         self._writers.append(writer)
         return writer
+
+    def _unnamed(self) -> Path | None:
+        """Where a shard is written before it has its name; None in memory."""
+        scratch = self._scratch
+        return None if scratch is None else scratch / f".shard.{secrets.token_hex(8)}.tmp"
 
     def copied(self, state: State) -> Manifest:
         """Write the shards of another store, for `commit` to take in.
@@ -364,9 +379,14 @@ class Transaction:
         self._check_open()
         if self._folder is not None:
             for name, shard in state.shards.items():
-                unnamed = self._folder / f".shard.{secrets.token_hex(8)}.tmp"
+                unnamed = self._unnamed()
+                assert unnamed is not None
                 shard.copy_to(unnamed)
-                os.replace(unnamed, self._folder / name)
+                if isinstance(self._folder, UrlPath):
+                    (self._folder / name).upload(unnamed)
+                    os.unlink(unnamed)
+                else:
+                    os.replace(unnamed, self._folder / name)
         self.state = State(shards=Shards(state.shards.infos, self._folder))
         parts = tuple(replace(part, file=None) for part in state.manifest.parts)
         return replace(state.manifest, parts=parts)
@@ -399,10 +419,7 @@ class Transaction:
         state = State(raw, manifest, shards, missing, damage)
         if self._folder is not None:
             self._check_undisturbed()
-            sync_directory(self._folder)  # the files' names are safe before the manifest has them
-            if self._in_place:
-                _keep_for_readers(self._folder)
-            replace_file(self._folder / MANIFEST, raw)
+            _replace_manifest(self._folder, raw, self._before, self._in_place)
             if not self._in_place:  # else before anything goes that the old one needs
                 write_copy(self._folder, raw)
         if self._in_place or self._folder is None:
@@ -410,7 +427,7 @@ class Transaction:
             self._place.close()
         else:
             self._place.close()  # gives the folder its name
-            assert self._store.path is not None
+            assert isinstance(self._store.path, Path)
             state = replace(state, shards=shards.moved_to(self._store.path))
             self._end(self._leased(state))
         return self._store
@@ -418,7 +435,7 @@ class Transaction:
     def _leased(self, state: State) -> State:
         """The state as a reader has it, if it has many files."""
         path = self._store.path
-        if path is None or not many(state.files):
+        if path is None or isinstance(path, UrlPath) or not many(state.files):
             return state
         return read_state(path, replace(state, raw=b""))
 
@@ -450,9 +467,8 @@ class Transaction:
         for name, writer in fresh.items():
             if self._folder is not None:
                 self._named.append(writer)
-                writer.rename(self._folder)
             # Opened before the manifest names them: what can't be opened is not committed.
-            opened[name] = Shard.of(writer)
+            opened[name] = _placed(writer, self._folder)
             infos[name] = opened[name].stated
         return Shards(infos, self._folder, opened, self.state.lease), missing
 
@@ -465,6 +481,8 @@ class Transaction:
     def _check_undisturbed(self) -> None:
         """On some network file systems a lock keeps out this machine's processes only."""
         store = self._store
+        if isinstance(store.path, UrlPath):
+            return  # which the put of the manifest finds
         if self._kind == "change" and store.path and read_manifest(store.path) != store.state.raw:
             raise FileError(f"{store.path} was changed by another process in spite of the lock")
 
@@ -475,7 +493,7 @@ class Transaction:
             )
 
 
-def _written(manifest: Manifest, folder: Path | None) -> Manifest:
+def _written(manifest: Manifest, folder: Place | None) -> Manifest:
     """The manifest with all of its lists of adapters written."""
     parts = []
     for part in manifest.parts:
@@ -490,17 +508,65 @@ def _written(manifest: Manifest, folder: Path | None) -> Manifest:
     return replace(manifest, parts=tuple(parts))
 
 
+def _placed(writer: ShardWriter, folder: Place | None) -> Shard:
+    """A closed shard with the name that it has for good, opened."""
+    if isinstance(folder, UrlPath):
+        assert writer.path is not None
+        assert writer.info is not None
+        (folder / writer.info.name).upload(writer.path)
+        return Shard.open(folder / writer.info.name, writer.info)
+    if folder is not None:
+        writer.rename(folder)
+    return Shard.of(writer)
+
+
+def _replace_manifest(folder: Place, raw: bytes, before: bytes | None, in_place: bool) -> None:
+    """What makes a change: the manifest is another one; at a URL only if it was `before`."""
+    if isinstance(folder, UrlPath):
+        replace_if(folder / MANIFEST, raw, before)
+        return
+    sync_directory(folder)  # the files' names are safe before the manifest has them
+    if in_place:
+        _keep_for_readers(folder)
+    replace_file(folder / MANIFEST, raw)
+
+
 class _LeftWithoutCommitError(Exception):
     """Tells the place of a transaction that nothing is to be kept."""
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
+def _folder(path: str | os.PathLike[str]) -> Place:
     """The folder itself, where a link leads to it: it stays the one, wherever that leads later."""
+    if is_url(path):
+        return place_of(path)
     found = Path(os.path.abspath(path))
     return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
-def _is_library(path: Path) -> bool:
+def _new_place(path: str | os.PathLike[str]) -> Place:
+    """Where a library is written as a whole."""
+    if is_url(path):
+        return place_of(path)
+    check_no_link(path)
+    return Path(os.path.abspath(path))
+
+
+def _replaceable(url: UrlPath, overwrite: bool) -> bytes | None:
+    """The manifest at a URL where a library is to be written; None where none is.
+
+    Raises:
+        FileError: something is there that may not be replaced.
+    """
+    check_replaceable(url, LIBRARY, overwrite, url)
+    return read_manifest(url) if is_file(url / MANIFEST) else None
+
+
+def _names(folder: Place) -> list[str]:
+    """Names of the files in a folder."""
+    return folder.names() if isinstance(folder, UrlPath) else os.listdir(folder)
+
+
+def _is_library(path: Place) -> bool:
     """Whether a library of this version is at `path`, whatever the state of its shards."""
     try:
         named_files(read_manifest(path), str(path / MANIFEST))
@@ -537,14 +603,20 @@ def _remove_leftovers(store: Store) -> None:
         raw = read_manifest(folder)
         named = store.named_by(raw)
         write_copy(folder, raw)  # before what it names goes
-        names = os.listdir(folder)
-        named |= _still_read(folder, filter(_REPLACED.fullmatch, names))
+        names = _names(folder)
+        if not isinstance(folder, UrlPath):
+            named |= _still_read(folder, filter(_REPLACED.fullmatch, names))
     except (FileError, OSError):
         return
-    for name in names:
-        if _LEFT_BY_WRITERS.fullmatch(name) and name not in named:
-            with contextlib.suppress(OSError):  # the change is made; the next writer tries again
-                os.unlink(folder / name)
+    unneeded = [name for name in names if _LEFT_BY_WRITERS.fullmatch(name) and name not in named]
+    # The change is made; what can't be removed the next writer tries again.
+    if isinstance(folder, UrlPath):
+        with contextlib.suppress(OSError, FileError):
+            retire(folder, unneeded, COPY)
+        return
+    for name in unneeded:
+        with contextlib.suppress(OSError):
+            os.unlink(folder / name)
 
 
 def _keep_for_readers(folder: Path) -> None:

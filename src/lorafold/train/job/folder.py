@@ -21,6 +21,7 @@ from ...errors import FileError, MismatchError
 from ...files.atomic import new_directory, replace_file
 from ...files.config import CHECKPOINTS, RECIPE_NAME, as_json, json_object, read_text
 from ...files.disk.sealed import check_seal, with_seal
+from ...files.remote.place import local
 from ...files.replacing import Kind, check_apart, check_replaceable
 from ...files.save import ADAPTER, peft_form, write_form
 from ..checkpoints import check_sealed, last_checkpoint
@@ -36,7 +37,7 @@ class Folder:
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.checkpoints = Path(path), Path(path) / CHECKPOINTS
+        self.path, self.checkpoints = local(path), local(path) / CHECKPOINTS
 
     @property
     def last(self) -> Path | None:

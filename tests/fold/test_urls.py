@@ -1,0 +1,431 @@
+"""Libraries at URLs: the same bytes, old or new at any moment, and nothing of two writers lost."""
+
+import gzip
+import json
+import pickle
+import threading
+
+import pytest
+import torch
+
+import lorafold as lf
+from lorafold.errors import FileError
+from lorafold.files.find import in_library
+from lorafold.files.remote import exchange, retention
+from lorafold.files.remote.exchange import OvertakenError, is_guarded
+from lorafold.files.remote.place import UrlPath
+from lorafold.fold.store.manifest import COPY, MANIFEST
+from lorafold.fold.store.store import Store
+
+SHAPES = {f"layers.{n}.q_proj": (24, 16) for n in range(3)}
+
+
+@pytest.fixture
+def five(make_adapter):
+    names = ["sql", "poems", "law", "code", "chess"]
+    return {name: make_adapter(SHAPES, 2, seed=k, scale=1.0) for k, name in enumerate(names)}
+
+
+@pytest.fixture
+def three(five):
+    return {name: five[name] for name in ("sql", "poems", "law")}
+
+
+def named(at, folder="lib"):
+    """Names in a folder that its manifest needs, and that itself."""
+    raw = json.loads(at.files(folder)[MANIFEST])
+    return {MANIFEST, COPY, *raw["shards"], *(part["file"] for part in raw["adapters"])}
+
+
+def aged(at, folder="lib"):
+    """Let the time pass that old files are kept for."""
+    path = f"{at.path}/{folder}/{retention.NOTES}"
+    notes = json.loads(at.fs.cat(path))
+    long_ago = {name: since - 2 * retention.KEPT for name, since in notes.items()}
+    at.fs.pipe_file(path, json.dumps(long_ago).encode())
+
+
+@pytest.fixture
+def no_age(monkeypatch):
+    """Files may be removed however young they are, if they were noted long ago."""
+    written = retention._written
+    later = retention.KEPT + 1
+    monkeypatch.setattr(
+        retention, "_written", lambda p: written(p) + (later if p.name == COPY else 0)
+    )
+
+
+# The same as on this machine
+
+
+def test_a_library_at_a_url_has_the_bytes_of_one_on_this_machine(at, three, tmp_path):
+    lf.fold(three, tmp_path / "lib", tolerance=0.1)
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    here = {p.name: p.read_bytes() for p in (tmp_path / "lib").iterdir() if p.name != ".lock"}
+    assert at.files("lib") == here
+    assert lib.path == f"{at.url}/lib"
+    assert lib.nbytes == lf.Library.open(tmp_path / "lib").nbytes
+
+
+def test_all_that_a_library_does_is_done_at_a_url(at, five, three, tmp_path):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    lib.verify(three)
+    error = lib.add(five["code"], "code")
+    assert error <= 0.1
+    other = lf.Library.open(f"{at.url}/lib")
+    other.remove("sql")
+    assert lib.names == ["sql", "poems", "law", "code"]  # as it was when it last changed
+    assert lf.Library.open(f"{at.url}/lib").names == other.names == ["poems", "law", "code"]
+    other.refold(tolerance=0.3)
+    assert lf.Library.open(f"{at.url}/lib").tolerance == 0.3
+    lib.add(five["chess"], "chess")  # goes on from there
+    assert lib.names == ["poems", "law", "code", "chess"]
+    assert pickle.loads(pickle.dumps(lib)).names == lib.names
+    here = lib.save(tmp_path / "copy")
+    there = here.save(f"{at.url}/copy")
+    assert at.files("copy") == {
+        p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir() if p.name != ".lock"
+    }
+    assert there["law"].digest == lib["law"].digest
+    assert lf.load(f"{at.url}/copy:law").digest == lib["law"].digest
+    assert in_library(f"{at.url}/copy:law") == (f"{at.url}/copy", "law")
+    assert lf.fold([f"{at.url}/copy:law", f"{at.url}/copy:chess"]).names == ["law", "chess"]
+    assert lf.fold(f"{at.url}/copy").names == lib.names
+    assert lf.fold.repair(f"{at.url}/copy").damage == ()
+
+
+def test_a_library_at_a_url_is_attached(at, three, make_net, shapes_of, make_adapter):
+    net, tokens = make_net(torch.float32), torch.zeros(1, 3, dtype=torch.long)
+    adapters = {n: make_adapter(shapes_of(net), 2, seed=k) for k, n in enumerate("ab")}
+    lf.fold(adapters, f"{at.url}/lib", tolerance=0)
+    lf.save(adapters["a"], f"{at.url}/a")
+    plain = net(tokens)
+    live = lf.attach(net, f"{at.url}/lib")
+    assert sorted(live.names) == ["a", "b"]
+    with live.use("a"):
+        of_library = net(tokens)
+    live.detach()
+    live = lf.attach(net, f"{at.url}/a")
+    with live.use(live.names[0]):
+        assert torch.allclose(net(tokens), of_library, atol=1e-6)
+    live.detach()
+    assert not torch.allclose(plain, of_library)
+
+
+def test_what_is_there_is_replaced_only_when_asked(at, three, five):
+    lf.fold(three, f"{at.url}/lib")
+    with pytest.raises(FileError, match="exists already; give overwrite=True to replace it"):
+        lf.fold(five, f"{at.url}/lib")
+    with pytest.raises(FileError, match="exists already; give overwrite=True"):
+        lf.fold(five).save(f"{at.url}/lib")
+    at.fs.pipe_file(f"{at.path}/lib/notes.txt", b"mine")
+    lf.fold(five, f"{at.url}/lib", overwrite=True)
+    assert len(lf.Library.open(f"{at.url}/lib")) == 5
+    lf.fold(three).save(f"{at.url}/lib", overwrite=True)
+    assert len(lf.Library.open(f"{at.url}/lib")) == 3
+    assert at.files("lib")["notes.txt"] == b"mine"
+    at.fs.pipe_file(f"{at.path}/other/notes.txt", b"mine")
+    with pytest.raises(FileError, match="it is not a library: it holds 'notes.txt'"):
+        lf.fold(three, f"{at.url}/other", overwrite=True)
+    with pytest.raises(FileError, match=f"{at.url}/nowhere does not exist"):
+        lf.Library.open(f"{at.url}/nowhere")
+
+
+# Reading by ranges
+
+
+def test_one_adapter_is_read_without_the_others(s3, make_adapter):
+    shapes = {f"layers.{n}.up_proj": (512, 512) for n in range(4)}
+    many = {f"a{k}": make_adapter(shapes, 8, seed=k, scale=1.0) for k in range(24)}
+    lf.fold(many, f"{s3.url}/lib", tolerance=0)
+    lib = lf.Library.open(f"{s3.url}/lib")
+    s3.requests.log.clear()
+    assert lib["a7"].digest == many["a7"].digest
+    asked = [span.partition("=")[2].split("-") for m, p, span in s3.requests.log if m == "GET"]
+    nbytes = sum(int(stop) - int(start) + 1 for start, stop in asked)
+    alone = lib.entry("a7")["file_bytes"]
+    assert alone < nbytes < 3 * alone < lib.nbytes / 4
+    s3.requests.log.clear()
+    lib["a7"]
+    assert len(s3.requests.log) <= len(asked)
+
+
+# Readers of an older state
+
+
+def test_a_reader_goes_on_with_what_it_has_opened(at, five, three):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    reader = lf.Library.open(f"{at.url}/lib")
+    lib.remove("sql")
+    lib.add(five["code"], "code")
+    lib.refold(tolerance=0.2)
+    lf.fold(five, f"{at.url}/lib", overwrite=True)
+    assert {name: reader[name].digest for name in reader} == {
+        name: adapter.digest for name, adapter in three.items()
+    }
+
+
+def test_old_files_are_kept_for_a_day_and_then_removed(at, five, three, no_age):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    reader = lf.Library.open(f"{at.url}/lib")
+    before = named(at)
+    lib.refold(tolerance=0.2)
+    assert before - named(at)
+    assert at.files("lib").keys() == before | named(at) | {retention.NOTES}
+    lib.add(five["code"], "code")
+    assert before <= at.files("lib").keys()
+    aged(at)
+    lib.remove("code")
+    kept = json.loads(at.files("lib")[retention.NOTES])
+    assert at.files("lib").keys() == named(at) | {retention.NOTES, *kept}
+    assert not before - {MANIFEST, COPY} & at.files("lib").keys()
+    with pytest.raises(FileError, match="is gone: the library was changed since it was opened"):
+        [reader[name] for name in reader]
+    lf.Library.open(f"{at.url}/lib").verify({n: three[n] for n in three})
+
+
+def test_a_file_that_comes_again_is_not_removed_for_having_been_old(at, five, three, no_age):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    lib.add(five["code"], "code")
+    lib.remove("code")
+    lib.add(five["code"], "code")  # the same shard, by the same name
+    aged(at)
+    lib.add(five["chess"], "chess")
+    lf.Library.open(f"{at.url}/lib").verify({n: five[n] for n in lib})
+
+
+def test_notes_that_are_damaged_delay_a_removal_and_nothing_else(at, five, three, no_age):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    lib.refold(tolerance=0.2)
+    at.fs.pipe_file(f"{at.path}/lib/{retention.NOTES}", b'["no notes"')
+    before = at.files("lib").keys()
+    lib.add(five["code"], "code")
+    assert before <= at.files("lib").keys()
+    assert json.loads(at.files("lib")[retention.NOTES])
+
+
+# Two writers
+
+
+def between(at, monkeypatch, what, times=1):
+    """Do something just before a manifest is replaced, for the first times that it is."""
+    replace_if = exchange._replace_if
+    left = [times]
+
+    def hooked(*args):
+        if left[0] > 0:
+            left[0] -= 1
+            what()
+        return replace_if(*args)
+
+    monkeypatch.setattr(exchange, "_replace_if", hooked)
+
+
+def test_a_change_that_another_came_between_is_made_again(at, five, three, monkeypatch, impatient):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    other = lf.Library.open(f"{at.url}/lib")
+    between(at, monkeypatch, lambda: other.add(five["code"], "code"), times=1)
+    lib.add(five["chess"], "chess")
+    assert lib.names == ["sql", "poems", "law", "code", "chess"]
+    between(at, monkeypatch, lambda: other.remove("sql"))
+    lib.remove("law")
+    assert lf.Library.open(f"{at.url}/lib").names == lib.names == ["poems", "code", "chess"]
+    lib.verify({name: five[name] for name in lib})
+
+
+def test_what_can_not_be_made_again_quietly_fails_and_changes_nothing(at, five, three, monkeypatch):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    other = lf.Library.open(f"{at.url}/lib")
+    for change in (
+        lambda: lib.refold(tolerance=0.3),
+        lambda: lf.fold(five, f"{at.url}/lib", overwrite=True),
+        lambda: lf.fold(five).save(f"{at.url}/lib", overwrite=True),
+    ):
+        between(at, monkeypatch, lambda: other.add(five["code"], "code", replace=True))
+        with pytest.raises(OvertakenError, match="was changed by another writer meanwhile"):
+            change()
+        found = lf.Library.open(f"{at.url}/lib")
+        assert found.names == other.names == ["sql", "poems", "law", "code"]
+        assert found.tolerance == 0.1
+        other.remove("code")
+
+
+def test_of_two_that_make_a_library_at_once_one_does(at, five, three, monkeypatch, tmp_path):
+    lf.fold(five, tmp_path / "lib")
+    between(at, monkeypatch, lambda: at.put(tmp_path / "lib", "lib"))
+    with pytest.raises(OvertakenError):
+        lf.fold(three, f"{at.url}/lib")
+    assert len(lf.Library.open(f"{at.url}/lib")) == 5
+
+
+def test_a_change_that_is_overtaken_for_ever_gives_up(at, five, three, monkeypatch, impatient):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    monkeypatch.setattr(exchange, "_ATTEMPTS", 3)
+    old = at.files("lib")[MANIFEST]
+
+    def overtaken(fs, key, path, data, before):
+        raise OvertakenError("always")
+
+    monkeypatch.setattr(exchange, "_replace_if", overtaken)
+    with pytest.raises(OvertakenError, match="always"):
+        lib.add(five["code"], "code")
+    assert at.files("lib")[MANIFEST] == old
+
+
+def test_writers_in_several_threads_lose_nothing(at, five, make_adapter):
+    lf.fold({"first": five["sql"]}, f"{at.url}/lib", tolerance=0)
+    errors = []
+
+    def add(k):
+        try:
+            lib = lf.Library.open(f"{at.url}/lib")
+            for n in range(2):
+                lib.add(make_adapter(SHAPES, 2, seed=10 * k + n, scale=1.0), f"{k}.{n}")
+        except Exception as e:  # noqa: BLE001  (told below)
+            errors.append(e)
+
+    threads = [threading.Thread(target=add, args=(k,)) for k in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    lib = lf.Library.open(f"{at.url}/lib")
+    assert sorted(lib.names) == ["1.0", "1.1", "2.0", "2.1", "3.0", "3.1", "first"]
+    assert lib["2.1"].digest == make_adapter(SHAPES, 2, seed=21, scale=1.0).digest
+    lib.verify()
+
+
+def test_a_store_that_does_not_know_conditions_is_told_apart(s3, five, three, caplog):
+    assert is_guarded(UrlPath(f"{s3.url}/lib/{MANIFEST}"))
+    exchange._keep.clear()
+    s3.requests.headers = {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"}
+    assert not is_guarded(UrlPath(f"{s3.url}/lib/{MANIFEST}"))
+    lib = lf.fold(three, f"{s3.url}/lib")
+    assert "only one process at a time may change what is there" in caplog.text
+    lib.add(five["code"], "code")
+    assert lf.Library.open(f"{s3.url}/lib").names == [*three, "code"]
+    exchange._keep.clear()
+
+
+# Faults
+
+
+def test_a_put_that_was_answered_too_late_counts_once(s3, five, three, impatient):
+    """The manifest is there, but its writer was told that the connection broke."""
+    lib = lf.fold(three, f"{s3.url}/lib", tolerance=0)
+    lost = []
+
+    def before(method, path):
+        if method == "PUT" and path.endswith(MANIFEST) and not lost:
+            lost.append(path)
+            return "lost"
+        return None
+
+    s3.requests.before = before
+    lib.add(five["code"], "code")
+    assert lost
+    assert lib.names == lf.Library.open(f"{s3.url}/lib").names == [*three, "code"]
+    lost.clear()
+    lf.fold(three, f"{s3.url}/new")
+    assert lost
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "overwrite", "fold"])
+def test_a_change_that_fails_anywhere_leaves_the_old_state_or_the_new_one(
+    s3, five, three, change, impatient
+):
+    """Every request from the k-th put or removal on fails, for every k."""
+    changes = {
+        "add": lambda lib: lib.add(five["code"], "code"),
+        "remove": lambda lib: lib.remove("sql"),
+        "overwrite": lambda lib: lf.fold(five, f"{s3.url}/lib", tolerance=0, overwrite=True),
+        "fold": lambda lib: lf.fold(five, f"{s3.url}/new", tolerance=0),
+    }
+    states, k = set(), 0
+    while True:
+        s3.requests.before = lambda method, path: None
+        for name in s3.files():
+            s3.fs.rm_file(f"{s3.path}/{name}")
+        lib = lf.fold(three, f"{s3.url}/lib", tolerance=0)
+        left = [k]
+
+        def before(method, path, left=left):
+            left[0] -= method in ("PUT", "DELETE")
+            return 403 if left[0] < 0 else None
+
+        s3.requests.before = before
+        failed = False
+        try:
+            changes[change](lib)
+        except FileError:
+            failed = True
+        s3.requests.before = lambda method, path: None
+        found = lf.Library.open(f"{s3.url}/lib")
+        found.verify()
+        states.add(tuple(found.names))
+        if change == "fold" and MANIFEST in s3.files("new"):
+            lf.Library.open(f"{s3.url}/new").verify(five)
+        elif change == "fold":
+            assert failed
+            with pytest.raises(FileError, match=r"does not exist|is not a library"):
+                lf.Library.open(f"{s3.url}/new")
+        lib.add(five["chess"], "again")  # and it can be changed, by who failed, too
+        if left[0] > 0:
+            break
+        k += 1
+    assert k >= 3
+    assert len(states) == (1 if change == "fold" else 2)
+
+
+def test_a_file_that_is_lost_takes_what_is_in_it(at, five, three):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    lib.add(five["code"], "code")
+    shard = lib.entry("code")["shard"]
+    at.fs.rm_file(f"{at.path}/lib/{shard}")
+    with pytest.warns(UserWarning, match=f"shard {at.url}/lib/{shard} is missing"):
+        found = lf.Library.open(f"{at.url}/lib")
+    found["sql"]
+    with pytest.raises(FileError, match="is missing"):
+        found["code"]
+    done = lf.fold.repair(f"{at.url}/lib", {"code": five["code"]})
+    assert done.rebuilt == ("code",)
+    lf.Library.open(f"{at.url}/lib").verify({name: five[name] for name in lib})
+
+
+def test_damage_is_found_by_the_checksums(at, three):
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    shard = lib.entry("sql")["shard"]
+    raw = bytearray(at.files("lib")[shard])
+    raw[-5] ^= 1
+    at.fs.pipe_file(f"{at.path}/lib/{shard}", bytes(raw))
+    with pytest.raises(FileError, match="is damaged"):
+        lf.Library.open(f"{at.url}/lib").verify()
+
+
+def test_a_manifest_is_put_back_from_its_copy(at, three):
+    lf.fold(three, f"{at.url}/lib", tolerance=0.1)
+    raw = at.files("lib")[MANIFEST]
+    assert gzip.decompress(at.files("lib")[COPY]) == raw
+    for damage in (raw[:100], None):
+        path = f"{at.path}/lib/{MANIFEST}"
+        at.fs.rm_file(path) if damage is None else at.fs.pipe_file(path, damage)
+        with pytest.raises(FileError, match=r"(damaged|not a library|JSON)"):
+            lf.Library.open(f"{at.url}/lib")
+        assert lf.fold.repair(f"{at.url}/lib").damage
+        assert at.files("lib")[MANIFEST] == raw
+
+
+def test_a_library_whose_store_gives_no_ranges_is_refused(s3, make_adapter):
+    lf.fold(make_adapter({"up": (8192, 8192)}, 8), f"{s3.url}/lib", tolerance=0)
+    s3.requests.headers = {"HTTP_RANGE"}
+    with pytest.raises(FileError, match="gives no ranges of files"):
+        lf.Library.open(f"{s3.url}/lib")
+
+
+def test_a_store_is_left_as_it_was_by_a_transaction_without_commit(at, three):
+    lf.fold(three, f"{at.url}/lib")
+    before = at.files("lib")
+    with Store.open(f"{at.url}/lib").transaction():
+        pass
+    assert at.files("lib") == before
