@@ -136,6 +136,11 @@ def some_of(values: Iterable[object], most: int = 4) -> str:
     return ", ".join(every) if rest <= 0 else f"{', '.join(every[:most])} and {rest:,} more"
 
 
+def from_to(what: str, names: Sequence[str]) -> str:
+    """adapter 'a', or adapters 'a' to 'd' where there are several."""
+    return f"{what} {names[0]!r}" if len(names) == 1 else f"{what}s {names[0]!r} to {names[-1]!r}"
+
+
 def one_line(value: object, most: int = 80) -> str:
     """What was found, in one line that is not too long."""
     text = " ".join(repr(value).split())

@@ -252,3 +252,28 @@ def test_a_ray_that_does_not_answer_is_named():
         pass
     with pytest.raises(FileError, match="is no address of a Ray cluster"), Crew("ray://").engine():
         pass
+
+
+def test_after_an_error_nothing_that_was_sent_goes_on(tmp_path, monkeypatch):
+    """And the directory that was made for it is removed, although a task writes to it till then."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    sent = tasks(*((str(runs), k) for k in range(30)))
+    with ThreadPoolExecutor(1) as threads:
+        with (
+            pytest.raises(ZeroDivisionError),
+            Crew(threads).engine() as engine,
+        ):
+            results = engine.map(slow_count, sent)
+            next(results)
+            raise ZeroDivisionError
+        done = len(os.listdir(runs))
+        assert not os.listdir(tmp_path / "temporary")
+    assert len(os.listdir(runs)) == done < 30
+
+
+def slow_count(folder, x):
+    time.sleep(0.1)
+    return counted(folder, x)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapter import Layout, combined_digest, module_digest, tensor_digest
 from ..errors import MismatchError
 from ..lowrank import LowRank
-from ..words import some_of
+from ..words import from_to, some_of
 from .elsewhere import Elsewhere, one_module
 from .sources import Handle
 from .stack import Stack
@@ -180,9 +180,7 @@ class Collection:
 
     def called(self, first: int, end: int) -> str:
         """What to call the adapters at these positions."""
-        if end - first == 1:
-            return f"adapter {self.names[first]!r}"
-        return f"adapters {self.names[first]!r} to {self.names[end - 1]!r}"
+        return from_to("adapter", self.names[first:end])
 
     def update(self, i: int, path: str) -> LowRank:
         """Adapter i's update at a module."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapter import Layout, module_digest
 from ..errors import MismatchError
+from ..files import open_adapter
 from ..lowrank import LowRank
 from .sources import Handle
 
@@ -52,6 +53,11 @@ def one_module(handle: Handle, path: str) -> Portable:
     narrowed = getattr(handle, "only", None)
     found = None if narrowed is None else narrowed(path)
     return InMemory(handle.read(path)) if found is None else found
+
+
+def travelling(handle: Handle) -> Handle:
+    """An opened adapter that can be pickled, as lorafold's can; one of another kind is read now."""
+    return handle if hasattr(handle, "__lorafold_key__") else open_adapter(handle.load())
 
 
 class Elsewhere:

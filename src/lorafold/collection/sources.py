@@ -149,6 +149,12 @@ class OnBase:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnBase, (self._handle, self.base_model)
+
+    def __lorafold_key__(self) -> Any:
+        return self.base_model, self._handle
+
     @property
     def path(self) -> Place | None:
         return self._handle.path

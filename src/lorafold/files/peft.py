@@ -60,6 +60,11 @@ class _Record:
             {p: s.layout for p, s in plan.slots.items() if s.layout != Layout()}
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        plan = Plan(dict(self.slots), self.extra_keys)
+        said = dict(self.config), plan, dict(self.entries), self.size
+        return _Record, said, {"packings": dict(self.packings)}
+
     @cached_property
     def digest(self) -> str:
         """Of all that it says."""
@@ -76,6 +81,8 @@ class AdapterFile:
 
     Not made directly: see `open_adapter`. What it reads is of the file that it opened, whatever
     takes its path meanwhile, or it is an error: tensors and config belong together.
+
+    Pickled, it is what reads the same file in another process, or the adapter in memory itself.
 
     Not for: algebra; `load()` gives the `Adapter`, which has it.
 
@@ -224,6 +231,9 @@ class AdapterFile:
         if self._file is None:
             return self.load().digest
         return f"{self._file.version} {self._record.digest}"
+
+    def __lorafold_key__(self) -> Any:
+        return self.identity, self.base_model, str(self._wide)
 
     def read_extras(self) -> dict[str, Tensor]:
         """{file key: tensor} of everything that is no module's factor."""

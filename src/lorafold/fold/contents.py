@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Layout, with_card
 from ..errors import FileError, UnknownNameError
+from ..files import open_adapter
 from ..lowrank import LowRank
 from ..thin import thin
 from ..words import did_you_mean
@@ -56,7 +58,7 @@ class Contents(Catalog):
         self._pieces: dict[tuple[str, str], Tensor] = {}
         self._known_sides: dict[tuple[tuple[str, str], ...], Basis] = {}
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         """Digest of the manifest that it shows."""
         return hashlib.sha256(self.state.raw).hexdigest()
@@ -282,7 +284,42 @@ def _batches(c: Contents, numbers: list[int], entry: AdapterEntry) -> Iterator[l
         yield batch
 
 
-class Stored:
+class InLibrary:
+    """An adapter of a library, all of it read when it is asked for.
+
+    Pickled, it is what reads the same elsewhere; of a library in memory, the adapter itself.
+
+    Args:
+        contents: the library's. name: the adapter's.
+    """
+
+    def __init__(self, contents: Contents, name: str) -> None:
+        self._contents, self._name = contents, name
+
+    def load(self) -> Adapter:
+        return self._contents.adapter(self._name)
+
+    @property
+    def identity(self) -> str:
+        """Which adapter it is: its name, and what its library said when it was opened."""
+        return f"{self._name} {self._contents.version}"
+
+    def __lorafold_key__(self) -> str:
+        return self.identity
+
+    def elsewhere(self) -> StoredElsewhere | None:
+        """What reads it in another process; None for a library in memory."""
+        c = self._contents
+        if c.store.path is None:
+            return None
+        return StoredElsewhere(os.fspath(c.store.path), c.version, self._name, c.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = self.elsewhere()
+        return (open_adapter, (self.load(),)) if found is None else found.__reduce__()
+
+
+class Stored(InLibrary):
     """An adapter of a library as a `Handle`: its records are read when asked for.
 
     Args:
@@ -292,8 +329,8 @@ class Stored:
     """
 
     def __init__(self, contents: Contents, name: str, *, original: bool = False) -> None:
+        super().__init__(contents, name)
         entry = contents.entry(name)
-        self._contents, self._name = contents, name
         self.path = contents.store.path
         self.shapes, self.layouts = contents.shapes(entry), contents.layouts(entry)
         self.config, self.base_model = contents.config(name), contents.manifest.base_model
@@ -304,17 +341,9 @@ class Stored:
     def read(self, path: str) -> LowRank:
         return self._contents.update(self._name, path)
 
-    @property
-    def identity(self) -> str:
-        """Which adapter it is: its name, and what its library said when it was opened."""
-        return f"{self._name} {self._contents.version}"
-
     def only(self, path: str) -> StoredElsewhere | None:
-        """What reads it in another process; None for a library in memory."""
-        c = self._contents
-        if c.store.path is None:
-            return None
-        return StoredElsewhere(str(c.store.path), c.version, self._name, c.device)
+        """What reads one module in another process; None for a library in memory."""
+        return self.elsewhere()
 
     def read_extras(self) -> dict[str, Tensor]:
         return self._contents.extras(self._name)
@@ -323,12 +352,9 @@ class Stored:
     def card(self) -> str | None:
         return self._contents.card(self._name)
 
-    def load(self) -> Adapter:
-        return self._contents.adapter(self._name)
-
 
 class StoredElsewhere:
-    """An adapter of a library, to be read in another process; made by `Stored.only`.
+    """An adapter of a library, to be read in another process; made by `InLibrary.elsewhere`.
 
     Args:
         folder: the library's. version: what it said. name: the adapter's. device: where to read it.
@@ -337,12 +363,18 @@ class StoredElsewhere:
     def __init__(self, folder: str, version: str, name: str, device: Any) -> None:
         self._folder, self._version, self._name, self._device = folder, version, name, device
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredElsewhere, (self._folder, self._version, self._name, self._device)
+
     @property
     def identity(self) -> str:
         return f"{self._name} {self._version}"
 
     def read(self, path: str) -> LowRank:
         return _opened(self._folder, self._version, self._device).update(self._name, path)
+
+    def load(self) -> Adapter:
+        return _opened(self._folder, self._version, self._device).adapter(self._name)
 
 
 @functools.lru_cache(4)

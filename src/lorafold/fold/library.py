@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..collection.sources import named_handles
 from ..errors import MismatchError
 from ..lowrank import LowRank
 from ..words import Keyed, Table
 from .addition import projection
-from .change import Checks, add_to, checked, refold_all
+from .change import add_to, refold_all
+from .checking import Checks, Verifying, checked
 from .contents import Contents, Stored
-from .options import Kept, Progress, Refolding
+from .options import Kept, Refolding
 from .stats import adapter_rows, entry_record, library_html, library_stats
 from .store.compaction import remove
 from .store.store import Store
@@ -221,16 +221,16 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
 
     @overload
     def verify(
-        self, sources: Any = ..., *, strict: Literal[True] = ..., progress: Progress | None = ...
+        self, sources: Any = ..., *, strict: Literal[True] = ..., **options: Unpack[Verifying]
     ) -> dict[str, float]: ...
 
     @overload
     def verify(
-        self, sources: Any = ..., *, strict: Literal[False], progress: Progress | None = ...
+        self, sources: Any = ..., *, strict: Literal[False], **options: Unpack[Verifying]
     ) -> Checks: ...
 
     def verify(
-        self, sources: Any = None, *, strict: bool = True, progress: Progress | None = None
+        self, sources: Any = None, *, strict: bool = True, **options: Unpack[Verifying]
     ) -> dict[str, float] | Checks:
         """Check the checksums, what is stored exactly, and against the sources where given.
 
@@ -239,6 +239,8 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
             strict: raise for damaged files, and for the first adapter that is not what its source
                 says; otherwise all are compared, and told by `Check`s.
             progress: called with (done, total, name).
+            executor, workers, work: who compares with the sources, as in `fold`; the errors are the
+                same, whoever does.
 
         Returns:
             name → error: measured against the sources, or as stored. Where not strict, name → a
@@ -246,11 +248,11 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
             `.damage`, what is wrong with files.
 
         Raises:
-            FileError: damaged files. ToleranceError: an error above its bound, or an exactly
-                stored adapter that is not the source's.
+            FileError: damaged files, or an executor that fails. ToleranceError: an error above its
+                bound, or an exactly stored adapter that is not the source's.
+            MismatchError: what is to work is no executor, or workers are below 1.
         """
-        handles = None if sources is None else named_handles(sources)
-        found = checked(self.contents, handles, strict, progress)
+        found = checked(self.contents, sources, strict, **options)
         if not strict:
             return found
         return {n: check.error for n, check in found.items() if check.error is not None}

@@ -27,7 +27,7 @@ from ..files.find import is_library
 from ..files.remote.exchange import replace_if
 from ..files.remote.place import UrlPath, place_of
 from .addition import own_layouts
-from .change import is_as_stored
+from .checking import is_as_stored
 from .contents import Contents
 from .one_pass import adapter_entries, in_one_gauge
 from .options import Options, Progress

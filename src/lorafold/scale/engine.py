@@ -15,7 +15,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from .worker import perform
 PATIENCE = 3600.0  # seconds that one task may take
 _ATTEMPTS = 3  # of a task whose worker dies or hangs
 _PAUSE = 0.25  # seconds before a task is sent again, doubled each time
+_LEAVING = 10.0  # seconds for what runs to end, after an error
 _AHEAD = 64  # tasks that are sent before their results are asked for
 _SEEN = 5.0  # seconds until a file that another machine wrote is seen here
 
@@ -87,6 +88,7 @@ class Spread(Engine):
     def __init__(self, executor: Executor, work: WorkDirectory, patience: float = PATIENCE) -> None:
         self._executor, self._work, self._patience = executor, work, patience
         self._ahead = 1 if isinstance(executor, _Here) else _AHEAD
+        self._under_way: set[Future[Any]] = set()
 
     def map(self, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
         sent = [_Sent(task, key_of((function, task.inputs))) for task in tasks]
@@ -104,6 +106,10 @@ class Spread(Engine):
     def share(self, value: Any) -> Shared:
         return self._work.share(key_of(value), value)
 
+    def stop(self) -> None:
+        """After an error: take back what was sent, and wait a while for what runs."""
+        wait([one for one in list(self._under_way) if not one.cancel()], _LEAVING)
+
     def _send(self, function: Callable[..., Any], one: _Sent) -> None:
         if one.done or one.future is not None:
             return
@@ -114,6 +120,8 @@ class Spread(Engine):
                 one.future = self._executor.submit(perform, os.fspath(self._work.path), one.key)
             except RuntimeError as e:  # it was shut down, or its workers can't be started
                 raise FileError(f"the executor takes no tasks: {e}") from e
+            self._under_way.add(one.future)
+            one.future.add_done_callback(self._under_way.discard)
 
     def _finish(self, function: Callable[..., Any], one: _Sent) -> None:
         """Wait for a task; where that fails for reasons that are not its own, send it again."""
@@ -218,11 +226,17 @@ class Crew:
             return
         with contextlib.ExitStack() as stack:
             if self.work is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafold-work-"))
-                work = WorkDirectory(folder)
+                # A task that nobody waits for any more may still write to it.
+                folder = tempfile.TemporaryDirectory(
+                    prefix="lorafold-work-", ignore_cleanup_errors=True
+                )
+                work = WorkDirectory(stack.enter_context(folder))
             else:
                 work = WorkDirectory(self.work, key_of(run))
-            yield Spread(self._executor(stack, patience), work, patience)
+            with contextlib.ExitStack() as own:
+                spread = Spread(self._executor(own, patience), work, patience)
+                stack.callback(spread.stop)
+                yield spread
 
     def _executor(self, stack: contextlib.ExitStack, patience: float) -> Executor:
         if isinstance(self.executor, Executor):

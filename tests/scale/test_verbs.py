@@ -1,0 +1,178 @@
+"""Verbs over several engines: what they find is what one process finds, to the last bit."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import lorafold as lf
+from lorafold import FileError, MismatchError, ToleranceError
+from lorafold.collection.sources import named_handles
+from lorafold.files import open_adapter
+
+SHAPES = {f"layers.{n}.{p}": (24, 40) for n in range(3) for p in ("q", "v")}
+
+
+@pytest.fixture(params=["workers", "threads", "dask", "ray"])
+def crew(request):
+    """Who does the work, as keywords of a verb."""
+    if request.param == "threads":
+        with ThreadPoolExecutor(2) as threads:
+            yield {"executor": threads}
+    else:
+        yield {"executor": request.getfixturevalue(request.param)}
+
+
+@pytest.fixture(scope="module")
+def family(make_adapter):
+    """{name: Adapter} of several ranks and dtypes; some are alike, one lacks modules."""
+    few = {p: shape for p, shape in SHAPES.items() if "1" not in p}
+    found = {f"a{i}": make_adapter(SHAPES, 2 + i % 3, seed=i, scale=0.5 + i) for i in range(6)}
+    found["few"] = make_adapter(few, 3, seed=20)
+    found["copy"] = found["a0"].nested()
+    found["half"] = found["a1"].to(dtype=found["few"]["layers.0.q"].A.bfloat16().dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """The family as files."""
+    path = tmp_path_factory.mktemp("family")
+    for name, adapter in family.items():
+        lf.save(adapter, path / name)
+    return path
+
+
+# verify
+
+
+@pytest.fixture(scope="module")
+def library(folder, family, tmp_path_factory):
+    """Its library: one stored exactly, one of an in-memory source."""
+    path = tmp_path_factory.mktemp("library") / "lib"
+    with lf.fold(folder, path, tolerance=0.1) as lib:
+        lib.add(family["a3"], "memory")
+        lib.add(folder / "a2", "exact", form="exact")
+    return path
+
+
+@pytest.fixture
+def one_a_task(monkeypatch):
+    monkeypatch.setattr("lorafold.fold.checking._LEAST", 1)
+
+
+@pytest.fixture
+def sources(folder, family):
+    """Every kind of source."""
+    paths = {p.name: p for p in sorted(folder.iterdir())}
+    other = lf.fold({"a4": folder / "a4"}, tolerance=0)
+    based = named_handles({"a5": folder / "a5"}, base_model=None)
+    return {**paths, "memory": family["a3"], "exact": folder / "a2", "a4": other, **based}
+
+
+def test_verify(library, sources, crew, one_a_task):
+    with lf.Library.open(library) as lib:
+        here = lib.verify(sources)
+        assert lib.verify(sources, **crew) == here
+        assert len({*here.values()}) > 5
+        assert here["exact"] == 0
+        assert lib.verify(**crew) == lib.verify()
+
+
+def test_verify_by_workers_of_its_own(library, sources):
+    with lf.Library.open(library) as lib:
+        assert lib.verify(sources, workers=2) == lib.verify(sources)
+
+
+def test_verify_of_a_library_and_of_adapters_in_memory(family, workers, one_a_task):
+    lib = lf.fold(family, tolerance=0.1)
+    assert lib.verify(family, executor=workers) == lib.verify(family)
+
+
+def test_verify_tells_what_is_wrong(library, sources, family, crew, one_a_task):
+    wrong = {**sources, "a1": family["a0"], "memory": family["a5"], "exact": family["a1"]}
+    with lf.Library.open(library) as lib:
+        here = lib.verify(wrong, strict=False)
+        found = lib.verify(wrong, strict=False, **crew)
+        assert dict(found) == dict(here)
+        assert {n for n, check in here.items() if check.problem} == {"a1", "memory", "exact"}
+        with pytest.raises(ToleranceError, match="'a1' has error"):
+            lib.verify(wrong, **crew)
+
+
+def test_verify_raises_the_first_of_a_group_before_what_another_raises(
+    library, sources, family, folder, tmp_path, workers
+):
+    """All of these are in one task: what comes after the first is not looked at."""
+    lf.save(family["a2"], tmp_path / "changed")
+    handle = open_adapter(tmp_path / "changed")
+    (tmp_path / "changed/adapter_model.safetensors").write_bytes(b"")
+    broken = {"a1": family["a0"], "a2": handle}
+    with lf.Library.open(library) as lib:
+        for crew in ({}, {"executor": workers}):
+            with pytest.raises(ToleranceError, match="'a1'"):
+                lib.verify(broken, **crew)
+            with pytest.raises(FileError, match="changed"):
+                lib.verify(broken, strict=False, **crew)
+
+
+def test_verify_of_a_damaged_library(library, sources, tmp_path, workers, one_a_task):
+    import shutil
+
+    shutil.copytree(library, tmp_path / "lib")
+    shard = max((tmp_path / "lib").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 255
+    shard.write_bytes(raw)
+    with lf.Library.open(tmp_path / "lib") as lib:
+        here = lib.verify(sources, strict=False)
+        there = lib.verify(sources, strict=False, executor=workers)
+        assert here.damage
+        assert any(check.problem for check in here.values())
+        assert (dict(there), there.damage) == (dict(here), here.damage)
+
+
+def test_a_library_that_changes_meanwhile_is_told(folder, tmp_path, workers):
+    lf.fold(folder, tmp_path / "lib", tolerance=0.1).close()
+    with lf.Library.open(tmp_path / "lib") as lib, lf.Library.open(tmp_path / "lib") as other:
+        other.remove("a5")
+        with pytest.raises(FileError, match="was changed meanwhile: start again"):
+            lib.verify({"a1": folder / "a1"}, executor=workers)
+
+
+def test_a_handle_of_another_kind_is_read_here(library, folder, workers):
+    class Own:
+        def __init__(self, handle):
+            self._handle = handle
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return getattr(self._handle, name)
+
+    own = Own(open_adapter(folder / "a1"))
+    with lf.Library.open(library) as lib:
+        assert lib.verify({"a1": own}, executor=workers) == lib.verify({"a1": own})
+
+
+def test_verify_goes_on_from_a_work_directory(library, sources, tmp_path, one_a_task):
+    with lf.Library.open(library) as lib:
+        here = lib.verify(sources)
+        assert lib.verify(sources, work=tmp_path / "work") == here
+        done = sorted((tmp_path / "work").glob("*.done"))
+        assert len(done) == len(sources)
+        times = [path.stat().st_mtime_ns for path in done]
+        assert lib.verify(sources, work=tmp_path / "work") == here
+        assert [path.stat().st_mtime_ns for path in done] == times
+        with pytest.raises(FileError, match="of another run"):
+            lib.verify({**sources, "a1": sources["a2"]}, work=tmp_path / "work", strict=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"executor": 3}, "executor must be"), ({"workers": 0}, "workers must be a whole number")],
+)
+def test_who_is_to_work_is_checked(library, given, message):
+    with lf.Library.open(library) as lib, pytest.raises(MismatchError, match=message):
+        lib.verify(**given)
