@@ -113,6 +113,35 @@ def test_weights_and_outputs_are_those_of_the_reference(wide, x, options):
     torch.testing.assert_close(wide(x), expected(x), rtol=0, atol=1e-5)
 
 
+def test_a_base_in_four_bits_and_a_library_against_sixteen_and_files(tmp_path, make_adapter):
+    model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 32, dtype=torch.float16))
+    model.register_buffer("positions", torch.arange(10))
+    plain = lf.quantize_base(model)
+    assert plain.in_16_bits == 2 * (10 * 64 + 32 * 64 + 32) + 8 * 10
+    adapters = {name: make_adapter({"1": (32, 64)}, 4, seed=k) for k, name in enumerate("abc")}
+    for name, adapter in adapters.items():
+        lf.save(adapter, tmp_path / name)
+    lib = lf.fold([tmp_path / name for name in adapters], tmp_path / "lib")
+    found = plain.with_adapters(lib)
+    on_disk = sum(p.stat().st_size for p in (tmp_path / "lib").iterdir())
+    files = sum(p.stat().st_size for name in adapters for p in (tmp_path / name).iterdir())
+    assert found.adapters == lib.nbytes == on_disk
+    assert found.files == lib.file_bytes == files
+    assert found.total == plain.after + on_disk
+    assert found.plain == plain.in_16_bits + files
+    assert found.total_ratio == found.plain / found.total
+    assert f"{found.total_ratio:.2f} times less" in str(found)
+    assert f"= {found.plain:,}" in str(found)
+    assert (plain.files, plain.adapters) == (0, 0)
+    assert plain.total_ratio == plain.in_16_bits / plain.after
+    # What is attached is no file: that is counted as it runs.
+    live = lf.attach(model, {"a": adapters["a"]})
+    assert found.with_adapters(live).files == 0
+    for odd in (None, "lib", model, 7):
+        with pytest.raises(MismatchError, match="with_adapters takes what lf.attach returned, or"):
+            plain.with_adapters(odd)
+
+
 def test_bytes_by_hand():
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 32), nn.LayerNorm(32))
     report = lf.quantize_base(model)

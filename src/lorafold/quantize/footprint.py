@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import MismatchError
 from ..layers.modes import called, evaluating
 from ..layers.storage import storage_of
 from ..layers.swap import CHILD, base_modules
@@ -24,6 +25,20 @@ class HasModel(Protocol):
     @property
     def model(self) -> nn.Module:
         """The model."""
+        ...
+
+
+class HasFiles(Protocol):
+    """Adapters that were files, as a `Library` is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take now."""
+        ...
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of their files."""
         ...
 
 
@@ -65,8 +80,10 @@ class Footprint(Table):
         compute_dtype: in which products are computed; None for that of the inputs.
         scale_dtype: in which the scales are stored.
         before, after: bytes of the whole model, other modules and all scales counted.
+        in_16_bits: bytes of the whole model as it was, with floats of 16 bits where they had more.
         forward_error: ‖ŷ − y‖ / ‖y‖ of the model's output for the inputs given; None without.
-        adapters: bytes of what is attached; see `with_adapters`.
+        adapters, files: bytes of adapters, and of the files that they were folded from; see
+            `with_adapters`.
 
     Not for: the memory of activations, gradients and an optimiser.
     """
@@ -80,8 +97,10 @@ class Footprint(Table):
     scale_dtype: torch.dtype
     before: int = 0
     after: int = 0
+    in_16_bits: int = 0
     forward_error: float | None = None
     adapters: int = 0
+    files: int = 0
 
     @property
     def ratio(self) -> float:
@@ -100,9 +119,36 @@ class Footprint(Table):
         """Bytes of the base as it is now and of the adapters."""
         return self.after + self.adapters
 
-    def with_adapters(self, live: HasModel) -> Footprint:
-        """The same with what is attached by now: its factors, their starts, reserved slots."""
-        return replace(self, adapters=adapter_bytes(live.model))
+    @property
+    def plain(self) -> int:
+        """Bytes of the base in 16 bits and of the adapters' files."""
+        return self.in_16_bits + self.files
+
+    @property
+    def total_ratio(self) -> float:
+        """plain / total: what quantising the base and folding the adapters save together."""
+        return self.plain / max(self.total, 1)
+
+    def with_adapters(self, adapters: HasModel | HasFiles) -> Footprint:
+        """The same with adapters.
+
+        Args:
+            adapters: what `lf.attach` returned, of which counts what is attached by now: its
+                factors, their starts, reserved slots. Or a library: its bytes, and those of the
+                files that it was folded from, which `plain` counts.
+
+        Raises:
+            MismatchError: it is neither.
+        """
+        if isinstance(model := getattr(adapters, "model", None), nn.Module):
+            return replace(self, adapters=adapter_bytes(model), files=0)
+        nbytes, files = (getattr(adapters, name, None) for name in ("nbytes", "file_bytes"))
+        if not isinstance(nbytes, int) or not isinstance(files, int):
+            raise MismatchError(
+                "with_adapters takes what lf.attach returned, or a library, found "
+                f"{type(adapters).__name__}"
+            )
+        return replace(self, adapters=nbytes, files=files)
 
     def rows(self) -> list[dict[str, Any]]:
         """A record of each layer: all that `LayerFootprint` has, and `after`."""
@@ -135,6 +181,11 @@ class Footprint(Table):
         text = f"model {self.before:,} → {self.after:,} bytes"
         if self.adapters:
             text += f"; with adapters {self.after:,} + {self.adapters:,} = {self.total:,}"
+        if self.files:
+            text += (
+                f", {self.total_ratio:.2f} times less than in 16 bits with their files, "
+                f"{self.in_16_bits:,} + {self.files:,} = {self.plain:,}"
+            )
         if self.forward_error is not None:
             text += f"; error of its output {self.forward_error:.3%}"
         return text
@@ -163,6 +214,16 @@ def _name(dtype: Any) -> str:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors without adapters; shared ones once, scales of codes included."""
     return _total(t for _, m in base_modules(model) for t in _tensors(m))
+
+
+def bytes_in_16_bits(model: nn.Module) -> int:
+    """Bytes of a model's tensors with floats of 16 bits where they have more."""
+    tensors = [t for _, m in base_modules(model) for t in _tensors(m)]
+    once = {(t.data_ptr(), t.nbytes): t for t in tensors}.values()
+    return sum(
+        t.nbytes // max(t.element_size() // 2, 1) if t.is_floating_point() else t.nbytes
+        for t in once
+    )
 
 
 def adapter_bytes(model: nn.Module) -> int:

@@ -24,7 +24,15 @@ from ..layers.sites import place_at
 from ..layers.storage import Origin, is_quantized, storage_of, weight_of
 from ..layers.swap import base_modules, is_attached, rebase
 from ..layers.targets import ALL_LINEAR, DEFAULT_EXCLUDE, Target, as_targets, found_layers
-from .footprint import Footprint, LayerFootprint, layer_footprint, model_bytes, output_of, relative
+from .footprint import (
+    Footprint,
+    LayerFootprint,
+    bytes_in_16_bits,
+    layer_footprint,
+    model_bytes,
+    output_of,
+    relative,
+)
 from .formats import FLOATS, Choice, Kind, chosen, fits, package_of, quantized_linear, whole_groups
 
 _ORIGIN = "quantized_from"  # where a layer keeps what it was
@@ -81,12 +89,14 @@ def quantize_base(
     choice = chosen(bits, kind, group_size, double_quant, compute_dtype)
     package_of(choice)
     layers = _checked(model, as_targets(targets, "targets"), as_targets(exclude, "exclude"), choice)
-    before, output = model_bytes(model), None if inputs is None else output_of(model, inputs)
+    before, half = model_bytes(model), bytes_in_16_bits(model)
+    output = None if inputs is None else output_of(model, inputs)
     made = {path: _quantized(path, layer, choice) for path, layer in layers.items()}
     for path, (new, _) in made.items():
         _become(layers[path], new)
     footprint = _footprint(choice, layers, [footprint for _, footprint in made.values()])
-    footprint = replace(footprint, before=before, after=model_bytes(model))
+    footprint = replace(footprint, before=before, in_16_bits=half)
+    footprint = replace(footprint, after=model_bytes(model))
     if output is None:
         return footprint
     return replace(footprint, forward_error=relative(output_of(model, inputs), output))
