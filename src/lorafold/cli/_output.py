@@ -309,21 +309,31 @@ def progress(what: str) -> Iterator[Advance]:
         bar.stop()
 
 
+def span_of_time(seconds: float) -> str:
+    """A rounded span of time: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Lines:
     """Plain lines on stderr that say how far the work is, some seconds apart."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._next = what, time.monotonic() + EVERY
+        self._what, self._begin = what, time.monotonic()
+        self._next = self._begin + EVERY
         self._lock = threading.Lock()
 
     def advance(self, done: int, total: int, stage: str) -> None:
-        """Say how far the work is."""
+        """Say how far the work is, and how long it may still take."""
         with self._lock:
             now = time.monotonic()
             if now < self._next:
                 return
             self._next = now + EVERY
         far = f"{done / total:.0%}" if total else f"{done:,}"
+        if total and done:
+            far += f", about {span_of_time((now - self._begin) * (total - done) / done)} left"
         click.echo(one_line(f"{self._what}: {far}" + (f", {stage}" if stage else "")), err=True)
 
 

@@ -49,9 +49,42 @@ _FOLDING = [
 ]
 
 
+_CREW = [
+    click.option("--workers", type=click.IntRange(1), help="Processes that work, on this machine."),
+    click.option(
+        "--ray",
+        "executor",
+        metavar="ADDRESS",
+        callback=lambda ctx, parameter, value: _ray_address(value),
+        help="A Ray cluster that works, ray://HOST:PORT, or local for one on this machine.",
+    ),
+]
+_WORK = click.option(
+    "--work",
+    type=click.Path(),
+    metavar="DIR",
+    help="Keeps what is done, so that a run that was ended goes on; all workers must see it.",
+)
+
+
+def crew_options(function: F) -> F:
+    """Who does the work: `workers` and `executor`."""
+    for option in reversed(_CREW):
+        function = option(function)
+    return function
+
+
+def _ray_address(value: str | None) -> str | None:
+    if value is None or value.startswith("ray://"):
+        return value
+    if value != "local":
+        raise click.BadParameter(f"{value!r} is not ray://HOST:PORT, nor local")
+    return "ray"
+
+
 def folding_options(function: F) -> F:
     """The options of a command that folds, but for the bound."""
-    for option in reversed(_FOLDING):
+    for option in reversed([*_FOLDING, *_CREW, _WORK]):
         function = option(function)
     return function
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _output as output
-from ._command import command, settings
+from ._command import CheckFailed, command, one_line, settings, told
 from ._library import library_facts, library_table
 from ._source import adapter_options, base_option, reading_of
 from ._source import named as named_handles
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     metavar="MODULE:FUNCTION",
     help="fn(name, adapter, or None for the base) → higher is better; found from here.",
 )
+@click.option(
+    "--keep-going",
+    is_flag=True,
+    help="Leave out adapters that can't be read, and say which; the exit status is 1 then.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the library at LIB.")
 @folding_options
 @base_option
@@ -50,6 +55,7 @@ def fold(
     path: str,
     named: tuple[str, ...],
     score: str | None,
+    keep_going: bool,
     **options: Any,
 ) -> None:
     """Fold many adapters into one library with a bounded error.
@@ -60,18 +66,26 @@ def fold(
     """
     function = None if score is None else score_function(score)
     reading = reading_of(options)
+    left_out: dict[str, str] = {}
+
+    def leave_out(name: str, why: Exception) -> None:
+        left_out[name] = told(why)
+        click.echo(f"warning: {one_line(f'{name} is left out: {left_out[name]}')}", err=True)
+
+    broken = leave_out if keep_going else None
     from ..fold.fold import fold as fold_sources
 
     with output.notes(), output.progress("folding") as advance:
         lib = fold_sources(
-            named_handles(sources, named, **reading),
+            named_handles(sources, named, broken=broken, **reading),
             path,
             score=function,
             progress=advance,
+            keep_going=broken or False,
             **{key: value for key, value in options.items() if value is not None},
         )
     with lib:
-        stats = {"path": path, **lib.stats()}
+        stats = {"path": path, **lib.stats(), "left_out": left_out}
     if score is not None:
         stats["options"] = {**stats["options"], "retention": options["retention"], "score": score}
 
@@ -81,6 +95,9 @@ def fold(
             library_table(out, stats)
 
     output.report(stats, show, tables=("modules",))
+    if left_out:
+        there = output.count(stats["adapters"] + len(left_out), "adapter")
+        raise CheckFailed(f"{len(left_out)} of {there} left out")
 
 
 def score_function(text: str) -> Callable[..., float]:

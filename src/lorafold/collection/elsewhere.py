@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from ..adapter import Layout, module_digest
-from ..errors import MismatchError
+from ..errors import LorafoldError, MismatchError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from .sources import Handle
@@ -58,6 +58,16 @@ def one_module(handle: Handle, path: str) -> Portable:
 def travelling(handle: Handle) -> Handle:
     """An opened adapter that can be pickled, as lorafold's can; one of another kind is read now."""
     return handle if hasattr(handle, "__lorafold_key__") else open_adapter(handle.load())
+
+
+def unreadable(readers: Mapping[str, Portable]) -> LorafoldError | None:
+    """Why an adapter can't be read, by module path; None if it can."""
+    try:
+        for path, reader in readers.items():
+            reader.read(path)
+    except LorafoldError as e:
+        return e
+    return None
 
 
 class Elsewhere:

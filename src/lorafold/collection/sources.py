@@ -11,14 +11,14 @@ is `__lorafold_handles__`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Layout, on_base
-from ..errors import FileError, MismatchError
+from ..errors import FileError, LorafoldError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
 from ..files.find import (
     NoSuchPathError,
@@ -39,6 +39,7 @@ from ..lowrank import LowRank
 from ..words import some_of
 
 _BASE = "base_model_name_or_path"
+Broken = Callable[[str, LorafoldError], None]
 
 
 @runtime_checkable
@@ -103,6 +104,7 @@ def named_handles(
     allow_pickle: bool | None = None,
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
+    broken: Broken | None = None,
 ) -> dict[str, Handle]:
     """Open every source by its header.
 
@@ -114,13 +116,14 @@ def named_handles(
         allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
         base_model: what the base of all of them is called, however each spells it.
         dtype: what factors of 8 bits are read in.
+        broken: told of what can't be opened, by name, which is left out then.
 
     Raises:
         FileError: a path that is not there, a glob or folder without adapters, a closed library.
         UnknownNameError: a library has no such name.
         MismatchError: no source at all, or two with one name.
     """
-    opener = _Opener(alpha, revision, allow_pickle, dtype)
+    opener = _Opener(alpha, revision, allow_pickle, dtype, broken)
     handles: dict[str, Handle] = {}
     twice: dict[str, None] = {}
     for name, handle in opener.opened(sources):
@@ -130,7 +133,10 @@ def named_handles(
     if twice:
         raise TwiceNamedError(list(twice))
     if not handles:
-        raise MismatchError("there are no adapters: the list of sources is empty")
+        raise MismatchError(
+            "there are no adapters: "
+            + ("none can be opened" if opener.left_out else "the list of sources is empty")
+        )
     if base_model is not None:
         return {name: OnBase(handle, base_model) for name, handle in handles.items()}
     return handles
@@ -203,7 +209,9 @@ class _Opener:
         revision: str | None,
         allow_pickle: bool | None,
         dtype: torch.dtype | None,
+        broken: Broken | None,
     ) -> None:
+        self._broken, self.left_out = broken, 0
         self._alpha, self._revision, self._allow_pickle = alpha, revision, allow_pickle
         self._dtype = dtype
         self._libraries: dict[str, Shelf] = {}
@@ -222,7 +230,7 @@ class _Opener:
             tell_idle(idle)
             for one in listed:
                 if not any(one is path for path in idle):
-                    yield from self.opened(one)
+                    yield from self._unless_broken(one, self.opened(one))
         else:
             position, self._count = self._count, self._count + 1
             yield from self._one(source, f"task_{position}")
@@ -231,12 +239,32 @@ class _Opener:
         for name, source in sources.items():
             if not isinstance(name, str) or not name:
                 raise MismatchError(f"a name must be a non-empty text, found {name!r}")
-            found = list(self.opened(source))
-            if len(found) != 1:
-                raise MismatchError(
-                    f"source {name!r} stands for {len(found)} adapters; a named source must be one"
-                )
+            yield from self._unless_broken(name, self._called(name, source))
+
+    def _called(self, name: str, source: Any) -> Iterator[tuple[str, Handle]]:
+        left_out = self.left_out
+        found = list(self.opened(source))
+        if len(found) == 1:
             yield name, found[0][1]
+        elif found or self.left_out == left_out:
+            raise MismatchError(
+                f"source {name!r} stands for {len(found)} adapters; a named source must be one"
+            )
+
+    def _unless_broken(
+        self, source: Any, opened: Iterator[tuple[str, Handle]]
+    ) -> Iterator[tuple[str, Handle]]:
+        """What a source stands for; one that can't be opened is told of and left out, if anybody
+        is there to be told.
+        """
+        try:
+            yield from opened
+        except LorafoldError as e:
+            if self._broken is None:
+                raise
+            self.left_out += 1
+            path = isinstance(source, os.PathLike)
+            self._broken(name_of(Path(source)) if path else str(source), e)
 
     def _one(self, source: Any, name: str) -> Iterator[tuple[str, Handle]]:
         """What no more than one source stands for; `name` is for what has none."""
@@ -268,7 +296,7 @@ class _Opener:
         places, idle = places_at(text)
         tell_idle(idle)
         for place in places:
-            yield from self._in(place)
+            yield from self._unless_broken(place, self._in(place))
 
     def _in(self, place: Place) -> Iterator[tuple[str, Handle]]:
         if is_library(place):

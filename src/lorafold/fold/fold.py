@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..collection.sources import named_handles
+from ..collection.sources import Broken, named_handles
+from ..errors import LorafoldError
 from ..files.replacing import check_apart
+from ..words import warn
 from .library import Library
-from .one_pass import folded
+from .one_pass import folded, readable
 from .options import Folding, Options, with_options
 from .retention import fold_by_retention
 from .store.store import Store
@@ -24,6 +26,7 @@ def fold(
     path: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
+    keep_going: bool | Broken = False,
     timeout: float = TIMEOUT,
     alpha: float | None = None,
     base_model: str | None = None,
@@ -50,8 +53,17 @@ def fold(
             tolerance by bisection.
         score: fn(name, adapter, or None for the base) → higher is better; run at most 8 times an
             adapter.
-        memory: limit for what is held of the collection at once.
+        memory: limit for what is held of the collection at once, by each worker.
         device: where the algebra runs.
+        executor: who does the work: a `concurrent.futures.Executor` such as Dask's
+            `client.get_executor()`, "ray" for a Ray on this machine, or "ray://host:port". The
+            library is the same, byte for byte, whoever does it. Adapters in memory travel to it.
+        workers: instead of an executor, so many processes on this machine.
+        work: a directory for finished pieces of work, on storage that all workers have at the same
+            path: a run that was ended goes on from there when it is started again. Delete it when
+            the library is there. Without it a temporary one of this machine is used.
+        keep_going: leave out adapters that can't be read, after a pass over all files that finds
+            them; each is warned of, or given to a function of its name and the error.
         overwrite: replace the library at `path`; other files in its folder stay.
         timeout: seconds to wait for others who change a library that is to be replaced.
         alpha: α of sources that do not say theirs, such as a vLoRA folder.
@@ -75,7 +87,10 @@ def fold(
         ['task_0']
     """
     settings = Options.of(**options)
-    handles = named_handles(sources, alpha=alpha, base_model=base_model)
+    broken = _told if keep_going is True else (keep_going or None)
+    handles = named_handles(sources, alpha=alpha, base_model=base_model, broken=broken)
+    if broken is not None:
+        handles = readable(handles, settings, broken)
     if path is not None:
         check_apart(path, (handle.path for handle in handles.values()))
     if settings.retention is not None:
@@ -83,3 +98,7 @@ def fold(
     with Store.create(path, overwrite=overwrite, timeout=timeout) as t:
         store = t.commit(folded(handles, settings, t))
     return Library(store)
+
+
+def _told(name: str, why: LorafoldError) -> None:
+    warn(f"{name} is left out: {why}")

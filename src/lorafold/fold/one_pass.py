@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..adapter import Layout
 from ..collection.collection import Collection
+from ..collection.elsewhere import one_module, unreadable
 from ..collection.limits import block_bytes
-from ..collection.sources import Handle
-from ..errors import ToleranceError
+from ..collection.sources import Broken, Handle
+from ..errors import MismatchError, ToleranceError
 from ..prefixes import Prefixes
+from ..scale.engine import Task
 from .options import Options
 from .passes.survey import Survey
 from .passes.write import Builder, Written, check_contract
@@ -178,6 +181,28 @@ def _collected(
 def _said_of(handles: Mapping[str, Handle]) -> list[Any]:
     """What tells a run's adapters from those of another."""
     return [(name, h.shapes, getattr(h, "identity", None)) for name, h in handles.items()]
+
+
+def readable(handles: Mapping[str, Handle], options: Options, broken: Broken) -> dict[str, Handle]:
+    """The adapters of which all can be read; of each other one `broken` is told.
+
+    Raises:
+        MismatchError: none can.
+    """
+    tasks = [
+        Task(f"adapter {name!r}", ({path: one_module(handle, path) for path in handle.shapes},))
+        for name, handle in handles.items()
+    ]
+    found: dict[str, Handle] = {}
+    with replace(options.crew, work=None).engine() as engine:
+        for (name, handle), why in zip(handles.items(), engine.map(unreadable, tasks), strict=True):
+            if why is None:
+                found[name] = handle
+            else:
+                broken(name, why)
+    if not found:
+        raise MismatchError("there are no adapters: none can be read")
+    return found
 
 
 def _what_is_left(name: str, tolerance: float, error: float) -> float:
