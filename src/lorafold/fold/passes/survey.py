@@ -24,8 +24,9 @@ from .tasks import candidates, measured, wide
 
 _PROBES = 4  # modules on which all forms are tried before the others follow the winners
 _LARGEST = 1e37  # of a singular value: coefficients are float32
-_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared,
-# where the collection stays in memory; otherwise the smallest is written, and nothing else is read
+_NEAR = 1.05  # plans predicted within this factor of the smallest are written out and compared
+_LITTLE = 1 << 20  # numbers, where the collection has no more: there predictions are poor, and of a
+# larger one that never gained a hundredth
 
 
 class Survey:
@@ -129,7 +130,7 @@ class Survey:
             for plan in plans:
                 totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
-        near = _NEAR if self.collection.stays else 1.0
+        near = _NEAR if self.collection.num_parameters <= _LITTLE else 1.0
         smallest = min(totals.values())
         worth = [f for f in forms if f in won or totals.get(f, np.inf) < near * smallest]
         mix: dict[str, ModulePlan] = {}
