@@ -94,7 +94,7 @@ def joined_factors(
     rights = _stacked([_padded(a, 0, r) for a in A], device)
     if any(scale != 1 for scale in scales):
         lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
-    top = torch.stack([torch.linalg.vector_norm(X, torch.inf, (1, 2)) for X in (lefts, rights)])
+    top = torch.stack([X.abs().amax((1, 2)) for X in (lefts, rights)])
     for k in torch.nonzero(~((top > _LEAST) & (top < _MOST)).all(0))[:, 0].tolist():
         if scales[k] and B[k].any() and A[k].any():  # not just zero
             u = LowRank(A[k], B[k], scales[k]).unscaled(torch.float32)

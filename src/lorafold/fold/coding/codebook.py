@@ -87,7 +87,7 @@ _CELLS = 1024
 
 # On the CPU rows pass in blocks that stay in the cache and that torch does not split over threads,
 # whose meeting costs more than the work on shared cores.
-_CPU_BLOCK = 1 << 14
+_CPU_BLOCK = 1 << 16
 _DEVICE_BLOCK = 1 << 24
 
 
