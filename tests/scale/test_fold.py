@@ -215,9 +215,7 @@ def test_keep_going_leaves_out_what_cannot_be_read(broken, tmp_path, workers):
     with pytest.raises(lf.LorafoldError):
         lf.fold(broken, workers=workers)
     told = {}
-    with lf.fold(
-        broken, tmp_path / "lib", workers=workers, keep_going=lambda n, e: told.setdefault(n, e)
-    ) as lib:
+    with lf.fold(broken, tmp_path / "lib", workers=workers, keep_going=told.setdefault) as lib:
         assert lib.names == ["s0", "s1", "s2"]
         assert lib.verify()
     assert sorted(told) == ["cut", "nan", "odd"]
