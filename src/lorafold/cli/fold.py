@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import LorafoldError
 from . import _output as output
 from ._command import CheckFailed, command, one_line, settings, told
 from ._library import library_facts, library_table
@@ -68,7 +69,7 @@ def fold(
     reading = reading_of(options)
     left_out: dict[str, str] = {}
 
-    def leave_out(name: str, why: Exception) -> None:
+    def leave_out(name: str, why: LorafoldError) -> None:
         left_out[name] = told(why)
         click.echo(f"warning: {one_line(f'{name} is left out: {left_out[name]}')}", err=True)
 
