@@ -30,7 +30,7 @@ def dask():
             n_workers=2,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # a port of its own, where others run
             memory_limit="2GiB",
         ) as cluster,
         distributed.Client(cluster) as client,
