@@ -34,7 +34,7 @@ from ..files.find import (
     tell_idle,
 )
 from ..files.opening import open_library
-from ..files.remote.place import Place, is_url
+from ..files.remote.place import Place, is_url, place_of
 from ..lowrank import LowRank
 from ..words import some_of
 
@@ -264,7 +264,7 @@ class _Opener:
                 raise
             self.left_out += 1
             path = isinstance(source, os.PathLike)
-            self._broken(name_of(Path(source)) if path else str(source), e)
+            self._broken(name_of(place_of(source)) if path else str(source), e)
 
     def _one(self, source: Any, name: str) -> Iterator[tuple[str, Handle]]:
         """What no more than one source stands for; `name` is for what has none."""
