@@ -60,11 +60,12 @@ def travelling(handle: Handle) -> Handle:
     return handle if hasattr(handle, "__lorafold_key__") else open_adapter(handle.load())
 
 
-def unreadable(readers: Mapping[str, Portable]) -> LorafoldError | None:
-    """Why an adapter can't be read, by module path; None if it can."""
+def unreadable(handle: Handle) -> LorafoldError | None:
+    """Why an adapter can't be read; None if all of it can."""
     try:
-        for path, reader in readers.items():
-            reader.read(path)
+        for path in handle.shapes:
+            handle.read(path)
+        handle.read_extras()
     except LorafoldError as e:
         return e
     return None

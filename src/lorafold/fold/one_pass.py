@@ -10,7 +10,7 @@ import numpy as np
 
 from ..adapter import Layout
 from ..collection.collection import Collection
-from ..collection.elsewhere import one_module, unreadable
+from ..collection.elsewhere import travelling, unreadable
 from ..collection.limits import block_bytes
 from ..collection.sources import Broken, Handle
 from ..errors import MismatchError, ToleranceError
@@ -189,10 +189,7 @@ def readable(handles: Mapping[str, Handle], options: Options, broken: Broken) ->
     Raises:
         MismatchError: none can.
     """
-    tasks = [
-        Task(f"adapter {name!r}", ({path: one_module(handle, path) for path in handle.shapes},))
-        for name, handle in handles.items()
-    ]
+    tasks = [Task(f"adapter {name!r}", (travelling(handle),)) for name, handle in handles.items()]
     found: dict[str, Handle] = {}
     with replace(options.crew, work=None).engine() as engine:
         for (name, handle), why in zip(handles.items(), engine.map(unreadable, tasks), strict=True):

@@ -17,15 +17,6 @@ class Keyed(Protocol):
         """What tells it from others: anything that `key_of` takes."""
 
 
-@runtime_checkable
-class Named(Protocol):
-    """What is known by a text."""
-
-    @property
-    def identity(self) -> Any:
-        """It."""
-
-
 def key_of(value: Any) -> str:
     """A hexadecimal digest of what a value is: numbers, text, arrays, tensors, records, functions,
     and collections of these.
@@ -44,8 +35,6 @@ def _take(found: Any, value: Any) -> None:
         data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
         _head(found, type(value).__name__, len(data))
         found.update(data)
-    elif isinstance(value, Named):
-        _take(found, [type(value).__name__, value.identity])
     elif isinstance(value, Keyed) and not isinstance(value, type):
         _head(found, type(value).__name__, 0)
         _take(found, value.__lorafold_key__())
