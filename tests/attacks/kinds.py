@@ -500,9 +500,11 @@ def alignment_says(folder):
 ROUTERS = ("centroid", "learned", "arrow")
 
 
+TEXTS = {"sql": ["select a", "select b", "from c"], "law": ["shall pay", "shall go", "lessee"]}
+
+
 def make_routers(folder):
-    texts = {"sql": ["select a", "select b", "from c"], "law": ["shall pay", "shall go", "lessee"]}
-    lf.CentroidRouter.fit(texts, "ngrams").save(folder / "centroid")
+    lf.CentroidRouter.fit(TEXTS, "ngrams").save(folder / "centroid")
     torch.manual_seed(0)
     lf.LearnedRouter(("sql", "law"), 8, 4).save(folder / "learned")
     lf.ArrowRouter({"sql": adapter(0), "law": adapter(1)}, top_k=1).save(folder / "arrow")

@@ -450,7 +450,7 @@ def _parquet(path, chance):
         new = chance.choice(["text", "adapter", "x", "", "\u2028"])
         rows = [{new if k == name else k: v for k, v in r.items()} for r in rows]
     elif kind == "many":
-        rows = rows[:1] * 30_000
+        rows = rows[:1] * 3_000
     elif kind == "none":
         rows = []
     else:  # texts that are none

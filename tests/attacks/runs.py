@@ -74,18 +74,27 @@ class Letters:
         return "".join(chr(64 + i) for i in ids)
 
 
-@functools.cache
-def steering_run():
-    """A run in its second round."""
+def language_model():
+    """A tiny one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 32}
     sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 16}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None, bos_token_id=None)).eval()
+
+
+def steering_asked():
+    """Pairs and options."""
     pairs = [{"prompt": a + b, "chosen": "AB", "rejected": "yz"} for a in "abcd" for b in "ef"]
-    options = Options(kind=lf.LoRA(rank=1), rounds=2, steps=4, every=2, kl=None, tokens=4, lr=0.05)
-    run, steps = Run(model, Letters(), pairs, options), itertools.count()
+    small = {"steps": 4, "every": 2, "kl": None, "tokens": 4, "lr": 0.05}
+    return pairs, Options(kind=lf.LoRA(rank=1), rounds=2, **small)
+
+
+@functools.cache
+def steering_run():
+    """A run in its second round."""
+    run, steps = Run(language_model(), Letters(), *steering_asked()), itertools.count()
     assert not run.go(stop=lambda: next(steps) >= 7)
     assert len(run.done) == 1
     assert run.now.step > 0

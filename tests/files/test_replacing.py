@@ -13,7 +13,7 @@ import lorafold as lf
 from lorafold.errors import FileError
 from lorafold.files import atomic, replacing
 from lorafold.files.atomic import new_directory
-from lorafold.files.replacing import Kind, check_apart
+from lorafold.files.replacing import Kind, check_apart, exchange
 
 THING = Kind("a thing", lambda p: (p / "mark").is_file(), re.compile("mark|data"))
 
@@ -460,3 +460,42 @@ def test_an_empty_text_is_no_path(world):
     for read in readers:
         with pytest.raises(FileError, match="''"):
             read()
+
+
+# Files into a folder that others use
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("fatal", [None, 1, 2, 3])
+def test_files_get_their_names_all_or_none(fatal, links, tmp_path, monkeypatch):
+    new, out, aside = (tmp_path / name for name in ("new", "out", "aside"))
+    for folder in (new, out, aside):
+        folder.mkdir()
+    for name in ("a", "b", "c"):
+        (new / name).write_text("new")
+    (out / "b").write_text("old")
+    (out / "notes").write_text("mine")
+    before, calls, replace = content(out), [], os.replace
+
+    def one_fails(*args):
+        calls.append(args)
+        if len(calls) == fatal:
+            raise OSError(errno.ENOSPC, "full")
+        replace(*args)
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no such here")
+
+    monkeypatch.setattr(os, "replace", one_fails)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    files = {new / "a": out / "a", new / "b": out / "b", new / "c": out / "deep" / "er" / "c"}
+    if fatal is None:
+        exchange(files, aside)
+        assert content(out) == {"a": "new", "b": "new", "deep/er/c": "new", "notes": "mine"}
+        assert not os.listdir(new)
+    else:
+        with pytest.raises(OSError, match="full"):
+            exchange(files, aside)
+        assert content(out) == before
+        assert not (out / "deep").exists()

@@ -126,8 +126,7 @@ def _appearing(
     _recover(target, kind)
     check_replaceable(target, kind, overwrite, path)
     replaces = not is_free(target)
-    created = _make_parents(target.parent)
-    try:
+    with parents(target) as created:
         _remove_dead_staging(target.parent)
         staging, lock = _new_staging(target)
         try:
@@ -143,11 +142,6 @@ def _appearing(
         finally:
             if lock is not None:
                 os.close(lock)
-    except BaseException:
-        for parent in reversed(created):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
     for parent in (target.parent, *(p.parent for p in reversed(created))):
         sync_directory(parent)
     # After the exchange the old state lies under the staging name. It goes last: had the flush
@@ -313,8 +307,21 @@ def _sibling(target: Path, suffix: str) -> Path:
     return target.with_name(f".{_short(target)}.{secrets.token_hex(8)}.{suffix}")
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Create what is missing above a target; the ones created, outermost first."""
+@contextlib.contextmanager
+def parents(target: Path) -> Iterator[list[Path]]:
+    """Make the folders that are missing above a target, outermost first; none stays on an error."""
+    created: list[Path] = []
+    try:
+        _make_parents(target.parent, created)
+        yield created
+    except BaseException:
+        for parent in reversed(created):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _make_parents(parent: Path, created: list[Path]) -> None:
     missing = []
     while not os.path.exists(parent):
         missing.append(parent)
@@ -323,9 +330,9 @@ def _make_parents(parent: Path) -> list[Path]:
     try:
         for path in missing:
             path.mkdir(exist_ok=True)
+            created.append(path)
     except (FileExistsError, NotADirectoryError) as e:
         raise FileError(f"{e.filename} is in the way: it is not a directory") from e
-    return missing
 
 
 # Staging directories. A writer locks its own, so that the ones without a living writer are known.

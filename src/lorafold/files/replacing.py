@@ -8,6 +8,7 @@ Given up: file systems without hard links, where such a file is refused by name.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -193,6 +194,49 @@ def keep_others(old: Path, new: Path, kind: Kind) -> None:
                 f"{old} holds {path.name!r}, which can't be kept ({e.strerror or e}): move it, or "
                 "write elsewhere"
             ) from e
+
+
+def exchange(files: Mapping[Path, Path], aside: Path) -> None:
+    """Give files their names, in folders that are made where they lack; all of them or none.
+
+    Not for: what a process that is killed must leave of one state, which `new_directory` is for.
+
+    Args:
+        files: {file: what it takes the place of}, on one file system.
+        aside: a folder there, for the old ones until all is done.
+
+    Raises:
+        OSError: one can't be moved.
+    """
+    done: list[tuple[Path, Path | None]] = []
+    made: list[Path] = []
+    try:
+        for k, (file, target) in enumerate(files.items()):
+            lacking = [p for p in target.parents if not os.path.lexists(p)]
+            for folder in reversed(lacking):
+                folder.mkdir()
+                made.append(folder)
+            old = aside / f".old{k}" if os.path.lexists(target) else None
+            if old is not None:
+                _spare(target, old)
+            os.replace(file, target)
+            done.append((target, old))
+    except BaseException:
+        for target, old in reversed(done):
+            os.unlink(target) if old is None else os.replace(old, target)
+        for folder in reversed(made):
+            folder.rmdir()
+        raise
+
+
+def _spare(path: Path, twin: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no such."""
+    try:
+        os.link(path, twin)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        shutil.copyfile(path, twin)
 
 
 def _link(source: Path, target: Path) -> None:

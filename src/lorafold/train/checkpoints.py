@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import FileError
-from ..files.atomic import replace_file
+from ..files.atomic import replace_file, writing
 from ..files.config import as_json, json_object, read_text
 from ..files.disk.sealed import check_sums, sums_of
 
@@ -34,10 +34,11 @@ def written(folder: Path, *, seals: bool = True) -> Iterator[None]:
         FileError: it can't be written, naming the last checkpoint that is whole.
     """
     before = folder.with_name(f".{folder.name}.before")
-    try:
+    with writing(folder):
         if seals and os.path.lexists(folder):
             shutil.rmtree(before, ignore_errors=True)
             os.rename(folder, before)
+    try:
         yield
         if seals:
             seal(folder)

@@ -25,6 +25,7 @@ from ..collection.folders import folder_names
 from ..errors import FileError, MismatchError, RefusedError
 from ..files.atomic import writing
 from ..files.disk.sealed import read_sealed, with_seal
+from ..files.replacing import exchange
 from ..files.safetensors import save_tensors
 from .checkpoints import check_sealed, drop_older, written
 from .checks import check_model, check_parameters, check_running, trained_now
@@ -362,10 +363,8 @@ def save_into(
             for file in (beside / ".it").iterdir():
                 os.replace(file, into / file.name)
             (beside / ".it").rmdir()
-        for file in sorted(p for p in beside.rglob("*") if not p.is_dir()):
-            target = folder / file.relative_to(beside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        files = sorted(p for p in beside.rglob("*") if not p.is_dir())
+        exchange({file: folder / file.relative_to(beside) for file in files}, beside)
 
 
 @contextlib.contextmanager
@@ -374,7 +373,8 @@ def _staging(folder: Path) -> Iterator[Path]:
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".beside-", dir=folder) as beside:
+        own: dict[str, Any] = {"prefix": ".beside-", "dir": folder, "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**own) as beside:
             yield Path(beside)
     except BaseException:
         for path in new:

@@ -22,7 +22,7 @@ from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from ..errors import FileError, MismatchError
-from ..files.atomic import replace_file
+from ..files.atomic import parents, replace_file, writing
 from ..files.config import json_object
 from ..files.disk.sealed import read_whole
 from ..roles import Heads, Packing, Role
@@ -178,7 +178,6 @@ def write(
     """Write an alignment, finished or not, with sums of that type; missing folders are made."""
     check_place(path, overwrite)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     counts = {}
     for part in ("fitted", "held"):
@@ -198,7 +197,9 @@ def write(
         "output": alignment.output,
         "settings": dict(alignment.settings),
     }
-    replace_file(target, as_safetensors(tensors, {KEY: json.dumps(record)}))
+    data = as_safetensors(tensors, {KEY: json.dumps(record)})
+    with writing(target), parents(target):
+        replace_file(target, data)
 
 
 def read(path: str | os.PathLike[str]) -> Alignment:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,12 @@ from ...files.save import ADAPTER, peft_form, write_form
 from ..checkpoints import check_sealed, last_checkpoint
 
 REPORT, TEMPLATE_FILE = "training.json", "chat_template.jinja"
+_CHECKPOINTS = Kind(
+    "the checkpoints of a training run",
+    lambda path: os.path.isfile(path / RECIPE_NAME),
+    re.compile(re.escape(RECIPE_NAME)),
+    re.compile(r"\.?checkpoint-\d+(\.before)?"),
+)
 
 
 class Folder:
@@ -89,14 +94,12 @@ class Folder:
 
     def begin(self, recipe: Mapping[str, Any]) -> None:
         """Make it ready for checkpoints of a new run; what an earlier one left of them goes."""
-        if os.path.isfile(self.checkpoints / RECIPE_NAME):
-            shutil.rmtree(self.checkpoints)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.tell(recipe)
+        with new_directory(self.checkpoints, _CHECKPOINTS, overwrite=True) as staging:
+            (staging / RECIPE_NAME).write_text(_recipe_text(recipe), encoding="utf-8")
 
     def tell(self, recipe: Mapping[str, Any]) -> None:
         """Write how the run is to go on."""
-        replace_file(self.checkpoints / RECIPE_NAME, as_json(with_seal(recipe, {})).encode())
+        replace_file(self.checkpoints / RECIPE_NAME, _recipe_text(recipe).encode())
 
     def finish(
         self,
@@ -145,6 +148,10 @@ class Folder:
             re.compile(names) if names else None,
             ADAPTER.marked,
         )
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    return as_json(with_seal(recipe, {}))
 
 
 def _told_folders(report: Mapping[str, Any]) -> list[str]:
