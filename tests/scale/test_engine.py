@@ -8,11 +8,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafold import FileError, MismatchError
 from lorafold.scale.engine import Crew, Engine, Spread, Task
 from lorafold.scale.local import LocalWorkers
 from lorafold.scale.work import Pieces, WorkDirectory
+from lorafold.thin import threads as torch_has
 
 # Functions of this module are found by the workers, which have this process's path.
 
@@ -277,3 +279,18 @@ def test_after_an_error_nothing_that_was_sent_goes_on(tmp_path, monkeypatch):
 def slow_count(folder, x):
     time.sleep(0.1)
     return counted(folder, x)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_tasks_of_this_process_have_a_thread_each_and_come_in_order(at_once):
+    engine = Engine(at_once)
+    with torch_has(2):
+        found = list(engine.map(torch_threads, tasks(*((k,) for k in range(9)))))
+        assert torch.get_num_threads() == 2
+    assert found == [(k, 1) for k in range(9)]
+    with pytest.raises(MismatchError, match="not 3"):
+        list(engine.map(fails, tasks((3,), (4,))))
+
+
+def torch_threads(k):
+    return k, torch.get_num_threads()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import lorafold as lf
 from lorafold import FileError, MismatchError, ToleranceError
 from lorafold.collection.sources import named_handles
+from lorafold.compare.pairs import Pairs
 from lorafold.files import open_adapter
 
 SHAPES = {f"layers.{n}.{p}": (24, 40) for n in range(3) for p in ("q", "v")}
@@ -176,3 +179,101 @@ def test_verify_goes_on_from_a_work_directory(library, sources, tmp_path, one_a_
 def test_who_is_to_work_is_checked(library, given, message):
     with lf.Library.open(library) as lib, pytest.raises(MismatchError, match=message):
         lib.verify(**given)
+
+
+# similarity
+
+
+def matrices(s):
+    return s.matrix, s.norms, s.known, s.focus, s.error, s.threshold
+
+
+def same(one, two):
+    return all(np.array_equal(a, b) for a, b in zip(matrices(one), matrices(two), strict=True))
+
+
+@pytest.fixture(params=["one strip", "several"])
+def strips(request, monkeypatch):
+    """As few rows in a task as to make several of them, or all rows in one."""
+    if request.param == "several":
+        monkeypatch.setattr("lorafold.compare.strips._ROWS", 8 * 9 * 4)
+
+
+@pytest.fixture
+def always_sketched(monkeypatch):
+    module = importlib.import_module("lorafold.compare.similarity")
+    monkeypatch.setattr(module, "_CHEAP", -1.0)
+
+
+def test_similarity(folder, family, crew, strips):
+    sources = [*sorted(folder.iterdir())[:-1], family["half"]]
+    here = lf.similarity(sources)
+    assert here.clusters()[0] == ["a0", "copy"]
+    assert same(lf.similarity(sources, **crew), here)
+
+
+def test_similarity_by_workers_of_its_own(folder):
+    assert same(lf.similarity(folder, workers=2), lf.similarity(folder))
+
+
+def test_sketched_similarity(make_adapter, tmp_path, crew, strips, always_sketched):
+    shapes = {f"layers.{n}.q": (96, 128) for n in range(4)}
+    few = {p: shape for p, shape in shapes.items() if "1" not in p}
+    sources = {f"a{i}": make_adapter(shapes, 1 + i % 3, seed=i, scale=10.0**i) for i in range(7)}
+    sources |= {"few": make_adapter(few, 2, seed=9), "copy": sources["a2"].nested()}
+    here = lf.similarity(sources, memory=8 * 4 * 224 * 7)
+    assert 0 < here.error < 0.2
+    assert not here.known.all()
+    assert here.matrix[2, 8] == 1
+    there = lf.similarity(sources, memory=8 * 4 * 224 * 7, **crew)
+    assert same(there, here)
+    assert same(there.at(-1.0), here.at(-1.0))  # by this process, without the executor
+
+
+def test_several_tasks_at_once_in_this_process_give_the_same(
+    folder, monkeypatch, strips, always_sketched
+):
+    here = lf.similarity(folder)
+    monkeypatch.setattr(Pairs, "at_once", 3)
+    assert same(lf.similarity(folder), here)
+
+
+def test_strips_are_the_whole_matrix(folder, monkeypatch, always_sketched):
+    for exact in (True, False):
+        whole = lf.similarity(folder, exact=exact)
+        with monkeypatch.context() as patch:
+            patch.setattr("lorafold.compare.strips._ROWS", 8 * 9 * 2)
+            found = lf.similarity(folder, exact=exact)
+        np.testing.assert_allclose(found.matrix, whole.matrix, atol=1e-6)
+        np.testing.assert_allclose(found.norms, whole.norms, rtol=1e-6)
+
+
+def test_similarity_of_a_library(library, workers):
+    with lf.Library.open(library) as lib:
+        assert same(lf.similarity(lib, executor=workers), lf.similarity(lib))
+
+
+def test_similarity_goes_on_from_a_work_directory(folder, tmp_path):
+    here = lf.similarity(folder)
+    assert same(lf.similarity(folder, work=tmp_path / "work"), here)
+    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.done")}
+    assert len(done) == len(SHAPES)
+    assert same(lf.similarity(folder, work=tmp_path / "work"), here)
+    assert done == {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.done")}
+    with pytest.raises(FileError, match="of another run"):
+        lf.similarity([folder / "a1", folder / "a2"], work=tmp_path / "work")
+
+
+def test_a_source_that_is_gone_is_told_by_whoever_reads_it(folder, family, tmp_path, crew):
+    lf.save(family["a1"], tmp_path / "gone")
+    sources = named_handles([folder / "a0", tmp_path / "gone"])
+    (tmp_path / "gone/adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(FileError, match="gone.*changed since it was opened"):
+        lf.similarity(sources, **crew)
+
+
+def test_what_float32_can_not_hold_is_named_by_whoever_reads_it(family, workers):
+    u = family["a1"]["layers.0.q"]
+    wide = lf.LowRank(u.A.double() * 1e100, u.B.double())
+    with pytest.raises(MismatchError, match="'layers.0.q' has an update that is too large"):
+        lf.similarity({"a": lf.Adapter({"layers.0.q": wide})}, executor=workers)

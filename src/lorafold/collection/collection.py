@@ -141,8 +141,12 @@ class Collection:
         """Whether one thread is enough for whatever is done."""
         return self.num_parameters < _FEW
 
-    def stack(self, path: str) -> Stack | None:
-        """The folded adapters that have the module; None if there is none."""
+    def stack(self, path: str, hashed: bool = True) -> Stack | None:
+        """The folded adapters that have the module; None if there is none.
+
+        Args:
+            hashed: what is read is hashed on the way, for `digest`.
+        """
         members = np.array(
             [i for i in range(self.folded) if path in self.handles[i].shapes], np.int64
         )
@@ -156,7 +160,7 @@ class Collection:
             self.shapes[path],
             members,
             ranks,
-            _Reader(self, path),
+            _Reader(self, path, hashed),
             self.block_bytes,
             self._device,
             self.stays,
@@ -233,11 +237,12 @@ class Collection:
 class _Reader:
     """What a stack reads by; `only` gives what does so elsewhere."""
 
-    def __init__(self, collection: Collection, path: str) -> None:
+    def __init__(self, collection: Collection, path: str, hashed: bool) -> None:
         self._collection, self._path = collection, path
+        self._update = collection.read if hashed else collection.update
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
-        u = self._collection.read(i, self._path)
+        u = self._update(i, self._path)
         return u.B, u.A, u.scale
 
     def only(self, members: np.ndarray) -> Elsewhere:

@@ -7,7 +7,7 @@ in memory, their tensors. Nobody gets more of a collection than what it works on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -69,6 +69,20 @@ def unreadable(handle: Handle) -> LorafoldError | None:
     except LorafoldError as e:
         return e
     return None
+
+
+class Said:
+    """What tells a run's adapters from those of another; looked at where it is asked for.
+
+    Args:
+        handles: name → handle.
+    """
+
+    def __init__(self, handles: Mapping[str, Handle]) -> None:
+        self._handles = handles
+
+    def __lorafold_key__(self) -> Any:
+        return [(name, travelling(handle)) for name, handle in self._handles.items()]
 
 
 class Elsewhere:

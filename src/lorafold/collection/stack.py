@@ -112,6 +112,23 @@ class Stack:
         part._known, part._decomposed = self._known, self._decomposed
         return part
 
+    def of(self, positions: np.ndarray) -> Stack | None:
+        """Those of some adapters, as a stack of its own; None where none of them has the module."""
+        rows = np.flatnonzero(np.isin(self.members, positions))
+        if len(rows) == len(self):
+            return self
+        if not len(rows):
+            return None
+        return Stack(
+            self.path,
+            self.shape,
+            self.members[rows],
+            self.ranks[rows],
+            self.read,
+            self.block_bytes,
+            self.device,
+        )
+
     def factors(self) -> Iterator[Factors]:
         """The blocks as read, in order; a stack of a few blocks stays in memory until `forget`."""
         for rows in self.blocks:

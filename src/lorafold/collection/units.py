@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
-from ..lowrank import LowRank
 from .batch import Factors, even_gauge
 
 WIDTH = 45  # of each of the two sketches: together as good as one of 64
@@ -67,27 +66,30 @@ class Units:
         return [(slice(lo, hi), slice(lo * r, hi * r)) for lo, hi in runs]
 
 
-def units_of(members: Sequence[int], updates: Iterable[LowRank], path: str = "") -> list[Units]:
+Raw = tuple[Tensor, Tensor, float]  # B, A and scale of an update
+
+
+def units_of(members: Sequence[int], updates: Iterable[Raw], path: str = "") -> list[Units]:
     """Updates of one shape side by side, together those of one rank.
 
     Args:
-        path: the module, for messages.
+        updates: B (out, r), A (r, in) and scale of each. path: the module, for messages.
 
     Raises:
         MismatchError: one that float32 can't hold.
     """
-    by_rank: dict[int, list[tuple[int, LowRank]]] = {}
-    for i, u in zip(members, updates, strict=True):
-        by_rank.setdefault(u.rank, []).append((i, u))
+    by_rank: dict[int, list[tuple[int, Raw]]] = {}
+    for i, parts in zip(members, updates, strict=True):
+        by_rank.setdefault(len(parts[1]), []).append((i, parts))
     return [_side_by_side(of_rank, path) for of_rank in by_rank.values()]
 
 
-def _side_by_side(found: Sequence[tuple[int, LowRank]], path: str) -> Units:
+def _side_by_side(found: Sequence[tuple[int, Raw]], path: str) -> Units:
     members = np.array([i for i, _ in found])
-    scales = np.array([u.scale for _, u in found])
-    device = found[0][1].A.device
-    B = torch.cat([u.B.to(device) for _, u in found], 1).float()
-    A = torch.cat([u.A.to(device) for _, u in found]).float()
+    scales = np.array([scale for _, (_, _, scale) in found])
+    device = found[0][1][1].device
+    B = torch.cat([B.to(device) for _, (B, _, _) in found], 1).float()
+    A = torch.cat([A.to(device) for _, (_, A, _) in found]).float()
     f = _batch(members, B, A)
     G_B, G_A = ((X.mT @ X).double() for X in (f.B, f.A.mT))
     if not _served(G_B, G_A):
@@ -130,14 +132,18 @@ def add_inner_products(
     xs: Sequence[Units],
     ys: Sequence[Units],
     wanted: np.ndarray | None = None,
+    places: np.ndarray | None = None,
 ) -> None:
     """Add ⟨ΔW_i, ΔW_j⟩ at one module to (i, j) and (j, i) of an array, for i in `xs`, j in `ys`.
 
     Args:
-        total: (N, N) float64. xs, ys: one list twice, or two that have no member in common.
+        total: (n, N) float64. xs, ys: one list twice, or two that have no member in common; all
+            members of `xs` have rows, and either all of `ys` or none.
         wanted: (N, N) pairs to compute; those that lie in a tile with one are too. All where None.
+        places: member → its column, and its row if there are so many; itself where None.
     """
     same = xs is ys
+    at = np.arange(total.shape[1]) if places is None else places
     left, right = ([(x, *tile) for x in zs for tile in x.tiles()] for zs in (xs, ys))
     for p, (x, rows, here) in enumerate(left):
         for y, columns, there in right[p if same else 0 :]:
@@ -148,8 +154,9 @@ def add_inner_products(
             blocks = square.view(len(i), x.rank, len(j), y.rank).sum((1, 3))
             found = blocks.double().cpu().numpy()
             found *= x.scales[rows, None] * y.scales[None, columns]
+            i, j = at[i], at[j]
             total[np.ix_(i, j)] += found
-            if not (same and x is y and rows == columns):
+            if not (same and x is y and rows == columns) and j[0] < len(total):
                 total[np.ix_(j, i)] += found.T
 
 

@@ -1,13 +1,14 @@
 """All pairs of a collection: inner products over all modules, exactly or from sketches.
 
-A module is read at once where it fits, else in blocks, each block against those after it. What is
-kept between modules is (N, N) and nothing else.
+What is kept between modules is (N, N) and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from ..collection.batch import Factors, joined_factors
 from ..collection.collection import Collection
 from ..collection.limits import memory_bytes
 from ..collection.sources import Handle
-from ..collection.units import WIDTH, Sketch, Units, add_inner_products, units_of
+from ..collection.stack import Stack
+from ..collection.units import WIDTH, Units
 from ..errors import RefusedError
+from ..scale.engine import Engine, Task
+from ..words import from_to
 from .clusters import components
+from .strips import Strip, blocks, exact, read, sketched, strips
 
 Progress = Callable[[int, int, str], object]
 
@@ -26,6 +31,7 @@ _SAME = 2e-6  # 1 − |c| that float32 products of factors leave of copies
 _UNLIKE = 0.5  # cosines below tell the error of those near 0
 _ROUNDING = 1e-3  # 1 − c² below which two sketches disagree in float32's rounding
 _SHARE = 8  # of the memory limit: float32 factors of one block, of which copies are made
+_COPIES = 4  # of these, about, and the block itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,8 @@ class Pairs:
                 raise RefusedError(f"{name!r} can't be compared: {handle.refusal}")
         self.collection = Collection(handles, exact=(), block_bytes=1 << 20)
         self.collection.check_layouts()
-        self._block = memory_bytes(memory) // _SHARE
+        self._memory = memory_bytes(memory)
+        self._room = self._memory // _SHARE
         self._progress: Progress = progress or (lambda done, total, path: None)
 
     def __len__(self) -> int:
@@ -98,28 +105,22 @@ class Pairs:
         shapes = self.collection.shapes
         return float(sum(self.total_rank(path) ** 2 * sum(shape) for path, shape in shapes.items()))
 
-    def _having(self, path: str, order: np.ndarray | None = None) -> list[int]:
-        """Positions of the adapters that have a module, in some order."""
-        handles = self.collection.handles
-        everyone = range(len(self)) if order is None else order.tolist()
-        return [i for i in everyone if path in handles[i].shapes]
+    @property
+    def at_once(self) -> int:
+        """How many tasks run at the same time in this process, each on a thread: as memory has it
+        for what is read, and its copies.
+        """
+        if self.collection.small:
+            return 1
+        largest = max((stack.nbytes for stack in self._stacks.values()), default=0)
+        most = self._memory // (_COPIES * min(largest, self._room) + 1)
+        return max(1, min(torch.get_num_threads(), most))
 
-    def _blocks(self, path: str, members: list[int]) -> list[list[int]]:
-        """Members in runs whose factors fit into a block."""
-        width = 4 * sum(self.collection.shapes[path])
-        blocks: list[list[int]] = []
-        room = 0
-        for i in members:
-            size = width * self.collection.handles[i].shapes[path][2]
-            if size > room:
-                blocks.append([])
-                room = self._block
-            blocks[-1].append(i)
-            room -= size
-        return blocks
-
-    def _read(self, path: str, members: list[int]) -> list[Units]:
-        return units_of(members, (self.collection.update(i, path) for i in members), path)
+    @cached_property
+    def _stacks(self) -> dict[str, Stack]:
+        """Module → all adapters that have it."""
+        found = {path: self.collection.stack(path, hashed=False) for path in self.collection.paths}
+        return {path: stack for path, stack in found.items() if stack is not None}
 
     def modules(self) -> Iterator[str]:
         """Every module's path, and progress told on the way."""
@@ -130,57 +131,39 @@ class Pairs:
 
     def total_rank(self, path: str) -> int:
         """The ranks of all adapters at a module, summed."""
-        return sum(self.collection.handles[i].shapes[path][2] for i in self._having(path))
+        return int(self._stacks[path].ranks.sum())
 
     def units(self, path: str) -> Iterator[Units]:
         """A module of all adapters that have it."""
-        for block in self._blocks(path, self._having(path)):
-            yield from self._read(path, block)
+        stack = self._stacks[path]
+        for block in blocks(stack, stack.members, self._room):
+            yield from read(stack, block)
 
     def factors(self, path: str) -> Factors:
         """A module of all adapters that have it, as in their files, padded to one rank."""
-        members = self._having(path)
-        updates = [self.collection.update(i, path) for i in members]
-        return joined_factors(np.array(members), [(u.B, u.A, u.scale) for u in updates])
+        stack = self._stacks[path]
+        return joined_factors(stack.members, [stack.read(int(i)) for i in stack.members])
 
-    def sketched(self, seed: int) -> Cosines:
+    def sketched(self, seed: int, engine: Engine | None = None) -> Cosines:
         """Every pair from sketches; the error is estimated from what two of them disagree in."""
         count = len(self)
-        grams = torch.zeros(2, count, count)
-        squares = np.zeros(count)
-        fourth = np.zeros(count)
-        unit = np.zeros(count)  # the first norm of each, in which its others are told
-        for path in self.modules():
-            sketch = Sketch(self.collection.shapes[path], path, seed)
-            sketches = torch.zeros(2, count, sketch.size)
-            for x in self.units(path):
-                squares[x.members] += x.norms**2
-                unit[x.members] = np.where(unit[x.members] > 0, unit[x.members], x.norms)
-                scales = np.divide(x.scales, unit[x.members], out=0 * x.norms, where=x.norms > 0)
-                ratio = np.divide(
-                    x.squares, unit[x.members] ** 2, out=0 * x.norms, where=scales != 0
-                )
-                fourth[x.members] += sketch.drawn / 2 * ratio**2
-                for whole, found in zip(sketches, sketch.of(x), strict=True):
-                    whole[x.members] = found.to(whole) * torch.from_numpy(scales).to(whole)[:, None]
-            for gram, whole in zip(grams, sketches, strict=True):
-                gram.addmm_(whole, whole.T)
-        if not bool(torch.isfinite(grams).all()):
-            return self.exact()  # an adapter's modules differ by more than float32 holds
-        first, second = (_normalised(gram.double().numpy()) for gram in grams)
-        norms = np.sqrt(squares)
-        matrix = _with_diagonal((first + second) / 2, norms)
-        # Half of what they disagree in is how far their mean is off.
-        off = (first - second) / 2 / (1 - matrix**2 + _ROUNDING)
-        others = np.logical_and.outer(norms > 0, norms > 0) & ~np.eye(count, dtype=bool)
-        unlike = others & (abs(matrix) < _UNLIKE)
-        told = off[unlike if unlike.any() else others]
-        error = float(np.sqrt(np.mean(told**2))) if len(told) else 0.0
-        size = np.divide(norms, unit, out=np.zeros(count), where=unit > 0) ** 2
-        focus = np.divide(np.sqrt(fourth), size, out=np.zeros(count), where=size > 0)
-        return Cosines(matrix, norms, error, focus)
+        grams = np.zeros((2, count, count))
+        squares, fourths, units = (np.zeros(count) for _ in range(3))
+        for strip, found in self._mapped(engine, sketched, (seed,), np.arange(count)):
+            fresh = (units[strip.order] == 0) & (found.units > 0)
+            units[strip.order[fresh]] = found.units[fresh]
+            unit = units[strip.order]  # in which the norms of all modules are told
+            ratio = np.divide(found.units, unit, out=np.zeros(len(unit)), where=unit > 0)
+            for total, part in zip(grams, found.grams.double().numpy(), strict=True):
+                _add(total, strip, part * ratio[: strip.rows, None] * ratio)
+            own = strip.order[: strip.rows]
+            squares[own] += found.squares[: strip.rows]
+            fourths[own] += (found.fourths * ratio**4)[: strip.rows]
+        if not np.isfinite(grams).all():
+            return self.exact(engine=engine)  # modules differ by more than float32 holds
+        return _from_sketches(grams, np.sqrt(squares), fourths, units)
 
-    def exact(self, wanted: np.ndarray | None = None) -> Cosines:
+    def exact(self, wanted: np.ndarray | None = None, engine: Engine | None = None) -> Cosines:
         """Every pair exactly, or those that are wanted (and some beside: not all of the rest).
 
         Args:
@@ -194,28 +177,61 @@ class Pairs:
             # Those that are near one another lie together, so that few tiles hold all that matters.
             groups = components(wanted)
             order = np.concatenate([order[:0], *(g for g in groups if len(g) > 1)])
-        for path in self.modules():
-            self._add(total, path, order, wanted)
+        engine = engine or Engine(self.at_once)
+        shared = None if wanted is None else engine.share(wanted)
+        for strip, found in self._mapped(engine, exact, (shared,), order):
+            _add(total, strip, found)
         norms = np.sqrt(total.diagonal().clip(0))
         return Cosines(_with_diagonal(_normalised(total), norms), norms, 0.0, np.zeros(count))
 
     def module(self, path: str) -> np.ndarray:
         """(N, N) cosines at one module, 0 where one of the two lacks it."""
         total = np.zeros((len(self), len(self)))
-        self._add(total, path, np.arange(len(self)), None)
+        for strip in strips([self._stacks[path]], np.arange(len(self)), self._room):
+            _add(total, strip, exact(strip, None))
         return _with_diagonal(_normalised(total), total.diagonal())
 
-    def _add(
-        self, total: np.ndarray, path: str, order: np.ndarray, wanted: np.ndarray | None
-    ) -> None:
-        """Add inner products at one module."""
-        blocks = self._blocks(path, self._having(path, order))
-        for k, block in enumerate(blocks):
-            xs = self._read(path, block)
-            add_inner_products(total, xs, xs, wanted)
-            for other in blocks[k + 1 :]:
-                if wanted is None or wanted[np.ix_(block, other)].any():
-                    add_inner_products(total, xs, self._read(path, other), wanted)
+    def _mapped(
+        self,
+        engine: Engine | None,
+        function: Callable[..., Any],
+        options: tuple[Any, ...],
+        order: np.ndarray,
+    ) -> Iterator[tuple[Strip, Any]]:
+        """What a function finds of every strip, in order, and progress told on the way."""
+        cut = list(strips([*self._stacks.values()], order, self._room))
+        tasks = [Task(from_to("module", [s.path for s in c.stacks]), (c, *options)) for c in cut]
+        results = (engine or Engine(self.at_once)).map(function, tasks)
+        total, done = sum(len(strip.stacks) for strip in cut), 0
+        for strip in cut:
+            self._progress(done, total, strip.stacks[0].path)
+            done += len(strip.stacks)
+            yield strip, next(results)
+
+
+def _add(total: np.ndarray, strip: Strip, part: np.ndarray) -> None:
+    """Add what was found of a strip to the matrix of all, on either side of the diagonal."""
+    rows, beyond = strip.order[: strip.rows], strip.order[strip.rows :]
+    total[np.ix_(rows, strip.order)] += part
+    total[np.ix_(beyond, rows)] += part[:, strip.rows :].T
+
+
+def _from_sketches(
+    grams: np.ndarray, norms: np.ndarray, fourths: np.ndarray, units: np.ndarray
+) -> Cosines:
+    """Cosines from two matrices (N, N) of inner products of independent sketches; others (N,)."""
+    count = len(norms)
+    first, second = (_normalised(gram) for gram in grams)
+    matrix = _with_diagonal((first + second) / 2, norms)
+    # Half of what they disagree in is how far their mean is off.
+    off = (first - second) / 2 / (1 - matrix**2 + _ROUNDING)
+    others = np.logical_and.outer(norms > 0, norms > 0) & ~np.eye(count, dtype=bool)
+    unlike = others & (abs(matrix) < _UNLIKE)
+    told = off[unlike if unlike.any() else others]
+    error = float(np.sqrt(np.mean(told**2))) if len(told) else 0.0
+    size = np.divide(norms, units, out=np.zeros(count), where=units > 0) ** 2
+    focus = np.divide(np.sqrt(fourths), size, out=np.zeros(count), where=size > 0)
+    return Cosines(matrix, norms, error, focus)
 
 
 def _normalised(gram: np.ndarray) -> np.ndarray:

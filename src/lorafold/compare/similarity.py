@@ -12,7 +12,9 @@ things are sketched worse than broad ones, and most pairs of a collection tell n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -20,11 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapter import tensor_digest
+from ..collection.elsewhere import Said
 from ..collection.sources import named_handles
 from ..errors import MismatchError, MissingExtraError, UnknownNameError
+from ..scale.engine import Crew, Engine
 from ..words import LISTED, did_you_mean, html_table
 from .clusters import linked
-from .pairs import Pairs, Progress, off_at
+from .pairs import Cosines, Pairs, Progress, off_at
 
 DUPLICATES = 0.999
 _MARGIN = 4  # deviations of a sketch below the threshold from which on pairs are exact
@@ -112,12 +116,7 @@ class Similarity:
             MismatchError: a threshold that is no cosine.
         """
         _check_threshold(threshold)
-        if threshold >= self.threshold or not self.error:
-            return self
-        off = off_at(threshold, self.error, self.focus)
-        wanted = (self.matrix > threshold - _MARGIN * off) & ~self.known
-        matrix = np.where(wanted, self.pairs.exact(wanted).matrix, self.matrix)
-        return replace(self, matrix=matrix, threshold=threshold, known=self.known | wanted)
+        return _refined(self, threshold, None)
 
     def clusters(self, threshold: float = 0.9) -> list[list[str]]:
         """Groups in which every pair reaches the threshold (complete linkage), largest first.
@@ -227,6 +226,9 @@ def similarity(
     seed: int = 0,
     memory: str | int = "1GiB",
     progress: Progress | None = None,
+    executor: Executor | str | None = None,
+    workers: int | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Similarity:
     """Cosines of all pairs of adapters in ΔW, of any ranks and targets over one base.
 
@@ -237,6 +239,7 @@ def similarity(
         seed: of the sketches.
         memory: limit for what is read of the collection at once.
         progress: called with (done, total, module).
+        executor, workers, work: who computes, as in `fold`; the numbers are the same, whoever does.
 
     Returns:
         A `Similarity`.
@@ -244,7 +247,7 @@ def similarity(
     Raises:
         MismatchError: no sources, adapters over different bases, options out of range.
         RefusedError: ΔW algebra would be wrong for a source; naming it and the remedy.
-        FileError: a source that can't be read.
+        FileError: a source that can't be read, or an executor that fails.
 
     Not for: two adapters in detail (`overlap`).
 
@@ -258,14 +261,22 @@ def similarity(
         [['sql', 'copy'], ['law']]
     """
     _check_threshold(threshold)
-    pairs = Pairs(named_handles(sources), memory, progress)
+    crew = Crew(executor, workers, work)
+    handles = named_handles(sources)
+    pairs = Pairs(handles, memory, progress)
+    run = Said(handles), seed, exact, str(memory)
+    with crew.engine(run, at_once=pairs.at_once) as engine:
+        if exact or pairs.work <= _CHEAP:
+            found, known = pairs.exact(engine=engine), np.ones((len(pairs), len(pairs)), bool)
+        else:
+            found = pairs.sketched(seed, engine)
+            known = np.eye(len(pairs), dtype=bool) | (found.error == 0)
+        return _refined(_similarity(pairs, found, known, threshold), threshold, engine)
+
+
+def _similarity(pairs: Pairs, found: Cosines, known: np.ndarray, threshold: float) -> Similarity:
     c = pairs.collection
-    if exact or pairs.work <= _CHEAP:
-        found, known = pairs.exact(), np.ones((len(pairs), len(pairs)), bool)
-    else:
-        found = pairs.sketched(seed)
-        known = np.eye(len(pairs), dtype=bool) | (found.error == 0)
-    result = Similarity(
+    return Similarity(
         tuple(c.names),
         found.matrix,
         found.error,
@@ -277,7 +288,16 @@ def similarity(
         pairs,
         found.focus,
     )
-    return result.at(threshold)
+
+
+def _refined(s: Similarity, threshold: float, engine: Engine | None) -> Similarity:
+    """See `Similarity.at`."""
+    if threshold >= s.threshold or not s.error:
+        return s
+    off = off_at(threshold, s.error, s.focus)
+    wanted = (s.matrix > threshold - _MARGIN * off) & ~s.known
+    matrix = np.where(wanted, s.pairs.exact(wanted, engine).matrix, s.matrix)
+    return replace(s, matrix=matrix, threshold=threshold, known=s.known | wanted)
 
 
 def _check_threshold(threshold: Any) -> None:

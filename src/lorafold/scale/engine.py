@@ -14,12 +14,14 @@ import os
 import pickle
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, wait
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FileError, MismatchError
+from ..thin import threads
 from ..words import note
 from .keys import key_of
 from .work import Shared, WorkDirectory
@@ -46,7 +48,11 @@ class Task:
 
 
 class Engine:
-    """Runs tasks in this process, one after another; see `Spread` for the other ways.
+    """Runs tasks in this process; see `Spread` for the other ways.
+
+    Args:
+        at_once: tasks that run at the same time, each on one thread of torch as in any worker, so
+            that it rounds alike; None: one after another, on the threads that the caller has.
 
     Attributes:
         spread: whether tasks are run elsewhere, so that large ones pay.
@@ -54,14 +60,37 @@ class Engine:
 
     spread = False
 
+    def __init__(self, at_once: int | None = None) -> None:
+        self._at_once = at_once
+
     def map(self, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
         """The results of a function of the module level, in order."""
-        for task in tasks:
-            yield function(*task.inputs)
+        if self._at_once is None or self._at_once == 1:
+            for task in tasks:
+                with threads(self._at_once):
+                    result = function(*task.inputs)
+                yield result
+            return
+        with ThreadPoolExecutor(self._at_once, "task") as pool:
+            sent: deque[Future[Any]] = deque()
+            try:
+                for task in tasks:
+                    sent.append(pool.submit(_alone, function, task.inputs))
+                    if len(sent) > self._at_once:
+                        yield sent.popleft().result()
+                while sent:
+                    yield sent.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def share(self, value: Any) -> Held | Shared:
         """What many tasks use; they get it by its `get`."""
         return Held(value)
+
+
+def _alone(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    with threads(1):
+        return function(*inputs)
 
 
 @dataclass(frozen=True)
@@ -212,17 +241,20 @@ class Crew:
             raise MismatchError("executor and workers exclude each other: give one")
 
     @contextlib.contextmanager
-    def engine(self, run: Any = None, patience: float = PATIENCE) -> Iterator[Engine]:
+    def engine(
+        self, run: Any = None, patience: float = PATIENCE, at_once: int | None = None
+    ) -> Iterator[Engine]:
         """What runs tasks within the block.
 
         Args:
             run: what says which run a work directory belongs to, known to `key_of`.
+            at_once: see `Engine`, where nobody else works.
 
         Raises:
             FileError: a work directory of another run, or an executor that does not answer.
         """
         if self.executor is None and self.workers is None and self.work is None:
-            yield Engine()
+            yield Engine(at_once)
             return
         with contextlib.ExitStack() as stack:
             if self.work is None:
