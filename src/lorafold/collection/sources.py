@@ -34,7 +34,7 @@ from ..files.find import (
     tell_idle,
 )
 from ..files.opening import open_library
-from ..files.remote.place import Place, is_url, place_of
+from ..files.remote.place import Place, concurrently, is_url, place_of
 from ..lowrank import LowRank
 from ..words import some_of
 
@@ -295,8 +295,15 @@ class _Opener:
             return
         places, idle = places_at(text)
         tell_idle(idle)
-        for place in places:
-            yield from self._unless_broken(place, self._in(place))
+        for place, found_in in zip(places, concurrently(self._tried, places), strict=True):
+            yield from self._unless_broken(place, _given(found_in))
+
+    def _tried(self, place: Place) -> list[tuple[str, Handle]] | LorafoldError:
+        """What `_in` gives, or raises: where several are opened at once, in their order."""
+        try:
+            return list(self._in(place))
+        except LorafoldError as e:
+            return e
 
     def _in(self, place: Place) -> Iterator[tuple[str, Handle]]:
         if is_library(place):
@@ -330,3 +337,9 @@ class _Opener:
                 f"{e.found}: if you trust it, load it with that option of `lorafold.load` in "
                 "Python, and give the adapter, or the path where `lorafold.save` puts it"
             ) from None
+
+
+def _given(found: list[tuple[str, Handle]] | LorafoldError) -> Iterator[tuple[str, Handle]]:
+    if isinstance(found, LorafoldError):
+        raise found
+    yield from found

@@ -67,8 +67,7 @@ def read_regular(
     if is_url(path):
         place = place_of(path)
         assert isinstance(place, UrlPath)
-        check(place.size())
-        return place.read_bytes()
+        return place.read_bytes(check)
     with open(open_regular(path), "rb") as file:
         check(os.fstat(file.fileno()).st_size)
         return file.read()

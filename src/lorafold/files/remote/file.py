@@ -218,10 +218,7 @@ class UrlDescriptor:
         try:
             _fill(self._place, sorted(parts, key=lambda part: part[0]))
         except FileNotFoundError as e:
-            raise FileError(
-                f"shard {self.name} is gone: the library was changed since it was opened, longer "
-                "ago than its old files are kept; open it again"
-            ) from e
+            raise gone(f"shard {self.name}") from e
         except EOFError:
             return False
         except OSError as e:
@@ -230,6 +227,14 @@ class UrlDescriptor:
 
     def __deepcopy__(self, memo: dict[int, object]) -> UrlDescriptor:
         return self
+
+
+def gone(what: str) -> FileError:
+    """What to say of a library's file that was there when that was opened."""
+    return FileError(
+        f"{what} is gone: the library was changed since it was opened, longer ago than its old "
+        "files are kept; open it again"
+    )
 
 
 def held(path: str | os.PathLike[str]) -> Held | UrlFile:

@@ -13,15 +13,18 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ...errors import FileError
 from .asking import ask
 
+P = TypeVar("P")
+T = TypeVar("T")
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_AT_ONCE = 16  # folders that are listed at the same time
+_AT_ONCE = 16  # folders that are looked into at the same time
 # What fsspec's stores call the state of a file: it changes with what is in it.
 _STATES = (
     *("ETag", "etag", "generation", "VersionId", "md5Hash", "content_md5"),
@@ -230,13 +233,21 @@ class UrlPath:
 
     # Bytes
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, check: Callable[[int], None] = lambda size: None) -> bytes:
         """All of a file.
+
+        Args:
+            check: is called with its size before it is read, and may raise.
 
         Raises:
             OSError, FileError: as `ask`.
         """
-        found: bytes = ask(self.url, str(self), lambda fs, path: fs.cat_file(path))
+        size = self.size()
+        check(size)
+        if not size:
+            return b""
+        # From its start, to wherever it ends by then: s3fs would ask for the size once more.
+        found: bytes = ask(self.url, str(self), lambda fs, path: fs.cat_file(path, start=0))
         return found
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -303,16 +314,19 @@ def matching(pattern: UrlPath) -> list[UrlPath]:
     fixed = next(k for k, part in enumerate(parts) if glob.has_magic(part))
     root = UrlPath(f"{start}://{'/'.join(parts[:fixed])}").at_once()
     found = sorted(dict.fromkeys(_matching(root, parts[fixed:])))
-    look_into(found)
+    list(concurrently(lambda path: path.is_dir() and path.names(), found))  # which is asked next
     return found
 
 
-def look_into(folders: Iterable[UrlPath]) -> None:
-    """List several folders at the same time, for what is asked of them next."""
+def concurrently(function: Callable[[P], T], places: Sequence[P]) -> Iterator[T]:
+    """What a function gives of each place, in their order; of URLs it is asked at the same time."""
+    if len(places) < 2 or not any(isinstance(place, UrlPath) for place in places):
+        yield from map(function, places)
+        return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(lambda path: path.is_dir() and path.names(), folders))
+        yield from pool.map(function, places)
 
 
 def _matching(folder: UrlPath, parts: list[str]) -> Iterator[UrlPath]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from ...errors import FileError
 from ...files.atomic import is_still_at, share_lock
 from ...files.disk.held import read_regular
+from ...files.remote.file import gone
 from ...files.remote.place import Place, UrlPath, exists
 from .descriptor import Descriptor
 from .manifest import MANIFEST, Manifest, Said, manifest_of, read_manifest, said
@@ -96,7 +97,10 @@ class Shards(Mapping[str, Shard]):
                 raise FileError(
                     f"the library {self._folder or 'in memory'} is closed: open it again"
                 )
-            found = self._opened[name] = Shard.open(self._folder / name, info)
+            try:
+                found = self._opened[name] = Shard.open(self._folder / name, info)
+            except FileError as e:
+                raise _told(self._folder / name, e) from e
             again = self._lease is not None or isinstance(self._folder, UrlPath)
             if again and len(self._opened) > _OPEN:
                 self._opened.pop(
@@ -339,6 +343,12 @@ def _not_as_stated(folder: Place, whole: Said) -> set[str]:
     return {name for name, size in sizes.items() if found.get(name) != size}
 
 
+def _told(path: Place, error: FileError) -> FileError:
+    """Of a file that was there when the library was opened: at a URL it is not kept for ever."""
+    missing = isinstance(error.__cause__, FileNotFoundError)
+    return gone(str(path)) if missing and isinstance(path, UrlPath) else error
+
+
 @dataclass(frozen=True)
 class _ListFile:
     """A list of adapters that is read when it is needed.
@@ -367,6 +377,9 @@ class _ListFile:
         try:
             return checked_list(self.path, self.info)
         except FileError as e:
+            told = _told(self.path, e)
+            if told is not e:
+                raise told from e
             damage = Damage.of(e)
             raise FileError(f"{damage.text}; {remedy(self.path.parent, damage.lost)}") from e
 
