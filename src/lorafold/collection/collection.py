@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapter import Layout, combined_digest, module_digest, tensor_digest
 from ..errors import MismatchError
+from ..files.remote.place import concurrently
 from ..lowrank import LowRank
 from ..words import from_to, some_of
 from .elsewhere import Elsewhere, one_module
@@ -195,7 +196,16 @@ class Collection:
 
     def read(self, i: int, path: str) -> LowRank:
         """Adapter i's update at a module; its digest is taken on the way."""
-        u = self.update(i, path)
+        return self._seen(i, path, self.update(i, path))
+
+    def several(self, members: Sequence[int], path: str) -> list[LowRank]:
+        """The same of several adapters, in their order."""
+        found = concurrently(
+            lambda i: self.update(i, path), members, lambda i: self.handles[i].path
+        )
+        return [self._seen(i, path, u) for i, u in zip(members, found, strict=True)]
+
+    def _seen(self, i: int, path: str, u: LowRank) -> LowRank:
         if path not in self._digests[i]:
             self._digests[i][path] = b""  # to come
             self._read.append((i, path, u))
@@ -244,6 +254,11 @@ class _Reader:
     def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
         u = self._update(i, self._path)
         return u.B, u.A, u.scale
+
+    def several(self, members: Sequence[int]) -> list[tuple[Tensor, Tensor, float]]:
+        """The same of several."""
+        found = self._collection.several(members, self._path)
+        return [(u.B, u.A, u.scale) for u in found]
 
     def only(self, members: np.ndarray) -> Elsewhere:
         """The same for some positions, made to be pickled."""

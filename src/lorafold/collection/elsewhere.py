@@ -6,7 +6,7 @@ in memory, their tensors. Nobody gets more of a collection than what it works on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapter import Layout, module_digest
 from ..errors import LorafoldError, MismatchError
 from ..files import open_adapter
+from ..files.remote.place import concurrently
 from ..lowrank import LowRank
 from .sources import Handle
 
@@ -105,10 +106,22 @@ class Elsewhere:
         self._digests: dict[int, bytes] | None = None
 
     def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
+        return self._seen(i, self._read(i))
+
+    def several(self, members: Sequence[int]) -> list[tuple[Tensor, Tensor, float]]:
+        """The same of several."""
+        found = concurrently(
+            self._read, members, lambda i: getattr(self._readers[i], "place", None)
+        )
+        return [self._seen(i, u) for i, u in zip(members, found, strict=True)]
+
+    def _read(self, i: int) -> LowRank:
         try:
-            u = self._readers[i].read(self.path)
+            return self._readers[i].read(self.path)
         except MismatchError as e:
             raise MismatchError(f"adapter {self._names[i]!r}: {e}") from e
+
+    def _seen(self, i: int, u: LowRank) -> tuple[Tensor, Tensor, float]:
         if self._digests is not None and i not in self._digests:
             self._digests[i] = module_digest(self.path, u, self._layouts.get(i, Layout()))
         return u.B, u.A, u.scale

@@ -35,7 +35,8 @@ class Stack:
         shape: (out, in).
         members: (N,) positions of the adapters that have it, ascending.
         ranks: (N,) their ranks here.
-        read: position → (B (out, r), A (r, in), scale), copied tensors.
+        read: position → (B (out, r), A (r, in), scale), copied tensors; `read.several`, where there
+            is such, gives those of several positions.
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
         stays: what is read does, as the whole collection fits under the memory limit.
@@ -136,11 +137,18 @@ class Stack:
             found = self._known.get(first)
             if found is None:
                 members = self.members[rows]
-                parts = [self.read(int(i)) for i in members]
+                parts = self._read(members.tolist())
                 found = joined_factors(members, parts, self.device)
                 if self.stays:
                     self._known[first] = found
             yield found
+
+    def _read(self, members: list[int]) -> list[tuple[Tensor, Tensor, float]]:
+        several = getattr(self.read, "several", None)
+        if several is None:
+            return [self.read(i) for i in members]
+        found: list[tuple[Tensor, Tensor, float]] = several(members)
+        return found
 
     def pairs(self) -> Iterator[tuple[Factors, Block | None]]:
         """The blocks as read, in order, each with its decomposition where that was kept."""

@@ -289,6 +289,11 @@ class ModuleFile:
         self._entries = {key: entries[key] for key in (slot.A, slot.B)}
 
     @property
+    def place(self) -> Place:
+        """Where the file is."""
+        return self._file.place
+
+    @property
     def identity(self) -> str:
         """Which numbers they are: by the file's size and time of change, and where in it."""
         return f"{self._file.version} {self._slot} {self._entries} {self._wide}"

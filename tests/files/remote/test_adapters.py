@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import lorafold as lf
+from lorafold.collection.collection import Collection
+from lorafold.collection.sources import named_handles
 from lorafold.errors import FileError
 from lorafold.files import load_many, open_adapter
 from lorafold.files.config import CONFIG_NAME, WEIGHTS_NAME
@@ -138,6 +140,33 @@ def test_a_long_header_and_long_tensors_are_read_in_pieces(s3, make_adapter, mon
     lf.save(adapter, f"{s3.url}/a")
     assert lf.load(f"{s3.url}/a").digest == adapter.digest
     assert max(size or 0 for path, size in asked(s3) if path.endswith(WEIGHTS_NAME)) <= 3000
+
+
+def meeting(method, ending):
+    """A hook in which the first two requests of a kind wait for each other."""
+    barrier, seen = threading.Barrier(2), []
+
+    def before(asked_by, path):
+        if asked_by == method and path.endswith(ending):
+            seen.append(path)
+            if len(seen) <= 2:
+                barrier.wait(timeout=60)
+
+    return before
+
+
+def test_several_adapters_are_opened_and_read_at_the_same_time(s3, two):
+    for name, adapter in two.items():
+        lf.save(adapter, f"{s3.url}/adapters/{name}")
+    s3.requests.before = meeting("GET", CONFIG_NAME)
+    handles = named_handles(f"{s3.url}/adapters/*")
+    assert list(handles) == ["poems", "sql"]
+    s3.requests.before = meeting("HEAD", WEIGHTS_NAME)  # each read ends in one
+    collection = Collection(handles, exact=(), block_bytes=1 << 20)
+    (factors,) = collection.stack("layers.1.q_proj").factors()
+    assert torch.equal(factors.B[1], two["sql"]["layers.1.q_proj"].B)
+    digest = collection.digest(1, {})
+    assert digest == two["sql"].digest
 
 
 # One moment

@@ -318,15 +318,23 @@ def matching(pattern: UrlPath) -> list[UrlPath]:
     return found
 
 
-def concurrently(function: Callable[[P], T], places: Sequence[P]) -> Iterator[T]:
-    """What a function gives of each place, in their order; of URLs it is asked at the same time."""
-    if len(places) < 2 or not any(isinstance(place, UrlPath) for place in places):
-        yield from map(function, places)
+def concurrently(
+    function: Callable[[P], T],
+    items: Sequence[P],
+    place: Callable[[P], object] = lambda item: item,
+) -> Iterator[T]:
+    """What a function gives of each item, in their order; at the same time where they are at URLs.
+
+    Args:
+        place: of an item: a `UrlPath` where it waits for a store.
+    """
+    if len(items) < 2 or not any(isinstance(place(item), UrlPath) for item in items):
+        yield from map(function, items)
         return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(function, places)
+        yield from pool.map(function, items)
 
 
 def _matching(folder: UrlPath, parts: list[str]) -> Iterator[UrlPath]:
