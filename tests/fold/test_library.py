@@ -14,6 +14,7 @@ import torch
 import lorafold as lf
 from lorafold.errors import FileError, MismatchError, RefusedError, ToleranceError, UnknownNameError
 from lorafold.fold.options import FORMS
+from lorafold.fold.store import compaction
 
 SHAPES = {"q": (48, 32), "v": (32, 64)}
 
@@ -743,6 +744,29 @@ def test_a_failed_change_leaves_the_object_as_it_was(tmp_path, members, family, 
     assert_unmoved(before, tensors_of(lib))
     lib.add(family(9), "new")
     assert len(list((tmp_path / "lib").glob("shard-*"))) == 2
+
+
+def test_of_many_adds_each_is_copied_a_few_times(tmp_path, make_adapter, monkeypatch):
+    """Into larger and larger shards, and from some size on never again."""
+    monkeypatch.setattr(compaction, "_SMALL", 8 << 10)
+    monkeypatch.setattr(compaction, "_FULL", 64 << 10)
+    merge, copied = compaction.merge_shards, []
+
+    def counted(t, manifest, old):
+        copied.append(sum(manifest.holds[name].alive for name in old))
+        return merge(t, manifest, old)
+
+    monkeypatch.setattr(compaction, "merge_shards", counted)
+    adapters = {f"n{k}": make_adapter({"m": (8, 8)}, 1, seed=k) for k in range(121)}
+    lib = lf.fold({"n0": adapters["n0"]}, tmp_path / "lib", tolerance=0.3, form="svd")
+    for name in list(adapters)[1:]:
+        lib.add(adapters[name], name)
+        assert len(list((tmp_path / "lib").glob("shard-*"))) <= 7 + 7 + 120 // 40
+    assert len(copied) > 10
+    assert sum(copied) <= 6 * 120
+    assert max(copied) <= 64
+    with lf.Library.open(tmp_path / "lib") as again:
+        again.verify(adapters)
 
 
 # The files

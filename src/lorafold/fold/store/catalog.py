@@ -15,7 +15,7 @@ from ...words import warn
 from .entries import AdapterEntry, ModuleEntry
 from .manifest import Manifest
 from .shard import Shard
-from .shard_writer import ShardWriter
+from .shard_writer import ShardInfo, ShardWriter
 from .state import State, remedy
 from .store import Store
 from .turns import TIMEOUT
@@ -43,7 +43,7 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.state = store.state
-        self._indices: dict[str, Index] = {}
+        self._indices: dict[ShardInfo, Index] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Catalog:
@@ -63,8 +63,8 @@ class Catalog:
 
     def adopt(self, other: Catalog) -> None:
         """Take over the indices that another one has read, of shards that are here."""
-        there = self.state.shards
-        self._indices |= {n: at for n, at in list(other._indices.items()) if n in there}
+        there = set(self.state.shards.infos.values())
+        self._indices |= {i: at for i, at in list(other._indices.items()) if i in there}
 
     # Adapters
 
@@ -157,10 +157,9 @@ class Catalog:
         return self._index(shard).spans(shard, entry.id)
 
     def _index(self, shard: Shard) -> Index:
-        name = shard.stated.name
-        found = self._indices.get(name)
+        found = self._indices.get(shard.stated)
         if found is None:
-            found = self._indices[name] = Index(shard, len(self.modules))
+            found = self._indices[shard.stated] = Index(shard, len(self.modules))
         return found
 
     def card(self, name: str) -> str | None:

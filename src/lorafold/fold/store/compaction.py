@@ -27,7 +27,7 @@ from .store import Store, Transaction
 if TYPE_CHECKING:
     import numpy as np
 
-_MOST = 6  # small shards side by side; more are copied together
+_MOST = 7  # shards of one size side by side; more are copied together
 _STEP = 8  # times as large as small ones are the next larger ones
 _SMALL, _FULL = 64 << 10, 16 << 20  # bytes of the smallest and of those that are left alone
 _RECORD = 1 << 10  # bytes that a record counts for, beside its own
@@ -73,7 +73,8 @@ def _to_merge(manifest: Manifest, sizes: Mapping[str, int]) -> list[list[str]]:
     chosen: list[list[str]] = []
     for level in sorted({level for level in levels if level < math.inf}, reverse=True):
         for run in _runs([x <= level for x in levels]):
-            if len(run) > _MOST:
+            # As many of this size: smaller ones beside them are copied along, and otherwise wait.
+            if sum(levels[k] == level for k in run) > _MOST:
                 chosen.append([by_id[k] for k in run])
                 for k in run:
                     levels[k] = math.inf
