@@ -162,6 +162,25 @@ def _library_ops(r: Result) -> list[Cells]:
     ]
 
 
+def _large_library(r: Result) -> list[Cells]:
+    one, all_ = r["1000"], r["100000"]
+    times = ("open", "read one", "add", "remove")
+
+    def shown(row: Result) -> str:
+        return ", ".join(f"{what} {1e3 * row[what]:.3g} ms" for what in times)
+
+    readers = r["readers"]["in one process"]
+    return [
+        ("a library of 100,000", shown(all_), f"one of 1,000: {shown(one)}", -all_["add"]),
+        (
+            f"{readers['readers']:,} readers of it in one process",
+            f"{readers['open files']} open files, {_size(readers['bytes each'])} of memory each",
+            "",
+            -readers["bytes each"],
+        ),
+    ]
+
+
 def _command_line(r: Result) -> list[Cells]:
     took = r["seconds"]
     verbs = ", ".join(f"`{v}` {took[f'lorafold {v}']:.2f} s" for v in ("ls", "rm", "info"))
@@ -530,6 +549,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_growth": _fold_growth,
     "reading": _reading,
     "library_ops": _library_ops,
+    "large_library": _large_library,
     "command_line": _command_line,
     "lowrank_svd": _lowrank_svd,
     "resize": _resize,
