@@ -6,7 +6,8 @@
     <key>.shared    what many tasks use
 
 A result is there under its name when it is whole. So a run that was killed goes on where it was:
-what is finished is found, and what was half written has another name.
+what is finished is found, and what was half written has another name. All but work.json end in the
+SHA-256 of what is before: a machine that fell may have left a part, and a disk another bit.
 
 Pickles are read from this directory: it must be one that only those write who may run code here.
 """
@@ -14,6 +15,7 @@ Pickles are read from this directory: it must be one that only those write who m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -31,6 +33,7 @@ _RUN = "work.json"
 _FORMAT = "lorafold-work"
 _KNOWN = re.compile(r"[0-9a-f]{40}\.(task|done|shared)|\.[0-9a-f]{16}\.tmp|work\.json")
 _HEAD = struct.Struct("<Q")
+_SEAL, _AT_ONCE = 32, 1 << 20  # bytes: of a SHA-256, and of a file
 _SHARED_KEPT = 64  # of what tasks share, in a worker
 
 
@@ -89,6 +92,7 @@ class Shared:
 
 @lru_cache(_SHARED_KEPT)
 def _shared(path: str) -> Any:
+    _check(Path(path))
     with open(path, "rb") as file:
         return pickle.load(file)
 
@@ -121,7 +125,7 @@ class WorkDirectory:
                 raise FileError(
                     f"{self.path} is no work directory, and not empty: give an empty one"
                 )
-            self._replace(self.path / _RUN, [json.dumps(mine).encode()])
+            self._replace(self.path / _RUN, [json.dumps(mine).encode()], seal=False)
             return
         try:
             found = json.loads((self.path / _RUN).read_bytes())
@@ -139,6 +143,7 @@ class WorkDirectory:
 
     def task(self, key: str) -> tuple[Any, tuple[Any, ...]]:
         """A task's function and inputs."""
+        _check(self.path / f"{key}.task")
         with open(self.path / f"{key}.task", "rb") as file:
             function, inputs = pickle.load(file)
         return function, inputs
@@ -160,8 +165,13 @@ class WorkDirectory:
         return (self.path / f"{key}.done").exists()
 
     def result(self, key: str) -> Any:
-        """A task's result; `Filed` for what was given as `Pieces`."""
+        """A task's result; `Filed` for what was given as `Pieces`.
+
+        Raises:
+            FileError: it is not what was written; it is removed then.
+        """
         path = self.path / f"{key}.done"
+        _check(path)
         with open(path, "rb") as file:
             (size,) = _HEAD.unpack(file.read(_HEAD.size))
             long, value = pickle.loads(file.read(size))
@@ -182,10 +192,40 @@ class WorkDirectory:
                     os.unlink(self.path / name)
             self.path.rmdir()
 
-    def _replace(self, path: Path, data: list[bytes]) -> None:
+    def _replace(self, path: Path, data: list[bytes], *, seal: bool = True) -> None:
         # Not `replace_file`: what a crash of the machine loses is made again, and a flush of each
         # of ten thousand files costs more.
-        fresh = self.path / f".{secrets.token_hex(8)}.tmp"
-        with open(fresh, "wb") as file:
-            file.writelines(data)
-        os.replace(fresh, path)
+        fresh, found = self.path / f".{secrets.token_hex(8)}.tmp", hashlib.sha256()
+        try:
+            with open(fresh, "wb") as file:
+                for part in data:
+                    file.write(part)
+                    found.update(part)
+                file.write(found.digest() if seal else b"")
+            os.replace(fresh, path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise FileError(f"{path} can't be written: {e.strerror or e}") from e
+
+
+def _check(path: Path) -> None:
+    """Remove a file that is not what was written, so that it is made anew.
+
+    Raises:
+        FileError: it is not, or can't be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            left = os.fstat(file.fileno()).st_size - _SEAL
+            while left > 0 and (part := file.read(min(left, _AT_ONCE))):
+                found.update(part)
+                left -= len(part)
+            if left == 0 and file.read() == found.digest():
+                return
+    except OSError as e:
+        raise FileError(f"{path} can't be read: {e.strerror or e}") from e
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    raise FileError(f"{path} is not what was written: run it again, which makes it anew")
