@@ -138,6 +138,51 @@ def _fold_growth(r: Result) -> list[Cells]:
     ]
 
 
+def _fold_scale(r: Result) -> list[Cells]:
+    ratios, svd = r["ratios"], r["runs"]["svd"]["seconds"]
+    auto, two = (r["runs"][run]["seconds"] for run in ("auto", "auto, two workers"))
+    size = r["bytes"] / 2**20
+    what = f"folding {r['adapters']} unrelated adapters × {r['modules']} modules of a 7B Llama"
+    return [
+        (
+            f"{what}, one core",
+            f"{size / auto:.0f} MiB/s",
+            f'`form="svd"`: {size / svd:.0f} MiB/s',
+            -ratios["auto / svd"],
+        ),
+        (
+            f"{what}, two workers",
+            f"{size / two:.0f} MiB/s, {ratios['two workers']:.2f}× one",
+            "",
+            ratios["two workers"],
+        ),
+        (
+            "the same where all have one start",
+            f"{ratios['auto / svd, one start']:.2f}× the time of",
+            '`form="svd"`',
+            -ratios["auto / svd, one start"],
+        ),
+    ]
+
+
+def _fold_many(r: Result) -> list[Cells]:
+    ray = r["runs"]["10,000, Ray"]
+    return [
+        (
+            "10,000 small adapters folded on two cores through Ray, every error verified",
+            f"{ray['seconds'] / 60:.1f} min, peak of the driver {_size(ray['peak'])}",
+            "the same bytes by two workers",
+            -ray["seconds"],
+        ),
+        (
+            "seconds an adapter at 10,000, next to 1,000",
+            f"{r['growth']:.2f}×",
+            "",
+            -r["growth"],
+        ),
+    ]
+
+
 def _reading(r: Result) -> list[Cells]:
     ours, alone = (r["seconds"][w] for w in ("together", "module by module"))
     return [
@@ -547,6 +592,8 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "fold_flat": _fold_flat,
     "fold_memory": _fold_memory,
     "fold_growth": _fold_growth,
+    "fold_scale": _fold_scale,
+    "fold_many": _fold_many,
     "reading": _reading,
     "library_ops": _library_ops,
     "large_library": _large_library,
