@@ -3,10 +3,11 @@
 Adapters of a 7B Llama's shapes in bfloat16 (7 modules a layer, 4096 and 11008 wide, rank 16),
 unrelated ones and others of one start, folded at 10 % error, each run in a process of its own, in
 turn: form "auto" and "svd" with one thread, "auto" by two workers, and, where the repository's
-history has it, the code of commit 8739e31 with all threads. "auto" should cost at most 1.3 × "svd" where nothing is
-shared and 2 × where something is; two workers be 1.6 × one, and 4 × that commit, whose reading back
-is to be halved. Then one run under a profiler: seconds and nanoseconds a number for each part, next
-to the nanoseconds that a copy of one number in memory takes, below which none can come.
+history has it, the code of commit 8739e31 with all threads. "auto" should cost at most 1.3 × "svd"
+where nothing is shared and 2 × where something is; two workers be 1.6 × one, and 4 × that commit,
+whose reading back is to be halved. Then one run under a profiler: seconds and nanoseconds a number
+for each part, next to the nanoseconds that a copy of one number in memory takes, below which none
+can come.
 """
 
 from __future__ import annotations
