@@ -39,9 +39,12 @@ class RayExecutor(Executor):
         self._ray, self._started = ray, not ray.is_initialized()
         if self._started:
             where = address if remote else None
-            ray.init(
-                where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
-            )
+            try:
+                ray.init(
+                    where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+                )
+            except (ConnectionError, RuntimeError, ValueError) as e:
+                raise FileError(_unconnected(address, remote, e)) from e
         elif remote:
             raise FileError(
                 f"this process is connected to a Ray already: give executor='ray' for that one, or "
@@ -59,6 +62,15 @@ class RayExecutor(Executor):
         if self._started:
             self._ray.shutdown()
             self._started = False
+
+
+def _unconnected(address: str, remote: bool, e: Exception) -> str:
+    if not remote:
+        return f"Ray can't be started on this machine: {e}"
+    return (
+        f"the Ray at {address} does not take the connection: {e}; a cluster that asks for a token "
+        "takes the one in `~/.ray/auth_token` where RAY_AUTH_MODE=token is set in the environment"
+    )
 
 
 def _check_answers(address: str) -> None:
