@@ -192,6 +192,18 @@ def test_a_file_that_comes_again_is_not_removed_for_having_been_old(at, five, th
     lf.Library.open(f"{at.url}/lib").verify({n: five[n] for n in lib})
 
 
+def test_what_was_noted_of_a_file_before_it_was_needed_does_not_count(at, three, no_age):
+    """As where a writer was killed right after its change: the file is needed, and noted."""
+    lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
+    reader = lf.Library.open(f"{at.url}/lib")
+    before = named(at)
+    notes = json.dumps(dict.fromkeys(before, 0.0)).encode()
+    at.fs.pipe_file(f"{at.path}/lib/{retention.NOTES}", notes)
+    lib.refold(tolerance=0.2)
+    assert before <= at.files("lib").keys()
+    assert reader["law"].digest == three["law"].digest
+
+
 def test_notes_that_are_damaged_delay_a_removal_and_nothing_else(at, five, three, no_age):
     lib = lf.fold(three, f"{at.url}/lib", tolerance=0)
     lib.refold(tolerance=0.2)
@@ -298,6 +310,10 @@ def test_a_store_that_does_not_know_conditions_is_told_apart(s3, five, three, ca
     assert is_guarded(UrlPath(f"{s3.url}/lib/{MANIFEST}"))
     exchange._keep.clear()
     s3.requests.headers = {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"}
+    assert not is_guarded(UrlPath(f"{s3.url}/lib/{MANIFEST}"))
+    s3.requests.headers = set()
+    exchange._keep.clear()
+    s3.requests.before = lambda m, p: 501 if m == "PUT" and p.endswith(".lock") else None
     assert not is_guarded(UrlPath(f"{s3.url}/lib/{MANIFEST}"))
     lib = lf.fold(three, f"{s3.url}/lib")
     assert "only one process at a time may change what is there" in caplog.text

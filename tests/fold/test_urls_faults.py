@@ -1,6 +1,9 @@
 """Libraries at URLs whose store fails, loses or damages something."""
 
 import gzip
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -141,3 +144,40 @@ def test_a_store_is_left_as_it_was_by_a_transaction_without_commit(at, three):
     with Store.open(f"{at.url}/lib").transaction():
         pass
     assert at.files("lib") == before
+
+
+CHANGE = """
+import sys, lorafold as lf
+lib = lf.Library.open(sys.argv[1])
+print("opened", flush=True)
+lib.add(sys.argv[2], "code")
+"""
+
+
+@pytest.mark.parametrize("point", ["shard", "list", "manifest", "copy"])
+def test_a_writer_that_is_killed_leaves_the_old_state_or_the_new_one(s3, five, three, point):
+    lf.fold(three, f"{s3.url}/lib", tolerance=0)
+    lf.save(five["code"], f"{s3.url}/code")
+    line = [sys.executable, "-c", CHANGE, f"{s3.url}/lib", f"{s3.url}/code"]
+    ends = {"shard": ".safetensors", "copy": COPY}.get(point, MANIFEST)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+
+        def before(method, path):
+            name = path.rpartition("/")[2]
+            listed = point == "list" and name.startswith("adapters-")
+            if method != "PUT" or not (listed or (point != "list" and name.endswith(ends))):
+                return None
+            writer.kill()
+            writer.wait()
+            return 503
+
+        s3.requests.before = before
+        out, err = writer.communicate(timeout=300)
+    assert writer.returncode == -signal.SIGKILL, err.decode()
+    assert out == b"opened\n"
+    s3.requests.clear()
+    lib = lf.Library.open(f"{s3.url}/lib")
+    lib.verify()
+    assert lib.names == [*three, *(["code"] if point == "copy" else [])]
+    lib.add(five["chess"], "chess")
+    lf.Library.open(f"{s3.url}/lib").verify({name: five[name] for name in lib})

@@ -25,6 +25,7 @@ T = TypeVar("T")
 _ATTEMPTS = 20  # at a change that others come between; each needs one more of them
 _LONGEST_PAUSE = 0.5  # seconds before the next, at random, so that two don't meet again
 _REFUSALS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
+_UNKNOWN = {"NotImplemented", "501", "InvalidRequest", "InvalidArgument"}
 _IN_ONE = 1 << 30  # bytes put in one request: in several, a condition would be lost
 _PROBE = ".lock"  # never there
 _lock = threading.Lock()  # of memory://
@@ -146,7 +147,7 @@ def _keeps(fs: Any, key: str) -> bool:
             fs.pipe_file(probe, b"", IfMatch='"0"')
         except OSError as e:
             refused = isinstance(e, FileNotFoundError) or bool(_REFUSALS & {*codes(e)})
-            if not refused and "NotImplemented" not in {*codes(e)}:
+            if not refused and not _UNKNOWN & {*codes(e)}:
                 raise
             _keep[where] = refused
         else:

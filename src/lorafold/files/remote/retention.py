@@ -22,12 +22,15 @@ KEPT = 24 * 3600.0  # seconds that a file is there after it was seen to be neede
 NOTES = ".retired.json"  # {name: when that was, in seconds since 1970}
 
 
-def retire(folder: UrlPath, unneeded: Collection[str], newest: str) -> None:
+def retire(
+    folder: UrlPath, unneeded: Collection[str], newest: str, till_now: Collection[str] = ()
+) -> None:
     """Note files that are needed no more, and remove those that were noted long ago.
 
     Args:
         folder: where they are. unneeded: their names; they are there.
         newest: name of a file that was just written, by which the store says what time it is.
+        till_now: names that were needed until just now, whatever was noted of them.
 
     Raises:
         OSError, FileError: as `asking.ask`; what is not noted or removed then is so later.
@@ -36,7 +39,7 @@ def retire(folder: UrlPath, unneeded: Collection[str], newest: str) -> None:
     if not noted and not unneeded:
         return
     now = _written(folder / newest)
-    notes = {name: noted.get(name, now) for name in unneeded}
+    notes = {name: now if name in till_now else noted.get(name, now) for name in unneeded}
     old = [name for name, since in notes.items() if now - since >= KEPT]
     for name in old:
         # One that came again meanwhile, the same bytes under the same name, is somebody's.

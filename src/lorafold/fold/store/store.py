@@ -328,7 +328,7 @@ class Transaction:
         """At a URL, where nobody is kept out: who comes between is found at the end."""
         if self._kind != "change":
             self._before = _replaceable(url, self._kind == "overwrite")
-        self._place.callback(_remove_leftovers, self._store)
+        self._place.callback(lambda: _remove_leftovers(self._store, self._before))
         scratch = self._place.enter_context(tempfile.TemporaryDirectory(prefix="lorafold-"))
         self._folder, self._scratch, self._in_place = url, Path(scratch), True
 
@@ -595,7 +595,8 @@ def _without_leftovers(store: Store) -> Iterator[None]:
         _remove_leftovers(store)
 
 
-def _remove_leftovers(store: Store) -> None:
+def _remove_leftovers(store: Store, before: bytes | None = None) -> None:
+    """Remove what no manifest names; at a URL what `before`, a manifest, did not name for long."""
     folder = store.path
     assert folder is not None
     try:
@@ -612,7 +613,8 @@ def _remove_leftovers(store: Store) -> None:
     # The change is made; what can't be removed the next writer tries again.
     if isinstance(folder, UrlPath):
         with contextlib.suppress(OSError, FileError):
-            retire(folder, unneeded, COPY)
+            needed = named_files(before, str(folder / MANIFEST)) if before else set()
+            retire(folder, unneeded, COPY, needed)
         return
     for name in unneeded:
         with contextlib.suppress(OSError):
