@@ -20,8 +20,7 @@ def stacks_of(adapters):
         ranks = np.array([adapters[i][path].rank for i in members])
 
         def read(i, path=path):
-            u = adapters[i][path]
-            return u.B, u.A, u.scale
+            return adapters[i][path]
 
         shape = adapters[members[0]][path].shape
         found.append(Stack(path, shape, members, ranks, read, 1 << 14))

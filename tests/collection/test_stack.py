@@ -30,8 +30,7 @@ def stack_of(updates, *, block_bytes=1 << 20, members=None):
 
     def read(i):
         reads.append(i)
-        u = by_member[i]
-        return u.B, u.A, u.scale
+        return by_member[i]
 
     ranks = np.array([u.rank for u in updates])
     stack = Stack("m", updates[0].shape, members, ranks, read, block_bytes)

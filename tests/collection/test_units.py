@@ -7,12 +7,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from lorafold.collection import units
-from lorafold.collection.units import WIDTH, Sketch, add_inner_products
-
-
-def units_of(members, updates, path=""):
-    return units.units_of(members, [(u.B, u.A, u.scale) for u in updates], path)
+from lorafold.collection.units import WIDTH, Sketch, add_inner_products, units_of
 
 
 def inner_products(updates, dense):

@@ -363,3 +363,19 @@ def test_one_base_under_two_spellings(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--base-model", "org/base"])
         assert not ended.value.code
+
+
+def test_two_saves_are_the_same_bytes(make_adapter, tmp_path):
+    """Whatever the header says beside: the library writes that in an order of chance."""
+    a = make_adapter({"q": (6, 8)}, 2, config={"note": 'é\n\u2028\x7f\x01"\\'})
+    merged = lf.merge({"a": a, "b": 2 * a})
+    found = set()
+    for k in range(8):
+        lf.save(merged, tmp_path / f"{k}")
+        found.add((tmp_path / f"{k}" / "adapter_model.safetensors").read_bytes())
+    (raw,) = found
+    assert list(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]) == [
+        "format",
+        "lorafold_merge",
+    ]
+    assert lf.load(tmp_path / "0").digest == merged.digest

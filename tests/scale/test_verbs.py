@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 import lorafold as lf
 from lorafold import FileError, MismatchError, ToleranceError
 from lorafold.collection.sources import named_handles
 from lorafold.compare.pairs import Pairs
 from lorafold.files import open_adapter
+from lorafold.thin import threads as torch_has
 
 SHAPES = {f"layers.{n}.{p}": (24, 40) for n in range(3) for p in ("q", "v")}
 
@@ -277,3 +279,112 @@ def test_what_float32_can_not_hold_is_named_by_whoever_reads_it(family, workers)
     wide = lf.LowRank(u.A.double() * 1e100, u.B.double())
     with pytest.raises(MismatchError, match="'layers.0.q' has an update that is too large"):
         lf.similarity({"a": lf.Adapter({"layers.0.q": wide})}, executor=workers)
+
+
+# merge
+
+JOBS = {
+    "linear": {"weights": {"a1": 0.5, "a2": {"q": -1.0}, "few": 2.0}},
+    "ties": {"density": 0.4, "lambda_": 0.5, "pico": True},
+    "dare_ties": {"seed": 3},
+    "knots": {},
+    "tsv": {},
+    "iso_cts": {},
+    "lego": {"rank": 3},
+    "ctm": {},
+    "breadcrumbs": {"space": "delta", "rank": 4},
+    "della": {"space": "delta"},
+}
+
+
+@pytest.fixture
+def three(folder):
+    return {name: folder / name for name in ("a1", "a2", "few")}
+
+
+@pytest.fixture
+def one_module_a_task(monkeypatch):
+    monkeypatch.setattr("lorafold.merge.by_module._TOGETHER", 1)
+
+
+def files(adapter, path):
+    """What is written of an adapter: file → bytes."""
+    lf.save(adapter, path, overwrite=True)
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore:counted as zero")
+def test_merge(three, family, tmp_path, crew, one_module_a_task):
+    sources = {**three, "a2": family["a2"]}  # files, and one in memory
+    for method, options in JOBS.items():
+        here = files(lf.merge(sources, method, **options), tmp_path / "merged")
+        assert files(lf.merge(sources, method, **options, **crew), tmp_path / "merged") == here
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= here.keys()
+
+
+def test_merge_by_workers_of_its_own(folder, tmp_path):
+    two = [folder / "a1", folder / "a4"]
+    here = files(lf.merge(two, "slerp"), tmp_path / "merged")
+    assert files(lf.merge(two, "slerp", workers=2), tmp_path / "merged") == here
+
+
+def test_merge_by_the_inputs_of_layers(folder, tmp_path, workers, one_module_a_task):
+    x = torch.randn(80, 40)
+    grams = {n: dict.fromkeys(SHAPES, (x + k).T @ (x + k)) for k, n in enumerate(("a1", "a2"))}
+    two = [folder / "a1", folder / "a2"]
+    here = files(lf.merge(two, "regmean", grams=grams), tmp_path / "merged")
+    there = lf.merge(two, "regmean", grams=grams, executor=workers)
+    assert files(there, tmp_path / "merged") == here
+
+
+def test_merge_by_a_score_asks_it_here(folder, tmp_path, workers):
+    two, asked = [folder / "a1", folder / "a2"], []
+
+    def score(adapter):
+        asked.append(adapter.norm())
+        return -asked[-1]
+
+    here = files(lf.merge(two, "lorahub", score=score, budget=4), tmp_path / "merged")
+    there = lf.merge(two, "lorahub", score=score, budget=4, executor=workers)
+    assert files(there, tmp_path / "merged") == here
+    assert len(asked) == 8
+
+
+def test_matrices_that_are_merged_at_the_same_time(folder, tmp_path):
+    """Two at once in this process, each on one thread, as in a worker."""
+    sources = [folder / "a1", folder / "a4"]
+    found = []
+    for count in (1, 3):
+        with torch_has(count):
+            merged = lf.merge(sources, "ties", space="delta", rank=3)
+        found.append(files(merged, tmp_path / "merged"))
+    assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:counted as zero")
+def test_merge_goes_on_from_a_work_directory(three, tmp_path, one_module_a_task):
+    here = files(lf.merge(three, "ties"), tmp_path / "merged")
+    for _ in range(2):
+        merged = lf.merge(three, "ties", work=tmp_path / "work")
+        assert files(merged, tmp_path / "merged") == here
+    assert len(list((tmp_path / "work").glob("*.done"))) == len(SHAPES)
+    with pytest.raises(FileError, match="of another run"):
+        lf.merge(three, "ties", density=0.2, work=tmp_path / "work")
+
+
+def test_what_can_not_be_merged_is_named_by_whoever_tries(folder, crew):
+    sources = [folder / "a0", folder / "a1"]  # of ranks 2 and 3
+    with pytest.raises(MismatchError, match=r"module 'layers.0.q' has ranks \[2, 3\]"):
+        lf.merge(sources, "ties", space="factors", **crew)
+
+
+def test_progress_of_all_verbs_is_told(library, folder, workers, strips):
+    three = [folder / "a0", folder / "a1", folder / "a2"]
+    told = []
+    options = {"progress": lambda *step: told.append(step), "executor": workers}
+    lf.merge(three, **options)
+    lf.similarity(three, **options)
+    with lf.Library.open(library) as lib:
+        lib.verify(three, **options)
+    assert [step[0] for step in told if step[0] == 0] == [0, 0, 0]
+    assert all(0 <= done < total for done, total, _ in told)

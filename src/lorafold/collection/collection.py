@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,6 +81,7 @@ class Collection:
         self._digests: list[dict[str, bytes]] = [{} for _ in self.names]
         # SHA-256 lets go of the interpreter's lock, so it costs nothing beside the algebra.
         self._pool = ThreadPoolExecutor(2, "digest")
+        self._lock = threading.Lock()
         self._read: list[tuple[int, str, LowRank]] = []
         self._numbers = 0  # in these
         self._hashing: deque[Future[None]] = deque()
@@ -198,22 +200,25 @@ class Collection:
         """Adapter i's update at a module; its digest is taken on the way."""
         return self._seen(i, path, self.update(i, path))
 
-    def several(self, members: Sequence[int], path: str) -> list[LowRank]:
-        """The same of several adapters, in their order."""
+    def several(self, members: Sequence[int], path: str, hashed: bool = True) -> list[LowRank]:
+        """The updates of several adapters, in their order; see `stack`."""
         found = concurrently(
             lambda i: self.update(i, path), members, lambda i: self.handles[i].path
         )
+        if not hashed:
+            return list(found)
         return [self._seen(i, path, u) for i, u in zip(members, found, strict=True)]
 
     def _seen(self, i: int, path: str, u: LowRank) -> LowRank:
-        if path not in self._digests[i]:
-            self._digests[i][path] = b""  # to come
-            self._read.append((i, path, u))
-            self._numbers += u.num_parameters
-            if self._numbers >= min(_HASHED_TOGETHER, self.block_bytes):
-                self._hashing.append(self._pool.submit(self._hash, self._read))
-                self._read, self._numbers = [], 0
-                self._collect(_AT_ONCE)
+        with self._lock:  # tasks that run at the same time read, too
+            if path not in self._digests[i]:
+                self._digests[i][path] = b""  # to come
+                self._read.append((i, path, u))
+                self._numbers += u.num_parameters
+                if self._numbers >= min(_HASHED_TOGETHER, self.block_bytes):
+                    self._hashing.append(self._pool.submit(self._hash, self._read))
+                    self._read, self._numbers = [], 0
+                    self._collect(_AT_ONCE)
         return u
 
     def know(self, digests: Mapping[tuple[int, str], bytes]) -> None:
@@ -248,17 +253,15 @@ class _Reader:
     """What a stack reads by; `only` gives what does so elsewhere."""
 
     def __init__(self, collection: Collection, path: str, hashed: bool) -> None:
-        self._collection, self._path = collection, path
-        self._update = collection.read if hashed else collection.update
+        self._collection, self._path, self._hashed = collection, path, hashed
 
-    def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
-        u = self._update(i, self._path)
-        return u.B, u.A, u.scale
+    def __call__(self, i: int) -> LowRank:
+        (found,) = self.several([i])
+        return found
 
-    def several(self, members: Sequence[int]) -> list[tuple[Tensor, Tensor, float]]:
+    def several(self, members: Sequence[int]) -> list[LowRank]:
         """The same of several."""
-        found = self._collection.several(members, self._path)
-        return [(u.B, u.A, u.scale) for u in found]
+        return self._collection.several(members, self._path, self._hashed)
 
     def only(self, members: np.ndarray) -> Elsewhere:
         """The same for some positions, made to be pickled."""

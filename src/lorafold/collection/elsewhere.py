@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
-
 from ..adapter import Layout, module_digest
 from ..errors import LorafoldError, MismatchError
 from ..files import open_adapter
@@ -105,10 +103,10 @@ class Elsewhere:
         self._readers, self._names, self._layouts = readers, names, layouts
         self._digests: dict[int, bytes] | None = None
 
-    def __call__(self, i: int) -> tuple[Tensor, Tensor, float]:
+    def __call__(self, i: int) -> LowRank:
         return self._seen(i, self._read(i))
 
-    def several(self, members: Sequence[int]) -> list[tuple[Tensor, Tensor, float]]:
+    def several(self, members: Sequence[int]) -> list[LowRank]:
         """The same of several."""
         found = concurrently(
             self._read, members, lambda i: getattr(self._readers[i], "place", None)
@@ -121,10 +119,10 @@ class Elsewhere:
         except MismatchError as e:
             raise MismatchError(f"adapter {self._names[i]!r}: {e}") from e
 
-    def _seen(self, i: int, u: LowRank) -> tuple[Tensor, Tensor, float]:
+    def _seen(self, i: int, u: LowRank) -> LowRank:
         if self._digests is not None and i not in self._digests:
             self._digests[i] = module_digest(self.path, u, self._layouts.get(i, Layout()))
-        return u.B, u.A, u.scale
+        return u
 
     def take_digests(self) -> dict[int, bytes]:
         """Where the digest of whatever is read from now on is put: position → digest."""

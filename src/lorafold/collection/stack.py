@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..lowrank import LowRank
 from .batch import Block, Factors, joined_factors
@@ -35,8 +34,8 @@ class Stack:
         shape: (out, in).
         members: (N,) positions of the adapters that have it, ascending.
         ranks: (N,) their ranks here.
-        read: position → (B (out, r), A (r, in), scale), copied tensors; `read.several`, where there
-            is such, gives those of several positions.
+        read: position → update, in tensors of its own; `read.several`, where there is such, gives
+            those of several positions.
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
         stays: what is read does, as the whole collection fits under the memory limit.
@@ -49,7 +48,7 @@ class Stack:
         shape: tuple[int, int],
         members: np.ndarray,
         ranks: np.ndarray,
-        read: Callable[[int], tuple[Tensor, Tensor, float]],
+        read: Callable[[int], LowRank],
         block_bytes: int,
         device: torch.device | str | None = None,
         stays: bool = False,
@@ -137,17 +136,18 @@ class Stack:
             found = self._known.get(first)
             if found is None:
                 members = self.members[rows]
-                parts = self._read(members.tolist())
+                parts = [(u.B, u.A, u.scale) for u in self.several(members.tolist())]
                 found = joined_factors(members, parts, self.device)
                 if self.stays:
                     self._known[first] = found
             yield found
 
-    def _read(self, members: list[int]) -> list[tuple[Tensor, Tensor, float]]:
+    def several(self, members: Sequence[int]) -> list[LowRank]:
+        """The updates of some positions, as they came."""
         several = getattr(self.read, "several", None)
         if several is None:
             return [self.read(i) for i in members]
-        found: list[tuple[Tensor, Tensor, float]] = several(members)
+        found: list[LowRank] = several(members)
         return found
 
     def pairs(self) -> Iterator[tuple[Factors, Block | None]]:
@@ -157,8 +157,7 @@ class Stack:
 
     def update(self, row: int) -> LowRank:
         """One update as it came."""
-        B, A, scale = self.read(int(self.members[row]))
-        return LowRank(A, B, scale)
+        return self.read(int(self.members[row]))
 
     def hold(self, factors: Factors, block: Block) -> None:
         """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""

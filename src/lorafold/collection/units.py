@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
+from ..lowrank import LowRank
 from .batch import Factors, even_gauge
 
 WIDTH = 45  # of each of the two sketches: together as good as one of 64
@@ -66,30 +67,27 @@ class Units:
         return [(slice(lo, hi), slice(lo * r, hi * r)) for lo, hi in runs]
 
 
-Raw = tuple[Tensor, Tensor, float]  # B, A and scale of an update
-
-
-def units_of(members: Sequence[int], updates: Iterable[Raw], path: str = "") -> list[Units]:
+def units_of(members: Sequence[int], updates: Iterable[LowRank], path: str = "") -> list[Units]:
     """Updates of one shape side by side, together those of one rank.
 
     Args:
-        updates: B (out, r), A (r, in) and scale of each. path: the module, for messages.
+        path: the module, for messages.
 
     Raises:
         MismatchError: one that float32 can't hold.
     """
-    by_rank: dict[int, list[tuple[int, Raw]]] = {}
-    for i, parts in zip(members, updates, strict=True):
-        by_rank.setdefault(len(parts[1]), []).append((i, parts))
+    by_rank: dict[int, list[tuple[int, LowRank]]] = {}
+    for i, u in zip(members, updates, strict=True):
+        by_rank.setdefault(u.rank, []).append((i, u))
     return [_side_by_side(of_rank, path) for of_rank in by_rank.values()]
 
 
-def _side_by_side(found: Sequence[tuple[int, Raw]], path: str) -> Units:
+def _side_by_side(found: Sequence[tuple[int, LowRank]], path: str) -> Units:
     members = np.array([i for i, _ in found])
-    scales = np.array([scale for _, (_, _, scale) in found])
-    device = found[0][1][1].device
-    B = torch.cat([B.to(device) for _, (B, _, _) in found], 1).float()
-    A = torch.cat([A.to(device) for _, (_, A, _) in found]).float()
+    scales = np.array([u.scale for _, u in found])
+    device = found[0][1].A.device
+    B = torch.cat([u.B.to(device) for _, u in found], 1).float()
+    A = torch.cat([u.A.to(device) for _, u in found]).float()
     f = _batch(members, B, A)
     G_B, G_A = ((X.mT @ X).double() for X in (f.B, f.A.mT))
     if not _served(G_B, G_A):

@@ -142,7 +142,8 @@ class Pairs:
     def factors(self, path: str) -> Factors:
         """A module of all adapters that have it, as in their files, padded to one rank."""
         stack = self._stacks[path]
-        return joined_factors(stack.members, [stack.read(int(i)) for i in stack.members])
+        updates = stack.several(stack.members.tolist())
+        return joined_factors(stack.members, [(u.B, u.A, u.scale) for u in updates])
 
     def sketched(self, seed: int, engine: Engine | None = None) -> Cosines:
         """Every pair from sketches; the error is estimated from what two of them disagree in."""

@@ -103,7 +103,7 @@ def sketched(strip: Strip, seed: int) -> Sketched:
 
 def read(stack: Stack, members: Sequence[int]) -> list[Units]:
     """Some adapters' updates at a module."""
-    return units_of(members, (stack.read(i) for i in members), stack.path)
+    return units_of(members, stack.several(members), stack.path)
 
 
 def blocks(stack: Stack, order: Iterable[int], room: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ What stands at its head is in `disk/header.py`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from .disk import header as heads
-from .disk.header import DTYPE_NAMES, ENOUGH, Entry, Path, disguise, header_length
+from .disk.header import DTYPE_NAMES, ENOUGH, METADATA, Entry, Path, disguise, header_length
 from .disk.held import Descriptor, open_regular
 from .remote.file import UrlFile
 from .remote.place import UrlPath, place_of
@@ -170,7 +171,23 @@ def save_tensors(
     mode = os.fstat(number).st_mode
     os.close(number)
     save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    if len(metadata or ()) > 1:
+        _order_metadata(path)
     os.chmod(path, stat.S_IMODE(mode))  # the library's own are for the owner alone
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort what a header says beside, which the library writes in an order of chance: two files of
+    the same are the same bytes.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header[METADATA] = dict(sorted(header[METADATA].items()))
+        said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(said) <= length:
+            file.seek(8)
+            file.write(said.ljust(length))
 
 
 # Headers

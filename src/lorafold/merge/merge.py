@@ -8,7 +8,9 @@ as zero there, and is listed. What a rule gives is what is returned: nothing is 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +19,23 @@ from torch import Tensor
 
 from ..adapter import ORIGIN, Adapter, merged_config
 from ..collection.collection import Collection
+from ..collection.elsewhere import Said
 from ..collection.sources import Handle, named_handles
+from ..collection.stack import Stack
 from ..errors import MismatchError, RefusedError
 from ..files import open_adapter
 from ..lowrank import LowRank
 from ..parts import check_bias_scales
 from ..prefixes import regauged
-from ..thin import threads
-from ..words import warn
-from .algebra import searched, spectral
-from .algebra.core import Cut, Members
-from .algebra.spaces import in_core, in_delta, in_factors, in_halves
+from ..scale.engine import Crew, Task
+from ..words import from_to, warn
+from .algebra import searched
+from .by_module import merged_modules, of_modules, together
 from .methods import Job, Name, Space, job_of
 from .provenance import origin
 from .weights import PerAdapter
+
+_DENSE = 4  # modules that are merged as matrices at the same time, at most
 
 
 def merge(
@@ -40,6 +45,9 @@ def merge(
     weights: Any = None,
     space: Space = "core",
     seed: int = 0,
+    executor: Executor | str | None = None,
+    workers: int | None = None,
+    work: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Adapter:
     """Merge adapters of any ranks and targets over one base into one.
@@ -57,6 +65,8 @@ def merge(
             lossless), "delta" (the entries of ΔW, dense, cut at `rank=`, by default Σr) or
             "factors" (A and B apart, PEFT's approximation).
         seed: of random masks, each of which depends on it, the adapter's name and the module.
+        executor, workers, work: who merges the modules, as in `fold`; the result is the same, to
+            the last bit, whoever does. The scores of "lorahub" are asked for in this process.
         options: the method's own: `density=` (or `drop_rate=`), `gamma=`, `epsilon=`, `rank=`,
             `rule=`, `common=`, `beta=`, `score=`, `budget=`, `grams=`, …; and for any method
             `lambda_=` (a factor), `pico=True` (calibrates first), `heads=` (whose extras to keep)
@@ -70,6 +80,7 @@ def merge(
         MismatchError: shapes, bases or extras that disagree, no sources, values out of range.
         UnknownNameError: no such method, option or source.
         RefusedError: ΔW algebra would be wrong for a source.
+        FileError: a source that can't be read, or an executor that fails.
 
     Not for: an adapter into a checkpoint (`merge_into_weights`), several adapters on a running
     model (`attach` and `live.use({…})`).
@@ -83,17 +94,22 @@ def merge(
         >>> merged.distance(0.7 * a + 0.3 * b) < 1e-5 * merged.norm()
         True
     """
+    crew = Crew(executor, workers, work)
     handles = named_handles(sources)
-    return run(handles, job_of(method, tuple(handles), weights, space, seed, options))
+    return run(handles, job_of(method, tuple(handles), weights, space, seed, options), crew)
 
 
 @torch.no_grad()
-def run(handles: Mapping[str, Handle], job: Job) -> Adapter:
+def run(handles: Mapping[str, Handle], job: Job, crew: Crew | None = None) -> Adapter:
     """The merged adapter of a job on opened sources.
+
+    Args:
+        crew: who merges the modules; this process where None.
 
     Raises:
         RefusedError: ΔW algebra would be wrong for one; naming it, the reason and the remedy.
     """
+    crew = crew or Crew()
     for name, handle in handles.items():
         if handle.refusal is not None:
             raise RefusedError(f"{name!r} can't be merged: {handle.refusal}")
@@ -101,7 +117,7 @@ def run(handles: Mapping[str, Handle], job: Job) -> Adapter:
         # Every candidate needs all of them: they are read once.
         handles = {name: open_adapter(h.load()) for name, h in handles.items()}
         job = _searched(handles, job)
-    return _Run(handles, job).adapter()
+    return _Run(handles, job, crew).adapter()
 
 
 def _searched(handles: Mapping[str, Handle], job: Job) -> Job:
@@ -113,7 +129,7 @@ def _searched(handles: Mapping[str, Handle], job: Job) -> Job:
         return replace(plain, weights=PerAdapter(tuple(w), 0.0))
 
     found = searched.searched_weights(
-        lambda w: o["score"](_Run(handles, with_weights(w), quiet=True).adapter()),
+        lambda w: o["score"](_Run(handles, with_weights(w), Crew(), quiet=True).adapter()),
         len(handles),
         budget=o["budget"],
         bound=o["bound"],
@@ -134,8 +150,10 @@ class _Extras:
 class _Run:
     """One merge: opened sources and a job."""
 
-    def __init__(self, handles: Mapping[str, Handle], job: Job, quiet: bool = False) -> None:
-        self._job, self._quiet = job, quiet
+    def __init__(
+        self, handles: Mapping[str, Handle], job: Job, crew: Crew, quiet: bool = False
+    ) -> None:
+        self._given, self._job, self._crew, self._quiet = handles, job, crew, quiet
         self._collection = Collection(handles, exact=(), block_bytes=1 << 20)
         self._names = tuple(self._collection.names)
         self._handles = self._collection.handles
@@ -172,32 +190,37 @@ class _Run:
 
     def _modules(self) -> tuple[dict[str, LowRank], float | None]:
         """The merged modules; and how far those that were cut are off, relative to all of them."""
-        job, modules = self._job, {}
-        lost = size = 0.0
+        job = self._job
+        modules: dict[str, LowRank] = {}
+        cuts: list[tuple[float, float]] = []
         progress: Callable[[int, int, str], object] | None = job.options["progress"]
-        # Thin algebra on several threads waits more than it works; dense algebra does not.
-        with threads(None if job.space == "delta" else 1):
-            for k, path in enumerate(self._paths):
+        found = (self._collection.stack(path) for path in self._paths)
+        stacks = [stack for stack in found if stack is not None]
+        dense = job.space == "delta"
+        here = min(torch.get_num_threads(), _DENSE) if dense else 1
+        with self._crew.engine(self, at_once=here) as engine:
+            if engine.spread:
+                runs = list(together(stacks, dense))
+                tasks = [self._task([stack.path for stack in run], run) for run in runs]
+            else:
+                runs = [[stack] for stack in stacks]
+                tasks = [Task(run[0].path, (job, run, self._names)) for run in runs]
+            results = engine.map(merged_modules, tasks)
+            for run in runs:
                 if progress is not None:
-                    progress(k, len(self._paths), path)
-                try:
-                    found = _merged(job, self._members(path), len(self._names))
-                    if isinstance(found, Cut):
-                        lost, size = lost + found.lost, size + found.size
-                        found = found.update
-                    factor = job.options["lambda_"]
-                    modules[path] = found if factor == 1 else found * factor
-                except MismatchError as e:  # what says nothing of where has it said here
-                    named = repr(path) in str(e)
-                    raise MismatchError(f"{e}" if named else f"module {path!r}: {e}") from e
+                    progress(len(modules), len(self._paths), run[0].path)
+                merged = next(results)
+                self._collection.know(merged.digests)
+                modules.update(merged.modules)
+                cuts += merged.cuts
+        lost, size = (math.fsum(column) for column in zip(*cuts, strict=True)) if cuts else (0, 0)
         return modules, math.sqrt(lost / size) if size > 0 else None
 
-    def _members(self, path: str) -> Members:
-        there = [path in h.shapes for h in self._handles]
-        updates = [_read(self._collection, i, path) if t else None for i, t in enumerate(there)]
-        job = self._job
-        weights, kept = job.weights.at(path), job.densities.at(path)
-        return Members(path, self._names, tuple(updates), weights, kept, job.seed)
+    def __lorafold_key__(self) -> Any:
+        return Said(self._given), of_modules(self._job, self._paths)
+
+    def _task(self, paths: list[str], run: list[Stack]) -> Task:
+        return Task(from_to("module", paths), (of_modules(self._job, paths), run, self._names))
 
     def _extras(self) -> _Extras:
         """Extras that are equal or one-sided, or those of the source that was chosen.
@@ -244,58 +267,3 @@ class _Run:
         if error is not None:
             facts["error"] = error
         return facts
-
-
-def _merged(job: Job, members: Members, count: int) -> LowRank | Cut:
-    """One module."""
-    if count == 1 and (job.space == "core" or set(members.densities) == {1.0}):
-        return _alone(job, members)
-    calm = spectral.calibrated(members) if job.options["pico"] else members
-    found = _by_method(job, calm)
-    if not job.options["pico"]:
-        return found
-    if isinstance(found, Cut):
-        return replace(found, update=spectral.recalibrated(found.update, members))
-    return spectral.recalibrated(found, members)
-
-
-def _alone(job: Job, members: Members) -> LowRank:
-    """A single adapter: itself, times its weight; rules that divide by weights leave the sign."""
-    (u,), (w,) = members.there, members.weights
-    if job.method == "slerp" or job.rule.divide != "no":
-        w = 0.0 if w == 0 else 1.0 if job.rule.divide == "signed" else math.copysign(1.0, w)
-    return u if w == 1 else w * u
-
-
-def _by_method(job: Job, members: Members) -> LowRank | Cut:
-    o = job.options
-    if job.entrywise:
-        if job.rule.sums and job.space != "factors":
-            rank = o.get("rank")
-            return spectral.linear(members) if rank is None else spectral.linear_cut(members, rank)
-        if job.space == "delta":
-            return in_delta(job.rule, members, o["rank"])
-        if job.space == "factors":
-            return in_factors(job.rule, members)
-        return in_core(job.rule, members)
-    return _METHODS[job.method](job, members)
-
-
-_METHODS: dict[str, Callable[[Job, Members], LowRank]] = {
-    "slerp": lambda job, m: spectral.slerp(m),
-    "knots": lambda job, m: in_halves(job.rule, m),
-    "tsv": lambda job, m: spectral.tsv(m),
-    "iso_c": lambda job, m: spectral.iso_c(m),
-    "iso_cts": lambda job, m: spectral.iso_cts(m, job.options["common"]),
-    "lego": lambda job, m: spectral.lego(m, job.options["rank"]),
-    "ctm": lambda job, m: spectral.ctm(m, job.rule, job.options["rank"], job.options["beta"]),
-    "regmean": lambda job, m: searched.regmean(
-        m, job.options["grams"], job.options["off_diagonal"]
-    ),
-}
-
-
-def _read(collection: Collection, i: int, path: str) -> LowRank:
-    """Adapter i's update at a module; an extreme scale is multiplied into its factors."""
-    u = collection.read(i, path)
-    return u if u.scale == 0 or 2.0**-60 < abs(u.scale) < 2.0**60 else u.unscaled()

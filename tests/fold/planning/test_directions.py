@@ -23,7 +23,7 @@ def stack_of(updates, block_bytes=1 << 20):
 
     def read(i):
         reads.append(i)
-        return updates[i].B, updates[i].A, updates[i].scale
+        return updates[i]
 
     ranks = np.array([u.rank for u in updates])
     stack = Stack("m", updates[0].shape, np.arange(len(updates)), ranks, read, block_bytes)

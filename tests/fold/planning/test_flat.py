@@ -31,7 +31,7 @@ def updates():
 
 def stack_of(updates, block_bytes=1 << 20):
     def read(i):
-        return updates[i].B, updates[i].A, updates[i].scale
+        return updates[i]
 
     ranks = np.full(len(updates), R)
     return Stack("m", (OUT, INN), np.arange(len(updates)), ranks, read, block_bytes)
@@ -89,7 +89,7 @@ def test_a_sketch_finds_what_the_whole_has(updates, side, power, monkeypatch):
 
     def read(i):
         reads[i] += 1
-        return sized[i].B, sized[i].A, sized[i].scale
+        return sized[i]
 
     stack = Stack("m", (OUT, INN), np.arange(N), np.full(N, R), read, 1)
     s = flat.flat_spectra(stack, 2)[side]

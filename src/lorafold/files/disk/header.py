@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000  # bytes; the reference implementation reads no more
 _LONGEST_KEY = 10_000  # letters, of a key and so of a module's path
 _LONGEST_ENTRY = 4096  # letters, of what a header says of one tensor
 _LONGEST_WIDE = 16 << 20  # bytes of a header with letters beyond ASCII
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 _SPACES, _BLANK = " \t\r\n", (" ", "\t", "\r", "\n")
 _MAX_DIMENSIONS = 64  # of a numpy array, which a tensor is read through
 
@@ -145,7 +145,7 @@ def parse_header(
     try:
         # What no encoder writes could not be written again: a lone surrogate, spelled \ud800.
         for key, value in _members(_decoded(header)):
-            if key == _METADATA:
+            if key == METADATA:
                 metadata = value
             else:
                 found[sys.intern(key)] = _entry(key, value, data, where)
@@ -251,7 +251,7 @@ def _object(
 
 
 def _header_value(key: str, text: str, at: int) -> tuple[Any, int]:
-    if key == _METADATA and text[at : at + 1] == "{":
+    if key == METADATA and text[at : at + 1] == "{":
         texts: dict[str, str] = {}
         members = _object(text, at, _text_value)
         while True:
