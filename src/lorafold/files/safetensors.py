@@ -12,9 +12,11 @@ What stands at its head is in `disk/header.py`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 
@@ -26,6 +28,7 @@ from ..errors import FileError
 from .disk import header as heads
 from .disk.header import DTYPE_NAMES, ENOUGH, METADATA, Entry, Path, disguise, header_length
 from .disk.held import Descriptor, open_regular
+from .remote.asking import PAUSES
 from .remote.file import UrlFile
 from .remote.place import UrlPath, place_of
 
@@ -36,6 +39,9 @@ DTYPES: dict[str, torch.dtype] = {
     if hasattr(torch, torch_name)
 }
 CODES = {dtype: name for name, dtype in DTYPES.items()}
+
+# What a disk on a network says when it is out of reach for the moment.
+_PASSING = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENETUNREACH}
 
 Opened = FileIO | Descriptor | UrlFile
 
@@ -215,12 +221,24 @@ def _fill(file: Opened, start: int, view: memoryview, what: str) -> None:
     try:
         while len(view):  # one read gives at most 2 GiB on Linux
             # At a place of its own, as several threads may read.
-            n = _read_at(file.fileno(), view, start)
+            n = _read_patiently(file.fileno(), view, start)
             if not n:
                 raise FileError(f"{what} ends too early: the file is cut off or was changed")
             view, start = view[n:], start + n
     except OSError as e:
         raise FileError(f"{what} can't be read: {e.strerror or e}") from e
+
+
+def _read_patiently(number: int, view: memoryview, start: int) -> int:
+    """Read; again after a pause where a disk on a network fails in a way that passes."""
+    for pause in PAUSES:
+        try:
+            return _read_at(number, view, start)
+        except OSError as e:
+            if e.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return _read_at(number, view, start)
 
 
 def _read_at(number: int, view: memoryview, start: int) -> int:
