@@ -155,18 +155,27 @@ def meeting(method, ending):
     return before
 
 
-def test_several_adapters_are_opened_and_read_at_the_same_time(s3, two):
-    for name, adapter in two.items():
+@pytest.fixture
+def wide(make_adapter):
+    """Two adapters of which more is to be read than what is read with the header."""
+    shapes = {f"layers.{n}.up_proj": (1024, 1024) for n in range(2)}
+    return [make_adapter(shapes, 16, seed=seed, scale=1.0) for seed in (0, 1)]
+
+
+def test_several_adapters_are_opened_and_read_at_the_same_time(s3, wide):
+    for name, adapter in zip(("poems", "sql"), wide, strict=True):
         lf.save(adapter, f"{s3.url}/adapters/{name}")
     s3.requests.before = meeting("GET", CONFIG_NAME)
     handles = named_handles(f"{s3.url}/adapters/*")
     assert list(handles) == ["poems", "sql"]
-    s3.requests.before = meeting("HEAD", WEIGHTS_NAME)  # each read ends in one
+    met = []
+    meet = meeting("GET", WEIGHTS_NAME)
+    s3.requests.before = lambda method, path: (met.append(path), meet(method, path))[1]
     collection = Collection(handles, exact=(), block_bytes=1 << 20)
-    (factors,) = collection.stack("layers.1.q_proj").factors()
-    assert torch.equal(factors.B[1], two["sql"]["layers.1.q_proj"].B)
-    digest = collection.digest(1, {})
-    assert digest == two["sql"].digest
+    (factors,) = collection.stack("layers.1.up_proj").factors()
+    assert len(met) == 2
+    assert torch.equal(factors.B[1], wide[1]["layers.1.up_proj"].B)
+    assert collection.digest(1, {}) == wide[1].digest
 
 
 # One moment
@@ -184,14 +193,24 @@ def once(function):
     return hook
 
 
-def test_an_adapter_that_is_replaced_after_it_was_opened_is_told(there, two):
-    opened = open_adapter(f"{there.url}/adapters/sql")
-    lf.save(two["poems"], f"{there.url}/adapters/sql", overwrite=True)
-    with pytest.raises(ChangedError, match=r"was changed since it was opened; open it again"):
-        opened.read("layers.0.q_proj")
-    with pytest.raises(ChangedError):
-        opened.load()
-    assert lf.load(f"{there.url}/adapters/sql").digest == two["poems"].digest
+def test_an_adapter_that_is_replaced_after_it_was_opened_is_told(at, wide, two):
+    one, other = wide
+    for successor in (other, two["sql"]):  # one as long, and one that is shorter
+        lf.save(one, f"{at.url}/a", overwrite=True)
+        opened = open_adapter(f"{at.url}/a")
+        lf.save(successor, f"{at.url}/a", overwrite=True)
+        with pytest.raises(ChangedError, match=r"was changed since it was opened; open it again"):
+            opened.read("layers.0.up_proj")
+        with pytest.raises(ChangedError):
+            opened.load()
+        assert lf.load(f"{at.url}/a").digest == successor.digest
+
+
+def test_an_adapter_that_was_read_with_its_header_is_the_one_that_was_opened(s3, two):
+    lf.save(two["sql"], f"{s3.url}/a")
+    opened = open_adapter(f"{s3.url}/a")
+    lf.save(two["poems"], f"{s3.url}/a", overwrite=True)
+    assert opened.load().digest == two["sql"].digest
 
 
 def test_config_and_tensors_are_of_one_moment(s3, make_adapter, two):

@@ -79,6 +79,12 @@ def codes(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
+def is_s3(fs: Any) -> bool:
+    """Whether a file system of fsspec's speaks S3."""
+    protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
+    return "s3" in protocols
+
+
 def _file_system(url: str, shown: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0].lower()
     try:

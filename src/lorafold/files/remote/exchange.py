@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ...errors import FileError
 from ...words import hint
-from .asking import ask, codes
+from .asking import ask, codes, is_s3
 from .place import UrlPath
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def replace_if(path: UrlPath, data: bytes, before: bytes | None) -> None:
 
 def is_guarded(path: UrlPath) -> bool:
     """Whether the store that a file lies on keeps two writers apart."""
-    return ask(path.url, str(path), lambda fs, key: _is_s3(fs) and _keeps(fs, key)) or (
+    return ask(path.url, str(path), lambda fs, key: is_s3(fs) and _keeps(fs, key)) or (
         path.url.startswith("memory://")
     )
 
@@ -72,7 +72,7 @@ def _replace_if(fs: Any, key: str, path: UrlPath, data: bytes, before: bytes | N
     if path.url.startswith("memory://"):
         with _lock:
             _look_and_put(fs, key, path, data, before)
-    elif _is_s3(fs) and _keeps(fs, key):
+    elif is_s3(fs) and _keeps(fs, key):
         _put_on_condition(fs, key, path, data, before)
     else:
         hint(
@@ -130,11 +130,6 @@ def _tag(fs: Any, key: str) -> str | None:
         return str(fs.info(key)["ETag"])
     except FileNotFoundError:
         return None
-
-
-def _is_s3(fs: Any) -> bool:
-    protocols = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
-    return "s3" in protocols
 
 
 def _keeps(fs: Any, key: str) -> bool:

@@ -1,7 +1,8 @@
 """A file of a store, opened: read by ranges as it was then, or it is an error.
 
 A store has no open files. What tells a file from another of its name (an ETag, a version, the time
-of its last change) is asked for when it is opened, and again after it was read.
+of its last change) is asked for when it is opened, and again after it was read; S3 says with the
+bytes themselves whose they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ...errors import FileError
@@ -28,6 +29,7 @@ _blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()  # of all shards: (
 _lock = threading.Lock()
 _count = itertools.count()
 
+Ranges = Callable[[list[tuple[int, int]]], list[bytes]]  # what reads them
 Part = tuple[int, memoryview]  # where it begins in the file, and where it goes
 
 
@@ -49,6 +51,7 @@ class UrlFile:
         self._state = place.state()
         self.size: int = place_size(self._state)
         self._start: bytes | None = None
+        self._tags = True  # whether the store says with bytes whose they are, as far as is known
 
     def __enter__(self) -> UrlFile:
         return self
@@ -69,11 +72,21 @@ class UrlFile:
         return self
 
     def check(self) -> None:
-        """Raise a `ChangedError` where it is no longer the one that was opened."""
-        if not self.is_there():
-            raise ChangedError(
-                f"{self.path}: the file was changed since it was opened; open it again"
-            )
+        """Raise a `ChangedError` where what was read is not of the file that was opened."""
+        if not self._tags and not self.is_there():
+            raise self._changed()
+
+    def _changed(self) -> ChangedError:
+        return ChangedError(f"{self.path}: the file was changed since it was opened; open it again")
+
+    def _ranges(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        tagged = self.place.read_tagged(ranges) if self._tags else None
+        if tagged is None:
+            self._tags = False
+            return self.place.read_ranges(ranges)
+        if any(tag != self._state[1] for _, tag in tagged):
+            raise self._changed()
+        return [data for data, _ in tagged]
 
     def is_there(self) -> bool:
         """Whether its URL still leads to it, unchanged."""
@@ -88,7 +101,7 @@ class UrlFile:
         Raises:
             OSError, FileError: as `asking.ask`.
         """
-        return self.place.read_ranges([(0, self.size)])[0] if self.size else b""
+        return self._ranges([(0, self.size)])[0] if self.size else b""
 
     def stream(self) -> io.BytesIO:
         """All of it, to be read as a file of its own.
@@ -107,11 +120,11 @@ class UrlFile:
             OSError, FileError: as `asking.ask`.
         """
         start = bytearray(min(_START, self.size))
-        _fill_whole(self.place, 0, start)
+        _fill_whole(self._ranges, 0, start)
         length = 8 + int.from_bytes(start[:8], "little")
         if len(start) < length <= min(8 + MAX_HEADER, self.size):
             rest = bytearray(length - len(start))
-            _fill_whole(self.place, len(start), rest)
+            _fill_whole(self._ranges, len(start), rest)
             start += rest
         self._start = bytes(start)
 
@@ -127,9 +140,10 @@ class UrlFile:
         try:
             if self._start is None and wanted and wanted[0][0] < _START:
                 self.begin()
-            _fill(self.place, [part for part in wanted if not self._from_start(*part)])
+            _fill(self._ranges, [part for part in wanted if not self._from_start(*part)])
         except (OSError, EOFError) as e:
-            self.check()  # a file that is shorter by now is told as what it is
+            if not self.is_there():  # one that is shorter by now is told as what it is
+                raise self._changed() from e
             if isinstance(e, EOFError):
                 return False
             raise
@@ -216,7 +230,7 @@ class UrlDescriptor:
 
     def _read(self, parts: Sequence[Part]) -> bool:
         try:
-            _fill(self._place, sorted(parts, key=lambda part: part[0]))
+            _fill(self._place.read_ranges, sorted(parts, key=lambda part: part[0]))
         except FileNotFoundError as e:
             raise gone(f"shard {self.name}") from e
         except EOFError:
@@ -254,11 +268,11 @@ def place_size(state: tuple[object, ...]) -> int:
     return size
 
 
-def _fill_whole(place: UrlPath, start: int, room: bytearray) -> None:
-    _fill(place, [(start, memoryview(room))] if room else [])
+def _fill_whole(read: Ranges, start: int, room: bytearray) -> None:
+    _fill(read, [(start, memoryview(room))] if room else [])
 
 
-def _fill(place: UrlPath, wanted: Sequence[Part]) -> None:
+def _fill(read: Ranges, wanted: Sequence[Part]) -> None:
     """Fill parts, by their order in the file, from as few ranges as it takes.
 
     Raises:
@@ -267,7 +281,7 @@ def _fill(place: UrlPath, wanted: Sequence[Part]) -> None:
     pieces = _pieces(wanted)
     for k in range(0, len(pieces), _TOGETHER):
         some = pieces[k : k + _TOGETHER]
-        for (start, stop), data in zip(some, place.read_ranges(some), strict=True):
+        for (start, stop), data in zip(some, read(some), strict=True):
             if len(data) < stop - start:
                 raise EOFError
             for begin, view in wanted:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
 from ...errors import FileError
-from .asking import ask
+from .asking import ask, is_s3
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -270,6 +270,21 @@ class UrlPath:
             return found
 
         found = ask(self.url, str(self), read)
+        self._check_lengths(ranges, found)
+        return found
+
+    def read_tagged(self, ranges: list[tuple[int, int]]) -> list[tuple[bytes, str]] | None:
+        """The same, each with the ETag of the file that it is of; None where a store has no such.
+
+        Raises:
+            OSError, FileError: as `read_ranges`.
+        """
+        found = ask(self.url, str(self), lambda fs, path: _tagged(fs, path, ranges))
+        if found is not None:
+            self._check_lengths(ranges, [data for data, _ in found])
+        return found
+
+    def _check_lengths(self, ranges: list[tuple[int, int]], found: list[bytes]) -> None:
         for (start, stop), data in zip(ranges, found, strict=True):
             if len(data) > stop - start:
                 raise OSError(
@@ -278,7 +293,6 @@ class UrlPath:
                     f"{stop - start:,} were asked for; fetch the folder, and give its path",
                     str(self),
                 )
-        return found
 
     def write_bytes(self, data: bytes) -> None:
         """Put a file there, in place of what has its name.
@@ -355,6 +369,28 @@ def _matching(folder: UrlPath, parts: list[str]) -> Iterator[UrlPath]:
             yield from _matching(path, parts)
         elif fnmatch.fnmatchcase(path.name, first) and (not rest or path.is_dir()):
             yield from _matching(path, rest)
+
+
+def _tagged(fs: Any, path: str, ranges: list[tuple[int, int]]) -> list[tuple[bytes, str]] | None:
+    if not is_s3(fs):
+        return None
+    import asyncio
+
+    bucket, key, _ = fs.split_path(path)
+
+    async def one(start: int, stop: int) -> tuple[bytes, str]:
+        span = f"bytes={start}-{stop - 1}"
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=span)
+        try:
+            return await answer["Body"].read(), str(answer.get("ETag"))
+        finally:
+            answer["Body"].close()
+
+    async def several() -> list[tuple[bytes, str]]:
+        return await asyncio.gather(*(one(start, stop) for start, stop in ranges))
+
+    # In the loop that all file systems of fsspec's share.
+    return asyncio.run_coroutine_threadsafe(several(), fs.loop).result()
 
 
 def _info(url: str, shown: str) -> Mapping[str, Any] | None:
