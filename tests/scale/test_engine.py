@@ -105,6 +105,14 @@ def test_results_come_in_order(engine):
     assert list(engine.map(double, [])) == []
 
 
+def test_tasks_of_the_same_inputs_are_one(two, tmp_path):
+    (tmp_path / "runs").mkdir()
+    given = [(str(tmp_path / "runs"), k % 2) for k in range(6)]
+    work = WorkDirectory(tmp_path / "work")
+    assert list(Spread(two, work).map(counted, tasks(*given))) == [0, 1] * 3
+    assert len(os.listdir(tmp_path / "runs")) == 2
+
+
 def test_what_a_task_raises_is_raised(engine):
     with pytest.raises(MismatchError, match="not 3"):
         list(engine.map(fails, tasks((3,))))

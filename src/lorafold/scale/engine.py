@@ -120,7 +120,9 @@ class Spread(Engine):
         self._under_way: set[Future[Any]] = set()
 
     def map(self, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
-        sent = [_Sent(task, key_of((function, task.inputs))) for task in tasks]
+        known: dict[str, _Sent] = {}  # tasks of the same inputs are one
+        keys = [key_of((function, task.inputs)) for task in tasks]
+        sent = [known.setdefault(k, _Sent(t, k)) for t, k in zip(tasks, keys, strict=True)]
         try:
             for at, one in enumerate(sent):
                 for other in sent[at : at + self._ahead]:
