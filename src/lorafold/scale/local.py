@@ -16,10 +16,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from .worker import perform
 
+_START_WITHIN = 300.0  # seconds for a process to import what it needs
 _START = "import sys; sys.path[:] = {path!r}; from lorafold.scale.worker import main; main()"
 
 
@@ -94,6 +95,7 @@ class _Process:
             text=True,
             env=env,
         )
+        self._ready = False
 
     def ask(self, task: tuple[Any, ...], patience: float) -> bytes | None:
         """Have it run a task.
@@ -104,6 +106,15 @@ class _Process:
         stdin, stdout = self._popen.stdin, self._popen.stdout
         assert stdin is not None
         assert stdout is not None
+        if not self._ready:
+            self._answer(stdout, _START_WITHIN)
+            self._ready = True
+        with contextlib.suppress(OSError):
+            stdin.write(json.dumps(task) + "\n")
+            stdin.flush()
+        return bytes.fromhex(self._answer(stdout, patience)) or None
+
+    def _answer(self, stdout: IO[str], patience: float) -> str:
         hung = threading.Event()
 
         def end() -> None:
@@ -114,8 +125,6 @@ class _Process:
         timer.daemon = True
         timer.start()
         try:
-            stdin.write(json.dumps(task) + "\n")
-            stdin.flush()
             answer = stdout.readline()
         except OSError:
             answer = ""
@@ -124,7 +133,7 @@ class _Process:
         if not answer.endswith("\n"):
             why = f"did not answer within {patience:g} s" if hung.is_set() else self._end()
             raise WorkerDiedError(f"process {self._popen.pid} {why}")
-        return bytes.fromhex(answer) or None
+        return answer
 
     def _end(self) -> str:
         try:

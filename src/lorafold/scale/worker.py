@@ -54,9 +54,13 @@ def _pickled(e: Exception) -> bytes:
 
 
 def main() -> None:
-    """Serve tasks from standard input: [folder, key] as JSON; the answer is hexadecimal."""
+    """Serve tasks from standard input: [folder, key] as JSON; the answer is hexadecimal. An empty
+    one comes first, when what takes long to import is there.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
+    with threads(1):
+        answers.write("\n")
     for line in sys.stdin:
         task: list[Any] = json.loads(line)
         found = perform(*task)
