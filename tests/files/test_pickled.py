@@ -72,6 +72,17 @@ def test_a_packed_archive_is_refused_before_it_is_unpacked(folder):
             read(folder)
 
 
+def test_a_flag_in_the_list_of_parts_is_of_no_weight(folder):
+    path = folder / "adapter_model.bin"
+    expected, data = read(folder).digest, bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2")
+    while (at := data.rfind(b"PK\1\2", 0, at)) >= 0:
+        changed = bytearray(data)
+        changed[at + 38] |= 0x10  # a folder, says DOS, of which torch reads nothing
+        path.write_bytes(changed)
+        assert read(folder).digest == expected
+
+
 def test_one_part_twice_is_two_files_in_one(folder):
     path = folder / "adapter_model.bin"
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):

@@ -3,11 +3,13 @@
 It is a ZIP of a pickle and of the tensors' storages, stored as they are. torch reads it without
 looking at the checksums that are in it, unpacks what is packed there, and gives views of whatever
 size and stride the pickle says: all of that is checked here, so that a damaged file is an error and
-a small one stays small. The form before PyTorch 1.6 has no checksums.
+a small one stays small. What torch is given is a ZIP made of the parts that were checked. The form
+before PyTorch 1.6 has no checksums.
 """
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -21,7 +23,7 @@ from ..disk.held import Held
 from ..remote.file import UrlFile
 from ..safetensors import CODES
 
-_ZIP, _AT_ONCE = b"PK\x03\x04", 1 << 20
+_ZIP = b"PK\x03\x04"
 
 
 def unpickled(held: Held | UrlFile) -> dict[str, Tensor]:
@@ -39,11 +41,10 @@ def unpickled(held: Held | UrlFile) -> dict[str, Tensor]:
         says = disguise(start)
         if says is not None and not start.startswith(_ZIP):
             raise FileError(f"{path} is {says}")
+        file.seek(0)
         try:
-            if start.startswith(_ZIP):
-                _check_archive(file)
-            file.seek(0)
-            found = loader(file, map_location="cpu", weights_only=True)
+            read: IO[bytes] = _rebuilt(file) if start.startswith(_ZIP) else file
+            found = loader(read, map_location="cpu", weights_only=True)
         except Exception as e:  # a damaged pickle can raise anything
             raise FileError(f"{path}: can't be read as a PyTorch file of tensors ({e})") from e
     held.check()  # which says if it was written to meanwhile
@@ -54,19 +55,28 @@ def unpickled(held: Held | UrlFile) -> dict[str, Tensor]:
     return _copies(found, held)
 
 
-def _check_archive(file: IO[bytes]) -> None:
-    """Raise where an archive is packed, has a name twice, or is not what its checksums say."""
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        if len(set(names)) < len(names):
+def _rebuilt(file: IO[bytes]) -> IO[bytes]:
+    """The parts of an archive, each as its checksum says, in one that has nothing else.
+
+    By one flag in its list of parts torch takes a tensor for memory that nobody wrote.
+
+    Raises:
+        ValueError: a part is packed, or there twice. Others: as zipfile's, of a damaged one.
+    """
+    made = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(made, "w") as plain:
+        parts = archive.infolist()
+        if len({part.filename for part in parts}) < len(parts):
             raise ValueError("a part of it is there twice")
-        said = any(entry.CRC for entry in archive.infolist())  # torch can be told to leave them out
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename!r:.80} is packed, which PyTorch never does")
-            with archive.open(entry) as part:
-                while said and part.read(_AT_ONCE):
-                    pass
+        said = any(part.CRC for part in parts)  # torch can be told to leave them out
+        for part in parts:
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{part.filename!r:.80} is packed, which PyTorch never does")
+            if not said:
+                part.CRC = None  # type: ignore[assignment]  # which zipfile takes for none
+            plain.writestr(zipfile.ZipInfo(part.filename), archive.read(part))
+    made.seek(0)
+    return made
 
 
 def _copies(tensors: dict[str, Tensor], held: Held | UrlFile) -> dict[str, Tensor]:
