@@ -58,20 +58,25 @@ _CREW = [
         callback=lambda ctx, parameter, value: _ray_address(value),
         help="A Ray cluster that works, ray://HOST:PORT, or local for one on this machine.",
     ),
+    click.option(
+        "--work",
+        type=click.Path(),
+        metavar="DIR",
+        help="Keeps what is done, so that a run that was ended goes on; all workers must see it.",
+    ),
 ]
-_WORK = click.option(
-    "--work",
-    type=click.Path(),
-    metavar="DIR",
-    help="Keeps what is done, so that a run that was ended goes on; all workers must see it.",
-)
 
 
 def crew_options(function: F) -> F:
-    """Who does the work: `workers` and `executor`."""
+    """Who does the work, and where what is done is kept: what `crew_of` takes."""
     for option in reversed(_CREW):
         function = option(function)
     return function
+
+
+def crew_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What `crew_options` gave, taken out of the options of a command."""
+    return {name: options.pop(name) for name in ("executor", "workers", "work")}
 
 
 def _ray_address(value: str | None) -> str | None:
@@ -84,7 +89,7 @@ def _ray_address(value: str | None) -> str | None:
 
 def folding_options(function: F) -> F:
     """The options of a command that folds, but for the bound."""
-    for option in reversed([*_FOLDING, *_CREW, _WORK]):
+    for option in reversed([*_FOLDING, *_CREW]):
         function = option(function)
     return function
 

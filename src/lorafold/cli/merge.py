@@ -14,7 +14,7 @@ from ..errors import MismatchError
 from . import _output as output
 from ._command import command
 from ._source import base_option, named, reading_of, source_options
-from ._writing import dtype_option, torch_dtype
+from ._writing import crew_of, crew_options, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,6 +72,7 @@ _NOT_WITH_RECIPES = {
 @base_option
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+@crew_options
 @source_options
 def merge(
     sources: tuple[str, ...],
@@ -119,7 +120,9 @@ def merge(
 def _by_method(handles: dict[str, Handle], rank: int | None, options: dict[str, Any]) -> Adapter:
     from ..merge.merge import run
     from ..merge.methods import job_of, takes_rank
+    from ..scale.engine import Crew
 
+    crew = Crew(**crew_of(options))
     names = tuple(handles)
     weights = _weights(names, options.pop("pairs"), options.pop("weights"))
     method, space, seed = (options.pop(key) for key in ("method", "space", "seed"))
@@ -128,7 +131,7 @@ def _by_method(handles: dict[str, Handle], rank: int | None, options: dict[str, 
     given = {k: v for k, v in options.items() if v is not None and v is not False}
     if rank is not None and takes_rank(method, space):
         given["rank"] = rank
-    return run(handles, job_of(method, names, weights, space, seed, given))
+    return run(handles, job_of(method, names, weights, space, seed, given), crew)
 
 
 def _by_recipe(
@@ -144,7 +147,7 @@ def _by_recipe(
             raise click.UsageError(f"a recipe says how to merge; leave out {flag}")
     recipe = Recipe.read(path)
     check_apart(target, [path, *(source for source, _ in recipe.models.values())])
-    own = {"heads": options["heads"], "progress": options["progress"]}
+    own = {"heads": options["heads"], "progress": options["progress"], **crew_of(options)}
     return recipe.merge(rank=rank, seed=options["seed"], **reading, **own), recipe.dtype
 
 

@@ -10,6 +10,7 @@ import click
 from . import _output as output
 from ._command import command, settings
 from ._source import adapter_options, base_option, named
+from ._writing import crew_of, crew_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,7 @@ _LISTED = 10_000  # pairs listed at most: a thousand that are alike make half a 
 @click.option("--exact", is_flag=True, help="Compute every pair exactly, not only the near ones.")
 @click.option("--name", "names", multiple=True, metavar="NAME=SOURCE", help="A source by a name.")
 @click.option("--seed", type=int, default=0, help="Of the sketches.")
+@crew_options
 @base_option
 @adapter_options
 def similar(
@@ -45,8 +47,10 @@ def similar(
     from ..compare import similarity
 
     with output.progress("comparing") as advance:
+        crew = crew_of(options)
         handles = named(sources, names, **options)
-        found = similarity(handles, threshold=threshold, exact=exact, seed=seed, progress=advance)
+        how: dict[str, Any] = {"threshold": threshold, "exact": exact, "seed": seed, **crew}
+        found = similarity(handles, progress=advance, **how)
         d = described(found)
     output.report(d, lambda out: _show(out, d))
 

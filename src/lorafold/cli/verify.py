@@ -11,6 +11,7 @@ from ._command import CheckFailed, command
 from ._source import adapter_options, base_option
 from ._source import named as named_handles
 from ._subspace import verify_subspace
+from ._writing import crew_of, crew_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     metavar="NAME=SOURCE",
     help="The source of the adapter NAME; can be given again.",
 )
+@crew_options
 @base_option
 @adapter_options
 def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...], **reading: Any) -> None:
@@ -46,10 +48,11 @@ def verify(lib: str, sources: tuple[str, ...], named: tuple[str, ...], **reading
         if wrong_there:
             raise CheckFailed(f"{len(wrong_there)} problems: {wrong_there[0]}")
         return
+    crew = crew_of(reading)
     with _library(lib) as opened:
         given = named_handles(sources, named, **reading) if sources or named else None
         with output.progress("comparing" if given else "reading checksums") as advance:
-            found = opened.verify(given, strict=False, progress=advance)
+            found = opened.verify(given, strict=False, progress=advance, **crew)
         rows = [
             {
                 "name": name,

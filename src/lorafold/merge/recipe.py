@@ -12,6 +12,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..collection.sources import named_handles
 from ..errors import FileError, MismatchError, UnknownNameError
 from ..files.config import json_object, read_text
 from ..files.find import in_library
+from ..scale.engine import Crew
 from ..words import did_you_mean, warn
 from .algebra.rules import Rule
 from .merge import run
@@ -132,6 +134,9 @@ class Recipe:
         allow_pickle: bool | None = None,
         dtype: torch.dtype | None = None,
         base_model: str | None = None,
+        executor: Executor | str | None = None,
+        workers: int | None = None,
+        work: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Adapter:
         """The adapter of which base + ΔW is what mergekit would write.
@@ -143,8 +148,10 @@ class Recipe:
             allow_pickle: read `adapter_model.bin` too.
             dtype: what factors of 8 bits are read in.
             base_model: what the base of all of them is called.
+            executor, workers, work: who merges the modules, as in `merge`.
             options: `heads=`, `progress=`, as `merge` takes them.
         """
+        crew = Crew(executor, workers, work)
         handles = named_handles(
             {name: path for name, (path, _) in self.models.items()},
             alpha=alpha,
@@ -167,7 +174,7 @@ class Recipe:
             job = self._job(plain, tuple(handles), paths)
         except MismatchError as e:
             raise MismatchError(f"{self.where}: {e}") from e
-        return run(handles, job)
+        return run(handles, job, crew)
 
     def _job(self, plain: Job, names: tuple[str, ...], paths: Sequence[str]) -> Job:
         """A plain job with what the recipe says of it."""
