@@ -21,6 +21,7 @@ RUN = "import sys; sys.argv[0] = 'lorafold'; from lorafold.cli import main; main
 WORDS = {
     *(
         "",
+        "ADDRESS",
         "B1,B2",
         "KIND",
         "LO,HI",
