@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from lorafold.errors import FileError
+from lorafold.errors import FileError, UnknownNameError
 from lorafold.fold.store import state
 
 SHAPES = {"q": (12, 8), "v": (8, 12)}
@@ -98,6 +98,17 @@ def test_a_name_takes_its_list_and_its_shard(library):
     with opens as seen:
         assert len(lib) == 10
     assert not seen
+
+
+def test_an_unknown_name_among_many_is_told_without_reading_them_all(library, monkeypatch):
+    opens, lib = Opens(library), lf.Library.open(library)
+    monkeypatch.setattr("lorafold.fold.store.manifest._LOOKED_THROUGH", 9)
+    with opens as seen, pytest.raises(UnknownNameError, match="no adapter 'a33' .*; it has 10$"):
+        lib["a33"]
+    assert len(seen) == 1
+    monkeypatch.undo()
+    with pytest.raises(UnknownNameError, match="did you mean 'a3'"):
+        lib["a33"]
 
 
 def everything_else(library, adapters):

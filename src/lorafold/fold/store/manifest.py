@@ -48,6 +48,7 @@ T = TypeVar("T")
 FORMAT = "lorafold-library"
 VERSION = 1
 LONGEST = 1 << 27  # bytes of a manifest
+_LOOKED_THROUGH = 10_000  # names among which near ones are looked for
 MANIFEST = LIBRARY_NAME
 COPY = f".{MANIFEST}.gz"
 
@@ -102,7 +103,10 @@ class Manifest:
         try:
             return self.adapters[name]
         except KeyError:
-            hint = did_you_mean(str(name), self.adapters)
+            count = len(self.adapters)
+            hint = f"it has {count:,}"
+            if count <= _LOOKED_THROUGH:
+                hint = did_you_mean(str(name), self.adapters)
             raise UnknownNameError(f"no adapter {name!r} in the library; {hint}") from None
 
     def changed(self, entries: Iterable[AdapterEntry], leaving: Collection[str] = ()) -> Manifest:
