@@ -6,6 +6,7 @@ with what it must be. `read` makes a record of an object by a table of such chec
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -125,10 +126,18 @@ def read(kind: Callable[..., T], value: Any, checks: Mapping[str, Check[Any]], w
                 found[key] = check(item)
             except Wrong as e:
                 raise FileError(f"{where}: {key} must be {e}, found {item!r:.80}") from None
-    for f in fields(kind):  # type: ignore[arg-type]
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in found:
-            raise FileError(f"{where} has no field {f.name!r}")
+    for name in _required(kind):
+        if name not in found:
+            raise FileError(f"{where} has no field {name!r}")
     return kind(**found)
+
+
+@functools.cache
+def _required(kind: Any) -> tuple[str, ...]:
+    """The fields of a dataclass that have no default."""
+    return tuple(
+        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
+    )
 
 
 # JSON

@@ -48,6 +48,7 @@ T = TypeVar("T")
 FORMAT = "lorafold-library"
 VERSION = 1
 LONGEST = 1 << 27  # bytes of a manifest
+_REMEMBERED = 4 << 20  # bytes of a manifest that is not read anew where it is asked for again
 _LOOKED_THROUGH = 10_000  # names among which near ones are looked for
 MANIFEST = LIBRARY_NAME
 COPY = f".{MANIFEST}.gz"
@@ -409,6 +410,11 @@ def said(raw: bytes, where: str) -> Said:
     Raises:
         FileError: damaged, not a library's, of a newer version, or with a field that is wrong.
     """
+    # A change looks at the same bytes several times, and so do a thousand readers.
+    return _said_again(raw, where) if len(raw) <= _REMEMBERED else _said(raw, where)
+
+
+def _said(raw: bytes, where: str) -> Said:
     if raw[: len(_HEAD)] == _HEAD and raw[_START - len(_NEXT) : _START] == _NEXT:
         stated = raw[len(_HEAD) : _START - len(_NEXT)].decode("ascii", "replace")
         digest = hashlib.sha256(b"{")
@@ -425,6 +431,9 @@ def said(raw: bytes, where: str) -> Said:
     value = parsed(raw, where)
     _check_version(value, where)
     raise FileError(f"{where} does not begin with its SHA-256: it is damaged, or was edited")
+
+
+_said_again = functools.lru_cache(4)(_said)
 
 
 def _check_version(value: Any, where: str) -> None:

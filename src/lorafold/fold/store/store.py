@@ -644,7 +644,8 @@ def _still_read(folder: Path, replaced: Iterable[str]) -> set[str]:
             continue
         try:
             if not try_lock(descriptor):
-                kept |= {name, *named_files(read_regular(path), str(path))}
+                # By the name that it had: its bytes have been read as that.
+                kept |= {name, *named_files(read_regular(path), str(folder / MANIFEST))}
         finally:
             os.close(descriptor)
     return kept
