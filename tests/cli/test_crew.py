@@ -64,7 +64,7 @@ models:
     [
         (["--ray", "head:10001"], "'head:10001' is not ray://HOST:PORT, nor local"),
         (["--workers", "0"], "0 is not in the range x>=1"),
-        (["--ray", "local", "--workers", "2"], "exclude each other"),
+        (["--ray", "local", "--workers", "2"], "give --ray or --workers, not both"),
         (["--work", "lib"], "is no work directory, and not empty: give an empty one"),
     ],
 )

@@ -218,7 +218,7 @@ def test_an_executor_that_was_shut_down_is_told(tmp_path):
         ({"workers": 0}, "workers must be a whole number of at least 1, found 0"),
         ({"workers": True}, "found True"),
         ({"workers": 1.5}, "found 1.5"),
-        ({"workers": 2, "executor": "ray"}, "exclude each other"),
+        ({"workers": 2, "executor": "ray"}, "give executor= or workers=, not both"),
     ],
 )
 def test_who_is_to_work_is_checked(given, message):

@@ -240,7 +240,7 @@ class Crew:
         if workers is not None and not (whole and workers >= 1):
             raise MismatchError(f"workers must be a whole number of at least 1, found {workers!r}")
         if workers is not None and e is not None:
-            raise MismatchError("executor and workers exclude each other: give one")
+            raise MismatchError("give executor= or workers=, not both")
 
     @contextlib.contextmanager
     def engine(
