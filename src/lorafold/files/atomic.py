@@ -26,7 +26,7 @@ from types import ModuleType
 from safetensors import SafetensorError
 
 from ..errors import FileError
-from .remote.place import Place, UrlPath, is_url, place_of
+from .remote.place import Place, UrlPath, is_url, new_place, place_of
 from .remote.writing import appearing_at
 from .replacing import Kind, check_apart, check_named, check_replaceable, is_free, keep_others
 
@@ -107,7 +107,7 @@ def new_directory(
     """
     if is_url(path):
         with writing(place_of(path)):
-            yield from appearing_at(place_of(path), kind, sources, overwrite)
+            yield from appearing_at(new_place(path), kind, sources, overwrite)
         return
     target = _place(path)
     with writing(target):

@@ -393,6 +393,42 @@ def test_a_store_that_nobody_knows_is_told():
         lf.load("file:///a/b")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "s3://",
+            "s3:///",
+            "s3://B U/x",
+            f"s3://{'a' * 300}/x",
+            f"s3://b/{'a' * 5000}",
+            "s3://b/[",
+        ),
+        *("s3://b/\0", "memory://\ud800", "memory://", "memory:///", "zip://x", "data://x"),
+        *(
+            "github://x/y",
+            "reference://x",
+            "dir://x",
+            "https://127.0.0.1:9/x",
+            "ftp://127.0.0.1:9/x",
+        ),
+    ],
+)
+def test_a_url_of_nothing_is_an_error_at_every_door(url, s3, two, impatient):
+    for door in (
+        lambda: lf.load(url),
+        lambda: lf.fold(url),
+        lambda: lf.fold([f"{url}/*"]),
+        lambda: lf.Library.open(url),
+        lambda: lf.fold(two, url, tolerance=0),
+        lambda: lf.save(two["sql"], url),
+    ):
+        if url == "memory://\ud800" and door.__code__.co_names[-1] in ("fold", "save"):
+            continue  # which memory takes
+        with pytest.raises(lf.errors.LorafoldError):
+            door()
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass

@@ -60,9 +60,7 @@ def ask(url: str, shown: str, question: Callable[[Any, str], T]) -> T:
             return question(fs, path)
         except FileError:
             raise
-        except Exception as e:
-            if not isinstance(e, OSError) and type(e).__module__ == "builtins":
-                raise
+        except Exception as e:  # what the libraries of stores raise: one or another
             again = tried < len(PAUSES) and time.monotonic() - begun < _PATIENCE
             if not again or not _may_pass(e):
                 raise _told(e, fs, url, shown, tried + 1) from e
@@ -98,14 +96,18 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
         raise FileError(
             f"{shown}: {scheme}:// needs a package that is not there: {needs}"
         ) from None
-    except ValueError:
-        raise FileError(f"{shown}: fsspec knows no store by {scheme}://") from None
+    except Exception as e:
+        if isinstance(e, ValueError) and "Protocol not known" in str(e):
+            raise FileError(f"{shown}: fsspec knows no store by {scheme}://") from None
+        raise FileError(f"{shown}: {scheme}:// can't be opened so: {_cleaned(e, None)}") from e
     return fs, str(path)
 
 
 def _may_pass(e: Exception) -> bool:
     if isinstance(e, _LASTING) or _CREDENTIALS.search(type(e).__name__):
         return False
+    if not isinstance(e, OSError) and type(e).__module__ == "builtins":
+        return False  # of what is no path there
     return getattr(e, "errno", None) not in _LASTING_NUMBERS
 
 
@@ -123,7 +125,7 @@ def _told(e: Exception, fs: Any, url: str, shown: str, tried: int) -> Exception:
         return PermissionError(errno.EACCES, f"{why} ({_cleaned(e, fs)})", shown)
     if isinstance(e, _LASTING):
         number = getattr(e, "errno", None) or _number_of(e)
-        return type(e)(number, os.strerror(number), shown)
+        return OSError(number, os.strerror(number), shown)  # of the class that has the number
     often = f"; asked {tried} times" if tried > 1 else ""
     number = getattr(e, "errno", None) or errno.EIO
     return OSError(number, f"{_cleaned(e, fs)}{often}", shown)

@@ -64,6 +64,19 @@ def local(path: str | os.PathLike[str]) -> Path:
     return place
 
 
+def new_place(path: str | os.PathLike[str]) -> UrlPath:
+    """A URL where something is to be written.
+
+    Raises:
+        FileError: it is the root of a store.
+    """
+    place = place_of(path)
+    assert isinstance(place, UrlPath)
+    if not place.name:
+        raise FileError(f"{place} is the root of a store, not a place to write to")
+    return place
+
+
 def is_file(path: Path | UrlPath) -> bool:
     """Whether a file is there; of what no file can be called (a NUL in it) that is none."""
     return path.is_file() if isinstance(path, UrlPath) else os.path.isfile(path)
@@ -174,7 +187,7 @@ class UrlPath:
         """What the store says of it; None where nothing is there.
 
         Raises:
-            OSError, FileError: as `ask`, but for what is not there.
+            FileError: it can't be asked for.
         """
         if self._known is None:
             return _info(self.url, str(self))
@@ -395,10 +408,22 @@ def _tagged(fs: Any, path: str, ranges: list[tuple[int, int]]) -> list[tuple[byt
 
 def _info(url: str, shown: str) -> Mapping[str, Any] | None:
     try:
-        found: Mapping[str, Any] = ask(url, shown, lambda fs, path: fs.info(path))
+        with _looking():
+            found: Mapping[str, Any] = ask(url, shown, lambda fs, path: fs.info(path))
     except FileNotFoundError:
         return None
     return found
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[None]:
+    """Nobody who looks whether a path is there expects an error of the system's."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise FileError(f"{e.filename}: {e.strerror}") from e
 
 
 def _children(url: str, shown: str) -> dict[str, Mapping[str, Any]]:
@@ -416,7 +441,8 @@ def _children(url: str, shown: str) -> dict[str, Mapping[str, Any]]:
                 found[name] = entry
         return found
 
-    return dict(sorted(ask(url, shown, listed).items()))
+    with _looking():
+        return dict(sorted(ask(url, shown, listed).items()))
 
 
 class _Known:

@@ -64,6 +64,6 @@ def _written(path: UrlPath) -> float:
     """When a file was written, in the store's time; now, where it does not say."""
     try:
         found = ask(path.url, str(path), lambda fs, key: fs.modified(key))
-    except (OSError, NotImplementedError):
+    except OSError:
         return time.time()
     return float(found.replace(tzinfo=found.tzinfo or timezone.utc).timestamp())

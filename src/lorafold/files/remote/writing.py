@@ -16,11 +16,11 @@ from pathlib import Path
 
 from ...errors import FileError
 from ..replacing import Kind, check_apart, check_replaceable, is_free
-from .place import Place, UrlPath
+from .place import UrlPath
 
 
 def appearing_at(
-    url: Place,
+    url: UrlPath,
     kind: Kind,
     sources: Iterable[str | os.PathLike[str] | None],
     overwrite: bool,
@@ -30,7 +30,6 @@ def appearing_at(
     Raises:
         FileError: as there. OSError: as `asking.ask`.
     """
-    assert isinstance(url, UrlPath)
     check_apart(url, sources)
     check_replaceable(url, kind, overwrite, url)
     with tempfile.TemporaryDirectory(prefix="lorafold-") as scratch:

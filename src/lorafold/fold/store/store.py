@@ -38,7 +38,7 @@ from ...errors import FileError
 from ...files.atomic import new_directory, replace_file, sync_directory, try_lock
 from ...files.disk.held import read_regular
 from ...files.remote.exchange import replace_if
-from ...files.remote.place import Place, UrlPath, is_file, is_url, place_of
+from ...files.remote.place import Place, UrlPath, is_file, is_url, new_place, place_of
 from ...files.remote.retention import NOTES, retire
 from ...files.replacing import Kind, check_apart, check_no_link, check_replaceable
 from .manifest import (
@@ -546,7 +546,7 @@ def _folder(path: str | os.PathLike[str]) -> Place:
 def _new_place(path: str | os.PathLike[str]) -> Place:
     """Where a library is written as a whole."""
     if is_url(path):
-        return place_of(path)
+        return new_place(path)
     check_no_link(path)
     return Path(os.path.abspath(path))
 
