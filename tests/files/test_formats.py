@@ -39,7 +39,6 @@ FOREIGN = {
         pair("te.q_proj.lora_linear_layer.down.weight", "te.q_proj.lora_linear_layer.up.weight"),
         "older form of diffusers",
     ),
-    "MLX": (pair("model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"), "MLX"),
     "torchtune": (pair("layers.0.q.lora_a.weight", "layers.0.q.lora_b.weight"), "torchtune"),
     "NeMo": (
         pair("q.adapter.linear_in.weight", "q.adapter.linear_out.weight"),
@@ -86,14 +85,6 @@ def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
 
 
 def test_a_folder_of_one_says_what_it_is(tmp_path):
-    tensors, _ = FOREIGN["MLX"]
-    save_file(tensors, tmp_path / "adapters.safetensors")
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 2}})
-    )
-    for path in (tmp_path, tmp_path / "adapters.safetensors"):
-        with pytest.raises(FileError, match=r"MLX.*lorafold extract"):
-            lf.load(path)
     other = tmp_path / "other"
     other.mkdir()
     save_file(Q, other / "pytorch_lora_weights.safetensors")

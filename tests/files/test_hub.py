@@ -124,6 +124,16 @@ def test_a_repository_with_a_pickle_only(offline):
     assert value(lf.load("org/sql", allow_pickle=True)) == 1.0
 
 
+def test_a_repository_of_mlx(offline):
+    folder = offline / "cache" / "models--org--sql" / "snapshots" / COMMIT
+    (folder / "adapter_model.safetensors").unlink()
+    tensors = {"q.lora_a": torch.ones(3, 2), "q.lora_b": torch.ones(2, 4)}
+    save_file(tensors, folder / "adapters.safetensors")
+    said = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    assert lf.load("org/sql")["q"].scale == 20.0
+
+
 def test_without_huggingface_hub_the_hint_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
@@ -145,7 +155,7 @@ def test_without_huggingface_hub_the_hint_says_what_to_install(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"allow_pickle": True}])
-def test_a_hub_that_cannot_be_reached_is_asked_once(offline, options, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_asked_once_a_file(offline, options, monkeypatch):
     import huggingface_hub
 
     asked = []
@@ -162,7 +172,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(offline, options, monkeypatc
     says = "no such file or directory: 'org/nope'.* not known"
     with pytest.raises(FileError, match=says) as caught:
         lf.load("org/nope", **options)
-    assert len(asked) == 1 + len(options)
+    assert len(asked) == len(set(asked)) == 2 + len(options)
     assert "\n" not in str(caught.value)
 
 

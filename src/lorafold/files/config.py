@@ -13,12 +13,12 @@ from ..errors import FileError, MismatchError
 from ..words import warn
 from .disk.header import disguise
 from .disk.held import read_regular
-from .formats.foreign import MLX
 from .remote.place import Place, is_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+MLX_NAME = "adapters.safetensors"  # the file of weights of mlx-lm
 PORTABLE_NAME = "portable.safetensors"  # by roles, lorafold's own
 SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
 LIBRARY_NAME = "library.json"
@@ -144,7 +144,15 @@ def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, 
         FileError: another method, or r or lora_alpha missing; naming file and field.
     """
     if "lora_parameters" in config or "fine_tune_type" in config:
-        raise FileError(f"{where}: {MLX}")
+        if config.get("fine_tune_type") == "full":
+            raise FileError(
+                f"{where}: MLX has fine-tuned the whole model here, which makes no adapter: take "
+                "its difference, `lorafold extract BASE MODEL -o OUT`"
+            )
+        raise FileError(
+            f"{where}: this is MLX's config, and the tensors beside it are not MLX's (….lora_a, "
+            "….lora_b)"
+        )
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise FileError(

@@ -22,6 +22,7 @@ from .config import (
     CHECKPOINTS,
     CONFIG_NAME,
     LIBRARY_NAME,
+    MLX_NAME,
     PICKLE_NAME,
     PORTABLE_NAME,
     RECIPE_NAME,
@@ -34,7 +35,7 @@ from .remote.place import Place, UrlPath, is_dir, is_file, is_url, matching, pla
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
 _ATTEMPTS = 20  # to look into a directory that is overwritten meanwhile
-_FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, CONFIG_NAME)
+_FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, MLX_NAME, CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,14 @@ def _in_directory(path: Place, allow_pickle: bool) -> Location:
         raise FileError(_none(folder))
     config = folder / CONFIG_NAME if is_file(folder / CONFIG_NAME) else None
     if is_file(folder / WEIGHTS_NAME):
+        if is_file(folder / MLX_NAME):
+            raise FileError(
+                f"{folder} holds {WEIGHTS_NAME} of PEFT and {MLX_NAME} of MLX, and has one config "
+                "for both: move one of them to a folder of its own"
+            )
         return Location(path, folder / WEIGHTS_NAME, config)
+    if is_file(folder / MLX_NAME):
+        return Location(path, folder / MLX_NAME, config)
     if is_file(folder / PORTABLE_NAME):
         return Location(path, folder / PORTABLE_NAME, None)
     if not is_file(folder / PICKLE_NAME):

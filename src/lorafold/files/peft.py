@@ -27,12 +27,13 @@ from ..roles.fused import Packing
 from ..thin import thin
 from ..words import did_you_mean
 from . import safetensors
-from .config import check_length, checked, parsed, plain, read_card, read_text
+from .config import check_length, checked, json_object, parsed, plain, read_card, read_text
 from .disk.header import Entry
 from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
+from .formats.mlx import is_mlx, mlx_factors, mlx_keys, mlx_plan
 from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
@@ -335,8 +336,13 @@ def from_state_dict(
 ) -> Adapter:
     """The adapter of a state dict in memory, copied; see `load`."""
     where = "state dict"
-    _check_alpha(alpha, config is not None, where)
     copies = {k: _copied(k, t) for k, t in tensors.items()}
+    if is_mlx(copies):
+        copies, said = mlx_keys(copies), None if config is None else plain(config)
+        shapes = {k: (t.dtype, tuple(t.shape)) for k, t in copies.items()}
+        plan, found_config = mlx_plan(shapes, said, alpha, where)
+        return _assembled(copies, _Record(found_config, plan, {}, 0), where, device, dtype)
+    _check_alpha(alpha, config is not None, where)
     checked_config = None if config is None else checked(plain(config), where)
     found, checked_config = plain_keys(copies, checked_config, where)
     record = _record_of(found, checked_config, alpha, where)
@@ -394,6 +400,9 @@ def _open_safetensors(
             return AdapterFile.of(flat.adapter(alpha, where), place.path, nbytes)
         if is_portable(metadata):
             record = _of_roles(found, metadata, size, alpha, where)
+        elif is_mlx(found):
+            said = None if text is None else json_object(text, str(place.config))
+            record = _of_mlx(found, said, alpha, where, metadata, size)
         else:
             config = None if text is None else parsed(text, str(place.config))
             alphas, config = _said(metadata, config, alpha, where)
@@ -444,6 +453,20 @@ def _of_roles(
     record = _Record(told.config, told.plan, told.entries, size)
     record.packings = told.packings
     return record
+
+
+def _of_mlx(
+    found: Mapping[str, Entry],
+    said: Mapping[str, Any] | None,
+    alpha: float | None,
+    where: str,
+    metadata: Mapping[str, str],
+    size: int,
+) -> _Record:
+    entries = mlx_keys(found)
+    shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+    plan, config = mlx_plan(shapes, said, alpha, where)
+    return _Record({**config, **_origin(metadata)}, plan, entries, size)
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -499,6 +522,8 @@ def _update(
             # Contiguous copies, so that one expert does not keep all of them alive.
             A = A[e * slot.rank : (e + 1) * slot.rank].clone()
             B = B[:, e::count].contiguous()
+    if slot.form == "mlx":
+        A, B = mlx_factors(A, B, slot.part)
     A, B = A.flatten(1), B.flatten(1)
     narrow = next((t.dtype for t in (A, B) if t.dtype.itemsize == 1), None)
     if narrow is not None and dtype is None:

@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -86,6 +86,8 @@ class Slot:
         scale: multiplies the product.
         layout: how the weight relates to the update.
         dtype: of the factors (promoted, should they differ).
+        form: how the tensors hold the factors: PEFT's way, or "mlx".
+        part: (index, count) of it among the parts that the tensors hold, where `form` has such.
     """
 
     A: str
@@ -95,6 +97,8 @@ class Slot:
     scale: float
     layout: Layout
     dtype: torch.dtype
+    form: Literal["peft", "mlx"] = "peft"
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -390,7 +394,7 @@ def _slot(
                 f"{pair.keys['A']!r} is {A}, but the config gives {path!r} the rank {expected}"
             )
         alphas.check(pair.stem, config, layout.group(path))
-    dtype = _common_dtype(pair, tensors)
+    dtype = common_dtype(*(tensors[key][0] for key in pair.keys.values()))
     return Slot(
         pair.keys["A"], pair.keys["B"], (B[0], math.prod(A[1:])), rank, scale, layout, dtype
     )
@@ -432,7 +436,7 @@ def _parameter_slots(
                 f"{a!r} is {A}, which is no multiple of the rank {rank} "
                 f"that the config gives {path!r}"
             )
-        dtype = _common_dtype(pair, tensors)
+        dtype = common_dtype(*(tensors[key][0] for key in pair.keys.values()))
         for e in range(count):
             layout = Layout("expert", parameter=name, stem=pair.stem, expert=(e, count))
             slot = Slot(a, b, (B[0], A[1]), rank, scale, layout, dtype)
@@ -440,8 +444,8 @@ def _parameter_slots(
     return slots
 
 
-def _common_dtype(pair: _Pair, tensors: Tensors) -> torch.dtype:
-    a, b = (tensors[key][0] for key in pair.keys.values())
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The dtype of two factors together."""
     if a == b:
         return a
     # torch refuses to promote its 8-bit types.

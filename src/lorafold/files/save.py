@@ -31,6 +31,7 @@ from .config import (
     CARD,
     CARD_MARK,
     CONFIG_NAME,
+    MLX_NAME,
     PORTABLE_NAME,
     RECORD_NAME,
     STATE_NAME,
@@ -48,7 +49,7 @@ from .safetensors import save_tensors
 T = TypeVar("T")
 
 
-_FILES = (CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, STATE_NAME, RECORD_NAME)
+_FILES = (CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, MLX_NAME, STATE_NAME, RECORD_NAME)
 
 ADAPTER = Kind(
     "an adapter",

@@ -146,7 +146,7 @@ def parse_header(
         # What no encoder writes could not be written again: a lone surrogate, spelled \ud800.
         for key, value in _members(_decoded(header)):
             if key == METADATA:
-                metadata = value
+                metadata = {} if value is None else value  # mlx-lm writes null
             else:
                 found[sys.intern(key)] = _entry(key, value, data, where)
     except FileError:

@@ -20,7 +20,6 @@ _DIFFUSERS = (
     "load it with diffusers, `pipe.load_lora_weights(file, adapter_name='default')`, write it with "
     "`pipe.unet.save_lora_adapter(folder)`, and give the file in that folder"
 )
-MLX = f"this is in MLX's form, which is not read: {_DIFFERENCE} (mlx_lm.fuse merges)"
 
 # What a format is, how a key of it that nothing else has looks, and what to do.
 _FORMATS = (
@@ -35,11 +34,6 @@ _FORMATS = (
         _DIFFUSERS,
     ),
     ("in the form of kohya-ss", re.compile(r"\.lora_(down|up|mid)(\.weight)?$"), _DIFFERENCE),
-    (
-        "in MLX's form",
-        re.compile(r"\.lora_[ab]$"),
-        f"{_DIFFERENCE} (mlx_lm.fuse merges)",
-    ),
     (
         "in torchtune's form",
         re.compile(r"\.lora_[ab]\.weight$"),

@@ -1,0 +1,143 @@
+"""MLX's files against mlx-lm: what it writes is read right, and it runs what is written for it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import lorafold as lf
+from lorafold.files import open_adapter
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+mx = pytest.importorskip("mlx.core", reason="no wheel of mlx here", exc_type=ImportError)
+pytest.importorskip("mlx_lm", reason="no wheel of mlx-lm here", exc_type=ImportError)
+
+IDS = [[1, 5, 9, 3, 7, 2]]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return llama(tmp_path_factory.mktemp("base"), False)
+
+
+def llama(folder, tied):
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied)
+    return made(folder, config)
+
+
+def made(folder, config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():  # so that what is added to it shows
+        p.data.mul_(8) if p.ndim > 1 else None
+    model.save_pretrained(folder)
+    return folder
+
+
+def of_mlx(base, folder=None):
+    """The logits that mlx-lm computes, with the adapter in a folder or without."""
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(base)
+    if folder is not None:
+        load_adapters(model, str(folder))
+        model.eval()
+    return torch.tensor(model(mx.array(IDS)).tolist())
+
+
+def of_peft(base, folder=None):
+    """The same of transformers, with an adapter that PEFT runs."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if folder is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights, about merging
+            model = peft.PeftModel.from_pretrained(model, str(folder))
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits
+
+
+def trained(base, folder, kind="lora", keys=None, rank=3, scale=2.5):
+    """A folder as `mlx_lm.lora` writes it, of factors that are not zero."""
+    from mlx.utils import tree_flatten, tree_map
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model, save_config
+
+    model, _ = load_model(base)
+    model.freeze()
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
+    parameters = {k: v for k, v in parameters.items() if v is not None}
+    mx.random.seed(1)
+    linear_to_lora_layers(model, 2, parameters, use_dora=kind == "dora")
+    noise = tree_map(lambda x: x + 0.3 * mx.random.normal(x.shape), model.trainable_parameters())
+    model.update(noise)
+    folder.mkdir()
+    mx.save_safetensors(
+        str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters()))
+    )
+    said = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": parameters, "model": "b"}
+    save_config(said, folder / "adapter_config.json")
+    return folder
+
+
+EVERY = ["model.embed_tokens", "lm_head", "self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("keys", [None, EVERY], ids=["all linear layers", "embedding and head"])
+def test_what_mlx_wrote_runs_the_same_here_and_in_peft(untied, tmp_path, keys):
+    folder = trained(untied, tmp_path / "mlx", keys=keys)
+    expected, plain = of_mlx(untied, folder), of_mlx(untied)
+    assert (expected - plain).abs().max() > 1
+    adapter = lf.load(folder)
+    lf.save(adapter, tmp_path / "peft")
+    torch.testing.assert_close(of_peft(untied, tmp_path / "peft"), expected, atol=1e-4, rtol=0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    live = lf.attach(model, adapter)
+    with live.use(next(iter(live.names))), torch.no_grad():
+        logits = model(torch.tensor(IDS)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_dora_of_mlx_runs_the_same_in_peft(untied, tmp_path):
+    folder = trained(untied, tmp_path / "mlx", kind="dora")
+    adapter = lf.load(folder)
+    assert "DoRA" in adapter.refusal
+    lf.save(adapter, tmp_path / "peft")
+    expected = of_mlx(untied, folder)
+    assert (expected - of_mlx(untied)).abs().max() > 1
+    torch.testing.assert_close(of_peft(untied, tmp_path / "peft"), expected, atol=1e-4, rtol=0)
+
+
+MOE = {
+    "MixtralConfig": {"num_local_experts": 4},
+    "OlmoeConfig": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_experts_of_mlx_are_those_of_the_checkpoint(kind, tmp_path):
+    """Merged into it by their names there, they make the model that mlx-lm runs."""
+    from lorafold.merge import merge_into_weights
+
+    config = getattr(transformers, kind)(**SIZES, **MOE[kind], tie_word_embeddings=False)
+    base = made(tmp_path / "base", config)
+    folder = trained(base, tmp_path / "mlx")
+    expected = of_mlx(base, folder)
+    assert (expected - of_mlx(base)).abs().max() > 1
+    adapter = open_adapter(folder)
+    assert sum(".experts." in path for path in adapter.shapes) == 2 * 3 * 4
+    merge_into_weights(base, lf.load(folder), tmp_path / "merged")
+    torch.testing.assert_close(of_mlx(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_peft(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
