@@ -10,7 +10,7 @@ import numpy as np
 
 from ..adapter import Layout
 from ..collection.collection import Collection
-from ..collection.elsewhere import travelling, unreadable
+from ..collection.elsewhere import Said, travelling, unreadable
 from ..collection.limits import block_bytes
 from ..collection.sources import Broken, Handle
 from ..errors import MismatchError, ToleranceError
@@ -129,7 +129,7 @@ def folded(
             [_what_is_left(n, b, old_errors[n]) for n, b in zip(names, stated, strict=True)]
         )
         _refuse_unmet(collection.names[collection.folded :], own, bound, old_errors)
-    with options.crew.engine((_said_of(handles), options.bare(), bounds)) as engine:
+    with options.crew.engine((Said(handles), options.bare(), bounds)) as engine:
         survey = Survey(collection, options, bounds, options.progress, engine)
         written = Builder(survey).write(transaction)
     if options.tolerance is not None:
@@ -176,11 +176,6 @@ def _collected(
         block_bytes=block_bytes(options.memory),
         device=options.device,
     )
-
-
-def _said_of(handles: Mapping[str, Handle]) -> list[Any]:
-    """What tells a run's adapters from those of another."""
-    return [(name, h.shapes, getattr(h, "identity", None)) for name, h in handles.items()]
 
 
 def readable(handles: Mapping[str, Handle], options: Options, broken: Broken) -> dict[str, Handle]:
