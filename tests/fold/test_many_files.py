@@ -100,6 +100,17 @@ def test_a_name_takes_its_list_and_its_shard(library):
     assert not seen
 
 
+def test_a_folder_of_links_is_read(library, tmp_path):
+    """As in the Hub's cache, where every file is a link."""
+    (tmp_path / "links").mkdir()
+    for file in library.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    lib = lf.Library.open(tmp_path / "links")
+    assert lib.contents.state.lease is not None
+    assert digests(lib) == digests(lf.Library.open(library))
+    lib.verify()
+
+
 def test_an_unknown_name_among_many_is_told_without_reading_them_all(library, monkeypatch):
     opens, lib = Opens(library), lf.Library.open(library)
     monkeypatch.setattr("lorafold.fold.store.manifest._LOOKED_THROUGH", 9)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...errors import FileError
-from ...files.atomic import is_still_at, share_lock
+from ...files.atomic import share_lock
 from ...files.disk.held import read_regular
 from ...files.remote.file import gone
 from ...files.remote.place import Place, UrlPath, exists
@@ -322,9 +322,12 @@ def _lease(folder: Path, raw: bytes) -> Descriptor | None:
         if share_lock(file.number):
             now = bytearray(len(raw) + 1)
             whole = not file.read_into(memoryview(now), 0) and bytes(now[:-1]) == raw
-            if whole and is_still_at(file.number, folder / MANIFEST):
+            # Through links, too: a folder of the Hub's cache is made of them.
+            there = os.stat(folder / MANIFEST)
+            if whole and os.path.samestat(os.fstat(file.number), there):
                 return file
-    except FileError:
+    except FileError as e:
+        Damage.of(e)  # raises where this process may open no more files
         raise _OutrunError(f"{folder / MANIFEST} was replaced") from None
     except OSError:
         return None
