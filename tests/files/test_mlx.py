@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold.cli import main
-from lorafold.errors import FileError, MismatchError
+from lorafold.errors import FileError, MismatchError, RefusedError
 from lorafold.files import open_adapter
+from lorafold.parts import Layout
 
 Q, EMBED, HEAD = "model.layers.0.self_attn.q_proj", "model.embed_tokens", "lm_head"
 UP = "model.layers.1.mlp.switch_mlp.up_proj"
@@ -231,3 +232,195 @@ def test_what_is_no_adapter_says_what_it_is(tmp_path):
     shutil.copy(folder / "adapters.safetensors", folder / "adapter_model.safetensors")
     with pytest.raises(FileError, match="one config for both"):
         lf.load(folder)
+
+
+# Writing
+
+K, DOWN = "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
+WRITTEN = {Q: (6, 10), K: (4, 10), DOWN: (10, 14)}
+
+
+def adapter_of(scales=(1.0, 1.0, 1.0), ranks=(2, 3, 4), dtype=torch.float32, **more):
+    modules = {
+        path: lf.LowRank(torch.randn(r, inner).to(dtype), torch.randn(out, r).to(dtype), scale)
+        for (path, (out, inner)), r, scale in zip(WRITTEN.items(), ranks, scales, strict=True)
+    }
+    return lf.Adapter(modules, **more)
+
+
+def base_of(folder, tied=False, model_type="llama", **more):
+    """A base by its headers: what the modules here need, and a configuration."""
+    shapes = {**WRITTEN, EMBED: (12, 5), **({} if tied else {HEAD: (12, 5)}), **more}
+    folder.mkdir()
+    save_file(
+        {f"{path}.weight": torch.zeros(shape) for path, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
+    names = ["LlamaForCausalLM"]
+    config = {"model_type": model_type, "tie_word_embeddings": tied, "architectures": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def said_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_ranks_are_padded_and_a_common_scale_is_kept(tmp_path):
+    a = adapter_of(scales=(0.3, 0.3, 0.3), base_model="org/base", config={"lora_dropout": 0.1})
+    lf.save(a, tmp_path / "mlx", format="mlx")
+    tensors, said = load_file(tmp_path / "mlx" / "adapters.safetensors"), said_in(tmp_path / "mlx")
+    assert said["lora_parameters"] == {"rank": 4, "scale": 0.3, "dropout": 0.1, "keys": [*WRITTEN]}
+    assert (said["fine_tune_type"], said["model"]) == ("lora", "org/base")
+    assert {key: tuple(t.shape) for key, t in tensors.items()} == {
+        f"{path}.lora_{side}": shape
+        for path, (out, inner) in WRITTEN.items()
+        for side, shape in (("a", (inner, 4)), ("b", (4, out)))
+    }
+    back = lf.load(tmp_path / "mlx")
+    for path, u in a.modules.items():
+        assert torch.equal(back[path].A, u.A)
+        assert torch.equal(back[path].B, u.B)
+        assert back[path].scale == u.scale
+        exact = u.scale * u.B.double() @ u.A.double()
+        assert (update(tensors, path, 0.3) - exact).norm() < 1e-6 * exact.norm()
+    assert open_adapter(tmp_path / "mlx").shapes[Q] == (6, 10, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_that_differ_go_into_b(tmp_path, dtype):
+    exactly = adapter_of(scales=(0.5, 2.0, 4.0), dtype=dtype)
+    rounded = adapter_of(scales=(0.3, 2.0, 4.0), dtype=dtype)
+    for name, a in ("exactly", exactly), ("rounded", rounded):
+        lf.save(a, tmp_path / name, format="mlx")
+        back = lf.load(tmp_path / name)
+        assert said_in(tmp_path / name)["lora_parameters"]["scale"] == 1
+        assert all(torch.equal(back[path].A, u.A) for path, u in a.modules.items())
+        assert a.distance(back) <= 1e-6 * a.norm()
+        assert back[Q].B.dtype == (dtype if name == "exactly" else torch.float32)
+        assert back[K].B.dtype == dtype
+    assert torch.equal(lf.load(tmp_path / "exactly")[Q].B, exactly[Q].B * 0.5)
+    lf.save(rounded, tmp_path / "half", format="mlx", dtype=torch.bfloat16)
+    half = lf.load(tmp_path / "half")
+    assert half[Q].B.dtype == torch.bfloat16
+    assert rounded.distance(half) < 5e-3 * rounded.norm()
+
+
+def test_embedding_and_head_of_an_untied_base(tmp_path):
+    modules = {p: lf.LowRank(torch.randn(2, i), torch.randn(o, 2)) for p, (o, i) in SHAPES.items()}
+    a = lf.Adapter(modules, layouts={EMBED: Layout("embedding")})
+    lf.save(a, tmp_path / "mlx", format="mlx", base=base_of(tmp_path / "base"))
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert tuple(tensors[f"{EMBED}.lora_a"].shape) == (12, 2)
+    assert tuple(tensors[f"{EMBED}.lora_b"].shape) == (2, 5)
+    assert a.distance(lf.load(tmp_path / "mlx")) == 0
+    tied = base_of(tmp_path / "tied", tied=True)
+    for path in (EMBED, HEAD):
+        one = lf.Adapter({path: a[path]}, layouts={path: a.layout(path)})
+        with pytest.raises(RefusedError, match=f"one weight for embedding and .*{path}"):
+            lf.save(one, tmp_path / "no", format="mlx", base=tied)
+    with pytest.raises(RefusedError, match=f"{EMBED}.*give base="):
+        lf.save(a, tmp_path / "no", format="mlx")
+
+
+def refused(name, tmp_path):
+    """(adapter, options, what is said) of what MLX has no place for."""
+    u = lf.LowRank(torch.randn(2, 8), torch.randn(6, 2))
+    base = base_of(tmp_path / "base")
+    layouts = {
+        "conv": Layout("conv", kernel=(2, 4)),
+        "experts": Layout("expert", parameter="gate_up_proj", expert=(0, 2)),
+        "attention": Layout(parameter="in_proj_weight"),
+    }
+    a = adapter_of()
+    config = {"modules_to_save": ["score"]}
+    return {
+        "a head": (lf.Adapter(a.modules, {"score.weight": u.A}, config), {}, "'score.weight'"),
+        "a bias": (lf.Adapter(a.modules, {f"{Q}.bias": u.A[0]}, {}), {}, f"'{Q}.bias'"),
+        "a convolution": (lf.Adapter({"c": u}, layouts={"c": layouts["conv"]}), {}, "'c'"),
+        "an attention": (lf.Adapter({"c": u}, layouts={"c": layouts["attention"]}), {}, "'c'"),
+        "experts in one": (
+            lf.Adapter({"e.gate_up_proj[0]": u}, layouts={"e.gate_up_proj[0]": layouts["experts"]}),
+            {},
+            "is an expert .*give base=",
+        ),
+        "a strange name": (lf.Adapter({"transformer.h.0.attn": u}), {}, "'transformer.h.0.attn'"),
+        "not in the base": (lf.Adapter({f"{Q}x": u}), {"base": base}, "q_projx"),
+        "another shape": (lf.Adapter({Q: u}), {"base": base}, "q_proj"),
+        "another architecture": (
+            a,
+            {"base": base_of(tmp_path / "bert", model_type="bert")},
+            "'bert', of which it is not known",
+        ),
+        "PiSSA": (
+            lf.Adapter(a.modules, config={"init_lora_weights": "pissa", "r": 2, "lora_alpha": 2}),
+            {},
+            "PiSSA",
+        ),
+        "DoRA of some": (
+            lf.Adapter(a.modules, {f"{Q}.lora_magnitude_vector": torch.ones(6)}),
+            {},
+            "DoRA of all modules or of none",
+        ),
+        "float64": (adapter_of(dtype=torch.float64), {}, "give dtype=torch.float32"),
+        "padding": (a, {"pad": True}, "pad= and tables= are not for format='mlx'"),
+    }[name]
+
+
+NOT_HELD = (
+    *("a head", "a bias", "a convolution", "an attention", "experts in one", "a strange name"),
+    *("not in the base", "another shape", "another architecture", "PiSSA", "DoRA of some"),
+    *("float64", "padding"),
+)
+
+
+@pytest.mark.parametrize("name", NOT_HELD)
+def test_what_mlx_can_not_hold_is_refused_by_name(name, tmp_path):
+    adapter, options, says = refused(name, tmp_path)
+    with pytest.raises((RefusedError, MismatchError), match=says):
+        lf.save(adapter, tmp_path / "no", format="mlx", **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_experts_that_are_not_there_are_zero(tmp_path):
+    names = [f"model.layers.0.mlp.experts.{e}.up_proj" for e in (0, 2)]
+    updates = [lf.LowRank(torch.randn(r, 10), torch.randn(6, r)) for r in (2, 1)]
+    lf.save(lf.Adapter(dict(zip(names, updates, strict=True))), tmp_path / "mlx", format="mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert said_in(tmp_path / "mlx")["lora_parameters"]["keys"] == [path]
+    A, B = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+    assert (A.shape, B.shape) == ((3, 2, 10), (3, 6, 2))
+    assert not A[1].any()
+    back = lf.load(tmp_path / "mlx")
+    assert [back[name].rank for name in names] == [2, 1]
+    assert all(torch.equal(back[n].A, u.A) for n, u in zip(names, updates, strict=True))
+
+
+def test_one_form_takes_the_place_of_the_other(tmp_path):
+    a, folder = adapter_of(), tmp_path / "a"
+    lf.save(a, folder)
+    (folder / "notes.txt").write_text("mine")
+    lf.save(a, folder, format="mlx", overwrite=True)
+    files = {"adapters.safetensors", "adapter_config.json", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == files
+    lf.save(lf.load(folder), folder, overwrite=True)
+    files = {"adapter_model.safetensors", "adapter_config.json", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert a.distance(lf.load(folder)) == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ("{", "not valid JSON"),
+        (f'{{"{Q}": "2"}}', "whole numbers"),
+        (f'{{"{DOWN}": 2}}', "its rank is not the 2"),
+    ],
+)
+def test_a_header_that_is_wrong_about_the_padding(tmp_path, ranks, says):
+    lf.save(adapter_of(), tmp_path / "a", format="mlx")
+    file = tmp_path / "a" / "adapters.safetensors"
+    save_file(load_file(file), file, metadata={"lorafold_ranks": ranks})
+    with pytest.raises((FileError, MismatchError), match=says):
+        lf.load(tmp_path / "a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import lorafold as lf
 from lorafold.files import open_adapter
+from lorafold.parts import Layout
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -25,6 +28,11 @@ SIZES = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory):
+    return llama(tmp_path_factory.mktemp("base"), request.param), request.param
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +149,95 @@ def test_experts_of_mlx_are_those_of_the_checkpoint(kind, tmp_path):
     merge_into_weights(base, lf.load(folder), tmp_path / "merged")
     torch.testing.assert_close(of_mlx(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(of_peft(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
+
+
+# What lorafold writes
+
+
+def mixed(base, tied):
+    """An adapter in PEFT's form with ranks 2, 3 and 4 and scales that no two of them share."""
+    layers = {"self_attn.q_proj": 2, "self_attn.v_proj": 3, "mlp.down_proj": 4}
+    modules = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    names = dict.fromkeys(f"model.layers.{i}.{name}" for i in range(2) for name in layers)
+    ranks = {name: layers[name.split(".", 3)[3]] for name in names}
+    if not tied:
+        ranks |= {"lm_head": 2, "model.embed_tokens": 3}
+    layouts = {"model.embed_tokens": Layout("embedding")} if not tied else {}
+    torch.manual_seed(1)
+    for path, rank in ranks.items():
+        out, inner = model.get_submodule(path).weight.shape
+        if path in layouts:
+            out, inner = inner, out
+        A, B = torch.randn(rank, inner), 0.3 * torch.randn(out, rank)
+        modules[path] = lf.LowRank(A, B, 4 / (3 * rank))
+    return lf.Adapter(modules, layouts=layouts)
+
+
+def test_mlx_runs_what_is_written_as_peft_does(base, tmp_path):
+    """Ranks 2, 3 and 4 in one rank, their scales in B."""
+    folder, tied = base
+    adapter = mixed(folder, tied)
+    lf.save(adapter, tmp_path / "peft")
+    lf.save(adapter, tmp_path / "mlx", format="mlx", base=folder)
+    expected = of_peft(folder, tmp_path / "peft")
+    assert (expected - of_peft(folder)).abs().max() > 1
+    found = of_mlx(folder, tmp_path / "mlx")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(tmp_path / "mlx", wrong)
+    said = json.loads((wrong / "adapter_config.json").read_text())
+    said["lora_parameters"]["scale"] = 2.0
+    (wrong / "adapter_config.json").write_text(json.dumps(said))
+    assert (of_mlx(folder, wrong) - expected).abs().max() > 0.1
+    back = lf.load(tmp_path / "mlx")
+    assert {p: u.rank for p, u in back.modules.items()} == {
+        p: u.rank for p, u in adapter.modules.items()
+    }
+    assert all(torch.equal(u.A, adapter[p].A) for p, u in back.modules.items())
+    assert adapter.distance(back) < 1e-6 * adapter.norm()
+
+
+def test_what_mlx_wrote_comes_out_bit_for_bit(untied, tmp_path):
+    folder = trained(untied, tmp_path / "mlx", keys=EVERY)
+    lf.save(lf.load(folder), tmp_path / "again", format="mlx", base=untied)
+    before, after = (mx.load(str(f / "adapters.safetensors")) for f in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(bool(mx.array_equal(before[key], after[key])) for key in before)
+    assert torch.equal(of_mlx(untied, tmp_path / "again"), of_mlx(untied, folder))
+
+
+def test_dora_goes_both_ways(untied, tmp_path):
+    folder = trained(untied, tmp_path / "mlx", kind="dora")
+    lf.save(lf.load(folder), tmp_path / "peft")
+    lf.save(lf.load(tmp_path / "peft"), tmp_path / "again", format="mlx")
+    assert torch.equal(of_mlx(untied, tmp_path / "again"), of_mlx(untied, folder))
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_experts_of_peft_run_in_mlx(kind, tmp_path):
+    """Two parameters of all experts in PEFT, three modules in MLX, and a router."""
+    config = getattr(transformers, kind)(**SIZES, **MOE[kind], tie_word_embeddings=False)
+    base = made(tmp_path / "base", config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, lora)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(std=0.5)
+    model.save_pretrained(tmp_path / "peft")
+    lf.save(lf.load(tmp_path / "peft"), tmp_path / "mlx", format="mlx", base=base)
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(IDS)).logits
+    assert (expected - of_peft(base)).abs().max() > 1
+    torch.testing.assert_close(of_mlx(base, tmp_path / "mlx"), expected, atol=1e-4, rtol=0)
+    again = tmp_path / "again"
+    lf.save(lf.load(tmp_path / "mlx"), again, format="mlx", base=base)
+    assert torch.equal(of_mlx(base, again), of_mlx(base, tmp_path / "mlx"))

@@ -16,6 +16,7 @@ VERBS = {
     "anatomy": "Measure every module of an adapter, and find those that stand out.",
     "roles": "Show what the modules of a base or an adapter do.",
     "resize": "Write adapters at another size, with the error it costs.",
+    "convert": "Write an adapter in the form of another program.",
     "check": "Check an adapter's names and shapes against its base.",
     "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",

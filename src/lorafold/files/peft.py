@@ -33,7 +33,7 @@ from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
-from .formats.mlx import is_mlx, mlx_factors, mlx_keys, mlx_plan
+from .formats.mlx import RANKS, is_mlx, mlx_factors, mlx_keys, mlx_plan
 from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
 from .peft_keys import Plan, Slot, make_plan, plain_keys
@@ -465,8 +465,9 @@ def _of_mlx(
 ) -> _Record:
     entries = mlx_keys(found)
     shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-    plan, config = mlx_plan(shapes, said, alpha, where)
-    return _Record({**config, **_origin(metadata)}, plan, entries, size)
+    plan, config = mlx_plan(shapes, said, alpha, where, metadata)
+    others = {key: text for key, text in metadata.items() if key != RANKS}
+    return _Record({**config, **_origin(others)}, plan, entries, size)
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -523,7 +524,10 @@ def _update(
             A = A[e * slot.rank : (e + 1) * slot.rank].clone()
             B = B[:, e::count].contiguous()
     if slot.form == "mlx":
-        A, B = mlx_factors(A, B, slot.part)
+        try:
+            A, B = mlx_factors(A, B, slot)
+        except MismatchError as e_:
+            raise MismatchError(f"{where}: module {path!r}: {e_}") from e_
     A, B = A.flatten(1), B.flatten(1)
     narrow = next((t.dtype for t in (A, B) if t.dtype.itemsize == 1), None)
     if narrow is not None and dtype is None:

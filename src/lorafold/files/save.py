@@ -40,7 +40,9 @@ from .config import (
     plain,
 )
 from .find import is_adapter
+from .formats.baking import padded, scaled
 from .formats.portable import portable_form
+from .formats.registry import WRITTEN, writer
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import Kind
@@ -96,7 +98,7 @@ def save(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    format: Literal["peft", "portable"] = "peft",  # noqa: A002
+    format: Literal["peft", "portable", "mlx"] = "peft",  # noqa: A002
     pad: bool = False,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
@@ -104,7 +106,7 @@ def save(
     base: Any = None,
     tables: Tables = (),
 ) -> None:
-    """Write an adapter as a directory, whole or not at all: as PEFT reads it, or by roles.
+    """Write an adapter as a directory, whole or not at all: as PEFT reads it, by roles, or for MLX.
 
     An adapter as it was loaded comes out bit for bit, with every field of its config. One whose
     ranks or scales changed is written with the scale baked into B, α = r, and modules of other
@@ -120,21 +122,24 @@ def save(
     Args:
         adapter: what to write.
         path: the directory to make, of this machine or a URL.
-        format: "peft", or "portable".
+        format: "peft", "portable", or "mlx": mlx-lm's folder, of one rank, a scale that all modules
+            share kept and others in B. What MLX has no place for is refused by name.
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.
         overwrite: replace the adapter at `path`; other files in its folder stay.
         dtype: of the factors; by default their own (float32 where baking the scale would round).
         base_model: name or path of the base; by default the adapter's.
         base: for "portable", the base itself (a model, its configuration or folder), which says
-            how fused modules pack their parts; by default `base_model`, if that is a folder.
+            how fused modules pack their parts; by default `base_model`, if that is a folder. For
+            "mlx" the base's folder: needed for embeddings and experts, and checked where given.
         tables: for "portable", of modules whose roles are not known; see `lf.roles`.
 
     Raises:
         FileError: something is at `path` and `overwrite` is False, or it is no adapter.
-        RefusedError: a change was asked of an adapter that ΔW algebra is refused for.
-        MismatchError: modules that can't be in one file, an option of the other format, or modules
-            without a role.
+        RefusedError: a change was asked of an adapter that ΔW algebra is refused for, or a format
+            that has no place for a part of it.
+        MismatchError: modules that can't be in one file, an option of another format, modules
+            without a role, or not in the base.
     """
     if format == "portable":
         if pad:
@@ -145,10 +150,22 @@ def save(
         with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
             save_tensors(_separate(named), staging / PORTABLE_NAME, metadata=metadata)
         return
+    if format in WRITTEN:
+        if pad or tables:
+            raise MismatchError(f"pad= and tables= are not for format={format!r}")
+        form = writer(format)(adapter, base=base, base_model=base_model, dtype=dtype)
+        with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
+            origin = adapter.config.get(ORIGIN, {})
+            metadata = {**origin.get("metadata", {}), **form.metadata}
+            save_tensors(_separate(form.tensors), staging / form.file, metadata=metadata)
+            _write_beside(staging, origin)
+            (staging / CONFIG_NAME).write_text(as_json(form.config), encoding="utf-8")
+        return
     if format != "peft":
-        raise MismatchError(f"format must be 'peft' or 'portable', found {one_line(format)}")
+        known = ", ".join(map(repr, ("peft", "portable", *WRITTEN)))
+        raise MismatchError(f"format must be one of {known}, found {one_line(format)}")
     if base is not None or tables:
-        raise MismatchError("base= and tables= are for format='portable'")
+        raise MismatchError("base= and tables= are for other formats than 'peft'")
     tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, tensors, config)
@@ -164,11 +181,16 @@ def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
         raise MismatchError(f"the adapter's config can't be written as JSON: {e}") from e
     metadata = {"format": "pt", **origin.get("metadata", {})}
     save_tensors(_separate(tensors), folder / WEIGHTS_NAME, metadata=metadata)
+    _write_beside(folder, origin)
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _write_beside(folder: Path, origin: Mapping[str, str]) -> None:
+    """The model card and the record of a dial, where there are such."""
     if "card" in origin:
         (folder / CARD).write_text(f"{origin['card']}\n{CARD_MARK}\n", encoding="utf-8")
     if "record" in origin:
         (folder / RECORD_NAME).write_text(origin["record"], encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def peft_form(
@@ -272,7 +294,7 @@ def _baked(adapter: Adapter, pad: bool) -> tuple[dict[str, LowRank], dict[str, i
     for p, u in adapter.modules.items():
         layout = adapter.layout(p)
         scale = u.scale / OUT_PROJ_TIMES if layout.is_out_proj else u.scale
-        modules[p] = _padded(u.A, _told(p, _scaled, u.B, scale), ranks[layout.group(p)])
+        modules[p] = padded(u.A, _told(p, scaled, u.B, scale), ranks[layout.group(p)])
     return modules, ranks
 
 
@@ -284,34 +306,12 @@ def _told(path: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T
         raise MismatchError(f"module {path!r}: {e}") from e
 
 
-def _scaled(t: Tensor, scale: float) -> Tensor:
-    """scale · t, in t's dtype where no entry is rounded, else in float32 at least."""
-    if scale == 1:
-        return t
-    exact = t.double() * scale
-    result = exact.to(t.dtype)
-    if torch.equal(result.double(), exact):
-        return result
-    wide = exact.to(torch.promote_types(t.dtype, torch.float32))
-    if not bool(wide.isfinite().all()):
-        raise MismatchError(f"its scale of {scale:.3g} makes numbers that float32 can't hold")
-    return wide
-
-
-def _padded(A: Tensor, B: Tensor, rank: int) -> LowRank:
-    more = rank - A.shape[0]
-    if more:
-        A = torch.cat([A, A.new_zeros(more, A.shape[1])])
-        B = torch.cat([B, B.new_zeros(B.shape[0], more)], 1)
-    return LowRank(A, B)
-
-
 def _baked_biases(extras: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """LoRA biases times the scale that the config gave them, which is 1 from now on."""
     result = dict(extras)
     for key, value in extras.items():
         if extra_kind(key, config) == "lora bias":
-            result[key] = _scaled(value, scaling(config, lora_bias_path(key))[1])
+            result[key] = scaled(value, scaling(config, lora_bias_path(key))[1])
     return result
 
 

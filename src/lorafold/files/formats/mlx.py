@@ -18,22 +18,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...errors import FileError, MismatchError
 from ...naming import Base
 from ...parts import LINEAR, PREFIX, Layout
 from ...words import some_of, warn
+from ..config import json_object
 from ..peft_keys import Plan, Slot, Tensors, common_dtype
 
 _T = TypeVar("_T")
 _Pair = dict[str, str]  # {"a", "b": key}
 
 _KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
-_MAGNITUDE = ".lora_magnitude_vector"
+MAGNITUDE = ".lora_magnitude_vector"
+RANKS = "lorafold_ranks"  # in the header of what lorafold wrote: {module: rank}, of those padded
 _SWITCH = re.compile(r"(?P<owner>.+)\.switch_mlp\.(?P<name>gate_proj|up_proj|down_proj)")
 # What checkpoints of Mixtral call them, whose experts are a `block_sparse_moe`.
-_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def is_mlx(keys: Iterable[str]) -> bool:
@@ -47,23 +50,38 @@ def mlx_keys(tensors: Mapping[str, _T]) -> dict[str, _T]:
     for key, value in tensors.items():
         path = key.removesuffix(".m")
         is_magnitude = path != key and f"{path}.lora_a" in tensors
-        found[f"{PREFIX}{path}{_MAGNITUDE}" if is_magnitude else key] = value
+        found[f"{PREFIX}{path}{MAGNITUDE}" if is_magnitude else key] = value
     return found
 
 
-def mlx_factors(a: Tensor, b: Tensor, part: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) of what a file holds, of one of its experts by (index, count).
+def mlx_factors(a: Tensor, b: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of what a file holds; contiguous copies.
 
-    Contiguous copies, so that one expert does not keep all of them alive.
+    Raises:
+        MismatchError: what the header says is padding is not zero.
     """
-    if part is None:
-        return a.T.contiguous(), b.T.contiguous()
-    e, count = part
-    return a.reshape(count, -1, a.shape[-1])[e].clone(), b[e].clone()
+    if slot.part is None:
+        A, B = a.T, b.T
+    else:
+        e, count = slot.part
+        A, B = a.reshape(count, -1, a.shape[-1])[e], b[e]
+    if bool(A[slot.rank :].any()) or bool(B[:, slot.rank :].any()):
+        raise MismatchError(
+            f"its rank is not the {slot.rank} that {RANKS!r} in the header says: remove that"
+        )
+    A, B = A[: slot.rank], B[:, : slot.rank]
+    # So that one expert, or what was cut off, does not keep all of them alive.
+    return A.clone(memory_format=torch.contiguous_format), B.clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def mlx_plan(
-    tensors: Tensors, said: Mapping[str, Any] | None, alpha: float | None, where: str
+    tensors: Tensors,
+    said: Mapping[str, Any] | None,
+    alpha: float | None,
+    where: str,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """What an MLX file holds, and a config that says the same in PEFT's words.
 
@@ -72,6 +90,7 @@ def mlx_plan(
         said: its config; None where there is none.
         alpha: α, where there is no config; its rank is then the factors' own.
         where: the file, for messages.
+        metadata: of its header.
 
     Raises:
         FileError: no scale, or a config of another kind.
@@ -79,10 +98,11 @@ def mlx_plan(
             experts of which it is not known how a checkpoint calls them.
     """
     pairs, others = _pairs(tensors, where)
-    dora = sorted(key for key in others if key.endswith(_MAGNITUDE))
+    dora = sorted(key for key in others if key.endswith(MAGNITUDE))
     rank, scale, config = _configured(said, alpha, where)
     _check_dora(dora, pairs, said, where)
     embedding = Base({f"{path}.weight": ((), None) for path in pairs}).embedding()
+    smaller = _ranks(metadata or {}, where)
     slots: dict[str, Slot] = {}
     for path, pair in pairs.items():
         is_embedding = f"{path}.weight" == embedding
@@ -95,7 +115,8 @@ def mlx_plan(
                 if rank is not None and slot.rank != rank:
                     raise MismatchError(f"its rank is {slot.rank}, and the config says {rank}")
                 factor = (alpha or 0.0) / slot.rank if scale is None else scale
-                slots[name] = replace(slot, scale=factor)
+                own = min(smaller.get(name, slot.rank), slot.rank)
+                slots[name] = replace(slot, scale=factor, rank=own)
         except MismatchError as e:
             raise MismatchError(f"{where}: module {path!r}: {e}") from e
     if embedding is not None and not any(path.endswith("lm_head") for path in pairs):
@@ -164,6 +185,16 @@ def _configured(
     return rank, scale, config
 
 
+def _ranks(metadata: Mapping[str, str], where: str) -> dict[str, int]:
+    """{module: rank} of those that lorafold has padded."""
+    if RANKS not in metadata:
+        return {}
+    found = json_object(metadata[RANKS], f"{where}: {RANKS} in the header")
+    if not all(type(rank) is int and rank >= 1 for rank in found.values()):
+        raise FileError(f"{where}: {RANKS} in the header must give whole numbers")
+    return found
+
+
 def _number(parameters: Mapping[str, Any], name: str, where: str) -> float:
     value = parameters.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -179,7 +210,7 @@ def _number(parameters: Mapping[str, Any], name: str, where: str) -> float:
 def _check_dora(
     dora: list[str], pairs: Mapping[str, _Pair], said: Mapping[str, Any] | None, where: str
 ) -> None:
-    have = {key.removeprefix(PREFIX).removesuffix(_MAGNITUDE) for key in dora}
+    have = {key.removeprefix(PREFIX).removesuffix(MAGNITUDE) for key in dora}
     is_dora = bool(dora) if said is None else said.get("fine_tune_type") == "dora"
     lacking = [path for path in pairs if (path in have) != is_dora]
     if lacking:
@@ -220,7 +251,7 @@ def _experts(path: str, count: int) -> list[str]:
         raise MismatchError("it has experts, and how a checkpoint calls those is not known here")
     owner, name = match["owner"], match["name"]
     if owner.endswith("block_sparse_moe"):
-        name = _MIXTRAL[name]
+        name = MIXTRAL[name]
     return [f"{owner}.experts.{e}.{name}" for e in range(count)]
 
 

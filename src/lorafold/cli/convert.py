@@ -1,0 +1,116 @@
+"""`lorafold convert`: an adapter in the form of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..files.formats.registry import WRITTEN
+from . import _output as output
+from ._command import command
+from ._source import opened, source_options, touched
+from ._writing import Places, dtype_option, torch_dtype
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..adapter import Adapter
+
+
+@command("convert", example="lorafold convert adapters/sql -o sql-mlx --to mlx")
+@click.argument("source", metavar="IN")
+@click.option("-o", "--output", "target", required=True, metavar="OUT", help="The folder to write.")
+@click.option(
+    "--to", "form", type=click.Choice(["peft", *WRITTEN]), required=True, help="Whose form."
+)
+@click.option("--base", metavar="DIR", help="The base's folder, which has its names and shapes.")
+@click.option("--base-model", help="Name or path of the base, for the config.")
+@dtype_option
+@click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
+@source_options
+def convert(
+    source: str,
+    target: str,
+    form: Any,
+    base: str | None,
+    base_model: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Write an adapter in the form of another program.
+
+    IN is told by what is in it. The update stays what it is: factors keep their bits where the form
+    has room for their scale, and are float32 where multiplying it in would round, unless --dtype
+    says otherwise; the error of what was written is measured against IN. What the form has no place
+    for is refused by name.
+    """
+    from ..files import open_adapter, save
+
+    file = opened(source, dtype=dtype, **options)
+    apart = [path for path in touched([source], {}) if path is not None]
+    places = Places.of(target, ["adapter"], [*apart, file.path], overwrite=overwrite, many=False)
+    (path,) = places.paths.values()
+    adapter = file.load()
+    save(
+        adapter,
+        path,
+        format=form,
+        base=base,
+        base_model=base_model,
+        dtype=torch_dtype(dtype),
+        overwrite=overwrite,
+    )
+    after = open_adapter(path)
+    found = {
+        "path": target,
+        "format": form,
+        "modules": [len(file.shapes), len(after.shapes)],
+        "ranks": [_ranks(file.shapes), _ranks(after.shapes)],
+        "bytes": [file.nbytes, after.nbytes],
+        "dtypes": [_dtypes(file.dtypes), _dtypes(after.dtypes)],
+        "error": _error(adapter, after.load()),
+    }
+    output.report(found, lambda out: _show(out, found))
+
+
+def _error(adapter: Adapter, written: Adapter) -> float | None:
+    """Relative, in ΔW; None where the modules have other names now, or the algebra is refused."""
+    from ..adapter import on_base
+
+    if adapter.base_model is not None:  # of which --base-model may be another name
+        written = on_base(written, adapter.base_model)
+    if adapter.refusal is not None or adapter.modules.keys() != written.modules.keys():
+        return None
+    norm = adapter.norm()
+    return adapter.distance(written) / norm if norm > 0 else 0.0
+
+
+def _ranks(shapes: Mapping[str, tuple[int, int, int]]) -> list[int]:
+    """Smallest and largest."""
+    ranks = [rank for _, _, rank in shapes.values()]
+    return [min(ranks, default=0), max(ranks, default=0)]
+
+
+def _dtypes(dtypes: Mapping[str, Any]) -> list[str]:
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
+
+
+def _show(out: Console, d: Mapping[str, Any]) -> None:
+    error = d["error"]
+    said = "not measured: its modules are others, or no plain W + ΔW"
+    rows = {
+        "written": f"{d['path']}, in the form of {d['format']}",
+        "modules": _change(map(str, d["modules"])),
+        "rank": _change(map(output.span, d["ranks"])),
+        "bytes": _change(map(output.size, d["bytes"])),
+        "dtype": _change(", ".join(names) for names in d["dtypes"]),
+        "error": said if error is None else f"{output.percent(error)} of ‖ΔW‖",
+    }
+    output.facts(out, list(rows.items()))
+
+
+def _change(words: Any) -> str:
+    return " → ".join(dict.fromkeys(words))
