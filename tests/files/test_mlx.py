@@ -189,8 +189,11 @@ def test_the_header_that_mlx_writes_is_one(tmp_path):
 
 
 A, B = factors(6, 10)
+SECOND = "model.layers.1.mlp.experts.1.up_proj"
 WRONG = {
     "no scale": ({}, {"parameters": {"scale": None, "alpha": 16}}, "'scale' in the config"),
+    "a long number": ({}, {"parameters": {"scale": 10**400}}, "must be a number"),
+    "infinity": ({}, {"parameters": {"scale": float("inf")}}, "must be a number"),
     "a text": ({}, {"parameters": {"scale": "20"}}, "must be a number, found '20'"),
     "another rank": ({}, {"parameters": {"rank": 8}}, "its rank is 3, and the config says 8"),
     "no parameters": ({}, {"lora_parameters": None}, "is not one of MLX's LoRA"),
@@ -206,6 +209,22 @@ WRONG = {
     "NaN": ({f"{HEAD}.lora_a": A * float("nan"), f"{HEAD}.lora_b": B}, {}, "NaN"),
     "magnitudes": ({f"{Q}.m": torch.rand(6)}, {}, "has magnitudes"),
     "no magnitudes": ({}, {"fine_tune_type": "dora"}, "has no magnitudes"),
+    "experts twice": (
+        dict(
+            zip(
+                (f"{UP}.lora_a", f"{UP}.lora_b", *(f"{SECOND}.lora_{s}" for s in "ab")),
+                (*factors(6, 10, experts=2), A, B),
+                strict=True,
+            )
+        ),
+        {},
+        "in the file twice",
+    ),
+    "magnitudes twice": (
+        {f"{Q}.m": torch.rand(6), f"base_model.model.{Q}.lora_magnitude_vector": torch.rand(6)},
+        {"fine_tune_type": "dora"},
+        "are the same tensor",
+    ),
     "strange experts": (
         dict(zip(("x.experts.lora_a", "x.experts.lora_b"), factors(6, 10, experts=2), strict=True)),
         {},

@@ -11,6 +11,7 @@ import torch
 
 import lorafold as lf
 from lorafold.files import open_adapter
+from lorafold.files.formats.mlx_writing import DENSE, OF_EXPERTS
 from lorafold.parts import Layout
 
 transformers = pytest.importorskip("transformers")
@@ -241,3 +242,43 @@ def test_experts_of_peft_run_in_mlx(kind, tmp_path):
     again = tmp_path / "again"
     lf.save(lf.load(tmp_path / "mlx"), again, format="mlx", base=base)
     assert torch.equal(of_mlx(base, again), of_mlx(base, tmp_path / "mlx"))
+
+
+# What else a configuration needs: of transformers' class, and of mlx-lm's.
+ROPE = {"rope_theta": 1e4, "rope_scaling": None, "partial_rotary_factor": 0.5, "head_dim": 8}
+MORE = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": {"num_local_experts": 4},
+    **{
+        kind: {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        for kind in ("olmoe", "qwen2_moe", "qwen3_moe")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *OF_EXPERTS])
+def test_the_modules_of_an_architecture_have_these_names(kind):
+    """Of every one that is let through: linear layers and embedding, with none left over."""
+    import importlib
+
+    from mlx import nn
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    config = transformers.AutoConfig.for_model(kind, **SIZES, pad_token_id=0, **MORE.get(kind, {}))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    layers = (torch.nn.Linear, torch.nn.Embedding)
+    expected = {name for name, m in model.named_modules() if isinstance(m, layers)}
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    for n in range(2) if kind in OF_EXPERTS else ():
+        names = ("gate", *(f"switch_mlp.{x}_proj" for x in ("gate", "up", "down")))
+        expected |= {f"model.layers.{n}.{block}.{name}" for name in names}
+    tied = {"lm_head"} if config.tie_word_embeddings else set()
+    there = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
+    said = {**ROPE, **config.to_dict()}
+    said = {**said, "num_experts": said.get("num_local_experts", said.get("num_experts"))}
+    mlx_model = there.Model(there.ModelArgs.from_dict(said))
+    layers = (nn.Linear, nn.Embedding, SwitchLinear)
+    found = {name for name, m in mlx_model.named_modules() if isinstance(m, layers)}
+    assert found - tied == expected - tied

@@ -46,7 +46,7 @@ def open_adapter(
     """Open an adapter without reading its tensors.
 
     Args:
-        source: a PEFT directory, one holding a single such directory, a safetensors file, LIB:NAME
+        source: a PEFT or MLX directory, one holding a single such, a safetensors file, LIB:NAME
             for one in a library, SUB:TASK for one in a vLoRA folder, a URL of any of these, an id
             on the Hub (when huggingface_hub is installed), or an `Adapter` in memory. A path that
             exists is a path, and what looks like a path is never asked for on the Hub, unless

@@ -338,7 +338,7 @@ def from_state_dict(
     where = "state dict"
     copies = {k: _copied(k, t) for k, t in tensors.items()}
     if is_mlx(copies):
-        copies, said = mlx_keys(copies), None if config is None else plain(config)
+        copies, said = mlx_keys(copies, where), None if config is None else plain(config)
         shapes = {k: (t.dtype, tuple(t.shape)) for k, t in copies.items()}
         plan, found_config = mlx_plan(shapes, said, alpha, where)
         return _assembled(copies, _Record(found_config, plan, {}, 0), where, device, dtype)
@@ -463,7 +463,7 @@ def _of_mlx(
     metadata: Mapping[str, str],
     size: int,
 ) -> _Record:
-    entries = mlx_keys(found)
+    entries = mlx_keys(found, where)
     shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
     plan, config = mlx_plan(shapes, said, alpha, where, metadata)
     others = {key: text for key, text in metadata.items() if key != RANKS}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -41,16 +42,23 @@ MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 def is_mlx(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is one of MLX's."""
-    return any(key.endswith((".lora_a", ".lora_b")) for key in keys)
+    return any(match["side"] for key in keys if (match := _KEY.fullmatch(key)))
 
 
-def mlx_keys(tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """Tensors under the keys that `mlx_plan` takes: those of magnitudes as PEFT has them."""
-    found = {}
+def mlx_keys(tensors: Mapping[str, _T], where: str) -> dict[str, _T]:
+    """Tensors under the keys that `mlx_plan` takes: those of magnitudes as PEFT has them.
+
+    Raises:
+        MismatchError: two keys that are one.
+    """
+    found: dict[str, _T] = {}
     for key, value in tensors.items():
         path = key.removesuffix(".m")
         is_magnitude = path != key and f"{path}.lora_a" in tensors
-        found[f"{PREFIX}{path}{MAGNITUDE}" if is_magnitude else key] = value
+        name = f"{PREFIX}{path}{MAGNITUDE}" if is_magnitude else key
+        if name in found or (is_magnitude and name in tensors):
+            raise MismatchError(f"{where}: {key!r} and {name!r} are the same tensor; keep one")
+        found[name] = value
     return found
 
 
@@ -115,6 +123,8 @@ def mlx_plan(
                 if rank is not None and slot.rank != rank:
                     raise MismatchError(f"its rank is {slot.rank}, and the config says {rank}")
                 factor = (alpha or 0.0) / slot.rank if scale is None else scale
+                if name in slots:
+                    raise MismatchError(f"{name!r} is in the file twice; keep one")
                 own = min(smaller.get(name, slot.rank), slot.rank)
                 slots[name] = replace(slot, scale=factor, rank=own)
         except MismatchError as e:
@@ -198,7 +208,7 @@ def _ranks(metadata: Mapping[str, str], where: str) -> dict[str, int]:
 def _number(parameters: Mapping[str, Any], name: str, where: str) -> float:
     value = parameters.get(name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None or not number or not math.isfinite(value):
+    if value is None or not number or not abs(value) <= sys.float_info.max:
         why = "; it is the whole factor of the update, α / rank" if name == "scale" else ""
         raise FileError(
             f"{where}: {name!r} in the config's lora_parameters must be a number, found "

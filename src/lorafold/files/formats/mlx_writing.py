@@ -32,12 +32,12 @@ from .mlx import MAGNITUDE, MIXTRAL, RANKS
 from .registry import Written
 
 # By `model_type`: of these mlx-lm's modules were compared with the checkpoints' tensors.
-_DENSE = (
+DENSE = (
     *("cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium"),
     *("llama", "mistral", "nemotron", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"),
     *("stablelm", "starcoder2"),
 )
-_OF_EXPERTS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+OF_EXPERTS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 _COUNTS = ("num_local_experts", "num_experts")  # what their configs call the number of experts
 
 _EXPERT = re.compile(r"(?P<owner>.+)\.experts\.(?P<e>\d+)\.(?P<name>\w+)")
@@ -175,10 +175,10 @@ def _named(adapter: Adapter) -> Iterator[_Part]:
 def _placed(adapter: Adapter, files: BaseFiles) -> Iterator[_Part]:
     """The updates by the names that a checkpoint has for them."""
     kind = files.config.get("model_type")
-    if kind not in (*_DENSE, *_OF_EXPERTS):
+    if kind not in (*DENSE, *OF_EXPERTS):
         raise MismatchError(
             f"{files.path} is of the architecture {kind!r:.40}, of which it is not known what MLX "
-            f"calls its modules; known are {', '.join((*_DENSE, *_OF_EXPERTS))}"
+            f"calls its modules; known are {', '.join((*DENSE, *OF_EXPERTS))}"
         )
     named = files.named(adapter.parts.names())
     plan = placed(adapter.parts, named)
