@@ -185,6 +185,48 @@ def peft_told(config, tensors):
     return {"modules": modules, "extras": {k: plain(t) for k, t in tensors.items()}}
 
 
+def make_mlx(folder):
+    shapes = {
+        "model.layers.0.self_attn.q_proj": ((5, 2), (2, 6)),
+        "model.layers.1.mlp.switch_mlp.up_proj": ((2, 2, 5), (2, 6, 2)),
+        "lm_head": ((5, 2), (2, 7)),
+    }
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{path}.lora_{side}": torch.randn(shape, generator=g)
+        for path, both in shapes.items()
+        for side, shape in zip("ab", both, strict=True)
+    }
+    tensors["lm_head.lora_a"][:, 1] = tensors["lm_head.lora_b"][1] = 0
+    ranks = json.dumps({"lm_head": 1})
+    save_file(tensors, folder / "adapters.safetensors", metadata={"lorafold_ranks": ranks})
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 2, "scale": 10.0, "dropout": 0.0, "keys": list(shapes)},
+        "model": "base",
+    }
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def mlx_says(folder):
+    config = strict_json((folder / CONFIG).read_text(encoding="utf-8"))
+    header, tensors = header_of(folder / "adapters.safetensors")
+    ranks = json.loads((header.get("__metadata__") or {}).get("lorafold_ranks", "{}"))
+    scale, modules = float(config["lora_parameters"]["scale"]), {}
+    for key in [k for k in tensors if k.endswith(".lora_a")]:
+        path = key.removesuffix(".lora_a")
+        a, b = tensors.pop(key), tensors.pop(f"{path}.lora_b")
+        owner, _, name = path.partition(".switch_mlp.")
+        found = {path: (a.T, b.T)}
+        if name:
+            found = {f"{owner}.experts.{e}.{name}": (a[e], b[e]) for e in range(len(b))}
+        for module, (A, B) in found.items():
+            r = ranks.get(module, len(A))
+            modules[module] = plain(A[:r].contiguous()), plain(B[:, :r].contiguous()), scale
+    return {"modules": modules, "extras": {k: plain(t) for k, t in tensors.items()}}
+
+
 def make_flat(folder):
     g = torch.Generator().manual_seed(0)
     tensors = {}
@@ -701,6 +743,13 @@ KINDS = {
         load_peft,
         peft_says,
         ("info FOLDER", "resize FOLDER OUT --rank 1", "fold FOLDER -o OUT", "anatomy FOLDER"),
+    ),
+    "mlx": Kind(
+        make_mlx,
+        ("adapters.safetensors", CONFIG),
+        load_peft,
+        mlx_says,
+        ("info FOLDER", "convert FOLDER -o OUT --to peft", "fold FOLDER -o OUT"),
     ),
     "header": Kind(
         make_header,

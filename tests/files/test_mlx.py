@@ -376,6 +376,11 @@ def refused(name, tmp_path):
             {},
             "PiSSA",
         ),
+        "replicas": (
+            lf.Adapter(a.modules, config={"layer_replication": [[0, 2], [0, 2]]}),
+            {"base": base},
+            "layers replicated",
+        ),
         "DoRA of some": (
             lf.Adapter(a.modules, {f"{Q}.lora_magnitude_vector": torch.ones(6)}),
             {},
@@ -389,7 +394,7 @@ def refused(name, tmp_path):
 NOT_HELD = (
     *("a head", "a bias", "a convolution", "an attention", "experts in one", "a strange name"),
     *("not in the base", "another shape", "another architecture", "PiSSA", "DoRA of some"),
-    *("float64", "padding"),
+    *("float64", "padding", "replicas"),
 )
 
 

@@ -131,6 +131,11 @@ def _magnitudes(adapter: Adapter) -> dict[str, Tensor]:
             f"MLX has no place for {some_of(others)}, which is no update of a module: save it "
             "with format='peft'"
         )
+    if adapter.config.get("layer_replication"):
+        raise RefusedError(
+            "the adapter is for a model with its layers replicated (layer_replication), which MLX "
+            "does not have: save it with format='peft'"
+        )
     reason = refusal_reason({**adapter.config, "use_dora": False}, ())
     if reason is not None:
         raise RefusedError(f"MLX can't hold the adapter: {reason}")
