@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lorafold as lf
+from lorafold.parts import Layout
 
 PATHS = {f"model.layers.{n}.self_attn.q_proj": (6, 10) for n in range(2)}
 
@@ -46,6 +50,34 @@ def test_a_dtype_states_what_it_costs(cli, sql, tmp_path):
     assert ran.json["error"] == pytest.approx(error)
     assert 5e-4 < error < 5e-3
     assert ran.json["dtypes"] == [["float32"], ["bfloat16"]]
+
+
+def test_experts_get_other_names_and_the_error_is_still_told(cli, tmp_path):
+    """gate_up_proj of all experts is two modules in a checkpoint, and so in MLX."""
+    base, path = tmp_path / "base", "model.layers.0.mlp.experts.gate_up_proj"
+    base.mkdir()
+    block = "model.layers.0.block_sparse_moe.experts"
+    shapes = {f"{block}.{e}.{w}.weight": (6, 10) for e in (0, 1) for w in ("w1", "w3")}
+    save_file({key: torch.zeros(s) for key, s in shapes.items()}, base / "model.safetensors")
+    config = {"model_type": "mixtral", "num_local_experts": 2, "tie_word_embeddings": False}
+    (base / "config.json").write_text(json.dumps(config))
+    updates = {e: lf.LowRank(torch.randn(2, 10), torch.randn(12, 2)) for e in (0, 1)}
+    layouts = {
+        f"{path}[{e}]": Layout("expert", parameter="gate_up_proj", expert=(e, 2)) for e in updates
+    }
+    a = lf.Adapter({f"{path}[{e}]": u for e, u in updates.items()}, layouts=layouts)
+    lf.save(a, tmp_path / "peft")
+    words = ("convert", tmp_path / "peft", "-o", tmp_path / "mlx", "--to", "mlx", "--base", base)
+    ran = cli(*words, "--dtype", "bfloat16", "--json")
+    assert ran.code == 0
+    assert ran.json["modules"] == [2, 4]
+    assert 5e-4 < ran.json["error"] < 5e-3
+    ran = cli(*words, "--overwrite", "--json")
+    assert ran.json["error"] < 1e-7
+    found = lf.load(tmp_path / "mlx")
+    for e, u in updates.items():
+        halves = torch.cat([found[f"{block}.{e}.{w}"].dense() for w in ("w1", "w3")])
+        torch.testing.assert_close(halves, u.dense())
 
 
 def test_what_is_in_the_way_and_what_has_no_place(cli, sql, tmp_path):

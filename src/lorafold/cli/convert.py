@@ -71,19 +71,27 @@ def convert(
         "ranks": [_ranks(file.shapes), _ranks(after.shapes)],
         "bytes": [file.nbytes, after.nbytes],
         "dtypes": [_dtypes(file.dtypes), _dtypes(after.dtypes)],
-        "error": _error(adapter, after.load()),
+        "error": _error(adapter, after.load(), form, base),
     }
     output.report(found, lambda out: _show(out, found))
 
 
-def _error(adapter: Adapter, written: Adapter) -> float | None:
-    """Relative, in ΔW; None where the modules have other names now, or the algebra is refused."""
-    from ..adapter import on_base
+def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> float | None:
+    """Relative, in ΔW; None where the algebra is refused.
 
+    Where the form has other names for the modules, against what they are without rounding.
+    """
+    from ..adapter import on_base
+    from ..files import load
+    from ..files.formats.registry import writer
+
+    if adapter.refusal is not None:
+        return None
+    if adapter.modules.keys() != written.modules.keys():
+        exact = writer(form)(adapter, base=base, base_model=None, dtype=None)
+        adapter = load(exact.tensors, config=exact.config)
     if adapter.base_model is not None:  # of which --base-model may be another name
         written = on_base(written, adapter.base_model)
-    if adapter.refusal is not None or adapter.modules.keys() != written.modules.keys():
-        return None
     norm = adapter.norm()
     return adapter.distance(written) / norm if norm > 0 else 0.0
 
@@ -100,7 +108,7 @@ def _dtypes(dtypes: Mapping[str, Any]) -> list[str]:
 
 def _show(out: Console, d: Mapping[str, Any]) -> None:
     error = d["error"]
-    said = "not measured: its modules are others, or no plain W + ΔW"
+    said = "not measured: it is no plain W + ΔW"
     rows = {
         "written": f"{d['path']}, in the form of {d['format']}",
         "modules": _change(map(str, d["modules"])),
