@@ -23,10 +23,10 @@ def pair(down, up):
 
 
 FOREIGN = {
-    "kohya": (pair("lora_unet_q.lora_down.weight", "lora_unet_q.lora_up.weight"), "kohya-ss"),
-    "dotted": (pair("m.q.lora_down.weight", "m.q.lora_up.weight"), "kohya-ss"),
-    "loha": (pair("lora_unet_q.hada_w1_a", "lora_unet_q.hada_w1_b"), "LyCORIS"),
-    "lokr": (pair("lora_unet_q.lokr_w1", "lora_unet_q.lokr_w2"), "LyCORIS"),
+    "OFT": (pair("lora_unet_q.oft_blocks", "lora_unet_q.alpha"), "LyCORIS"),
+    "GLoRA": (pair("lora_unet_q.a1.weight", "lora_unet_q.b1.weight"), "LyCORIS"),
+    "cloneofsimo": (pair("unet:0:down", "unet:0:up"), "cloneofsimo"),
+    "nameless": (pair("w_a_000", "w_b_000"), "cloneofsimo"),
     "diffusers 1": (
         pair("attn1.processor.to_q_lora.down.weight", "attn1.processor.to_q_lora.up.weight"),
         "older form of diffusers",
@@ -72,7 +72,7 @@ def test_a_format_that_is_not_read_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("verb", ["info", "resize", "diff", "fold"])
 def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
-    tensors, _ = FOREIGN["kohya"]
+    tensors, _ = FOREIGN["diffusers 2"]
     file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
     save_file(tensors, file)
     more = {"resize": [out, "--rank", "1"], "diff": [file], "fold": ["-o", out]}
@@ -80,7 +80,7 @@ def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
         main([verb, file, "--alpha", "4", *more.get(verb, [])])
     assert ended.value.code == 2
     said = capsys.readouterr()
-    assert "kohya-ss" in said.err
+    assert "older form of diffusers" in said.err
     assert not (tmp_path / "out").exists()
 
 

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, on_base
 from ..errors import FileError, MismatchError, UnknownNameError
+from ..roles.fused import Packing
 from ..roles.onto import onto
 from ..roles.roles import Tables
 from ..thin import thin
 from ..words import did_you_mean
 from .disk.held import ChangedError
 from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
+from .formats.kohya.names import by_base
+from .formats.kohya.reading import kohya_names
 from .formats.running import running_parts
 from .formats.vlora import Subspace, Tasks
 from .peft import ATTEMPTS, AdapterFile, from_state_dict, open_files
@@ -109,7 +112,8 @@ def load(
         device, dtype: where the tensors go, and in what dtype the factors.
         base: a base of the same shapes to put it on, by roles: a model, its configuration or
             folder, or module paths. A file that was saved with `format="portable"` says how its
-            fused modules pack their parts; of others their own base's folder does.
+            fused modules pack their parts; of others their own base's folder does. A file of
+            kohya-ss's has its flat names told apart by the base's modules.
         tables: of modules whose roles are not known; see `lf.roles`.
         base_model: what its base is called, where two adapters of one base spell it differently.
 
@@ -138,7 +142,7 @@ def load(
     if isinstance(source, Mapping) and not isinstance(source, Adapter):
         adapter = from_state_dict(source, alpha, config, device, dtype)
         adapter = adapter if base_model is None else on_base(adapter, base_model)
-        return adapter if base is None else onto(adapter, base, tables=tables)
+        return _placed(adapter, kohya_names(source), base, None, tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
     opened, adapter = _loaded(
@@ -149,9 +153,22 @@ def load(
     )
     if base_model is not None:
         adapter = on_base(adapter, base_model)
+    return _placed(adapter, kohya_names(opened.keys), base, opened.packings or None, tables)
+
+
+def _placed(
+    adapter: Adapter,
+    names: Mapping[str, str],
+    base: Any,
+    packings: Mapping[str, Packing] | None,
+    tables: Tables,
+) -> Adapter:
+    """The adapter on a base: by the flat names of its file where it has such, else by roles."""
     if base is None:
         return adapter
-    return onto(adapter, base, packings=opened.packings or None, tables=tables)
+    if names:
+        return by_base(adapter, names, base)
+    return onto(adapter, base, packings=packings, tables=tables)
 
 
 def _loaded(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -33,10 +33,11 @@ from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
+from .formats.kohya.reading import is_kohya, kohya_factors, kohya_keys, kohya_plan
 from .formats.mlx import RANKS, is_mlx, mlx_factors, mlx_keys, mlx_plan
 from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
-from .peft_keys import Plan, Slot, make_plan, plain_keys
+from .peft_keys import Plan, Slot, Tensors, make_plan, plain_keys
 from .remote.file import UrlFile, held
 from .remote.place import Place
 
@@ -206,8 +207,8 @@ class AdapterFile:
             raise UnknownNameError(f"{self._where}: no module {path!r}; {hint}")
         if self._adapter is not None:
             return _moved(self._adapter[path], None, dtype)
-        A, B = self._tensors([slot.A, slot.B])
-        return _update(A, B, path, slot, self._where, dtype, self._wide)
+        tensors = self._tensors(slot.keys)
+        return _update(tensors, path, slot, self._where, dtype, self._wide)
 
     @property
     def card(self) -> str | None:
@@ -287,7 +288,7 @@ class ModuleFile:
         wide: torch.dtype | None,
     ) -> None:
         self._file, self._slot, self._wide = file, slot, wide
-        self._entries = {key: entries[key] for key in (slot.A, slot.B)}
+        self._entries = {key: entries[key] for key in slot.keys}
 
     @property
     def place(self) -> Place:
@@ -302,8 +303,8 @@ class ModuleFile:
     @thin
     def read(self, path: str) -> LowRank:
         """As `AdapterFile.read`."""
-        A, B = _tensors_of(self._file, self._entries)
-        return _update(A, B, path, self._slot, self._file.path, None, self._wide)
+        tensors = _tensors_of(self._file, self._entries)
+        return _update(tensors, path, self._slot, self._file.path, None, self._wide)
 
 
 def open_files(
@@ -319,8 +320,8 @@ def open_files(
     if place.weights.suffix != ".safetensors":
         _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
-        tensors, config = plain_keys(unpickled(weights), config, str(place.weights))
-        record, where = _record_of(tensors, config, alpha, str(place.weights)), str(place.weights)
+        where = str(place.weights)
+        tensors, record = _in_memory(unpickled(weights), config, alpha, where)
         adapter = _assembled(tensors, record, where, wide=wide)
         return AdapterFile.of(adapter, place.path, nbytes)
     return _open_safetensors(place, weights, text, alpha, nbytes, wide)
@@ -344,8 +345,7 @@ def from_state_dict(
         return _assembled(copies, _Record(found_config, plan, {}, 0), where, device, dtype)
     _check_alpha(alpha, config is not None, where)
     checked_config = None if config is None else checked(plain(config), where)
-    found, checked_config = plain_keys(copies, checked_config, where)
-    record = _record_of(found, checked_config, alpha, where)
+    found, record = _in_memory(copies, checked_config, alpha, where)
     return _assembled(found, record, where, device, dtype)
 
 
@@ -403,16 +403,18 @@ def _open_safetensors(
         elif is_mlx(found):
             said = None if text is None else json_object(text, str(place.config))
             record = _of_mlx(found, said, alpha, where, metadata, size)
+        elif is_kohya(found):
+            record = _of_kohya(found, f, alpha, where, metadata, size)
+            _check_bare(text is not None, where)
+            if alpha_keys(_shapes(found)):
+                return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
         else:
             config = None if text is None else parsed(text, str(place.config))
             alphas, config = _said(metadata, config, alpha, where)
             entries, config = plain_keys(found, config, where)
-            shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
+            shapes = _shapes(entries)
             beside = alpha_keys(shapes)
-            if beside:
-                of = ((key, entries[key]) for key in beside.values())
-                numbers = safetensors.read_tensors(f, of, where)
-                alphas = replace(alphas, modules=dict(zip(beside, numbers, strict=True)))
+            alphas = replace(alphas, modules=_numbers(f, beside, entries, where))
             plan = make_plan(shapes, config, alphas, where)
             kept = common_config(alphas.parts.values()) if config is None else config
             record = _Record({**kept, **_origin(metadata)}, plan, entries, size)
@@ -464,10 +466,50 @@ def _of_mlx(
     size: int,
 ) -> _Record:
     entries = mlx_keys(found, where)
-    shapes = {k: (e.dtype, e.shape) for k, e in entries.items()}
-    plan, config = mlx_plan(shapes, said, alpha, where, metadata)
+    plan, config = mlx_plan(_shapes(entries), said, alpha, where, metadata)
     others = {key: text for key, text in metadata.items() if key != RANKS}
     return _Record({**config, **_origin(others)}, plan, entries, size)
+
+
+def _of_kohya(
+    found: Mapping[str, Entry],
+    file: safetensors.Opened,
+    alpha: float | None,
+    where: str,
+    metadata: Mapping[str, str],
+    size: int,
+) -> _Record:
+    entries = kohya_keys(found)
+    shapes = _shapes(entries)
+    # kohya-ss's resizing writes this in the place of a number, and each module's α beside it.
+    told = {key: text for key, text in metadata.items() if text != "Dynamic"}
+    numbers = _numbers(file, alpha_keys(shapes), entries, where)
+    alphas = Alphas(alpha, header_says(told, where)[0], numbers)
+    plan, config = kohya_plan(shapes, alphas, where)
+    return _Record({**config, **_origin(metadata)}, plan, entries, size)
+
+
+def _shapes(entries: Mapping[str, Entry]) -> Tensors:
+    return {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+
+
+def _numbers(
+    file: safetensors.Opened, keys: Mapping[str, str], entries: Mapping[str, Entry], where: str
+) -> dict[str, Tensor]:
+    """{module: α} of tensors of one number."""
+    if not keys:
+        return {}
+    wanted = [(key, entries[key]) for key in keys.values()]
+    return dict(zip(keys, safetensors.read_tensors(file, wanted, where), strict=True))
+
+
+def _check_bare(has_config: bool, where: str) -> None:
+    if has_config:
+        raise MismatchError(
+            f"{where}: its tensors are in the form of kohya-ss, which says its scales itself, and "
+            "there is an adapter_config.json as PEFT's have: remove the config, or give the "
+            "tensors alone"
+        )
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -476,13 +518,24 @@ def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {ORIGIN: {"metadata": told}} if told else {}
 
 
-def _record_of(
-    tensors: Mapping[str, Tensor], config: dict[str, Any] | None, alpha: float | None, where: str
-) -> _Record:
+def _in_memory(
+    tensors: dict[str, Tensor], config: dict[str, Any] | None, alpha: float | None, where: str
+) -> tuple[dict[str, Tensor], _Record]:
+    """Tensors under the keys of a record, and that."""
+    is_kohyas = is_kohya(tensors)
+    if is_kohyas:
+        tensors = kohya_keys(tensors)
+    else:
+        tensors, config = plain_keys(tensors, config, where)
     shapes = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
-    modules = {stem: tensors[key] for stem, key in alpha_keys(shapes).items()}
-    plan = make_plan(shapes, config, Alphas(alpha, modules=modules), where)
-    return _Record(config or {}, plan, {}, 0)
+    alphas = Alphas(alpha, modules={s: tensors[key] for s, key in alpha_keys(shapes).items()})
+    if is_kohyas:
+        plan, said = kohya_plan(shapes, alphas, where)
+        _check_bare(config is not None, where)
+        config = said
+    else:
+        plan = make_plan(shapes, config, alphas, where)
+    return tensors, _Record(config or {}, plan, {}, 0)
 
 
 def _check_alpha(alpha: float | None, has_config: bool, where: str) -> None:
@@ -500,36 +553,21 @@ def _assembled(
 ) -> Adapter:
     modules = {}
     for path, slot in record.slots.items():
-        u = _update(tensors[slot.A], tensors[slot.B], path, slot, where, dtype, wide)
+        u = _update([tensors[key] for key in slot.keys], path, slot, where, dtype, wide)
         modules[path] = _moved(u, device, None)
     extras = {k: tensors[k].to(device=device) for k in record.extra_keys}
     return Adapter(modules, extras, record.config, layouts=record.layouts)
 
 
 def _update(
-    A: Tensor,
-    B: Tensor,
+    tensors: Sequence[Tensor],
     path: str,
     slot: Slot,
     where: str,
     dtype: torch.dtype | None,
     wide: torch.dtype | None,
 ) -> LowRank:
-    layout = slot.layout
-    if layout.kind == "expert":
-        assert layout.expert is not None
-        e, count = layout.expert
-        if count > 1 and len(A) > slot.rank:  # a portable file has each expert by itself
-            # Contiguous copies, so that one expert does not keep all of them alive.
-            A = A[e * slot.rank : (e + 1) * slot.rank].clone()
-            B = B[:, e::count].contiguous()
-    if slot.form == "mlx":
-        try:
-            A, B = mlx_factors(A, B, slot)
-        except MismatchError as e_:
-            raise MismatchError(f"{where}: module {path!r}: {e_}") from e_
-    A, B = A.flatten(1), B.flatten(1)
-    narrow = next((t.dtype for t in (A, B) if t.dtype.itemsize == 1), None)
+    narrow = next((t.dtype for t in tensors if t.dtype.itemsize == 1), None)
     if narrow is not None and dtype is None:
         if wide is None:
             raise MismatchError(
@@ -537,9 +575,28 @@ def _update(
             )
         dtype = wide
     try:
+        A, B = _factors(tensors, slot)
         return LowRank(A.to(dtype or A.dtype), B.to(dtype or B.dtype), slot.scale)
-    except MismatchError as e_:
-        raise MismatchError(f"{where}: module {path!r}: {e_}") from e_
+    except MismatchError as e:
+        raise MismatchError(f"{where}: module {path!r}: {e}") from e
+
+
+def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) of a module's tensors, in the order of `slot.keys`."""
+    A, B = tensors[:2]
+    layout = slot.layout
+    if slot.form == "kohya":
+        A, B = kohya_factors(dict(zip(slot.keys, tensors, strict=True)))
+    if slot.form == "mlx":
+        A, B = mlx_factors(A, B, slot)
+    if layout.kind == "expert":
+        assert layout.expert is not None
+        e, count = layout.expert
+        if count > 1 and len(A) > slot.rank:  # a portable file has each expert by itself
+            # Contiguous copies, so that one expert does not keep all of them alive.
+            A = A[e * slot.rank : (e + 1) * slot.rank].clone()
+            B = B[:, e::count].contiguous()
+    return A.flatten(1), B.flatten(1)
 
 
 def _moved(u: LowRank, device: Any, dtype: torch.dtype | None) -> LowRank:

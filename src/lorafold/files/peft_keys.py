@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -86,8 +86,9 @@ class Slot:
         scale: multiplies the product.
         layout: how the weight relates to the update.
         dtype: of the factors (promoted, should they differ).
-        form: how the tensors hold the factors: PEFT's way, or "mlx".
+        form: how the tensors hold the factors: PEFT's way, "mlx" or "kohya".
         part: (index, count) of it among the parts that the tensors hold, where `form` has such.
+        others: keys of the tensors that it is made of beside these two.
     """
 
     A: str
@@ -97,8 +98,14 @@ class Slot:
     scale: float
     layout: Layout
     dtype: torch.dtype
-    form: Literal["peft", "mlx"] = "peft"
+    form: Literal["peft", "mlx", "kohya"] = "peft"
     part: tuple[int, int] | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of the file that it is read from."""
+        return self.A, self.B, *self.others
 
 
 @dataclass(frozen=True)
@@ -450,3 +457,15 @@ def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
         return a
     # torch refuses to promote its 8-bit types.
     return torch.promote_types(a, b) if min(a.itemsize, b.itemsize) > 1 else torch.float32
+
+
+def scaling_of(slots: Collection[Slot]) -> dict[str, Any]:
+    """r and α of a config, where all modules have one of each that is exactly their scale."""
+    ranks, scales = ({getattr(slot, name) for slot in slots} for name in ("rank", "scale"))
+    if len(ranks) != 1 or len(scales) != 1:
+        return {}
+    (rank,), (scale,) = ranks, scales
+    near = scale * rank
+    tries = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
+    alpha = next((x for x in tries if x / rank == scale), None)
+    return {} if alpha is None else {"r": rank, "lora_alpha": alpha}

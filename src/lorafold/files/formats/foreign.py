@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from ...words import some_of
 
-_DIFFERENCE = (
+DIFFERENCE = (
     "merge it into its base with its own tool, and take the difference: "
     "`lorafold extract BASE MERGED -o OUT`"
 )
@@ -24,16 +24,20 @@ _DIFFUSERS = (
 # What a format is, how a key of it that nothing else has looks, and what to do.
 _FORMATS = (
     (
-        "a LyCORIS adapter (LoHa, LoKr, OFT)",
-        re.compile(r"[._](hada_[wt]\d|lokr_[wt]\d|oft_(blocks|diag)|boft_)"),
-        _DIFFERENCE,
+        "a LyCORIS adapter (OFT)",
+        re.compile(r"[._](oft_(blocks|diag)|boft_)"),
+        DIFFERENCE,
     ),
     (
         "in an older form of diffusers",
         re.compile(r"(\.lora(_linear_layer)?|[._]lora\d?)\.(down|up)\.weight$"),
         _DIFFUSERS,
     ),
-    ("in the form of kohya-ss", re.compile(r"\.lora_(down|up|mid)(\.weight)?$"), _DIFFERENCE),
+    (
+        "in cloneofsimo's form, which has no names of modules",
+        re.compile(r"^\w+:\d+:(down|up)$|^w_[ab]_\d+$"),
+        DIFFERENCE,
+    ),
     (
         "in torchtune's form",
         re.compile(r"\.lora_[ab]\.weight$"),
@@ -47,7 +51,7 @@ _FORMATS = (
     (
         "in the form of AdapterHub's library",
         re.compile(r"(^|\.)loras\.[^.]+\.lora_[AB]$"),
-        _DIFFERENCE,
+        DIFFERENCE,
     ),
     (
         "of another method than LoRA",
@@ -55,7 +59,7 @@ _FORMATS = (
             r"\.(lora_E|vera_(lambda_[bd]|[AB])|ia3_l|b?oft_[rRs]|randlora_\w+|fourierft_spectrum"
             r"|vblora_\w+|hra_u|miss_block|bone_block)(\.|$)|(^|\.)prompt_embeddings$"
         ),
-        f"convert it to LoRA (newer releases of PEFT have convert_to_lora), or {_DIFFERENCE}",
+        f"convert it to LoRA (newer releases of PEFT have convert_to_lora), or {DIFFERENCE}",
     ),
 )
 

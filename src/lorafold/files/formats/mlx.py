@@ -27,7 +27,7 @@ from ...naming import Base
 from ...parts import LINEAR, PREFIX, Layout
 from ...words import some_of, warn
 from ..config import json_object
-from ..peft_keys import Plan, Slot, Tensors, common_dtype
+from ..peft_keys import Plan, Slot, Tensors, common_dtype, scaling_of
 
 _T = TypeVar("_T")
 _Pair = dict[str, str]  # {"a", "b": key}
@@ -134,7 +134,9 @@ def mlx_plan(
             f"{where}: {embedding.removesuffix('.weight')!r} is of the embedding alone here; MLX "
             "applies it to the output layer as well where the base has one weight for both"
         )
-    return Plan(slots, tuple(others)), config | _scaling_of(slots, scale, dora)
+    config |= {"use_dora": True} if dora else {}
+    config |= {} if scale is None else scaling_of(slots.values())
+    return Plan(slots, tuple(others)), config
 
 
 def _pairs(tensors: Tensors, where: str) -> tuple[dict[str, _Pair], list[str]]:
@@ -263,17 +265,3 @@ def _experts(path: str, count: int) -> list[str]:
     if owner.endswith("block_sparse_moe"):
         name = MIXTRAL[name]
     return [f"{owner}.experts.{e}.{name}" for e in range(count)]
-
-
-def _scaling_of(slots: Mapping[str, Slot], scale: float | None, dora: list[str]) -> dict[str, Any]:
-    """r and α, where all modules have one of each that is exactly their scale."""
-    found: dict[str, Any] = {"use_dora": True} if dora else {}
-    ranks = {slot.rank for slot in slots.values()}
-    if len(ranks) == 1 and scale is not None:
-        (rank,) = ranks
-        near = scale * rank
-        tries = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
-        alpha = next((x for x in tries if x / rank == scale), None)
-        if alpha is not None:
-            found |= {"r": rank, "lora_alpha": alpha}
-    return found

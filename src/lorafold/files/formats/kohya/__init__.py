@@ -1,0 +1,1 @@
+"""kohya-ss's and LyCORIS's files: what is in them (`reading`), and whose modules (`names`)."""
