@@ -160,6 +160,63 @@ def test_it_is_read_by_every_verb(tmp_path, capsys):
     assert lf.load(tmp_path / "peft").distance(a) < 1e-6 * a.norm()
 
 
+# Of full rank
+
+
+def full_loha():
+    t = {f"hada_w{n}_{k}": R(24, 5) if k == "a" else R(5, 40) for n in (1, 2) for k in "ab"}
+    d = {key: x.double() for key, x in t.items()}
+    return t, (d["hada_w1_a"] @ d["hada_w1_b"]) * (d["hada_w2_a"] @ d["hada_w2_b"]), 5
+
+
+FULL = {
+    "loha": full_loha,
+    "lokr": lambda: lokr(w1=R(3, 4), w2=R(6, 10)),
+    "lokr, w1 in factors": lambda: lokr(w1_a=R(2, 2), w1_b=R(2, 3), w2=R(10, 12)),
+    "lokr, conv": lambda: lokr(w1=R(3, 3), w2=R(8, 3, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.4])
+def test_products_of_full_rank_are_cut_where_asked(kind, tolerance, tmp_path):
+    tensors, dense, dim = FULL[kind]()
+    tensors = {**tensors, "alpha": torch.tensor(3.0)}
+    exact = dense * (1.0 if dim is None else 3.0 / dim)
+    file = written(tmp_path / "x.safetensors", **{NAME: tensors})
+    with pytest.raises(
+        FileError, match=r"no update of low rank; use lf\.load\(path, tolerance=…\)"
+    ):
+        lf.load(file)
+    with pytest.warns(UserWarning, match=f"{PATH}' multiplied to full rank: cut, with .* most "):
+        a = lf.load(file, tolerance=tolerance)
+    u = a[PATH]
+    error = (u.dense().double().reshape(exact.shape) - exact).norm() / exact.norm()
+    assert error <= tolerance + 1e-6
+    S = torch.linalg.svdvals(exact.flatten(1))
+    left = S.square().flip(0).cumsum(0).flip(0).sqrt() / S.norm()  # the error of keeping k
+    fewest = int((left > tolerance).sum()) if tolerance else len(S)
+    assert u.rank == fewest
+    assert a.layout(PATH).kernel == (tuple(exact.shape[1:]) if exact.ndim > 2 else ())
+    with pytest.warns(UserWarning, match="multiplied to full rank"):
+        opened = open_adapter(file, tolerance=tolerance)
+    assert opened.shapes[PATH] == (*u.shape, u.rank)
+    flat = {f"{NAME}.{what}": t for what, t in tensors.items()}
+    with pytest.warns(UserWarning, match="state dict: .*multiplied to full rank"):
+        assert lf.load(flat, tolerance=tolerance).digest == a.digest
+    with pytest.warns(UserWarning, match="multiplied to full rank"):
+        moved = lf.load(file, tolerance=tolerance, base=[PATH.removeprefix("unet.")])
+    assert list(moved) == [PATH.removeprefix("unet.")]
+    full = pytest.warns(UserWarning, match="multiplied to full rank")
+    with full, pytest.raises(MismatchError, match=r"x\.safetensors: .*tolerance"):
+        lf.load(file, tolerance=2.0)
+
+
+def test_a_tolerance_cuts_nothing_of_low_rank(tmp_path):
+    file = written(tmp_path / "x.safetensors", **{NAME: loha()[0]})
+    assert lf.load(file, tolerance=0.4).digest == lf.load(file).digest
+
+
 # α
 
 
@@ -390,6 +447,8 @@ def test_pickles_and_configs_beside(tmp_path):
     torch.save(tensors, tmp_path / "adapter_model.bin")
     a = lf.load(tmp_path / "adapter_model.bin", allow_pickle=True)
     assert a.digest == lf.load(tensors).digest
+    base = [PATH.removeprefix("unet.")]
+    assert list(lf.load(tmp_path / "adapter_model.bin", allow_pickle=True, base=base)) == base
     save_file(tensors, tmp_path / "x.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
     with pytest.raises(MismatchError, match="form of kohya-ss.*remove the config"):

@@ -45,6 +45,7 @@ def open_adapter(
     revision: str | None = None,
     allow_pickle: bool = False,
     dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
 ) -> AdapterFile:
     """Open an adapter without reading its tensors.
 
@@ -58,6 +59,8 @@ def open_adapter(
         revision: a branch, tag or commit, for a Hub id.
         allow_pickle: read `adapter_model.bin` too (with `weights_only=True`, into memory).
         dtype: what factors of 8 bits are read in; those of other dtypes stay as they are.
+        tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
+            factors multiply to full rank; such a file is read when it is opened.
 
     Raises:
         FileError: nothing there, or no adapter of a kind that is read; naming file and key.
@@ -76,7 +79,7 @@ def open_adapter(
         found = in_subspace(text)
         if found is not None:
             return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], place_of(text))
-    return open_files(source, alpha, revision, allow_pickle, dtype)
+    return open_files(source, alpha, revision, allow_pickle, dtype, tolerance)
 
 
 def open_library(path: str | os.PathLike[str]) -> Any:
@@ -97,6 +100,7 @@ def load(
     base: Any = None,
     tables: Tables = (),
     base_model: str | None = None,
+    tolerance: float | None = None,
 ) -> Adapter:
     """Read an adapter.
 
@@ -116,6 +120,8 @@ def load(
             kohya-ss's has its flat names told apart by the base's modules.
         tables: of modules whose roles are not known; see `lf.roles`.
         base_model: what its base is called, where two adapters of one base spell it differently.
+        tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
+            factors multiply to full rank; without it such a file is refused.
 
     Returns:
         An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
@@ -140,20 +146,25 @@ def load(
             raise MismatchError("config= goes with a state dict; a model has its own")
         source, config = running_parts(source)
     if isinstance(source, Mapping) and not isinstance(source, Adapter):
-        adapter = from_state_dict(source, alpha, config, device, dtype)
+        adapter = from_state_dict(source, alpha, config, device, dtype, tolerance)
         adapter = adapter if base_model is None else on_base(adapter, base_model)
         return _placed(adapter, kohya_names(source), base, None, tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
     opened, adapter = _loaded(
         functools.partial(
-            open_adapter, source, alpha=alpha, revision=revision, allow_pickle=allow_pickle
+            open_adapter,
+            source,
+            alpha=alpha,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            tolerance=tolerance,
         ),
         functools.partial(AdapterFile.load, device=device, dtype=dtype),
     )
     if base_model is not None:
         adapter = on_base(adapter, base_model)
-    return _placed(adapter, kohya_names(opened.keys), base, opened.packings or None, tables)
+    return _placed(adapter, opened.names, base, opened.packings or None, tables)
 
 
 def _placed(

@@ -33,7 +33,14 @@ from .disk.held import ChangedError, Held
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
-from .formats.kohya.reading import is_kohya, kohya_factors, kohya_keys, kohya_plan
+from .formats.kohya.reading import (
+    is_kohya,
+    kohya_cut,
+    kohya_factors,
+    kohya_keys,
+    kohya_names,
+    kohya_plan,
+)
 from .formats.mlx import RANKS, is_mlx, mlx_factors, mlx_keys, mlx_plan
 from .formats.pickled import unpickled
 from .formats.portable import is_portable, portable_plan
@@ -53,6 +60,7 @@ class _Record:
         self.entries = entries
         self.size = size
         self.packings: Mapping[str, Packing] = {}
+        self.names: Mapping[str, str] = {}
         self.extra_keys = plan.extra_keys
         self.refusal = refusal_reason(config, plan.extra_keys)
         self.shapes = MappingProxyType({p: (*s.shape, s.rank) for p, s in plan.slots.items()})
@@ -65,7 +73,7 @@ class _Record:
     def __reduce__(self) -> tuple[Any, ...]:
         plan = Plan(dict(self.slots), self.extra_keys)
         said = dict(self.config), plan, dict(self.entries), self.size
-        return _Record, said, {"packings": dict(self.packings)}
+        return _Record, said, {"packings": dict(self.packings), "names": dict(self.names)}
 
     @cached_property
     def digest(self) -> str:
@@ -117,7 +125,11 @@ class AdapterFile:
 
     @classmethod
     def of(
-        cls, adapter: Adapter, path: Place | None = None, nbytes: int | None = None
+        cls,
+        adapter: Adapter,
+        path: Place | None = None,
+        nbytes: int | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> AdapterFile:
         """The same interface on an adapter in memory."""
         slots = {
@@ -125,6 +137,7 @@ class AdapterFile:
             for p, u in adapter.modules.items()
         }
         record = _Record(adapter.config, Plan(slots, tuple(adapter.extras)), {}, 0)
+        record.names = names
         if nbytes is None:
             tensors = [t for u in adapter.modules.values() for t in (u.A, u.B)]
             nbytes = sum(t.nbytes for t in [*tensors, *adapter.extras.values()])
@@ -182,6 +195,11 @@ class AdapterFile:
     def packings(self) -> Mapping[str, Packing]:
         """How fused modules pack their parts, as far as a portable file says it."""
         return self._record.packings
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """{module path: its name in the file}, of a file with flat names."""
+        return self._record.names
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -313,6 +331,7 @@ def open_files(
     revision: str | None,
     allow_pickle: bool,
     wide: torch.dtype | None,
+    tolerance: float | None,
 ) -> AdapterFile:
     """An adapter that has files of its own; see `open_adapter`, which knows libraries as well."""
     with safetensors.file_errors(str(source)):
@@ -321,10 +340,10 @@ def open_files(
         _check_alpha(alpha, text is not None, str(place.weights))
         config = None if text is None else parsed(text, str(place.config))
         where = str(place.weights)
-        tensors, record = _in_memory(unpickled(weights), config, alpha, where)
+        tensors, record = _in_memory(unpickled(weights), config, alpha, where, tolerance)
         adapter = _assembled(tensors, record, where, wide=wide)
-        return AdapterFile.of(adapter, place.path, nbytes)
-    return _open_safetensors(place, weights, text, alpha, nbytes, wide)
+        return AdapterFile.of(adapter, place.path, nbytes, record.names)
+    return _open_safetensors(place, weights, text, alpha, nbytes, wide, tolerance)
 
 
 @thin
@@ -334,6 +353,7 @@ def from_state_dict(
     config: Any,
     device: Any,
     dtype: torch.dtype | None,
+    tolerance: float | None,
 ) -> Adapter:
     """The adapter of a state dict in memory, copied; see `load`."""
     where = "state dict"
@@ -345,7 +365,7 @@ def from_state_dict(
         return _assembled(copies, _Record(found_config, plan, {}, 0), where, device, dtype)
     _check_alpha(alpha, config is not None, where)
     checked_config = None if config is None else checked(plain(config), where)
-    found, record = _in_memory(copies, checked_config, alpha, where)
+    found, record = _in_memory(copies, checked_config, alpha, where, tolerance)
     return _assembled(found, record, where, device, dtype)
 
 
@@ -384,12 +404,13 @@ def _open_safetensors(
     alpha: float | None,
     nbytes: int,
     wide: torch.dtype | None,
+    tolerance: float | None,
 ) -> AdapterFile:
     where = str(place.weights)
     f = weights.file()
     header, size = safetensors.header_bytes(f, where)
     hashed = hashlib.sha256(header)
-    hashed.update(repr((size, alpha, text)).encode("utf-8", "surrogatepass"))
+    hashed.update(repr((size, alpha, text, tolerance)).encode("utf-8", "surrogatepass"))
     digest = hashed.digest()
     record = _records.get(digest)
     if record is None:
@@ -404,8 +425,13 @@ def _open_safetensors(
             said = None if text is None else json_object(text, str(place.config))
             record = _of_mlx(found, said, alpha, where, metadata, size)
         elif is_kohya(found):
-            record = _of_kohya(found, f, alpha, where, metadata, size)
+            record = _of_kohya(found, f, alpha, where, metadata, size, tolerance)
             _check_bare(text is not None, where)
+            if any(slot.tolerance is not None for slot in record.slots.values()):
+                numbers = safetensors.read_tensors(f, record.entries.items(), where)
+                by_key = dict(zip(record.entries, numbers, strict=True))
+                cut = _assembled(by_key, record, where, wide=wide)
+                return AdapterFile.of(cut, place.path, nbytes, record.names)
             if alpha_keys(_shapes(found)):
                 return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
         else:
@@ -478,6 +504,7 @@ def _of_kohya(
     where: str,
     metadata: Mapping[str, str],
     size: int,
+    tolerance: float | None,
 ) -> _Record:
     entries = kohya_keys(found)
     shapes = _shapes(entries)
@@ -485,8 +512,10 @@ def _of_kohya(
     told = {key: text for key, text in metadata.items() if text != "Dynamic"}
     numbers = _numbers(file, alpha_keys(shapes), entries, where)
     alphas = Alphas(alpha, header_says(told, where)[0], numbers)
-    plan, config = kohya_plan(shapes, alphas, where)
-    return _Record({**config, **_origin(metadata)}, plan, entries, size)
+    plan, config = kohya_plan(shapes, alphas, where, tolerance)
+    record = _Record({**config, **_origin(metadata)}, plan, entries, size)
+    record.names = kohya_names(found)
+    return record
 
 
 def _shapes(entries: Mapping[str, Entry]) -> Tensors:
@@ -519,10 +548,14 @@ def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _in_memory(
-    tensors: dict[str, Tensor], config: dict[str, Any] | None, alpha: float | None, where: str
+    tensors: dict[str, Tensor],
+    config: dict[str, Any] | None,
+    alpha: float | None,
+    where: str,
+    tolerance: float | None,
 ) -> tuple[dict[str, Tensor], _Record]:
     """Tensors under the keys of a record, and that."""
-    is_kohyas = is_kohya(tensors)
+    is_kohyas, names = is_kohya(tensors), kohya_names(tensors)
     if is_kohyas:
         tensors = kohya_keys(tensors)
     else:
@@ -530,12 +563,14 @@ def _in_memory(
     shapes = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
     alphas = Alphas(alpha, modules={s: tensors[key] for s, key in alpha_keys(shapes).items()})
     if is_kohyas:
-        plan, said = kohya_plan(shapes, alphas, where)
+        plan, said = kohya_plan(shapes, alphas, where, tolerance)
         _check_bare(config is not None, where)
         config = said
     else:
         plan = make_plan(shapes, config, alphas, where)
-    return tensors, _Record(config or {}, plan, {}, 0)
+    record = _Record(config or {}, plan, {}, 0)
+    record.names = names
+    return tensors, record
 
 
 def _check_alpha(alpha: float | None, has_config: bool, where: str) -> None:
@@ -586,7 +621,11 @@ def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
     A, B = tensors[:2]
     layout = slot.layout
     if slot.form == "kohya":
-        A, B = kohya_factors(dict(zip(slot.keys, tensors, strict=True)))
+        parts = dict(zip(slot.keys, tensors, strict=True))
+        if slot.tolerance is not None:
+            u = kohya_cut(parts, slot.tolerance).to(dtype=slot.dtype)
+            return u.A, u.B
+        A, B = kohya_factors(parts)
     if slot.form == "mlx":
         A, B = mlx_factors(A, B, slot)
     if layout.kind == "expert":

@@ -89,6 +89,7 @@ class Slot:
         form: how the tensors hold the factors: PEFT's way, "mlx" or "kohya".
         part: (index, count) of it among the parts that the tensors hold, where `form` has such.
         others: keys of the tensors that it is made of beside these two.
+        tolerance: relative error to which it is cut when it is read, and its rank with it.
     """
 
     A: str
@@ -101,6 +102,7 @@ class Slot:
     form: Literal["peft", "mlx", "kohya"] = "peft"
     part: tuple[int, int] | None = None
     others: tuple[str, ...] = ()
+    tolerance: float | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:

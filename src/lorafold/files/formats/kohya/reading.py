@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from ....errors import FileError, MismatchError
+from ....lowrank import LowRank, from_svd, kept_directions
 from ....parts import LINEAR, PREFIX, Layout
-from ....words import some_of
+from ....words import some_of, warn
 from ...disk.header import Entry
 from ...peft_keys import Plan, Shape, Slot, Tensors, common_dtype, scaling_of
 from ..alphas import Alphas
@@ -101,6 +102,24 @@ def kohya_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
+def kohya_cut(tensors: Mapping[str, Tensor], tolerance: float) -> LowRank:
+    """What LoHa or LoKr stands for before its scale, by the fewest directions within `tolerance`.
+
+    The singular values of w1 ⊗ w2 are the products of theirs, so that each is decomposed alone.
+    """
+    t = {_what(key): value.double() for key, value in tensors.items()}
+    if "hada_w1_a" in t:
+        A, B = _hadamard(*(_pair(t, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)))
+        return LowRank(A.flatten(1), B).truncate(tolerance=tolerance)
+    pairs = (_pair(t, f"lokr_w{n}", f"lokr_t{n}") for n in (1, 2))
+    (U1, S1, V1), (U2, S2, V2) = (LowRank(A.flatten(1), B.flatten(1)).svd() for A, B in pairs)
+    S, order = (S1[:, None] * S2).flatten().sort(descending=True)
+    k = kept_directions(S, tolerance=tolerance)
+    i, j = order[:k] // len(S2), order[:k] % len(S2)
+    U = (U1[:, None, i] * U2[:, j]).flatten(0, 1)
+    return from_svd(U, S[:k], (V1[i, :, None] * V2[j, None]).flatten(1))
+
+
 def _what(key: str) -> str:
     match = _KEY.fullmatch(key)
     assert match is not None
@@ -139,13 +158,16 @@ def _kronecker(
     return torch.kron(A1.reshape(*A1.shape, *[1] * (A2.ndim - A1.ndim)), A2), torch.kron(B1, B2)
 
 
-def kohya_plan(tensors: Tensors, alphas: Alphas, where: str) -> tuple[Plan, dict[str, Any]]:
+def kohya_plan(
+    tensors: Tensors, alphas: Alphas, where: str, tolerance: float | None = None
+) -> tuple[Plan, dict[str, Any]]:
     """What a file holds, and a config of what its scales do not say.
 
     Args:
         tensors: {key: (dtype, shape)}, the keys as `kohya_keys` gives them.
         alphas: what is said of α.
         where: the file, for messages.
+        tolerance: relative error of products of full rank, which are cut.
 
     Raises:
         FileError: an algorithm that is not read, factors of PEFT beside these, or a product of
@@ -171,13 +193,22 @@ def kohya_plan(tensors: Tensors, alphas: Alphas, where: str) -> tuple[Plan, dict
         except MismatchError as e:
             raise MismatchError(f"{where}: module {name!r}: {e}") from e
         if slot.rank >= min(slot.shape) and "lora_down" not in parts:
-            raise FileError(
-                f"{where}: the factors of module {name!r} multiply to the rank {slot.rank}, and "
-                f"its weight is {slot.shape[0]}×{slot.shape[1]}, so this is no update of low "
-                f"rank: {DIFFERENCE}"
-            )
+            if tolerance is None:
+                raise FileError(
+                    f"{where}: the factors of module {name!r} multiply to the rank {slot.rank}, "
+                    f"and its weight is {slot.shape[0]}×{slot.shape[1]}, so this is no update of "
+                    "low rank; use lf.load(path, tolerance=…), which cuts it to that relative "
+                    f"error, or {DIFFERENCE}"
+                )
+            slot = replace(slot, tolerance=tolerance)
         if slots.setdefault(path, slot) is not slot:
             raise MismatchError(f"{where}: {name!r} is another name of {path!r}, which it has too")
+    cut = [path for path, slot in slots.items() if slot.tolerance is not None]
+    if cut:
+        warn(
+            f"{where}: {some_of(cut)} multiplied to full rank: cut, with a relative error of at "
+            f"most {tolerance:g} in each"
+        )
     used = {f"{name}.alpha" for name in found}
     dora = [key for key in others if key.endswith((_DORA, _MAGNITUDE))]
     _check_magnitudes(dora, tensors, slots, where)
