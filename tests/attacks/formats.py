@@ -170,7 +170,53 @@ def parquet_says(folder):
     return found
 
 
+# kohya-ss's and LyCORIS's names and factors
+
+
+def make_kohya(folder):
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "lycoris_q": {"lora_down.weight": (2, 5), "lora_up.weight": (6, 2)},
+        "lycoris_k": {f"hada_w{n}_{k}": (6, 2) if k == "a" else (2, 5) for n in "12" for k in "ab"},
+    }
+    tensors = {
+        f"{name}.{what}": torch.randn(shape, generator=g)
+        for name, parts in shapes.items()
+        for what, shape in parts.items()
+    }
+    for name, alpha in zip(shapes, (3.0, 1.0), strict=True):
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, folder / "x.safetensors")
+
+
+def kohya_says(folder):
+    _, tensors = kinds.header_of(folder / "x.safetensors")
+    modules = {}
+    for key in [k for k in tensors if k.endswith(("lora_down.weight", "hada_w1_b"))]:
+        path = key.rpartition(".lora_down" if "lora_down" in key else ".hada")[0]
+        if "lora_down" in key:
+            A, B = tensors.pop(key), tensors.pop(f"{path}.lora_up.weight")
+            rank = len(A)
+        else:
+            a, b, c, d = (
+                tensors.pop(f"{path}.hada_w{n}_{side}").double() for n in "12" for side in "ab"
+            )
+            A = torch.stack([x * y for x in b for y in d]).float()
+            B = torch.stack([x * y for x in a.T for y in c.T], 1).float()
+            rank = len(b)
+        alpha = tensors.pop(f"{path}.alpha", None)
+        modules[path] = plain(A), plain(B), 1.0 if alpha is None else float(alpha) / rank
+    return {"modules": modules, "extras": {k: plain(t) for k, t in tensors.items()}}
+
+
 KINDS = {
+    "kohya": Kind(
+        make_kohya,
+        ("x.safetensors",),
+        lambda f: kinds.told_of(lf.load(f / "x.safetensors")),
+        kohya_says,
+        ("info FOLDER/x.safetensors", "convert FOLDER/x.safetensors -o OUT --to peft"),
+    ),
     "pickle": Kind(
         make_pickle,
         (PICKLE, PICKLE, kinds.CONFIG),

@@ -94,3 +94,23 @@ def test_what_is_in_the_way_and_what_has_no_place(cli, sql, tmp_path):
     assert not (tmp_path / "new").exists()
     ran = cli("convert", sql, "-o", tmp_path / "new", "--to", "mlx", "--base", tmp_path / "none")
     assert (ran.code, "no such folder" in ran.err) == (2, True)
+
+
+def test_flat_names_become_the_bases(cli, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_file({"to_q.in_b.weight": torch.zeros(6, 10)}, base / "model.safetensors")
+    down, up = torch.randn(2, 10), torch.randn(6, 2)
+    flat = {"lora_unet_to_q_in_b.lora_down.weight": down, "lora_unet_to_q_in_b.lora_up.weight": up}
+    file = tmp_path / "x.safetensors"
+    save_file(flat, file)
+    ran = cli("convert", file, "-o", out, "--to", "peft", "--base", base, "--json")
+    assert ran.code == 0
+    assert ran.json["error"] == 0
+    assert torch.equal(lf.load(out)["to_q.in_b"].A, down)
+    ran = cli(
+        *("convert", file, "-o", tmp_path / "none", "--to", "peft"),
+        *("--base", base.parent / "other"),
+    )
+    assert ran.code == 2
+    assert not (tmp_path / "none").exists()

@@ -48,17 +48,21 @@ def convert(
     for is refused by name.
     """
     from ..files import open_adapter, save
+    from ..files.formats.kohya.names import by_base
 
     file = opened(source, dtype=dtype, **options)
     apart = [path for path in touched([source], {}) if path is not None]
     places = Places.of(target, ["adapter"], [*apart, file.path], overwrite=overwrite, many=False)
     (path,) = places.paths.values()
-    adapter = file.load()
+    adapter, names_of = file.load(), base
+    if file.names and base is not None:
+        adapter = by_base(adapter, file.names, base)
+        names_of = None if form == "peft" else base
     save(
         adapter,
         path,
         format=form,
-        base=base,
+        base=names_of,
         base_model=base_model,
         dtype=torch_dtype(dtype),
         overwrite=overwrite,
