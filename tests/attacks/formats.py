@@ -195,7 +195,7 @@ def kohya_says(folder):
     for key in [k for k in tensors if k.endswith(("lora_down.weight", "hada_w1_b"))]:
         path = key.rpartition(".lora_down" if "lora_down" in key else ".hada")[0]
         if "lora_down" in key:
-            A, B = tensors.pop(key), tensors.pop(f"{path}.lora_up.weight")
+            A, B = (t.flatten(1) for t in (tensors.pop(key), tensors.pop(f"{path}.lora_up.weight")))
             rank = len(A)
         else:
             a, b, c, d = (

@@ -412,6 +412,10 @@ WRONG = {
         {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": R(23, 1)},
         "23 magnitudes, and its update 24 rows",
     ),
+    "an α of two": (
+        {"lora_down.weight": down, "lora_up.weight": up, "alpha": R(2)},
+        "α must be one number, found torch.float32 of shape",
+    ),
     "GLoRA": ({"a1.weight": R(3, 4), "a2.weight": R(3, 4)}, r"algorithm of LyCORIS \('lora_unet"),
     "OFT": ({"oft_blocks": R(2, 4, 4)}, r"LyCORIS adapter \(OFT\)"),
     "a part of another": ({**LOKR, "bias_values": R(3)}, "algorithm of LyCORIS"),

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import lorafold as lf
 
+peft = pytest.importorskip("peft")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     lycoris = pytest.importorskip(
@@ -81,7 +82,7 @@ def test_its_own_files_run_as_they_do_there(case, tmp_path):
         assert (there - without).norm() > 1e-2 * there.norm()  # it does something
 
 
-def test_dora_is_its_formula(tmp_path):
+def test_dora_is_its_formula_and_pefts(tmp_path):
     model, file = Model(), tmp_path / "x.safetensors"
     own = {key: t.clone() for key, t in model.state_dict().items()}
     network = saved(model, file, algo="locon", dora_wd=True)
@@ -102,4 +103,10 @@ def test_dora_is_its_formula(tmp_path):
             here = torch.nn.functional.linear(x, W, bias)
         else:
             here = torch.nn.functional.conv2d(image, W, bias)
+        assert (there - here).norm() < 1e-5 * there.norm()
+    lf.save(adapter, tmp_path / "peft")
+    plain = Model()
+    plain.load_state_dict(own)
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").merge_and_unload()
+    for there, here in zip(expected, merged(x, image), strict=True):
         assert (there - here).norm() < 1e-5 * there.norm()

@@ -184,6 +184,8 @@ def kohya_plan(
         elif found.setdefault(match["name"], {}).setdefault(_what(key), key) != key:
             raise MismatchError(f"{where}: {key!r} is there twice, with .weight and without")
     _check_others(others, found, where)
+    own = {name: t for name, t in alphas.modules.items() if f"{name}.alpha" in tensors}
+    alphas = replace(alphas, modules=own)
     paths = paths_of(found)
     slots: dict[str, Slot] = {}
     for name, parts in found.items():
@@ -271,6 +273,9 @@ def _slot(name: str, parts: Mapping[str, str], tensors: Tensors, alphas: Alphas)
         raise MismatchError(f"its factors do not fit together: {shapes}")
     scale = 1.0
     dim = _dim(shapes)
+    told = tensors.get(f"{name}.alpha")
+    if told is not None and name not in alphas.modules:
+        raise MismatchError(f"its α must be one number, found {told[0]} of shape {told[1]}")
     if dim is not None and alphas.known(name):
         scale = alphas.of(name, dim) / dim
     layout = LINEAR if A.ndim == 2 else Layout("conv", kernel=tuple(A.shape[1:]))
