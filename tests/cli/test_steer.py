@@ -116,6 +116,15 @@ def test_bad_places_and_options(pairs, cli):
     assert Path("dial/thesis.txt").read_text() == "x"
 
 
+@pytest.fixture
+def ctrl_c():
+    """It interrupts, also where a shell runs the tests in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_stopped_by_ctrl_c_it_keeps_what_there_is_and_goes_on(pairs, cli, monkeypatch):
     backward, calls = module.steer_backward, []
 
