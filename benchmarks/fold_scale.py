@@ -33,14 +33,14 @@ import lorafold as lf
 
 QUESTION = "Folding bfloat16 adapters of a 7B Llama: forms, workers, and where the time goes"
 BEFORE = "8739e31"
-WIDE, MIDDLE, RANK, COUNT = 4096, 11008, 16, 4
+WIDE, MIDDLE, RANK, COUNT = 4096, 11008, 16, 12
 SHAPES = {
     **{f"self_attn.{name}_proj": (WIDE, WIDE) for name in "qkvo"},
     "mlp.gate_proj": (MIDDLE, WIDE),
     "mlp.up_proj": (MIDDLE, WIDE),
     "mlp.down_proj": (WIDE, MIDDLE),
 }
-REPEATS = 3
+REPEATS = 2
 AT_MOST = {"auto / svd": 1.3, "auto / svd, one start": 2.0}
 AT_LEAST = {"two workers": 1.6, "two workers / before": 4.0, "reading / before": 2.0}
 
@@ -60,7 +60,7 @@ print("reading", time.perf_counter() - start)
 """
 # What a part is called, and the functions that it is.
 PARTS = {
-    "reading the files": ("collection.py", "read"),
+    "reading the files": ("peft.py", "read"),
     "joining blocks": ("batch.py", "joined_factors"),
     "Grams": ("batch.py", "gram"),
     "quick Grams": ("batch.py", "quick_gram"),
