@@ -59,9 +59,8 @@ def fit(sources: dict[str, lf.Adapter]) -> None:
     """The directions and every loading, as `fold` computes them; no digests, nothing is stored."""
     for path in next(iter(sources.values())):
 
-        def read(i: int, path: str = path) -> tuple[torch.Tensor, torch.Tensor, float]:
-            u = sources[f"a{i}"][path]
-            return u.B, u.A, u.scale
+        def read(i: int, path: str = path) -> lf.LowRank:
+            return sources[f"a{i}"][path]
 
         ranks = np.full(COUNT, RANK)
         stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), stays=True)
