@@ -12,6 +12,7 @@ directions below 1e-7 of the largest singular value are dropped as float32 noise
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,10 +91,12 @@ class Stack:
 
     def block_from(self, first: int, end: int) -> int | None:
         """The number of the block whose adapters are at these positions; None if there is none."""
-        for number, rows in enumerate(self.blocks):
-            if first <= self.members[rows[0]] < end:
-                return number
-        return None
+        number = bisect.bisect_left(self.blocks, first, key=self._position)
+        there = number < len(self.blocks) and self._position(self.blocks[number]) < end
+        return number if there else None
+
+    def _position(self, rows: np.ndarray) -> int:
+        return int(self.members[rows[0]])
 
     def part(self, number: int) -> Stack:
         """One block as a stack of its own, which shares what is kept."""
@@ -132,7 +135,7 @@ class Stack:
     def factors(self) -> Iterator[Factors]:
         """The blocks as read, in order; a stack of a few blocks stays in memory until `forget`."""
         for rows in self.blocks:
-            first = int(self.members[rows[0]])
+            first = self._position(rows)
             found = self._known.get(first)
             if found is None:
                 members = self.members[rows]

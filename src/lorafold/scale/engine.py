@@ -15,7 +15,7 @@ import pickle
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class Engine:
     def __init__(self, at_once: int | None = None) -> None:
         self._at_once = at_once
 
-    def map(self, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Any]:
         """The results of a function of the module level, in order."""
         if self._at_once is None or self._at_once == 1:
             for task in tasks:
@@ -119,18 +119,22 @@ class Spread(Engine):
         self._ahead = 1 if isinstance(executor, _Here) else _AHEAD
         self._under_way: set[Future[Any]] = set()
 
-    def map(self, function: Callable[..., Any], tasks: Sequence[Task]) -> Iterator[Any]:
-        known: dict[str, _Sent] = {}  # tasks of the same inputs are one
-        keys = [key_of((function, task.inputs)) for task in tasks]
-        sent = [known.setdefault(k, _Sent(t, k)) for t, k in zip(tasks, keys, strict=True)]
+    def map(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Any]:
+        source, ahead = iter(tasks), deque[_Sent]()
         try:
-            for at, one in enumerate(sent):
-                for other in sent[at : at + self._ahead]:
-                    self._send(function, other)
-                self._finish(function, one)
-                yield self._work.result(one.key)
+            while True:
+                while len(ahead) < self._ahead and (task := next(source, None)) is not None:
+                    key = key_of((function, task.inputs))
+                    # Tasks of the same inputs are one.
+                    same = next((other for other in ahead if other.key == key), None)
+                    ahead.append(same or _Sent(task, key))
+                    self._send(function, ahead[-1])
+                if not ahead:
+                    return
+                self._finish(function, ahead[0])
+                yield self._work.result(ahead.popleft().key)
         finally:
-            for one in sent:
+            for one in ahead:
                 if one.future is not None:
                     one.future.cancel()
 

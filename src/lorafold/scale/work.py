@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import secrets
 import struct
 from collections.abc import Iterable
@@ -31,7 +30,6 @@ from ..errors import FileError
 
 _RUN = "work.json"
 _FORMAT = "lorafold-work"
-_KNOWN = re.compile(r"[0-9a-f]{40}\.(task|done|shared)|\.[0-9a-f]{16}\.tmp|work\.json")
 _HEAD = struct.Struct("<Q")
 _SEAL, _AT_ONCE = 32, 1 << 20  # bytes: of a SHA-256, and of a file
 _SHARED_KEPT = 64  # of what tasks share, in a worker
@@ -112,7 +110,7 @@ class WorkDirectory:
         self.path = Path(os.path.abspath(path))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            names = os.listdir(self.path)
+            names = [] if run is None else os.listdir(self.path)
         except OSError as e:
             raise FileError(f"{self.path} can't be a work directory: {e.strerror or e}") from e
         if run is not None:
@@ -183,14 +181,6 @@ class WorkDirectory:
         if not path.exists():
             self._replace(path, [pickle.dumps(value)])
         return Shared(os.fspath(path))
-
-    def clear(self) -> None:
-        """Remove what was written here; the directory, too, if it is empty then."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.path):
-                if _KNOWN.fullmatch(name):
-                    os.unlink(self.path / name)
-            self.path.rmdir()
 
     def _replace(self, path: Path, data: list[bytes], *, seal: bool = True) -> None:
         # Not `replace_file`: what a crash of the machine loses is made again, and a flush of each

@@ -68,9 +68,10 @@ class Survey:
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side, self.engine) for side in "UV"}
         by_path: dict[str, list[np.ndarray]] = {path: [] for path in self.stacks}
-        tasks = list(self._measuring())
-        for k, (spectra, digests) in enumerate(self.engine.map(measured, tasks)):
-            self.progress(k, 2 * len(tasks), "measuring")
+        total = len(self.collection.blocks if self.engine.spread else self.stacks)
+        found_of = self.engine.map(measured, self._measuring())
+        for k, (spectra, digests) in enumerate(found_of):
+            self.progress(k, 2 * total, "measuring")
             self.collection.know(digests)
             for path, S in spectra.items():
                 by_path[path].append(S)

@@ -183,21 +183,22 @@ class Builder:
         """Every block of adapters coded at all of its modules."""
         survey = self._survey
         shared = {path: survey.engine.share(plan.bare()) for path, plan in plans.items()}
-        tasks = []
-        for first, end, parts in survey.blocks():
-            if not parts:
-                continue
-            starts = {
-                path: int(np.searchsorted(survey.stacks[path].members, part.members[0]))
-                for path, part in parts.items()
-            }
-            spans = {path: (row, row + len(parts[path])) for path, row in starts.items()}
-            there = {path: shared[path] for path in parts}
-            block = Block(parts, starts, there, ledger.part(first, end, spans))
-            tasks.append(Task(survey.collection.called(first, end), (coder, block)))
+
+        def tasks() -> Iterator[Task]:
+            for first, end, parts in survey.blocks():
+                starts = {
+                    path: int(np.searchsorted(survey.stacks[path].members, part.members[0]))
+                    for path, part in parts.items()
+                }
+                spans = {path: (row, row + len(parts[path])) for path, row in starts.items()}
+                there = {path: shared[path] for path in parts}
+                block = Block(parts, starts, there, ledger.part(first, end, spans))
+                yield Task(survey.collection.called(first, end), (coder, block))
+
+        count = len(survey.collection.blocks)
         found: list[Pieces | Filed] = []
-        for k, one in enumerate(survey.engine.map(coded_block, tasks)):
-            survey.progress(len(tasks) + k, 2 * len(tasks), "writing")
+        for k, one in enumerate(survey.engine.map(coded_block, tasks())):
+            survey.progress(count + k, 2 * count, "writing")
             found.append(one)
         return found
 
