@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..files.remote.place import Place
+    from ..files.replacing import FileKind, Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ["float32", "float16", "bfloat16"]
@@ -129,6 +130,7 @@ class Places:
         overwrite: bool,
         many: bool = True,
         among: Iterable[str] | None = None,
+        kind: Kind | FileKind | None = None,
     ) -> Places:
         """The places of adapters, checked before anything is written.
 
@@ -138,6 +140,7 @@ class Places:
             overwrite: replace adapters that are there.
             many: whether each goes to a folder in OUT; else there is one, and it goes to OUT.
             among: the names that folders' names are told apart from; those by default.
+            kind: what is written; a folder in PEFT's form by default.
 
         Raises:
             FileError: something is in the way.
@@ -152,7 +155,7 @@ class Places:
         paths = {name: out / folders[name] if many else out for name in names}
         for path in paths.values():
             check_apart(path, sources)
-            check_replaceable(path, ADAPTER, overwrite, path)
+            check_replaceable(path, kind or ADAPTER, overwrite, path)
         renamed = {folders[name]: name for name in names if many and folders[name] != name}
         return cls(out, paths, renamed, known_names(out) if renamed else {})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from ..files.formats.registry import WRITTEN
+from ..files.formats.registry import FORMATS, WRITTEN
 from . import _output as output
 from ._command import command
 from ._source import opened, source_options, touched
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @command("convert", example="lorafold convert adapters/sql -o sql-mlx --to mlx")
 @click.argument("source", metavar="IN")
-@click.option("-o", "--output", "target", required=True, metavar="OUT", help="The folder to write.")
+@click.option("-o", "--output", "target", required=True, metavar="OUT", help="What to write.")
 @click.option(
     "--to", "form", type=click.Choice(["peft", *WRITTEN]), required=True, help="Whose form."
 )
@@ -49,10 +51,18 @@ def convert(
     """
     from ..files import open_adapter, save
     from ..files.formats.kohya.names import by_base
+    from ..files.save import target_kind
 
     file = opened(source, dtype=dtype, **options)
     apart = [path for path in touched([source], {}) if path is not None]
-    places = Places.of(target, ["adapter"], [*apart, file.path], overwrite=overwrite, many=False)
+    places = Places.of(
+        target,
+        ["adapter"],
+        [*apart, file.path],
+        overwrite=overwrite,
+        many=False,
+        kind=target_kind(form),
+    )
     (path,) = places.paths.values()
     adapter, names_of = file.load(), base
     if file.names and base is not None:
@@ -86,14 +96,15 @@ def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> f
     Where the form has other names for the modules, against what they are without rounding.
     """
     from ..adapter import on_base
-    from ..files import load
-    from ..files.formats.registry import writer
+    from ..files import load, save
 
     if adapter.refusal is not None:
         return None
     if adapter.modules.keys() != written.modules.keys():
-        exact = writer(form)(adapter, base=base, base_model=None, dtype=None)
-        adapter = load(exact.tensors, config=exact.config)
+        with tempfile.TemporaryDirectory(prefix="lorafold-") as scratch:
+            exact = Path(scratch, f"exact{FORMATS[form].ending or ''}")
+            save(adapter, exact, format=cast(Any, form), base=base)
+            adapter = load(exact)
     if adapter.base_model is not None:  # of which --base-model may be another name
         written = on_base(written, adapter.base_model)
     norm = adapter.norm()

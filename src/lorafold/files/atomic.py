@@ -27,8 +27,16 @@ from safetensors import SafetensorError
 
 from ..errors import FileError
 from .remote.place import Place, UrlPath, is_url, new_place, place_of
-from .remote.writing import appearing_at
-from .replacing import Kind, check_apart, check_named, check_replaceable, is_free, keep_others
+from .remote.writing import appearing_at, file_appearing_at
+from .replacing import (
+    FileKind,
+    Kind,
+    check_apart,
+    check_named,
+    check_replaceable,
+    is_free,
+    keep_others,
+)
 
 fcntl: ModuleType | None
 try:
@@ -147,6 +155,73 @@ def _appearing(
     # After the exchange the old state lies under the staging name. It goes last: had the flush
     # above failed, the disk could still need it.
     _remove_replaced(staging, target, kind)
+
+
+@contextlib.contextmanager
+def new_file(
+    path: str | os.PathLike[str],
+    kind: FileKind,
+    *,
+    sources: Iterable[str | os.PathLike[str] | None] = (),
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """A path to write a file at, which takes the name `path` when the block ends well.
+
+    As `new_directory`, for what is one file: whole or not at all, missing parents are created, a
+    symbolic link at `path` is refused, and at a URL it is put there at the end. A file that is
+    replaced leaves its permissions to the new one.
+
+    Args:
+        path: the file to appear.
+        kind: what is written.
+        sources: files and folders that it is made from: the file is and lies in none.
+        overwrite: replace a file of this kind that is there.
+
+    Returns:
+        A context manager giving a path where nothing is yet.
+
+    Raises:
+        FileError: something is there and `overwrite` is False, it is not of this kind, or a source
+            is in the way; before the block is entered, except for what appeared meanwhile. Or it
+            can't be written: the disk is full.
+    """
+    if is_url(path):
+        with writing(place_of(path)):
+            yield from file_appearing_at(new_place(path), kind, sources, overwrite)
+        return
+    target = _place(path)
+    with writing(target):
+        yield from _file_appearing(path, target, kind, sources, overwrite)
+
+
+def _file_appearing(
+    path: str | os.PathLike[str],
+    target: Path,
+    kind: FileKind,
+    sources: Iterable[str | os.PathLike[str] | None],
+    overwrite: bool,
+) -> Iterator[Path]:
+    """Where to write; what follows makes it the target."""
+    check_apart(target, sources)
+    check_replaceable(target, kind, overwrite, path)
+    with parents(target) as created:
+        _remove_dead_staging(target.parent)
+        staging, lock = _new_staging(target)
+        try:
+            new = staging / f"new{kind.ending}"
+            yield new
+            check_replaceable(target, kind, overwrite, path)  # it may have changed meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(new, stat.S_IMODE(os.stat(target).st_mode))
+            _sync_tree(staging)
+            if os.path.lexists(target) or not _rename_with(new, target, _RENAME_NOREPLACE):
+                os.replace(new, target)
+        finally:
+            _remove(staging)
+            if lock is not None:
+                os.close(lock)
+    for parent in (target.parent, *(p.parent for p in reversed(created))):
+        sync_directory(parent)
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import ORIGIN, Adapter, Layout
-from ..errors import MismatchError, UnknownNameError
+from ..errors import FileError, MismatchError, UnknownNameError
 from ..lowrank import LowRank
 from ..parts import Parts, refusal_reason
 from ..roles.fused import Packing
@@ -344,6 +344,15 @@ def open_files(
         adapter = _assembled(tensors, record, where, wide=wide)
         return AdapterFile.of(adapter, place.path, nbytes, record.names)
     return _open_safetensors(place, weights, text, alpha, nbytes, wide, tolerance)
+
+
+def is_adapter_file(path: Place) -> bool:
+    """Whether a file is an adapter that is read, by its header alone."""
+    try:
+        open_files(path, None, None, False, torch.float32, 0.0)
+    except (FileError, MismatchError):
+        return False
+    return True
 
 
 @thin

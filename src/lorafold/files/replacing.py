@@ -1,4 +1,4 @@
-"""What a directory that is being written may take the place of, and what stays of it.
+"""What a directory or file that is being written may take the place of, and what stays of it.
 
 Only what is of the kind being written is replaced, and of that only the files that lorafold itself
 writes. Whatever else lies there (a thesis, an optimiser's state) stays: it gets a second name, a
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import FileError
 from ..words import one_line
-from .remote.place import Place, UrlPath, is_url, place_of
+from .remote.place import Place, UrlPath, is_file, is_url, place_of, size_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,21 @@ class Kind:
         return self.files.fullmatch(path.name) is not None
 
 
+@dataclass(frozen=True)
+class FileKind:
+    """What is written as one file.
+
+    Args:
+        name: with its article, for messages: "an adapter of llama.cpp's".
+        ending: of its name: ".gguf".
+        known: whether a file (not an empty one), on this machine or a store, is one.
+    """
+
+    name: str
+    ending: str
+    known: Callable[[Any], bool]
+
+
 def is_free(target: Place) -> bool:
     """Whether nothing is there, or an empty directory, which counts as nothing."""
     if isinstance(target, UrlPath):
@@ -66,13 +81,16 @@ def is_free(target: Place) -> bool:
 
 
 def check_replaceable(
-    target: Place, kind: Kind, overwrite: bool, given: str | os.PathLike[str]
+    target: Place, kind: Kind | FileKind, overwrite: bool, given: str | os.PathLike[str]
 ) -> None:
-    """Check that a directory of this kind may take the place of what is at `target`.
+    """Check that what is of this kind may take the place of what is at `target`.
 
     Raises:
         FileError: it may not; the message calls it `given`.
     """
+    if isinstance(kind, FileKind):
+        _check_file_replaceable(target, kind, overwrite, given)
+        return
     check_named(given)
     if isinstance(target, UrlPath):
         target = target.at_once()
@@ -97,6 +115,34 @@ def check_replaceable(
         raise FileError(f"{given} is or holds the current directory; it won't be overwritten")
 
 
+def _check_file_replaceable(
+    target: Place, kind: FileKind, overwrite: bool, given: str | os.PathLike[str]
+) -> None:
+    check_named(given)
+    if isinstance(target, UrlPath):
+        target = target.at_once()
+    else:
+        check_no_link(given)
+    if target.is_dir():
+        raise FileError(
+            f"{given} is a folder, and {kind.name} is one file: name a file in it, such as "
+            f"{target / target.name}{kind.ending}"
+        )
+    if target.suffix != kind.ending:
+        raise FileError(
+            f"{given} is no name of {kind.name}, which is one file whose name ends in "
+            f"{kind.ending}: call it {given}{kind.ending}"
+        )
+    if not (target.exists() if isinstance(target, UrlPath) else os.path.lexists(target)):
+        return
+    of_kind = is_file(target) and (size_of(target) == 0 or kind.known(target))
+    if not overwrite:
+        remedy = "; give overwrite=True to replace it" if of_kind else f", and is not {kind.name}"
+        raise FileError(f"{given} exists already{remedy}")
+    if not of_kind:
+        raise FileError(f"{given} won't be overwritten: it is not {kind.name}; name another file")
+
+
 def check_no_link(given: str | os.PathLike[str]) -> None:
     """Check that what is to be written is no symbolic link: what that leads to is somebody's.
 
@@ -107,8 +153,8 @@ def check_no_link(given: str | os.PathLike[str]) -> None:
     if os.path.islink(place):
         where = os.readlink(place)
         raise FileError(
-            f"{given} is a symbolic link to {where}, and nothing is written through one: name the "
-            "folder that it leads to, or remove it"
+            f"{given} is a symbolic link to {where}, and nothing is written through one: name "
+            "what it leads to, or remove it"
         )
 
 

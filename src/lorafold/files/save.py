@@ -25,8 +25,8 @@ from ..lowrank import LowRank
 from ..parts import PREFIX, extra_kind, lora_bias_path, scaling
 from ..prefixes import Prefixes
 from ..roles.roles import Tables
-from ..words import one_line
-from .atomic import new_directory
+from ..words import one_line, warn
+from .atomic import new_directory, new_file
 from .config import (
     CARD,
     CARD_MARK,
@@ -42,10 +42,11 @@ from .config import (
 from .find import is_adapter
 from .formats.baking import padded, scaled
 from .formats.portable import portable_form
-from .formats.registry import WRITTEN, writer
+from .formats.registry import FORMATS, Written, writer
+from .peft import is_adapter_file
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
-from .replacing import Kind
+from .replacing import FileKind, Kind
 from .safetensors import save_tensors
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def save(
 
     Args:
         adapter: what to write.
-        path: the directory to make, of this machine or a URL.
+        path: the directory to make, of this machine or a URL; the file, for formats that are one.
         format: "peft", "portable", or "mlx": mlx-lm's folder, of one rank, a scale that all modules
             share kept and others in B. What MLX has no place for is refused by name.
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
@@ -150,25 +151,53 @@ def save(
         with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
             save_tensors(_separate(named), staging / PORTABLE_NAME, metadata=metadata)
         return
-    if format in WRITTEN:
+    if format in FORMATS:
         if pad or tables:
             raise MismatchError(f"pad= and tables= are not for format={format!r}")
         form = writer(format)(adapter, base=base, base_model=base_model, dtype=dtype)
-        with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
-            origin = adapter.config.get(ORIGIN, {})
-            metadata = {**origin.get("metadata", {}), **form.metadata}
-            save_tensors(_separate(form.tensors), staging / form.file, metadata=metadata)
-            _write_beside(staging, origin)
-            (staging / CONFIG_NAME).write_text(as_json(form.config), encoding="utf-8")
+        _write(form, path, format, adapter.config.get(ORIGIN, {}), overwrite)
         return
     if format != "peft":
-        known = ", ".join(map(repr, ("peft", "portable", *WRITTEN)))
+        known = ", ".join(map(repr, ("peft", "portable", *FORMATS)))
         raise MismatchError(f"format must be one of {known}, found {one_line(format)}")
     if base is not None or tables:
         raise MismatchError("base= and tables= are for other formats than 'peft'")
     tensors, config = peft_form(adapter, pad=pad, dtype=dtype, base_model=base_model)
     with new_directory(path, ADAPTER, overwrite=overwrite) as staging:
         write_form(staging, tensors, config)
+
+
+def target_kind(format: str) -> Kind | FileKind:  # noqa: A002
+    """What `save` writes of a format: a folder, or one file."""
+    ending = FORMATS[format].ending if format in FORMATS else None
+    if ending is None:
+        return ADAPTER
+    return FileKind(f"an adapter in the form of {format}", ending, is_adapter_file)
+
+
+def _write(
+    form: Written,
+    path: str | os.PathLike[str],
+    name: str,
+    origin: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """Write what the writer of a format gave."""
+    kind = target_kind(name)
+    tensors = _separate(form.tensors)
+    metadata = {**origin.get("metadata", {}), **form.metadata}
+    write = form.write or save_tensors
+    if isinstance(kind, FileKind):
+        if "record" in origin:
+            warn(f"{path} is one file: the record of the adapter's dial is not in it")
+        with new_file(path, kind, overwrite=overwrite) as staging:
+            write(tensors, staging, metadata)
+        return
+    assert form.file is not None
+    with new_directory(path, kind, overwrite=overwrite) as staging:
+        write(tensors, staging / form.file, metadata)
+        _write_beside(staging, origin)
+        (staging / CONFIG_NAME).write_text(as_json(form.config), encoding="utf-8")
 
 
 def write_form(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

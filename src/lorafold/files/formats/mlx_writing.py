@@ -111,7 +111,7 @@ def mlx_form(
         config["model"] = name
     smaller = {part.name: part.update.rank for part in parts if part.update.rank < rank}
     metadata = {"format": "mlx", **({RANKS: json.dumps(smaller)} if smaller else {})}
-    return Written(MLX_NAME, tensors, metadata, config)
+    return Written(tensors, metadata, MLX_NAME, config)
 
 
 def _magnitudes(adapter: Adapter) -> dict[str, Tensor]:

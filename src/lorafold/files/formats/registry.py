@@ -6,8 +6,9 @@ Nothing here imports torch, as the command line lists these formats in its help.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,25 +17,41 @@ if TYPE_CHECKING:
 
     from ...adapter import Adapter
 
-_WRITERS = {"mlx": "mlx_writing:mlx_form"}
-WRITTEN = tuple(_WRITERS)
+
+@dataclass(frozen=True)
+class Format:
+    """A format by what writes it.
+
+    Args:
+        writer: file in this folder, and function in it: a `Writer`.
+        ending: of the one file that it is; None where it is a folder.
+    """
+
+    writer: str
+    ending: str | None = None
+
+
+FORMATS = {"mlx": Format("mlx_writing:mlx_form")}
+WRITTEN = tuple(FORMATS)
 
 
 @dataclass(frozen=True)
 class Written:
-    """An adapter in another format: what `save` writes into a directory.
+    """An adapter in another format: what `save` writes, a folder or one file.
 
     Args:
-        file: the name of the file of tensors.
-        tensors: {key: tensor} in it.
-        metadata: of its header.
-        config: of adapter_config.json.
+        tensors: {key: tensor}.
+        metadata: what the file's header says beside; what a merge has said of the adapter joins it.
+        file: of a folder, the name of the file of tensors; None where the format is one file.
+        config: of a folder, its adapter_config.json.
+        write: puts tensors and metadata into a file at a path; None for safetensors.
     """
 
-    file: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    config: Mapping[str, Any]
+    file: str | None = None
+    config: Mapping[str, Any] | None = None
+    write: Callable[[Mapping[str, Tensor], Path, Mapping[str, str]], None] | None = None
 
 
 class Writer(Protocol):
@@ -52,5 +69,5 @@ class Writer(Protocol):
 
 def writer(name: str) -> Writer:
     """The one of a format in `WRITTEN`."""
-    found: Writer = pkgutil.resolve_name(f"{__package__}.{_WRITERS[name]}")
+    found: Writer = pkgutil.resolve_name(f"{__package__}.{FORMATS[name].writer}")
     return found

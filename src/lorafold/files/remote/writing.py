@@ -1,4 +1,4 @@
-"""A directory at a URL: written on this machine, then put there, file after file.
+"""A directory or file at a URL: written on this machine, then put there, file after file.
 
 A store can't exchange two folders in one step. So the file that makes the folder what it is (an
 adapter's config) comes last, and of one that is replaced it goes first: who reads meanwhile gets an
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...errors import FileError
-from ..replacing import Kind, check_apart, check_replaceable, is_free
+from ..replacing import FileKind, Kind, check_apart, check_replaceable, is_free
 from .place import UrlPath
 
 
@@ -38,6 +38,26 @@ def appearing_at(
         yield staging
         check_replaceable(url, kind, overwrite, url)  # something may have come meanwhile
         _put(staging, url, kind)
+
+
+def file_appearing_at(
+    url: UrlPath,
+    kind: FileKind,
+    sources: Iterable[str | os.PathLike[str] | None],
+    overwrite: bool,
+) -> Iterator[Path]:
+    """Where `atomic.new_file` has a file written; what follows puts it at the URL, in one step.
+
+    Raises:
+        FileError: as there. OSError: as `asking.ask`.
+    """
+    check_apart(url, sources)
+    check_replaceable(url, kind, overwrite, url)
+    with tempfile.TemporaryDirectory(prefix="lorafold-") as scratch:
+        new = Path(scratch, f"new{kind.ending}")
+        yield new
+        check_replaceable(url, kind, overwrite, url)  # something may have come meanwhile
+        url.upload(new)
 
 
 def _put(staging: Path, url: UrlPath, kind: Kind) -> None:
