@@ -20,6 +20,7 @@ from torch import Tensor
 from ..adapter import Adapter, Layout, on_base
 from ..errors import FileError, LorafoldError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
+from ..files.disk.settled import settled
 from ..files.find import (
     NoSuchPathError,
     PickleError,
@@ -323,8 +324,11 @@ class _Opener:
     def _file(self, place: Place) -> Handle:
         alpha, revision, pickled = self._alpha, self._revision, bool(self._allow_pickle)
         try:
-            if alpha is not None and locate(place, revision=revision, allow_pickle=pickled).config:
-                alpha = None  # it is for those that don't say theirs
+            if alpha is not None:
+                found = settled(
+                    place, lambda _: locate(place, revision=revision, allow_pickle=pickled)
+                )
+                alpha = alpha if found.config is None else None  # it is for those without their own
             return open_adapter(
                 place, alpha=alpha, revision=revision, allow_pickle=pickled, dtype=self._dtype
             )

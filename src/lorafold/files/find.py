@@ -34,7 +34,6 @@ from .hub import is_id, snapshot
 from .remote.place import Place, UrlPath, is_dir, is_file, is_url, matching, place_of
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
-_ATTEMPTS = 20  # to look into a directory that is overwritten meanwhile
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, MLX_NAME, CONFIG_NAME)
 
 
@@ -241,7 +240,7 @@ def locate(
     elif revision is not None:
         raise FileError(f"{path} is a local path; revision= is for ids on the Hub")
     if os.path.isdir(path) or not os.path.lexists(path):  # a folder that is being replaced
-        return _in_whole_directory(path, allow_pickle)
+        return _in_directory(path, allow_pickle)
     return _file_at(path, allow_pickle)
 
 
@@ -339,27 +338,6 @@ def _near_name(folder: Path, name: str) -> str | None:
         names = [n for n in os.listdir(folder) if not n.startswith(".")]
         return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
     return None
-
-
-def _in_whole_directory(path: Path, allow_pickle: bool) -> Location:
-    """The adapter in a directory; looked for again where another took its place meanwhile."""
-    for _ in range(_ATTEMPTS):
-        before = _state(path)
-        try:
-            return _in_directory(path, allow_pickle)
-        except FileError:
-            if not appears(path) or _state(path) == before:
-                raise
-    return _in_directory(path, allow_pickle)
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    """What tells a directory from another at its path, and from itself before it was moved."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_ctime_ns
 
 
 def _in_directory(path: Place, allow_pickle: bool) -> Location:

@@ -9,11 +9,9 @@ that the package hands out, looked up when it is met.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +24,13 @@ from ..roles.onto import onto
 from ..roles.roles import Tables
 from ..thin import thin
 from ..words import did_you_mean
-from .disk.held import ChangedError
+from .disk.settled import Standing, settled
 from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
 from .formats.kohya.names import by_base
 from .formats.kohya.reading import kohya_names
 from .formats.running import running_parts
 from .formats.vlora import Subspace, Tasks
-from .peft import ATTEMPTS, AdapterFile, from_state_dict, open_files
+from .peft import AdapterFile, from_state_dict, open_files
 from .remote.place import Place, UrlPath, is_dir, place_of
 
 _LIBRARY = f"{__package__.partition('.')[0]}:Library"
@@ -151,17 +149,18 @@ def load(
         return _placed(adapter, kohya_names(source), base, None, tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
-    opened, adapter = _loaded(
-        functools.partial(
-            open_adapter,
+
+    def look(_: Standing) -> tuple[AdapterFile, Adapter]:
+        opened = open_adapter(
             source,
             alpha=alpha,
             revision=revision,
             allow_pickle=allow_pickle,
             tolerance=tolerance,
-        ),
-        functools.partial(AdapterFile.load, device=device, dtype=dtype),
-    )
+        )
+        return opened, opened.load(device, dtype)
+
+    opened, adapter = settled(source, look)  # which one overwritten in place is not
     if base_model is not None:
         adapter = on_base(adapter, base_model)
     return _placed(adapter, opened.names, base, opened.packings or None, tables)
@@ -180,18 +179,6 @@ def _placed(
     if names:
         return by_base(adapter, names, base)
     return onto(adapter, base, packings=packings, tables=tables)
-
-
-def _loaded(
-    opens: Callable[[], AdapterFile], load: Callable[[AdapterFile], Adapter]
-) -> tuple[AdapterFile, Adapter]:
-    """What opens and loads; once more, where it was overwritten in place on the way."""
-    for _ in range(ATTEMPTS):
-        opened = opens()
-        with contextlib.suppress(ChangedError):
-            return opened, load(opened)
-    opened = opens()
-    return opened, load(opened)
 
 
 def load_many(

@@ -30,6 +30,7 @@ from . import safetensors
 from .config import check_length, checked, json_object, parsed, plain, read_card, read_text
 from .disk.header import Entry
 from .disk.held import ChangedError, Held
+from .disk.settled import Standing, settled
 from .find import Location, locate
 from .formats.alphas import SAID, Alphas, alpha_keys, by_part, common_config, header_says
 from .formats.flat import is_flat, read_flat
@@ -82,7 +83,6 @@ class _Record:
         return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-ATTEMPTS = 20  # to open what is overwritten meanwhile; each needs one more writer
 _records: weakref.WeakValueDictionary[bytes, _Record] = weakref.WeakValueDictionary()
 
 
@@ -385,25 +385,23 @@ def _opened_together(
 
     Both files were at their paths at one moment: where an overwrite came between, once more.
     """
-    for attempt in range(ATTEMPTS):
-        last = attempt == ATTEMPTS - 1
+
+    def look(standing: Standing) -> tuple[Location, Held | UrlFile, str | None, int]:
         place = locate(source, revision=revision, allow_pickle=allow_pickle)
-        try:
-            config = None if place.config is None else held(place.config)
-            weights = held(place.weights)
-            if config is not None:
-                check_length(config.place, config.size)
-            raw = None if config is None else config.read()
-            if isinstance(weights, UrlFile):
-                weights.begin()  # the header, which is to be of the same moment
-        except (FileNotFoundError, ChangedError):
-            if last:
-                raise
-            continue
-        if config is None or (config.is_there() and weights.is_there()):
-            text = None if place.config is None else read_text(place.config, raw)
-            return place, weights, text, weights.size + (0 if config is None else config.size)
-    raise ChangedError(f"{source} changes faster than it can be opened; try again")
+        config = None if place.config is None else held(place.config)
+        weights = held(place.weights)
+        if config is not None:
+            check_length(config.place, config.size)
+        raw = None if config is None else config.read()
+        if isinstance(weights, UrlFile):
+            weights.begin()  # the header, which is to be of the same moment
+        together = config is None or (config.is_there() and weights.is_there())
+        if not together or not standing.is_there():
+            raise ChangedError(f"{source} changes faster than it can be opened; try again")
+        text = None if place.config is None else read_text(place.config, raw)
+        return place, weights, text, weights.size + (0 if config is None else config.size)
+
+    return settled(source, look)
 
 
 def _open_safetensors(
