@@ -351,8 +351,72 @@ def test_one_in_a_library_is_an_adapter_at_every_door_of_the_shell(two, cli, lin
 def test_names_of_paths(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
-    expected = {".": "b", "..": "a", f"x/{WEIGHTS_NAME}": "x", "org/name": "name"}
+    expected = {
+        ".": "b",
+        "..": "a",
+        f"x/{WEIGHTS_NAME}": "x",
+        "x/adapters.safetensors": "x",
+        "x/pytorch_lora_weights.safetensors": "x",
+        "x/adapter_model.bin": "x",
+        "x/0000100_adapters.safetensors": "0000100_adapters",
+        "loras/night sky v1.5.safetensors": "night sky v1.5",
+        "org/name": "name",
+    }
     assert {text: name_of(matches(text)[0]) for text in expected} == expected
+
+
+def loose(path, name, alpha=4.0, seed=0):
+    """A file of its own, as users of image models have them."""
+    path.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(seed)
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{stem}.lora_down.weight": torch.randn(2, 8, 1, 1, generator=g),
+        f"{stem}.lora_up.weight": torch.randn(8, 2, 1, 1, generator=g),
+        f"{stem}.alpha": torch.tensor(alpha),
+    }
+    save_file(tensors, path / f"{name}.safetensors")
+
+
+def test_loose_files_have_names_of_their_own(tmp_path, cli, doors):
+    folder = tmp_path / "loras"
+    for k, name in enumerate(("night", "rain v1.5", "sun")):
+        loose(folder, name, seed=k)
+    (folder / "preview.png").write_bytes(b"x")
+    names = {"night", "rain v1.5", "sun"}
+    assert doors["fold"](folder) == doors["info"](folder) == names
+    assert set(lf.similarity(folder).names) == set(lf.similarity(f"{folder}/*.saf*").names) == names
+    with pytest.raises(FileError, match=r"holds 3 adapters: 'night\.safetensors', .*give the path"):
+        lf.load(folder)
+    assert set(load_many(folder)) == names
+    lib = tmp_path / "lib"
+    assert cli("fold", folder, "-o", lib).code == 0
+    assert set(lf.Library.open(lib).names) == names
+    assert lf.load(f"{lib}:night").modules.keys() == {"unet.mid_block.attentions.0.proj_in"}
+    one = tmp_path / "one"
+    loose(one, "only")
+    assert lf.load(one).digest == lf.load(one / "only.safetensors").digest
+    assert doors["fold"](one) == {"only"}
+
+
+@pytest.mark.filterwarnings("ignore:passed over")
+def test_loose_files_beside_folders_and_what_is_none(tmp_path, cli, doors):
+    folder = tmp_path / "set"
+    whole(folder / "good")
+    loose(folder, "night")
+    save_file(
+        {"first_stage_model.decoder.conv_in.weight": torch.ones(2, 2)}, folder / "vae.safetensors"
+    )
+    assert doors["fold"](folder) == doors["info"](folder) == {"good", "night"}
+    with pytest.warns(UserWarning, match=r"passed over, .*vae\.safetensors"):
+        lf.similarity([folder])
+    (folder / "cut.safetensors").write_bytes(b"x" * 4)
+    assert doors["info"](folder) >= {"good", "night", "error"}
+    assert "cut.safetensors: 4 bytes are too few" in cli("fold", folder, "-o", tmp_path / "x").err
+    library(tmp_path / "lib")  # its shards are none
+    assert adapters_at(tmp_path / "lib") == [tmp_path / "lib"]
+    save_file({"layers.0.q_proj.weight": torch.randn(6, 8)}, tmp_path / "model.safetensors")
+    assert cli("roles", tmp_path).code == 0
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):

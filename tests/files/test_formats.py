@@ -84,12 +84,65 @@ def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_one_says_what_it_is(tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    save_file(Q, other / "pytorch_lora_weights.safetensors")
-    with pytest.raises(FileError, match=r"pytorch_lora_weights\.safetensors.*its own path"):
-        lf.load(other)
+FOLDERS = {
+    "a model": (["config.json", "model-00001-of-00002.safetensors"], "a whole model: .*extract"),
+    "a model in pickles": (["pytorch_model.bin"], "a whole model: .*extract"),
+    "a pipeline": (["model_index.json", "unet/config.json"], "a whole model: .*extract"),
+    "an older MLX": (["adapters.npz", "notes.txt"], "older mlx-lm, .*mx.save_safetensors"),
+    "ZeRO": (["zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed, sharded: .*gathered"),
+    "a run of ZeRO": (["global_step9/x", "zero_to_fp32.py", "latest"], "DeepSpeed, sharded"),
+    "Megatron": (["common.pt", "metadata.json", "__0_0.distcp"], "Megatron's: .*target='hf-peft'"),
+    "a run of Megatron": (["iter_0000100/x", "latest_checkpointed_iteration.txt"], "Megatron's"),
+    "torch": ([".metadata", "__0_0.distcp"], "distributed checkpoint of torch's: .*PEFT directory"),
+    "torchtune": (["adapter_0.pt", "config.json"], "of torchtune: .*adapter_model.safetensors"),
+    "torchtune's epoch": (["adapter_model.pt"], "of torchtune: .*in PEFT's form"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_of_something_else_says_what_it_is(kind, tmp_path, capsys):
+    files, says = FOLDERS[kind]
+    folder = tmp_path / "folder"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file({"model.embed_tokens.weight": A}, folder / name)
+        else:
+            (folder / name).write_bytes(b"{}")
+    with pytest.raises(FileError, match=rf"folder is .*{says}"):
+        lf.load(folder)
+    with pytest.raises(SystemExit):
+        main(["info", str(folder)])
+    assert re.search(says, capsys.readouterr().err)
+    (name, *_) = files
+    if name.endswith((".pt", ".npz", ".distcp")):
+        with pytest.raises(FileError, match=rf"{name} is .*{says}"):
+            lf.load(folder / name)
+
+
+def test_what_mlx_makes_of_an_older_file_is_read(tmp_path):
+    """The remedy that is told, as it is told."""
+    mx = pytest.importorskip("mlx.core")
+    pair = {"m.q.lora_a": torch.randn(8, 2).numpy(), "m.q.lora_b": torch.randn(2, 6).numpy()}
+    mx.savez(str(tmp_path / "adapters.npz"), **{k: mx.array(v) for k, v in pair.items()})
+    parameters = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+    config = {"lora_layers": 1, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match=r"adapters\.npz is not read") as told:
+        lf.load(tmp_path)
+    (line,) = re.findall("`(mx.*?)`", str(told.value))
+    line = line.replace("'adapters", f"'{tmp_path}/adapters")
+    exec(line, {"mx": mx})
+    found = lf.load(tmp_path)["m.q"]
+    delta = 4.0 * (pair["m.q.lora_a"] @ pair["m.q.lora_b"]).T
+    assert torch.allclose(found.dense(), torch.from_numpy(delta), atol=1e-5)
+
+
+def test_a_folder_with_a_config_for_two(tmp_path):
+    written(tmp_path / "a", config=CONFIG)
+    save_file(Q, tmp_path / "a" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(FileError, match=r"adapter_model\.safetensors of PEFT and pytorch_lora_w"):
+        lf.load(tmp_path / "a")
 
 
 def test_what_is_saved_whole_needs_no_pair(tmp_path):

@@ -62,7 +62,7 @@ def _is_base(path: Path) -> bool:
 
     if in_library(str(path)) is not None or not os.path.isdir(path) or is_library(str(path)):
         return False
-    return not any(map(is_adapter, adapters_at(path)))
+    return adapters_at(path) == [path] and not is_adapter(path)
 
 
 def _described(role: Role, packed: Packing | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MLX_NAME = "adapters.safetensors"  # the file of weights of mlx-lm
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the one that diffusers writes
 PORTABLE_NAME = "portable.safetensors"  # by roles, lorafold's own
 SUBSPACE_NAME = "subspace_meta.json"  # of a vLoRA folder
 LIBRARY_NAME = "library.json"

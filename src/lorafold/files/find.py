@@ -2,8 +2,9 @@
 
 A folder is an adapter if it holds weights or a config of one, whole or not: one without the other
 is listed like any, and opening it says what is missing. A folder that is none itself stands for
-the adapters directly below it. Hidden folders are passed over: they are caches, and what a writer
-that was killed has left.
+the adapters directly below it: folders, and files as those of image models lie about. Of the files
+those are taken that have an adapter's tensors by their names, or can't be read. What is hidden is
+passed over: caches, and what a writer that was killed has left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .atomic import appears, set_aside
 from .config import (
     CHECKPOINTS,
     CONFIG_NAME,
+    DIFFUSERS_NAME,
     LIBRARY_NAME,
     MLX_NAME,
     PICKLE_NAME,
@@ -29,12 +31,13 @@ from .config import (
     SUBSPACE_NAME,
     WEIGHTS_NAME,
 )
-from .formats.foreign import foreign
+from .formats.foreign import foreign, kind_of_file, kind_of_folder, may_hold_adapter
 from .hub import is_id, snapshot
 from .remote.place import Place, UrlPath, is_dir, is_file, is_url, matching, place_of
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
-_FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, MLX_NAME, CONFIG_NAME)
+_FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, MLX_NAME, DIFFUSERS_NAME, CONFIG_NAME)
+_LOOSE = (".safetensors", ".bin")  # of adapters that are a file
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,9 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Place], list[Place]]:
         places = [path] if is_library(path) else adapters_at(path)
         if places == [path]:
             return places, []
-        taken = set(places)
-        below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        taken = {*places, path}
+        below = (p for p in path.iterdir() if not p.name.startswith(".")) if is_dir(path) else ()
+        below = (p for p in below if is_dir(p) or p.suffix == ".safetensors")
         below = (p for p in below if not is_library(p) and not is_of_a_run(p))
         return places, sorted(p for p in below if p not in taken)
     kept = {path: None for path in found if holds_any(path)}
@@ -163,7 +167,7 @@ def places_at(text: str | os.PathLike[str]) -> tuple[list[Place], list[Place]]:
 def holds_any(path: Place) -> bool:
     """Whether there is an adapter, whole or not, or a library."""
     if not is_dir(path):
-        return path.suffix in (".safetensors", ".bin")
+        return path.suffix in _LOOSE
     return is_library(path) or any(is_adapter(p) or is_subspace(p) for p in adapters_at(path))
 
 
@@ -206,18 +210,30 @@ def adapters_at(path: Place) -> list[Place]:
     try:
         if not is_dir(path) or is_adapter(path) or is_subspace(path):
             return [path]
-        below = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        return sorted(p for p in below if is_adapter(p) or is_subspace(p)) or [path]
+        files_too = not is_library(path)  # whose shards are no adapters
+        below = [p for p in path.iterdir() if not p.name.startswith(".")]
+        return sorted(p for p in below if _is_one(p, files_too)) or [path]
     except OSError as e:
         raise FileError(f"{path}: {e.strerror or e}") from e
 
 
+def _is_one(path: Place, files_too: bool) -> bool:
+    """Whether what lies in a folder of adapters is one."""
+    if path.is_dir():
+        return is_adapter(path) or is_subspace(path)
+    return files_too and path.suffix == ".safetensors" and may_hold_adapter(path)
+
+
 def name_of(path: Place) -> str:
-    """What an adapter is called by its path."""
-    if isinstance(path, UrlPath):
-        return path.parent.name if path.suffix in (".safetensors", ".bin") else path.name
-    resolved = path if path.name not in ("", "..") else path.resolve()
-    return resolved.parent.name if resolved.suffix in (".safetensors", ".bin") else resolved.name
+    """What an adapter is called by its path: a file of a name that many have by its folder's."""
+    resolved = path
+    if isinstance(path, Path) and path.name in ("", ".."):
+        resolved = path.resolve()
+    if resolved.suffix not in _LOOSE:
+        return resolved.name
+    if resolved.name in _FILES:
+        return resolved.parent.name
+    return resolved.name.removesuffix(resolved.suffix)
 
 
 def locate(
@@ -258,7 +274,10 @@ def _at_url(source: str | os.PathLike[str], revision: str | None, allow_pickle: 
 
 
 def _file_at(path: Place, allow_pickle: bool) -> Location:
-    if path.suffix not in (".safetensors", ".bin"):
+    if path.suffix not in _LOOSE:
+        told = kind_of_file(path.name)
+        if told is not None:
+            raise FileError(f"{path} is {told}")
         raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
     if path.suffix == ".bin" and not allow_pickle:
         raise PickleError(path)
@@ -345,6 +364,8 @@ def _in_directory(path: Place, allow_pickle: bool) -> Location:
     if len(found) > 1:
         raise FileError(_many(path, (p.name for p in found)))
     (folder,) = found
+    if folder != path and not is_dir(folder):
+        return _file_at(folder, allow_pickle)
     if not is_adapter(folder):
         raise FileError(_none(folder))
     config = folder / CONFIG_NAME if is_file(folder / CONFIG_NAME) else None
@@ -354,11 +375,18 @@ def _in_directory(path: Place, allow_pickle: bool) -> Location:
                 f"{folder} holds {WEIGHTS_NAME} of PEFT and {MLX_NAME} of MLX, and has one config "
                 "for both: move one of them to a folder of its own"
             )
+        if is_file(folder / DIFFUSERS_NAME):
+            raise FileError(
+                f"{folder} holds {WEIGHTS_NAME} of PEFT and {DIFFUSERS_NAME} of diffusers: give "
+                "the path of one of them"
+            )
         return Location(path, folder / WEIGHTS_NAME, config)
     if is_file(folder / MLX_NAME):
         return Location(path, folder / MLX_NAME, config)
     if is_file(folder / PORTABLE_NAME):
         return Location(path, folder / PORTABLE_NAME, None)
+    if is_file(folder / DIFFUSERS_NAME):
+        return Location(path, folder / DIFFUSERS_NAME, config)
     if not is_file(folder / PICKLE_NAME):
         raise FileError(_none(folder))
     if not allow_pickle:
@@ -388,6 +416,9 @@ def _none(path: Place) -> str:
             told = foreign(read_entries(other))
             if told is not None:
                 return f"{other}: {told}"
+    told = kind_of_folder(path)
+    if told is not None:
+        return f"{path} is {told}"
     has = "there is only adapter_config.json" if is_file(path / CONFIG_NAME) else "neither is"
     if others:
         has = f"there is {some_of((p.name for p in others), 2)}: if that is one, give its own path"

@@ -31,6 +31,7 @@ from .config import (
     CARD,
     CARD_MARK,
     CONFIG_NAME,
+    DIFFUSERS_NAME,
     MLX_NAME,
     PORTABLE_NAME,
     RECORD_NAME,
@@ -52,7 +53,9 @@ from .safetensors import save_tensors
 T = TypeVar("T")
 
 
-_FILES = (CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, MLX_NAME, STATE_NAME, RECORD_NAME)
+_FILES = (
+    *(CONFIG_NAME, WEIGHTS_NAME, PORTABLE_NAME, MLX_NAME, DIFFUSERS_NAME, STATE_NAME, RECORD_NAME),
+)
 
 ADAPTER = Kind(
     "an adapter",
