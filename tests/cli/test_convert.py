@@ -114,3 +114,20 @@ def test_flat_names_become_the_bases(cli, tmp_path):
     )
     assert ran.code == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_a_lokr_of_full_rank_is_cut_to_a_tolerance(cli, tmp_path):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    parts = {"lokr_w1": torch.randn(3, 3), "lokr_w2": torch.randn(8, 6)}
+    save_file({f"{stem}.{k}": t for k, t in parts.items()}, tmp_path / "x.safetensors")
+    out = tmp_path / "out"
+    ran = cli("convert", tmp_path / "x.safetensors", "-o", out, "--to", "peft")
+    assert ran.code == 2
+    assert "`lorafold convert IN -o OUT --to peft --tolerance 0.01`" in ran.err
+    line = ("convert", tmp_path / "x.safetensors", "-o", out, "--to", "peft", "--tolerance", "0.3")
+    ran = cli(*line)
+    assert ran.code == 0, ran.err
+    assert "cut, with a relative error of at most 0.3" in ran.err
+    dense = torch.kron(parts["lokr_w1"], parts["lokr_w2"])
+    (u,) = lf.load(out).modules.values()
+    assert 0 < (u.dense() - dense).norm() <= 0.3 * dense.norm()

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 )
 @click.option("--base", metavar="DIR", help="The base's folder, which has its names and shapes.")
 @click.option("--base-model", help="Name or path of the base, for the config.")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Relative error to which a LoHa or LoKr of full rank is cut when it is read.",
+)
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
 @source_options
@@ -38,6 +43,7 @@ def convert(
     form: Any,
     base: str | None,
     base_model: str | None,
+    tolerance: float | None,
     dtype: str | None,
     overwrite: bool,
     **options: Any,
@@ -53,7 +59,7 @@ def convert(
     from ..files.formats.kohya.names import by_base
     from ..files.save import target_kind
 
-    file = opened(source, dtype=dtype, **options)
+    file = opened(source, dtype=dtype, tolerance=tolerance, **options)
     apart = [path for path in touched([source], {}) if path is not None]
     places = Places.of(
         target,

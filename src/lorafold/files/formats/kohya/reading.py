@@ -199,8 +199,9 @@ def kohya_plan(
                 raise FileError(
                     f"{where}: the factors of module {name!r} multiply to the rank {slot.rank}, "
                     f"and its weight is {slot.shape[0]}×{slot.shape[1]}, so this is no update of "
-                    "low rank; use lf.load(path, tolerance=…), which cuts it to that relative "
-                    f"error, or {DIFFERENCE}"
+                    "low rank: cut it to a relative error (`lf.load(path, tolerance=0.01)`, "
+                    "`lorafold convert IN -o OUT --to peft --tolerance 0.01`), or "
+                    f"{DIFFERENCE}"
                 )
             slot = replace(slot, tolerance=tolerance)
         if slots.setdefault(path, slot) is not slot:
