@@ -116,6 +116,7 @@ def test_flat_names_become_the_bases(cli, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.filterwarnings("default:.*multiplied to full rank")
 def test_a_lokr_of_full_rank_is_cut_to_a_tolerance(cli, tmp_path):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     parts = {"lokr_w1": torch.randn(3, 3), "lokr_w2": torch.randn(8, 6)}
