@@ -144,11 +144,10 @@ def test_narrow_numbers_lose_nothing(kind, dtype, tmp_path):
 
 
 def test_it_is_read_by_every_verb(tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
         parts = {NAME: plain()[0], "lora_te_text_model_encoder_layers_1_mlp_fc1": loha()[0]}
-        written(tmp_path / name / "x.safetensors", **parts)
-    files = [tmp_path / name / "x.safetensors" for name in "ab"]
+        written(file, **parts)
     a, b = map(lf.load, files)
     library = lf.fold(files, tolerance=0)
     assert library["a"].distance(a) < 1e-6 * a.norm()
