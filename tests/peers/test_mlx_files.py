@@ -11,7 +11,7 @@ import torch
 
 import lorafold as lf
 from lorafold.files import open_adapter
-from lorafold.files.formats.mlx_writing import DENSE, OF_EXPERTS
+from lorafold.files.formats.mlx.writing import DENSE, OF_EXPERTS
 from lorafold.parts import Layout
 
 transformers = pytest.importorskip("transformers")

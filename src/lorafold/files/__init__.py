@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from .._verb import make_face
 
 if TYPE_CHECKING:
+    from .adapter_file import AdapterFile as AdapterFile
     from .opening import load as load
     from .opening import load_many as load_many
     from .opening import open_adapter as open_adapter
-    from .peft import AdapterFile as AdapterFile
     from .save import save as save
 
 __all__ = ["AdapterFile", "load", "load_many", "open_adapter", "save"]
@@ -18,7 +18,7 @@ __all__ = ["AdapterFile", "load", "load_many", "open_adapter", "save"]
 make_face(
     __name__,
     {
-        "AdapterFile": "peft",
+        "AdapterFile": "adapter_file",
         "load": "opening",
         "load_many": "opening",
         "open_adapter": "opening",

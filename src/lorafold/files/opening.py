@@ -9,9 +9,12 @@ that the package hands out, looked up when it is met.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pkgutil
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +27,41 @@ from ..roles.onto import onto
 from ..roles.roles import Tables
 from ..thin import thin
 from ..words import did_you_mean
+from . import safetensors
+from .adapter_file import AdapterFile, Record, assembled
+from .config import check_length, plain, read_text
+from .disk.held import ChangedError, Held
 from .disk.settled import Standing, settled
-from .find import adapters_at, in_library, in_subspace, is_adapter, is_subspace, name_of
+from .find import (
+    Location,
+    adapters_at,
+    in_library,
+    in_subspace,
+    is_adapter,
+    is_subspace,
+    locate,
+    name_of,
+)
 from .formats.kohya.names import by_base
-from .formats.kohya.reading import kohya_names
+from .formats.pickled import unpickled
+from .formats.readers import format_of
+from .formats.reading import Source, Stored
 from .formats.running import running_parts
 from .formats.vlora import Subspace, Tasks
-from .peft import AdapterFile, from_state_dict, open_files
+from .remote.file import UrlFile, held
 from .remote.place import Place, UrlPath, is_dir, place_of
 
+_records: weakref.WeakValueDictionary[bytes, Record] = weakref.WeakValueDictionary()
 _LIBRARY = f"{__package__.partition('.')[0]}:Library"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a caller says of a file: its α, what to cut it to, the format that it is in."""
+
+    alpha: float | None
+    tolerance: float | None
+    form: str | None
 
 
 def open_adapter(
@@ -44,6 +72,7 @@ def open_adapter(
     allow_pickle: bool = False,
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
+    format: str | None = None,  # noqa: A002
 ) -> AdapterFile:
     """Open an adapter without reading its tensors.
 
@@ -59,6 +88,8 @@ def open_adapter(
         dtype: what factors of 8 bits are read in; those of other dtypes stay as they are.
         tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
             factors multiply to full rank; such a file is read when it is opened.
+        format: what the file is in ("peft", "portable", "flat", "mlx", "kohya"), where its keys
+            are those of two formats; by default by what is in it.
 
     Raises:
         FileError: nothing there, or no adapter of a kind that is read; naming file and key.
@@ -77,7 +108,8 @@ def open_adapter(
         found = in_subspace(text)
         if found is not None:
             return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], place_of(text))
-    return open_files(source, alpha, revision, allow_pickle, dtype, tolerance)
+    options = _Options(alpha, tolerance, format)
+    return _open_files(source, options, revision, allow_pickle, dtype)
 
 
 def open_library(path: str | os.PathLike[str]) -> Any:
@@ -99,6 +131,7 @@ def load(
     tables: Tables = (),
     base_model: str | None = None,
     tolerance: float | None = None,
+    format: str | None = None,  # noqa: A002
 ) -> Adapter:
     """Read an adapter.
 
@@ -120,6 +153,7 @@ def load(
         base_model: what its base is called, where two adapters of one base spell it differently.
         tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
             factors multiply to full rank; without it such a file is refused.
+        format: as `open_adapter` takes it.
 
     Returns:
         An `Adapter`; every tensor in memory of its own, bit for bit as in the file.
@@ -144,9 +178,10 @@ def load(
             raise MismatchError("config= goes with a state dict; a model has its own")
         source, config = running_parts(source)
     if isinstance(source, Mapping) and not isinstance(source, Adapter):
-        adapter = from_state_dict(source, alpha, config, device, dtype, tolerance)
+        options = _Options(alpha, tolerance, format)
+        adapter, names = _of_state_dict(source, config, options, device, dtype)
         adapter = adapter if base_model is None else on_base(adapter, base_model)
-        return _placed(adapter, kohya_names(source), base, None, tables)
+        return _placed(adapter, names, base, None, tables)
     if config is not None:
         raise MismatchError("config= goes with a state dict; a file has its own")
 
@@ -157,6 +192,7 @@ def load(
             revision=revision,
             allow_pickle=allow_pickle,
             tolerance=tolerance,
+            format=format,
         )
         return opened, opened.load(device, dtype)
 
@@ -224,6 +260,144 @@ def load_many(
         raise FileError(f"{folder} holds neither adapters nor a vLoRA subspace")
     options = {"alpha": alpha, "allow_pickle": allow_pickle, "device": device, "dtype": dtype}
     return _Folder({name_of(place): place for place in places}, options)
+
+
+def _open_files(
+    source: str | os.PathLike[str],
+    options: _Options,
+    revision: str | None,
+    allow_pickle: bool,
+    wide: torch.dtype | None,
+) -> AdapterFile:
+    """An adapter that has files of its own."""
+    with safetensors.file_errors(str(source)):
+        place, weights, text, nbytes = _opened_together(source, revision, allow_pickle)
+    if place.weights.suffix == ".safetensors":
+        return _open_safetensors(place, weights, text, nbytes, options, wide)
+    where = str(place.weights)
+    tensors, record = _in_memory(unpickled(weights), where, options, None, text, place.config)
+    adapter = assembled(tensors, record, where, wide=wide)
+    return AdapterFile.of(adapter, place.path, nbytes, record.names)
+
+
+def is_adapter_file(path: Place) -> bool:
+    """Whether a file is an adapter that is read, by its header alone."""
+    try:
+        _open_files(path, _Options(None, 0.0, None), None, False, torch.float32)
+    except (FileError, MismatchError):
+        return False
+    return True
+
+
+def _opened_together(
+    source: str | os.PathLike[str], revision: str | None, allow_pickle: bool
+) -> tuple[Location, Held | UrlFile, str | None, int]:
+    """Where an adapter is, its tensors' file, its config's text, and the bytes of both.
+
+    Both files were at their paths at one moment: where an overwrite came between, once more.
+    """
+
+    def look(standing: Standing) -> tuple[Location, Held | UrlFile, str | None, int]:
+        place = locate(source, revision=revision, allow_pickle=allow_pickle)
+        config = None if place.config is None else held(place.config)
+        weights = held(place.weights)
+        if config is not None:
+            check_length(config.place, config.size)
+        raw = None if config is None else config.read()
+        if isinstance(weights, UrlFile):
+            weights.begin()  # the header, which is to be of the same moment
+        together = config is None or (config.is_there() and weights.is_there())
+        if not together or not standing.is_there():
+            raise ChangedError(f"{source} changes faster than it can be opened; try again")
+        text = None if place.config is None else read_text(place.config, raw)
+        return place, weights, text, weights.size + (0 if config is None else config.size)
+
+    return settled(source, look)
+
+
+def _open_safetensors(
+    place: Location,
+    weights: Held | UrlFile,
+    text: str | None,
+    nbytes: int,
+    options: _Options,
+    wide: torch.dtype | None,
+) -> AdapterFile:
+    where = str(place.weights)
+    f = weights.file()
+    header, size = safetensors.header_bytes(f, where)
+    hashed = hashlib.sha256(header)
+    hashed.update(repr((size, text, options)).encode("utf-8", "surrogatepass"))
+    digest = hashed.digest()
+    record = _records.get(digest)
+    if record is not None:
+        return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
+    entries, metadata = safetensors.parse_header(header, size, where)
+    source = Source(
+        {key: Stored(key, entry.dtype, entry.shape) for key, entry in entries.items()},
+        where,
+        lambda keys: safetensors.read_tensors(f, ((key, entries[key]) for key in keys), where),
+        metadata,
+        text=text,
+        config_place=str(place.config),
+        alpha=options.alpha,
+        tolerance=options.tolerance,
+    )
+    found = format_of(source, options.form).found(source)
+    taken = {k: replace(entries[t.key], shape=t.shape) for k, t in found.tensors.items()}
+    record = Record(found, taken, size)
+    if any(slot.tolerance is not None for slot in record.slots.values()):
+        numbers = safetensors.read_tensors(f, taken.items(), where)
+        cut = assembled(dict(zip(taken, numbers, strict=True)), record, where, wide=wide)
+        return AdapterFile.of(cut, place.path, nbytes, record.names)
+    if not found.by_numbers:  # else equal headers may be of different contents
+        _records[digest] = record
+    return AdapterFile(place.path, record, nbytes, file=weights, wide=wide)
+
+
+def _in_memory(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    options: _Options,
+    given: dict[str, Any] | None = None,
+    text: str | None = None,
+    config_place: Place | None = None,
+) -> tuple[dict[str, Tensor], Record]:
+    """Tensors under the keys of a record, and that."""
+    source = Source(
+        {key: Stored(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()},
+        where,
+        lambda keys: [tensors[key] for key in keys],
+        text=text,
+        given=given,
+        config_place=where if config_place is None else str(config_place),
+        alpha=options.alpha,
+        tolerance=options.tolerance,
+    )
+    found = format_of(source, options.form).found(source)
+    taken = {key: tensors[t.key].reshape(t.shape) for key, t in found.tensors.items()}
+    return taken, Record(found, {}, 0)
+
+
+def _of_state_dict(
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    options: _Options,
+    device: Any,
+    dtype: torch.dtype | None,
+) -> tuple[Adapter, Mapping[str, str]]:
+    """The adapter of a state dict in memory, copied; and the names of its modules there."""
+    where = "state dict"
+    copies = {k: _copied(k, t) for k, t in tensors.items()}
+    given = None if config is None else plain(config)
+    found, record = _in_memory(copies, where, options, given)
+    return assembled(found, record, where, device, dtype), record.names
+
+
+def _copied(key: str, t: Tensor) -> Tensor:
+    if not isinstance(t, Tensor):
+        raise MismatchError(f"state dict: {key!r} must be a tensor, not {type(t).__name__}")
+    return t.detach().clone(memory_format=torch.contiguous_format)
 
 
 class _Folder(Mapping[str, Adapter]):

@@ -22,11 +22,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from ..errors import FileError, MismatchError
 from ..parts import (
@@ -42,10 +40,8 @@ from ..parts import (
 from ..words import some_of, warn
 from .formats.alphas import Alphas, alpha_keys
 from .formats.foreign import foreign, no_pair
+from .formats.reading import Plan, Shape, Slot, Tensors, common_dtype
 from .peft_targets import finds_module, parameters_of
-
-Shape = tuple[int, ...]
-Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 _KEY = re.compile(
     rf"(?:{re.escape(PREFIX)})?(?P<stem>.+)\."
@@ -75,49 +71,6 @@ _MANY = 6  # parameters of one module, of which not every order is tried
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2", "w3")
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one module's factors lie in a file, and what they are.
-
-    Args:
-        A, B: the file's keys.
-        shape: (out, in) of the update.
-        rank: of this module (of one expert).
-        scale: multiplies the product.
-        layout: how the weight relates to the update.
-        dtype: of the factors (promoted, should they differ).
-        form: how the tensors hold the factors: PEFT's way, "mlx" or "kohya".
-        part: (index, count) of it among the parts that the tensors hold, where `form` has such.
-        others: keys of the tensors that it is made of beside these two.
-        tolerance: relative error to which it is cut when it is read, and its rank with it.
-    """
-
-    A: str
-    B: str
-    shape: tuple[int, int]
-    rank: int
-    scale: float
-    layout: Layout
-    dtype: torch.dtype
-    form: Literal["peft", "mlx", "kohya"] = "peft"
-    part: tuple[int, int] | None = None
-    others: tuple[str, ...] = ()
-    tolerance: float | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys of the file that it is read from."""
-        return self.A, self.B, *self.others
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All modules of a file, and the keys that are none."""
-
-    slots: Mapping[str, Slot]
-    extra_keys: tuple[str, ...]
-
-
 @dataclass
 class _Pair:
     """The two keys of one stem, while they are being collected."""
@@ -125,6 +78,11 @@ class _Pair:
     stem: str
     embedding: bool
     keys: dict[str, str] = field(default_factory=dict)
+
+
+def is_factor(key: str) -> bool:
+    """Whether a key is one of a factor of an update, as PEFT calls them."""
+    return _KEY.fullmatch(key) is not None
 
 
 def plain_key(key: str) -> str:
@@ -451,23 +409,3 @@ def _parameter_slots(
             slot = Slot(a, b, (B[0], A[1]), rank, scale, layout, dtype)
             slots[f"{path}[{e}]" if count > 1 else path] = slot
     return slots
-
-
-def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The dtype of two factors together."""
-    if a == b:
-        return a
-    # torch refuses to promote its 8-bit types.
-    return torch.promote_types(a, b) if min(a.itemsize, b.itemsize) > 1 else torch.float32
-
-
-def scaling_of(slots: Collection[Slot]) -> dict[str, Any]:
-    """r and α of a config, where all modules have one of each that is exactly their scale."""
-    ranks, scales = ({getattr(slot, name) for slot in slots} for name in ("rank", "scale"))
-    if len(ranks) != 1 or len(scales) != 1:
-        return {}
-    (rank,), (scale,) = ranks, scales
-    near = scale * rank
-    tries = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
-    alpha = next((x for x in tries if x / rank == scale), None)
-    return {} if alpha is None else {"r": rank, "lora_alpha": alpha}

@@ -44,7 +44,7 @@ from .find import is_adapter
 from .formats.baking import padded, scaled
 from .formats.portable import portable_form
 from .formats.registry import FORMATS, Written, writer
-from .peft import is_adapter_file
+from .opening import is_adapter_file
 from .peft_keys import OUT_PROJ_TIMES, parameter_order, stem_scaling
 from .peft_targets import exact_pattern, finds_module, parameters_of
 from .replacing import FileKind, Kind

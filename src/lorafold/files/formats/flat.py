@@ -13,15 +13,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...adapter import Adapter
 from ...errors import FileError, MismatchError
 from ...lowrank import LowRank
+from ...parts import LINEAR
 from ...words import one_line, some_of
+from .reading import Format, Found, Plan, Slot, Source
 
 _KINDS = {"A": "lora", "B": "lora", "U": "pissa", "S": "pissa", "Vh": "pissa", "delta_s": "pissa"}
 _KEY = re.compile(rf"({'|'.join(_KINDS)})\.([^.]+)")
@@ -74,9 +77,33 @@ class Flat:
         return Adapter(found)
 
 
-def is_flat(keys: Collection[str]) -> bool:
-    """Whether a file with these keys is one."""
-    return bool(keys) and all(_KEY.fullmatch(key) for key in keys)
+def _claims(source: Source) -> bool:
+    return bool(source.tensors) and all(_KEY.fullmatch(key) for key in source.tensors)
+
+
+def _found(source: Source) -> Found:
+    empty = {
+        key: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for key, stored in source.tensors.items()
+    }
+    flat = read_flat(empty, source.metadata, source.where)
+    modules = flat.adapter(source.alpha, source.where).modules  # shapes and scales, no numbers
+    slots = {}
+    for name, parts in flat.modules.items():
+        u = modules[path := name.replace("__", ".")]
+        first, second, *others = sorted(parts, key=("A", "B", "Vh", "U", "delta_s", "S").index)
+        keys = (f"{first}.{name}", f"{second}.{name}")
+        dtype = torch.promote_types(u.A.dtype, u.B.dtype)
+        more = tuple(f"{what}.{name}" for what in others)
+        slots[path] = Slot(
+            *keys, u.shape, u.rank, u.scale, LINEAR, dtype, form=FLAT.name, others=more
+        )
+    return Found(Plan(slots, ()), {}, source.tensors)
+
+
+def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+    A, B, *others = tensors  # or Vh and U, and Δs
+    return A, B * others[0] if others else B
 
 
 def read_flat(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Flat:
@@ -155,3 +182,6 @@ def _listed(text: str) -> list[str]:
     except (ValueError, RecursionError):
         found = text.split(",")
     return [str(x).strip() for x in found if str(x).strip()] if isinstance(found, list) else []
+
+
+FLAT = Format("flat", "the flat files of a training", _claims, _found, _factors)

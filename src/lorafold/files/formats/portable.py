@@ -9,8 +9,8 @@ they pack their parts, so that other architectures can take them apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from ...roles.onto import known_packings, one_each
 from ...roles.role import Role
 from ...roles.roles import Tables, roles
 from ..config import json_object, plain
-from ..disk.header import Entry
-from ..peft_keys import Plan, Slot
+from .reading import Format, Found, Plan, Slot, Source, Stored
 
 FORMAT, VERSION = "lorafold-portable", 1
 _EXTRA = "extra:"
@@ -72,32 +71,18 @@ def portable_form(
     return tensors, {"format": FORMAT, "version": str(VERSION), **told}
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a portable file's header says.
-
-    Args:
-        config: of the adapter. plan: its modules, by the names they came from. entries: by the
-        plan's keys. packings: of its fused modules, as far as they are known.
-    """
-
-    config: dict[str, Any]
-    plan: Plan
-    entries: dict[str, Entry]
-    packings: dict[str, Packing]
+def _claims(source: Source) -> bool:
+    return source.metadata.get("format") == FORMAT
 
 
-def is_portable(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with this header is by roles."""
-    return metadata.get("format") == FORMAT
-
-
-def portable_plan(entries: Mapping[str, Entry], metadata: Mapping[str, str], where: str) -> Told:
+def _found(source: Source) -> Found:
     """What the file holds, by its header.
 
     Raises:
         FileError: a later version, or a header that contradicts itself; naming file and field.
     """
+    tensors, metadata, where = source.tensors, source.metadata, source.where
+    source.refuse_alpha("a portable file has its scales")
     version = metadata.get("version", "")
     if not version.isdecimal() or int(version) > VERSION:
         raise FileError(f"{where}: version {version!r} of the portable format; update lorafold")
@@ -106,7 +91,7 @@ def portable_plan(entries: Mapping[str, Entry], metadata: Mapping[str, str], whe
     packings: dict[str, Packing] = {}
     for role, said in modules.items():
         try:
-            path, slot, packing = _module(role, said, entries)
+            path, slot, packing = _module(role, said, tensors)
         except (LookupError, TypeError, ValueError, OverflowError) as e:  # ours are ValueErrors too
             raise FileError(f"{where}: what the header says of {role!r} is damaged ({e})") from e
         if path in slots:
@@ -115,23 +100,28 @@ def portable_plan(entries: Mapping[str, Entry], metadata: Mapping[str, str], whe
         if packing is not None:
             packings[path] = packing
     factors = {key for slot in slots.values() for key in (slot.A, slot.B)}
-    strange = [key for key in entries if key not in factors and not key.startswith(_EXTRA)]
+    strange = [key for key in tensors if key not in factors and not key.startswith(_EXTRA)]
     if strange:
         raise FileError(f"{where}: the header's modules do not tell what {strange[0]!r} is")
-    keyed = {key if key in factors else key.removeprefix(_EXTRA): e for key, e in entries.items()}
-    extras = tuple(key.removeprefix(_EXTRA) for key in entries if key not in factors)
-    return Told(config, Plan(slots, extras), keyed, packings)
+    keyed = {key if key in factors else key.removeprefix(_EXTRA): t for key, t in tensors.items()}
+    extras = tuple(key.removeprefix(_EXTRA) for key in tensors if key not in factors)
+    return Found(Plan(slots, extras), config, keyed, packings=packings)
+
+
+def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+    A, B = tensors
+    return A, B
 
 
 def _module(
-    role: str, said: Mapping[str, Any], entries: Mapping[str, Entry]
+    role: str, said: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> tuple[str, Slot, Packing | None]:
     """Path, place in the file, and packing of one module."""
     Role.parse(role)
     path, scale = said["path"], said["scale"]
     if not isinstance(path, str) or isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError("path must be a text, and scale a number")
-    A, B = (entries[f"{role}.{letter}"] for letter in "AB")
+    A, B = (tensors[f"{role}.{letter}"] for letter in "AB")
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"A {A.shape} and B {B.shape} are no factors of one update")
     layout = _layout(said["layout"]) if "layout" in said else Layout()
@@ -141,7 +131,8 @@ def _module(
         packing = Packing(tuple(given["words"]), tuple(given["shares"]), given["groups"])
     shape = (B.shape[0], A.shape[1])
     keys, dtype = (f"{role}.A", f"{role}.B"), torch.promote_types(A.dtype, B.dtype)
-    return path, Slot(*keys, shape, A.shape[0], float(scale), layout, dtype), packing
+    slot = Slot(*keys, shape, A.shape[0], float(scale), layout, dtype, form=PORTABLE.name)
+    return path, slot, packing
 
 
 def _layout(said: Mapping[str, Any]) -> Layout:
@@ -160,3 +151,6 @@ def _layout(said: Mapping[str, Any]) -> Layout:
 
 def _object(metadata: Mapping[str, str], field: str, where: str) -> dict[str, Any]:
     return json_object(metadata.get(field, ""), f"{where}: the header's {field!r}")
+
+
+PORTABLE = Format("portable", "lorafold's own, by roles", _claims, _found, _factors)

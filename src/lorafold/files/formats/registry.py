@@ -31,7 +31,7 @@ class Format:
     ending: str | None = None
 
 
-FORMATS = {"mlx": Format("mlx_writing:mlx_form")}
+FORMATS = {"mlx": Format("mlx.writing:mlx_form")}
 WRITTEN = tuple(FORMATS)
 
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +32,23 @@ from ....errors import FileError, MismatchError
 from ....lowrank import LowRank, from_svd, kept_directions
 from ....parts import LINEAR, PREFIX, Layout
 from ....words import some_of, warn
-from ...disk.header import Entry
-from ...peft_keys import Plan, Shape, Slot, Tensors, common_dtype, scaling_of
-from ..alphas import Alphas
+from ..alphas import Alphas, alpha_keys, header_says
 from ..foreign import DIFFERENCE, foreign
+from ..reading import (
+    Format,
+    Found,
+    Plan,
+    Shape,
+    Slot,
+    Source,
+    Stored,
+    Tensors,
+    common_dtype,
+    numbers_at,
+    scaling_of,
+    shapes_of,
+)
 from .names import is_flat_name, paths_of
-
-_V = TypeVar("_V", Entry, Tensor)
 
 _KEY = re.compile(
     r"(?P<name>.+)\.(?:(?P<plain>lora_(?:down|up|mid))(?:\.weight)?"
@@ -50,21 +60,53 @@ _MAGNITUDE, _DORA = ".lora_magnitude_vector", ".dora_scale"
 _FULL = "lokr_w1", "lokr_w2"
 
 
-def is_kohya(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is one of kohya-ss's or LyCORIS's."""
-    return any(is_flat_name(key) or _KEY.fullmatch(key) for key in keys)
+def _claims(source: Source) -> bool:
+    return any(is_flat_name(key) or _KEY.fullmatch(key) for key in source.tensors)
 
 
-def kohya_names(keys: Iterable[str]) -> dict[str, str]:
-    """{module path: its name in the file}; {} of a file of another format."""
-    names = dict.fromkeys(m["name"] for m in map(_KEY.fullmatch, keys) if m is not None)
-    return {path: name for name, path in paths_of(names).items()}
+def _found(source: Source) -> Found:
+    names = dict.fromkeys(m["name"] for m in map(_KEY.fullmatch, source.tensors) if m is not None)
+    paths = paths_of(names)
+    tensors = kohya_keys(source.tensors, paths)
+    # kohya-ss's resizing writes this in the place of a number, and each module's α beside it.
+    told = {key: text for key, text in source.metadata.items() if text != "Dynamic"}
+    shapes = shapes_of(tensors)
+    beside = alpha_keys(shapes)
+    numbers = numbers_at(source, beside, tensors)
+    alphas = Alphas(source.alpha, header_says(told, source.where)[0], numbers)
+    plan, config = kohya_plan(shapes, alphas, source.where, source.tolerance)
+    if source.has_config:
+        raise MismatchError(
+            f"{source.where}: its tensors are in the form of kohya-ss, which says its scales "
+            "itself, and there is an adapter_config.json as PEFT's have: remove the config, or "
+            "give the tensors alone"
+        )
+    return Found(
+        plan,
+        {**config, **source.origin()},
+        tensors,
+        {path: name for name, path in paths.items()},
+        by_numbers=bool(beside),
+    )
 
 
-def kohya_keys(tensors: Mapping[str, _V]) -> dict[str, _V]:
-    """Tensors under the keys that `kohya_plan` takes: magnitudes of rows as PEFT has them."""
-    paths = {name: path for path, name in kohya_names(tensors).items()}
-    found: dict[str, _V] = {}
+def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+    parts = dict(zip(slot.keys, tensors, strict=True))
+    if slot.tolerance is None:
+        A, B = kohya_factors(parts)
+        return A.flatten(1), B.flatten(1)
+    u = kohya_cut(parts, slot.tolerance).to(dtype=slot.dtype)
+    return u.A, u.B
+
+
+def kohya_keys(tensors: Mapping[str, Stored], paths: Mapping[str, str]) -> dict[str, Stored]:
+    """Tensors under the keys that `kohya_plan` takes: magnitudes of rows as PEFT has them.
+
+    Args:
+        tensors: as the file has them.
+        paths: {name in the file: module path}.
+    """
+    found: dict[str, Stored] = {}
     for key, value in tensors.items():
         path = paths.get(key.removesuffix(_DORA)) if key.endswith(_DORA) else None
         n, *rest = value.shape or (1,)
@@ -72,14 +114,8 @@ def kohya_keys(tensors: Mapping[str, _V]) -> dict[str, _V]:
             found[key] = value
         else:
             shape = (n,) if len(rest) == 1 else (1, n, *rest[1:])
-            found[f"{PREFIX}{path}{_MAGNITUDE}"] = _shaped(value, shape)
+            found[f"{PREFIX}{path}{_MAGNITUDE}"] = replace(value, shape=shape)
     return found
-
-
-def _shaped(value: _V, shape: Shape) -> _V:
-    if isinstance(value, Entry):
-        return replace(value, shape=shape)
-    return value.reshape(shape)
 
 
 def kohya_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -322,3 +358,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _empty(said: tuple[torch.dtype, Shape]) -> Tensor:
     return torch.empty(said[1], dtype=said[0], device="meta")
+
+
+KOHYA = Format("kohya", "kohya-ss", _claims, _found, _factors)

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapter import Adapter
-from ...errors import MismatchError, RefusedError
-from ...lowrank import LowRank
-from ...parts import PREFIX, refusal_reason
-from ...placing import placed
-from ...words import some_of
-from ..base import BaseFiles, read_base
-from ..config import MLX_NAME
-from .baking import padded, scaled
-from .mlx import MAGNITUDE, MIXTRAL, RANKS
-from .registry import Written
+from ....adapter import Adapter
+from ....errors import MismatchError, RefusedError
+from ....lowrank import LowRank
+from ....parts import PREFIX, refusal_reason
+from ....placing import placed
+from ....words import some_of
+from ...base import BaseFiles, read_base
+from ...config import MLX_NAME
+from ..baking import padded, scaled
+from ..registry import Written
+from .reading import MAGNITUDE, MIXTRAL, RANKS
 
 # By `model_type`: of these mlx-lm's modules were compared with the checkpoints' tensors.
 DENSE = (

@@ -15,19 +15,29 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...errors import FileError, MismatchError
-from ...naming import Base
-from ...parts import LINEAR, PREFIX, Layout
-from ...words import some_of, warn
-from ..config import json_object
-from ..peft_keys import Plan, Slot, Tensors, common_dtype, scaling_of
+from ....errors import FileError, MismatchError
+from ....naming import Base
+from ....parts import LINEAR, PREFIX, Layout
+from ....words import some_of, warn
+from ...config import json_object
+from ..reading import (
+    Format,
+    Found,
+    Plan,
+    Slot,
+    Source,
+    Tensors,
+    common_dtype,
+    scaling_of,
+    shapes_of,
+)
 
 _T = TypeVar("_T")
 _Pair = dict[str, str]  # {"a", "b": key}
@@ -40,9 +50,15 @@ _SWITCH = re.compile(r"(?P<owner>.+)\.switch_mlp\.(?P<name>gate_proj|up_proj|dow
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def is_mlx(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is one of MLX's."""
-    return any(match["side"] for key in keys if (match := _KEY.fullmatch(key)))
+def _claims(source: Source) -> bool:
+    return any(match["side"] for key in source.tensors if (match := _KEY.fullmatch(key)))
+
+
+def _found(source: Source) -> Found:
+    tensors = mlx_keys(source.tensors, source.where)
+    said, where = source.config(), source.where
+    plan, config = mlx_plan(shapes_of(tensors), said, source.alpha, where, source.metadata)
+    return Found(plan, {**config, **source.origin(RANKS)}, tensors)
 
 
 def mlx_keys(tensors: Mapping[str, _T], where: str) -> dict[str, _T]:
@@ -62,12 +78,13 @@ def mlx_keys(tensors: Mapping[str, _T], where: str) -> dict[str, _T]:
     return found
 
 
-def mlx_factors(a: Tensor, b: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) of what a file holds; contiguous copies.
+def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+    """Contiguous copies.
 
     Raises:
         MismatchError: what the header says is padding is not zero.
     """
+    a, b = tensors
     if slot.part is None:
         A, B = a.T, b.T
     else:
@@ -265,3 +282,6 @@ def _experts(path: str, count: int) -> list[str]:
     if owner.endswith("block_sparse_moe"):
         name = MIXTRAL[name]
     return [f"{owner}.experts.{e}.{name}" for e in range(count)]
+
+
+MLX = Format("mlx", "MLX", _claims, _found, _factors)

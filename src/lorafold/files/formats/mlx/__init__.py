@@ -1,0 +1,1 @@
+"""MLX's folders: read (`reading`), and written (`writing`)."""

@@ -1,0 +1,57 @@
+"""The formats that are read: for each a file here, and a line below. Which one a file is in.
+
+A file says it itself in its header, or by its keys. Keys of two formats are an error that asks for
+`format=`; those of none are PEFT's to refuse.
+"""
+
+from __future__ import annotations
+
+from ...errors import MismatchError
+from ...words import one_line
+from .flat import FLAT
+from .kohya.reading import KOHYA
+from .mlx.reading import MLX
+from .peft import PEFT
+from .portable import PORTABLE
+from .reading import Format, Source
+
+_FORMATS = {f.name: f for f in (PORTABLE, FLAT, MLX, KOHYA, PEFT)}
+READ = tuple(_FORMATS)
+
+
+def reader(name: str) -> Format:
+    """The format of a name in `READ`."""
+    return _FORMATS[name]
+
+
+def format_of(source: Source, name: str | None = None) -> Format:
+    """The format that a file is in.
+
+    Args:
+        source: the file.
+        name: as the caller says; None: by what is in it.
+
+    Raises:
+        MismatchError: keys of several formats, or none of the one that is named.
+    """
+    if name is not None and name not in _FORMATS:
+        known = ", ".join(map(repr, READ))
+        raise MismatchError(f"format must be one of {known}, found {one_line(name)}")
+    claims = [f for f in _FORMATS.values() if f.claims(source)]
+    if PORTABLE in claims:  # which its header says
+        claims = [PORTABLE]
+    if name is not None:
+        asked = _FORMATS[name]
+        if asked in claims or not claims:
+            return asked
+        raise MismatchError(
+            f"{source.where}: its tensors are not in the form of {asked.said}, but of "
+            f"{claims[0].said}: give format={claims[0].name!r}, or none"
+        )
+    if len(claims) > 1:
+        said = " and ".join(f.said for f in claims)
+        names = " or ".join(f"format={f.name!r}" for f in claims)
+        raise MismatchError(
+            f"{source.where}: its tensors have names of {said}: say which it is with {names}"
+        )
+    return claims[0] if claims else PEFT
