@@ -24,6 +24,8 @@ _OPTIONS = [
 ]
 _DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="What 8-bit factors are read in.")
 
+format_option = click.option("--format", help="Whose form it is, where the keys are of two.")
+
 base_option = click.option(
     "--base-model", help="Name of the base, where the sources spell it differently."
 )
@@ -68,7 +70,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 
     Args:
-        options: alpha, revision, allow_pickle, tolerance, as it takes them, and dtype's name.
+        options: alpha, revision, allow_pickle, format, tolerance, as it takes them, and dtype's name.
     """
     from ..files import open_adapter
 

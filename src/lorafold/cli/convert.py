@@ -12,7 +12,7 @@ import click
 from ..files.formats.registry import FORMATS, WRITTEN
 from . import _output as output
 from ._command import command
-from ._source import opened, source_options, touched
+from ._source import format_option, opened, source_options, touched
 from ._writing import Places, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 )
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
+@format_option
 @source_options
 def convert(
     source: str,

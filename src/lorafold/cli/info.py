@@ -13,7 +13,7 @@ import click
 from . import _output as output
 from ._command import command, settings, told
 from ._library import library_facts, library_table
-from ._source import adapter_options, opened
+from ._source import adapter_options, format_option, opened
 from ._subspace import show_subspace
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @command("info", example="lorafold info adapters/sql")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@format_option
 @adapter_options
 def info(paths: tuple[str, ...], **options: Any) -> None:
     """Say what adapters, or a library, hold.

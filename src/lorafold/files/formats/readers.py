@@ -6,7 +6,7 @@ A file says it itself in its header, or by its keys. Keys of two formats are an 
 
 from __future__ import annotations
 
-from ...errors import MismatchError
+from ...errors import FileError, MismatchError
 from ...words import one_line
 from .flat import FLAT
 from .kohya.reading import KOHYA
@@ -32,7 +32,8 @@ def format_of(source: Source, name: str | None = None) -> Format:
         name: as the caller says; None: by what is in it.
 
     Raises:
-        MismatchError: keys of several formats, or none of the one that is named.
+        FileError: keys of several formats, all named.
+        MismatchError: none of the one that is named, or no such format.
     """
     if name is not None and name not in _FORMATS:
         known = ", ".join(map(repr, READ))
@@ -42,16 +43,17 @@ def format_of(source: Source, name: str | None = None) -> Format:
         claims = [PORTABLE]
     if name is not None:
         asked = _FORMATS[name]
-        if asked in claims or not claims:
+        if asked in claims or (asked is PEFT and not claims):
             return asked
+        theirs = claims[0] if claims else PEFT
         raise MismatchError(
             f"{source.where}: its tensors are not in the form of {asked.said}, but of "
-            f"{claims[0].said}: give format={claims[0].name!r}, or none"
+            f"{theirs.said}: give format={theirs.name!r}, or none"
         )
     if len(claims) > 1:
         said = " and ".join(f.said for f in claims)
         names = " or ".join(f"format={f.name!r}" for f in claims)
-        raise MismatchError(
+        raise FileError(
             f"{source.where}: its tensors have names of {said}: say which it is with {names}"
         )
     return claims[0] if claims else PEFT
