@@ -206,7 +206,7 @@ def test_nothing_is_written_where_a_link_leads(tmp_path, make_adapter):
             lambda o: lf.fold([adapter(2)], tmp_path / "two", overwrite=o),
             lambda o: lf.fold([adapter(2)]).save(tmp_path / "two", overwrite=o),
         ):
-            with pytest.raises(FileError, match="is a symbolic link to .*: name the folder"):
+            with pytest.raises(FileError, match="is a symbolic link to .*: name what it leads to"):
                 save(overwrite)
     assert which(lf.load(tmp_path / "one")) == {1.0}
     assert lf.Library.open(tmp_path / "two").names == lib.names
