@@ -70,7 +70,7 @@ def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 
     Args:
-        options: alpha, revision, allow_pickle, format, tolerance, as it takes them, and dtype's name.
+        options: alpha, revision, allow_pickle, format, tolerance, as it takes them; dtype's name.
     """
     from ..files import open_adapter
 
