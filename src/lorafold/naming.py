@@ -3,7 +3,8 @@
 Three things differ: a prefix (`language_model.model.layers…` on the disk for
 `model.language_model.layers…`), words (`block_sparse_moe` for `mlp`, `attention.query` for
 `q_proj`), and how much one tensor holds: experts that are one parameter in memory and one tensor
-each on the disk, or q, k and v in one tensor on the disk. All of it is settled per *kind* of name
+each on the disk (or the other way round, where an adapter has a module for each), or q, k and v in
+one tensor on the disk. All of it is settled per *kind* of name
 (numbers left out), by what is there: a name that is there needs no rule, a rule counts only where
 its result is there, and where two results are equally good there is none.
 
@@ -88,6 +89,14 @@ _EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
 }
+# The other way round, {layer of one expert: (the parameter of all, at which place of n)}.
+_ALL_EXPERTS = {
+    name: (whole, (i, len(names)) if len(names) > 1 else None)
+    for whole, spellings in _EXPERTS.items()
+    for names in spellings
+    for i, name in enumerate(names)
+}
+_ONE_EXPERT = re.compile(r"(?P<owner>(?:.+\.)?experts)\.#\.(?P<name>\w+)\.weight")
 # One layer in memory: the tensor on the disk that holds it among n, and at which place.
 _QKV = ("qkv", "qkv_proj", "Wqkv", "in_proj")
 _GATED = ("gate_up_proj", "weights_in", "w12")
@@ -154,6 +163,7 @@ class Piece:
         expert: which entry along the first axis; None for all of it.
         rows: [start, stop) along the next axis; None for all of them.
         into: [start, stop) of the rows of the base's tensor that these are; None for all.
+        entry: of the base's tensor along its first axis, that this is in, or its rows are.
         like: the key whose values it has, where it is stored under no key of its own (tied).
     """
 
@@ -161,7 +171,13 @@ class Piece:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     into: tuple[int, int] | None = None
+    entry: int | None = None
     like: str | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the base's tensor holds more than this."""
+        return self.into is not None or self.entry is not None
 
 
 @dataclass(frozen=True)
@@ -184,7 +200,20 @@ class Held:
     def whole(self) -> bool:
         """Whether one tensor of the base is just this."""
         p = self.pieces[0]
-        return len(self.pieces) == 1 and (p.expert, p.rows, p.into) == (None, None, None)
+        return len(self.pieces) == 1 and p.expert is None and p.rows is None and not p.is_part
+
+    @property
+    def expert_module(self) -> str | None:
+        """Of an expert's layer that the base has in a parameter of all experts: what the layer is
+        called beside that; None for all else.
+        """
+        piece = self.pieces[0]
+        if piece.entry is None:
+            return None
+        owner, _, whole = piece.key.rpartition(".")
+        (names, *_) = _EXPERTS[whole]
+        name = names[bool(piece.into and piece.into[0])]
+        return f"{owner}.{piece.entry}.{name}"
 
     @cached_property
     def of_experts(self) -> dict[int | None, tuple[Piece, ...]]:
@@ -201,6 +230,7 @@ class _Form:
 
     templates: tuple[str, ...]
     part: tuple[int, int] | None = None  # the i-th of n
+    entry: int | None = None  # which number of the name is the entry along the first axis
 
 
 class Base:
@@ -329,6 +359,12 @@ class Base:
         found: dict[str, None] = {}
         for there in self._kinds[form.templates[0].replace("*", "#")]:
             numbers = re.findall(_NUMBER, there)
+            if form.entry is not None:
+                at = form.entry
+                shape, _ = self.tensors[self._keys[there]]
+                for e in range(*shape[:1]):
+                    found[_filled(asked, [*numbers[:at], str(e), *numbers[at:]])] = None
+                continue
             before, star, _ = form.templates[0].partition("*")
             if star:
                 del numbers[before.count("#")]
@@ -359,6 +395,8 @@ class Base:
 
     def _held(self, name: str, form: _Form, numbers: list[str]) -> Held | None:
         """What a form comes to with these numbers; None where a tensor of it is missing."""
+        if form.entry is not None:
+            return self._in_experts(name, form, numbers)
         if "*" not in form.templates[0]:
             return self._joined(name, form.templates, numbers, form.part)
         experts: list[Held] = []
@@ -371,6 +409,28 @@ class Base:
             return None
         pieces = tuple(replace(p, expert=e) for e, held in enumerate(experts) for p in held.pieces)
         return Held(name, (len(experts), *experts[0].shape), experts[0].dtype, pieces)
+
+    def _in_experts(self, name: str, form: _Form, numbers: list[str]) -> Held | None:
+        """One entry, or some of its rows, of the parameter of all experts (experts, out, in).
+
+        None where there is no such entry, or where it is stored (in, out).
+        """
+        assert form.entry is not None
+        at, e = form.entry, int(numbers[form.entry])
+        key = self._keys.get(_filled(form.templates[0], [*numbers[:at], *numbers[at + 1 :]]))
+        if key is None or len(shape := self.tensors[key][0]) != 3 or e >= shape[0]:
+            return None
+        owner = key.rpartition(".")[0]
+        both, down = (self.tensors.get(f"{owner}.{whole}", ((), None))[0] for whole in _EXPERTS)
+        if len(both) == len(down) == 3 and (both[1], both[2]) != (2 * down[2], down[1]):
+            return None
+        _, rows, inner = shape
+        into = None
+        if form.part is not None:
+            i, n = form.part
+            into, rows = (i * rows // n, (i + 1) * rows // n), rows // n
+        piece = Piece(key, into=into, entry=e)
+        return Held(name, (rows, inner), self.tensors[key][1], (piece,))
 
     def _joined(
         self,
@@ -426,7 +486,7 @@ class Base:
             ranked = sorted(found, key=lambda c: (c[3], votes[c[1], c[2]]), reverse=True)
             best = [c for c in ranked[:2] if _rank(c, votes) == _rank(ranked[0], votes)]
             form = best[0][0] if len(best) == 1 else None
-            if form is not None and form.part is None:
+            if form is not None and form.part is None and form.entry is None:
                 there = form.templates[0].replace("*", "#")
                 if self._claimed.setdefault(there, name) != name:
                     form = None  # two kinds of the adapter can't be one of the base
@@ -438,7 +498,12 @@ class Base:
         """(form, prefix of the adapter, prefix of the base, how good) of the first that fit."""
         for form in _forms(name):
             found = [
-                (_Form(tuple(new + t[len(old) :] for t in form.templates), form.part), old, new, n)
+                (
+                    replace(form, templates=tuple(new + t[len(old) :] for t in form.templates)),
+                    old,
+                    new,
+                    n,
+                )
                 for old, new, n in self._prefixes(form.templates[0])
             ]
             kinds = self._kinds
@@ -470,6 +535,11 @@ class Base:
             if found:
                 return found
         return []
+
+
+def _renamed(form: _Form, old: str, new: str) -> _Form:
+    """The form, with another prefix."""
+    return replace(form, templates=tuple(new + t[len(old) :] for t in form.templates))
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -521,5 +591,11 @@ def _forms(name: str) -> Iterator[_Form]:
         above, _, layer = module.rpartition(".")
         for fused, i, n in _FUSED.get(layer, ()):
             yield _Form((f"{above}.{fused}.{parameter}",), (i, n))
+        one = _ONE_EXPERT.fullmatch(text)
+        if one is not None and one["name"] in _ALL_EXPERTS:
+            whole, place = _ALL_EXPERTS[one["name"]]
+            entry = one["owner"].count("#")
+            for inside in (one["owner"], one["owner"].replace(".block_sparse_moe.", ".mlp.")):
+                yield _Form((f"{inside}.{whole}",), place, entry)
         if layer == "gate_up_proj":
             yield _Form(tuple(f"{above}.{one}.{parameter}" for one in ("gate_proj", "up_proj")))

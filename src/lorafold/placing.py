@@ -74,7 +74,7 @@ class Spot:
             new[list(self.rows)] = value.to(new)
             return new
         value = _cut(value.detach(), piece)
-        if self.what == "whole" and piece.into is None:
+        if self.what == "whole" and not piece.is_part:
             return value.to(W, copy=True)
         new = W.clone()
         there = _region(new, piece)
@@ -85,7 +85,7 @@ class Spot:
 
     def is_part(self, W: Tensor, piece: Piece) -> bool:
         """Whether an update changes only a part of the base's tensor."""
-        return piece.into is not None or (
+        return piece.is_part or (
             self.layout.expert is not None and piece.expert is None and W.ndim == 3
         )
 
@@ -385,7 +385,9 @@ def _cut(value: Tensor, piece: Piece) -> Tensor:
 
 
 def _region(W: Tensor, piece: Piece) -> Tensor:
-    """The rows of the base's tensor that a piece is."""
+    """The part of the base's tensor that a piece is, a view."""
+    if piece.entry is not None:
+        W = W[piece.entry]
     return W if piece.into is None else W[piece.into[0] : piece.into[1]]
 
 

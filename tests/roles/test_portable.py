@@ -235,8 +235,12 @@ def test_experts_in_one_parameter_and_one_by_one(tmp_path):
     assert set(apart) == set(singles)
     assert torch.equal(apart[singles[5]].dense(), a[f"{path}.gate_up_proj[1]"].dense()[48:])
     assert apart.layouts == {}
+    together = lf.load(_saved(apart, tmp_path / "q"), base=mixtral)
+    assert together.modules.keys() == a.modules.keys()
+    assert together.distance(a) < 1e-6 * a.norm()
+    names = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
     with pytest.raises(lf.MismatchError, match="one of the experts"):
-        lf.load(_saved(apart, tmp_path / "q"), base=mixtral)
+        lf.load(tmp_path / "q", base=names)  # which do not say how many there are
 
 
 def _saved(adapter, path, **options):

@@ -37,11 +37,25 @@ _OF_LANGUAGE = {"encoder", "decoder", "text"}
 
 @dataclass(frozen=True)
 class _Base:
-    """A base: {role: path}, roles that several of its modules have, and what it was given as."""
+    """A base: {role: path}, roles that several of its modules have, what it was given as, and
+    {path: shape}.
+    """
 
     paths: Mapping[Role, str]
     twice: Collection[Role]
     given: Any
+    shapes: Mapping[str, Shape | None]
+
+    def expert(self, path: str, stem: str | None = None) -> Layout | None:
+        """How an update at `<parameter of all experts>[e]` lies there; None where the base does
+        not say, or has no such expert.
+        """
+        whole, _, number = path.removesuffix("]").partition("[")
+        shape = self.shapes.get(whole)
+        if shape is None or len(shape) != 3 or int(number) >= shape[0]:
+            return None
+        parameter = whole.rpartition(".")[2]
+        return Layout("expert", parameter=parameter, stem=stem, expert=(int(number), shape[0]))
 
     def path(self, role: Role) -> str | None:
         """Where a role is; of one expert, in the parameter of all of them too.
@@ -119,7 +133,7 @@ def onto(
     mine = _on_its_side(mine, theirs.values())
     counts = Counter(theirs.values())
     twice = {role for role, n in counts.items() if n > 1}
-    there = _Base({role: path for path, role in theirs.items()}, twice, base)
+    there = _Base({role: path for path, role in theirs.items()}, twice, base, shapes)
     known = dict(known_packings(mine, adapter.base_model) if packings is None else packings)
     placed = _placed(adapter, mine, there, known)
     for path, part in placed.items():
@@ -202,7 +216,11 @@ def _placed(
         to = there.path(role)
         if to is not None and (not role.parts or known.get(path) == packing(role, there.given)):
             if to.endswith("]") and layout.kind != "expert":
-                lost.append(f"{path!r} (one of the experts in {to.partition('[')[0]!r})")
+                among = there.expert(to)
+                if among is None:
+                    lost.append(_among(repr(path), to))
+                else:
+                    placed[to] = _Part(u, among, path)
             elif to == path:
                 placed[to] = _Part(u, layout, path)
             else:
@@ -226,19 +244,24 @@ def _placed(
         for whole in _experts(fused, single):
             given = {p: single.pop(p).update for p in whole.parts if p in single}
             if given:
+                path_there, among = to, LINEAR
                 if whole.expert is not None and fused.expert is None:
-                    lost += [f"{p} (one of the experts in {to!r})" for p in map(str, given)]
-                    continue
+                    path_there = f"{to}[{whole.expert}]"
+                    found = there.expert(path_there)
+                    if found is None:
+                        lost += [_among(p, to) for p in map(str, given)]
+                        continue
+                    among = found
                 words = {p.kind.rpartition(".")[2]: u for p, u in given.items()}
                 how = packing(whole, there.given)
                 assert how is not None
-                placed[to] = _Part(how.fuse(words), joined=True)
+                placed[path_there] = _Part(how.fuse(words), among, joined=True)
     for role, part in single.items():
-        path_there = there.path(role)
-        if path_there is None:
+        at = there.path(role)
+        if at is None:
             lost.append(f"{part.was!r} ({role})")
         else:
-            placed[path_there] = _Part(part.update)
+            placed[at] = _Part(part.update)
     if lost:
         shown = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
         raise MismatchError(
@@ -246,6 +269,10 @@ def _placed(
             "them out (dataclasses.replace(adapter, modules={…})), or give tables="
         )
     return placed
+
+
+def _among(path: str, whole: str) -> str:
+    return f"{path} (one of the experts in {whole.partition('[')[0]!r})"
 
 
 def _experts(fused: Role, single: Mapping[Role, _Part]) -> list[Role]:

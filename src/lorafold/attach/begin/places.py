@@ -108,7 +108,7 @@ def places_of(name: str, adapter: Adapter, at: Standing) -> Places:
     layers, experts, names = {}, {}, {}  # type: Any, Any, dict[str, str]
     for path, spot in _updates(plan).items():
         names[path] = spot.part
-        if spot.layout.kind == "expert":
+        if _is_of_experts(spot):
             owner = _owner(spot)
             _check_experts(model, owner, spot, adapter[spot.part].shape)
             experts.setdefault(owner, {})[path] = spot.layout
@@ -133,18 +133,25 @@ def library_places(library: Library, at: Standing) -> Places:
     layouts = {path: m.layout or LINEAR for path, m in modules.items()}
     for path, layout in layouts.items():
         if layout.kind == "expert":
-            raise RefusedError(
-                f"module {path!r} of the library is an expert's: attach its adapters one by one, "
-                "lf.attach(model, {name: library[name]})"
-            )
+            raise _experts_of_library(path)
     parts = Parts({path: m.shape for path, m in modules.items()}, {}, {}, layouts)
     plan = _placed("the library", parts, at)
     spots = _updates(plan)
+    one = next((spot.part for spot in spots.values() if _is_of_experts(spot)), None)
+    if one is not None:
+        raise _experts_of_library(one)
     layers = {path: place_at(at.model, path, at.known) for path in spots}
     for path, place in layers.items():
         check_dims(path, place.dims, modules[spots[path].part].shape)
     _list_unplaced("the library", plan)
     return Places(layers, {}, {}, {path: spot.part for path, spot in spots.items()})
+
+
+def _experts_of_library(path: str) -> RefusedError:
+    return RefusedError(
+        f"module {path!r} of the library is an expert's: attach its adapters one by one, "
+        "lf.attach(model, {name: library[name]})"
+    )
 
 
 def owned_extras(library: Library, at: Standing) -> dict[str, frozenset[str]]:
@@ -178,7 +185,7 @@ def _placed(whose: str, parts: Parts, at: Standing) -> Placement:
     for misfit in plan.wrong.values():
         raise MismatchError(f"{whose} belongs to another base: {misfit.says}")
     for spot in plan.spots:
-        if not spot.held.whole:
+        if not spot.held.whole and not _is_of_experts(spot):
             raise RefusedError(
                 f"{whose} has {spot.part!r}, which the model keeps in another form "
                 f"({spot.pieces[0].key!r}): apply it to the weights instead (adapter.apply_to)"
@@ -206,6 +213,13 @@ def _like(model: nn.Module, path: str) -> str:
     return next((p for p in linear if p.rpartition(".")[2] == leaf), linear[0])
 
 
+def _is_of_experts(spot: Spot) -> bool:
+    """Whether it updates a parameter of all experts: one entry of it, or a part of that."""
+    if spot.layout.kind == "expert":
+        return spot.held.whole
+    return spot.what == "update" and spot.held.expert_module is not None
+
+
 def _owner(spot: Spot) -> str:
     """The path of the model's module that is changed."""
     return spot.pieces[0].key.rpartition(".")[0]
@@ -221,7 +235,7 @@ def _updates(plan: Placement) -> dict[str, Spot]:
     for spot in plan.spots:
         if spot.what != "update":
             continue
-        path = _owner(spot)
+        path = spot.held.expert_module or _owner(spot)
         if spot.layout.kind == "expert":
             number = spot.part.removeprefix(spot.layout.weight_name(spot.part))
             path = f"{spot.pieces[0].key}{number}"
@@ -242,6 +256,13 @@ def _check_experts(model: nn.Module, owner: str, spot: Spot, shape: tuple[int, i
         raise RefusedError(
             f"{spot.part!r} is no parameter of floating numbers in the model, and takes no update"
         )
+    if spot.layout.kind != "expert":
+        if spot.held.shape not in spot.layout.shapes(*shape):
+            raise MismatchError(
+                f"{spot.part!r} takes updates of {spot.held.shape}, not {shape}: it belongs to "
+                "another base"
+            )
+        return
     if tuple(W.shape) not in spot.layout.shapes(*shape):
         count = spot.layout.expert[1] if spot.layout.expert else 1
         raise MismatchError(

@@ -203,7 +203,7 @@ def _placed(adapter: Adapter, files: BaseFiles) -> Iterator[_Part]:
                     f"{files.path} has one weight for embedding and output layer, and MLX applies "
                     f"the update of {spot.part!r} to both: save it with format='peft'"
                 )
-            if piece.into is not None or name == piece.key or spot.layout.kind == "conv":
+            if piece.is_part or name == piece.key or spot.layout.kind == "conv":
                 raise RefusedError(
                     f"MLX has no place for {spot.part!r}, which is in {piece.key!r} of "
                     f"{files.path}: save it with format='peft'"
