@@ -240,6 +240,25 @@ def _placed(
                 if one in mine.values():
                     raise MismatchError(f"the adapter has {str(one)!r} twice, in {path!r} too")
                 single[one] = _Part(cut, was=path)
+    placed |= _fused(single, there, lost)
+    for role, part in single.items():
+        at = there.path(role)
+        if at is None:
+            lost.append(f"{part.was!r} ({role})")
+        else:
+            placed[at] = _Part(part.update)
+    if lost:
+        shown = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
+        raise MismatchError(
+            f"{len(lost)} modules of the adapter have no counterpart in the base: {shown}; leave "
+            "them out (dataclasses.replace(adapter, modules={…})), or give tables="
+        )
+    return placed
+
+
+def _fused(single: dict[Role, _Part], there: _Base, lost: list[str]) -> dict[str, _Part]:
+    """{path in the base: parts in one weight}; they are taken out of `single`, or go to `lost`."""
+    placed: dict[str, _Part] = {}
     for fused, to in there.paths.items():
         for whole in _experts(fused, single):
             given = {p: single.pop(p).update for p in whole.parts if p in single}
@@ -256,18 +275,6 @@ def _placed(
                 how = packing(whole, there.given)
                 assert how is not None
                 placed[path_there] = _Part(how.fuse(words), among, joined=True)
-    for role, part in single.items():
-        at = there.path(role)
-        if at is None:
-            lost.append(f"{part.was!r} ({role})")
-        else:
-            placed[at] = _Part(part.update)
-    if lost:
-        shown = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
-        raise MismatchError(
-            f"{len(lost)} modules of the adapter have no counterpart in the base: {shown}; leave "
-            "them out (dataclasses.replace(adapter, modules={…})), or give tables="
-        )
     return placed
 
 
