@@ -396,7 +396,7 @@ class Base:
     def _held(self, name: str, form: _Form, numbers: list[str]) -> Held | None:
         """What a form comes to with these numbers; None where a tensor of it is missing."""
         if form.entry is not None:
-            return self._in_experts(name, form, numbers)
+            return _in_experts(name, form, numbers, self.tensors, self._keys)
         if "*" not in form.templates[0]:
             return self._joined(name, form.templates, numbers, form.part)
         experts: list[Held] = []
@@ -409,28 +409,6 @@ class Base:
             return None
         pieces = tuple(replace(p, expert=e) for e, held in enumerate(experts) for p in held.pieces)
         return Held(name, (len(experts), *experts[0].shape), experts[0].dtype, pieces)
-
-    def _in_experts(self, name: str, form: _Form, numbers: list[str]) -> Held | None:
-        """One entry, or some of its rows, of the parameter of all experts (experts, out, in).
-
-        None where there is no such entry, or where it is stored (in, out).
-        """
-        assert form.entry is not None
-        at, e = form.entry, int(numbers[form.entry])
-        key = self._keys.get(_filled(form.templates[0], [*numbers[:at], *numbers[at + 1 :]]))
-        if key is None or len(shape := self.tensors[key][0]) != 3 or e >= shape[0]:
-            return None
-        owner = key.rpartition(".")[0]
-        both, down = (self.tensors.get(f"{owner}.{whole}", ((), None))[0] for whole in _EXPERTS)
-        if len(both) == len(down) == 3 and (both[1], both[2]) != (2 * down[2], down[1]):
-            return None
-        _, rows, inner = shape
-        into = None
-        if form.part is not None:
-            i, n = form.part
-            into, rows = (i * rows // n, (i + 1) * rows // n), rows // n
-        piece = Piece(key, into=into, entry=e)
-        return Held(name, (rows, inner), self.tensors[key][1], (piece,))
 
     def _joined(
         self,
@@ -540,6 +518,34 @@ class Base:
 def _renamed(form: _Form, old: str, new: str) -> _Form:
     """The form, with another prefix."""
     return replace(form, templates=tuple(new + t[len(old) :] for t in form.templates))
+
+
+def _in_experts(
+    name: str,
+    form: _Form,
+    numbers: list[str],
+    tensors: Mapping[str, tuple[Shape, Any]],
+    keys: Mapping[str, str],
+) -> Held | None:
+    """One entry, or some of its rows, of the parameter of all experts (experts, out, in).
+
+    None where there is no such entry, or where it is stored (in, out).
+    """
+    assert form.entry is not None
+    at, e = form.entry, int(numbers[form.entry])
+    key = keys.get(_filled(form.templates[0], [*numbers[:at], *numbers[at + 1 :]]))
+    if key is None or len(shape := tensors[key][0]) != 3 or e >= shape[0]:
+        return None
+    owner = key.rpartition(".")[0]
+    both, down = (tensors.get(f"{owner}.{whole}", ((), None))[0] for whole in _EXPERTS)
+    if len(both) == len(down) == 3 and (both[1], both[2]) != (2 * down[2], down[1]):
+        return None
+    _, rows, inner = shape
+    into = None
+    if form.part is not None:
+        i, n = form.part
+        into, rows = (i * rows // n, (i + 1) * rows // n), rows // n
+    return Held(name, (rows, inner), tensors[key][1], (Piece(key, into=into, entry=e),))
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
