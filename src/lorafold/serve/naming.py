@@ -33,12 +33,18 @@ class Named:
     """Adapters, how strong, and how much of them.
 
     Args:
-        mix: (name, weight) of each. c: multiplies all of it. rank: cuts each; None for all of it.
+        mix: (name, weight) of each. c: multiplies all of it.
+        rank: cuts each to what is best at it, as `Adapter.resize(rank=)` does; None for all of it.
     """
 
     mix: tuple[tuple[str, float], ...]
     c: float = 1.0
     rank: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one adapter as it is."""
+        return len(self.mix) == 1 and self.mix[0][1] == self.c == 1 and self.rank is None
 
 
 def parsed(text: str, known: Container[str]) -> Named:
