@@ -23,7 +23,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..errors import FileError, MismatchError
@@ -41,6 +41,8 @@ from ..words import some_of, warn
 from .formats.alphas import Alphas, alpha_keys
 from .formats.foreign import foreign, no_pair
 from .formats.reading import Plan, Shape, Slot, Tensors, common_dtype
+from .formats.relatives.merged import looks_merged, merged_shape
+from .formats.relatives.tinker import experts_of, is_of_experts, is_placeholder, plain_head
 from .peft_targets import finds_module, parameters_of
 
 _KEY = re.compile(
@@ -95,7 +97,7 @@ def plain_key(key: str) -> str:
     name, prefix = plain_name(key), ""
     while name.startswith(PREFIX):
         name, prefix = plain_name(name.removeprefix(PREFIX)), PREFIX
-    return prefix + name
+    return plain_head(prefix + name)
 
 
 def plain_keys(
@@ -127,7 +129,11 @@ def _plain_names(value: Any) -> Any:
 
 
 def make_plan(
-    tensors: Tensors, config: Mapping[str, Any] | None, alphas: Alphas, where: str
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+    alphas: Alphas,
+    where: str,
+    blocks: tuple[bool, ...] = (),
 ) -> Plan:
     """Find the modules among the tensors of a PEFT file.
 
@@ -136,6 +142,7 @@ def make_plan(
         config: the adapter's configuration; None where there is none.
         alphas: what is said of α; without a config the rank is the factors' own.
         where: the file, for messages.
+        blocks: which of their layers' blocks the factors are of; see `relatives.merged`.
 
     Raises:
         FileError: a format that is not read, no module and nothing else that is known, or no α.
@@ -156,7 +163,7 @@ def make_plan(
             raise MismatchError(
                 f"{where}: {pair.keys[there]!r} has no partner lora_{other}: the file is incomplete"
             )
-        shapes = _checked_shapes(pair, tensors, config, where)
+        shapes = _checked_shapes(pair, tensors, config, where, blocks)
         if shapes is None:
             extra_keys += pair.keys.values()
         else:
@@ -166,6 +173,7 @@ def make_plan(
     extra_keys = [key for key in extra_keys if key not in taken]
     try:
         slots = _slots(plain, tensors, config, alphas)
+        slots = {p: replace(s, blocks=blocks) for p, s in slots.items()} if blocks else slots
     except MismatchError as e:
         raise MismatchError(f"{where}: {e}") from e
     _tell_unused(config or {}, slots, where)
@@ -264,6 +272,8 @@ def _pairs(tensors: Tensors, where: str) -> tuple[list[_Pair], list[str]]:
             continue
         side = match["plain"] or match["embedding"]
         stem, embedding = match["stem"], match["plain"] is None
+        if is_placeholder(stem, tensors[key][1]):
+            continue
         pair = pairs.setdefault((stem, embedding), _Pair(stem, embedding))
         twin = pair.keys.setdefault(side[-1], key)
         if twin != key:
@@ -275,7 +285,11 @@ def _pairs(tensors: Tensors, where: str) -> tuple[list[_Pair], list[str]]:
 
 
 def _checked_shapes(
-    pair: _Pair, tensors: Tensors, config: Mapping[str, Any] | None, where: str
+    pair: _Pair,
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+    where: str,
+    blocks: tuple[bool, ...],
 ) -> tuple[Shape, Shape] | None:
     """Shapes of A and B; None where they are no plain factors and have to stay extras."""
     for key in pair.keys.values():
@@ -288,6 +302,13 @@ def _checked_shapes(
                 "no empty one (it may be a shard that was not gathered before saving)"
             )
     A, B = tensors[pair.keys["A"]][1], tensors[pair.keys["B"]][1]
+    if blocks and not pair.embedding:
+        try:
+            return A, merged_shape(pair.keys["B"], A, B, blocks)
+        except MismatchError as e:
+            raise MismatchError(f"{where}: {e}") from e
+    if not pair.embedding and is_of_experts(pair.stem, A):
+        return A, B
     fits = len(A) == len(B) and all(n == 1 for n in B[2:])
     if fits and A[0] == B[1]:
         return A, B
@@ -295,8 +316,14 @@ def _checked_shapes(
         return None  # a grouped convolution: B (out, r / groups, 1, …)
     if refusal_reason(config or {}, ()) is not None:
         return None  # a variant with factors of its own, block-diagonal ones for example
+    hint = ""
+    if looks_merged(A, B):
+        hint = (
+            "; if they are of some blocks of a fused layer (loralib), the config has to say which, "
+            '"enable_lora": [true, false, true]'
+        )
     raise MismatchError(
-        f"{where}: ranks disagree: {pair.keys['A']!r} is {A} and {pair.keys['B']!r} is {B}"
+        f"{where}: ranks disagree: {pair.keys['A']!r} is {A} and {pair.keys['B']!r} is {B}{hint}"
     )
 
 
@@ -310,6 +337,12 @@ def _slots(
     slots: dict[str, Slot] = {}
     wrapped: dict[str, list[tuple[_Pair, Shape, Shape]]] = {}
     for pair, A, B in plain:
+        experts = None if pair.embedding else experts_of(pair.stem, A, B)
+        if experts is not None:
+            one = _slot(pair, A[1:], B[1:], pair.stem, LINEAR, tensors, config, alphas)
+            for e, path in enumerate(experts):
+                _add(slots, path, replace(one, part=(e, len(experts))))
+            continue
         owner = re.sub(r"(\.base_layer)+$", "", pair.stem)
         if owner != pair.stem or _is_parameter(config, owner, pair):
             wrapped.setdefault(owner, []).append((pair, A, B))

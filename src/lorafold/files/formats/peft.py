@@ -16,6 +16,8 @@ from ..config import checked
 from ..peft_keys import is_factor, make_plan, plain_keys
 from .alphas import Alphas, alpha_keys, by_part, common_config, header_says
 from .reading import Format, Found, Slot, Source, numbers_at, shapes_of
+from .relatives.merged import blocks_of, merged_factor, of_one_update
+from .relatives.tinker import factors_of_expert
 
 
 def _claims(source: Source) -> bool:
@@ -28,7 +30,12 @@ def _found(source: Source) -> Found:
     shapes = shapes_of(tensors)
     beside = alpha_keys(shapes)
     alphas = replace(alphas, modules=numbers_at(source, beside, tensors))
-    plan = make_plan(shapes, config, alphas, source.where)
+    try:
+        blocks = blocks_of(config)
+    except MismatchError as e:
+        raise MismatchError(f"{source.config_place or source.where}: {e}") from e
+    config = None if config is None else of_one_update(config)
+    plan = make_plan(shapes, config, alphas, source.where, blocks)
     kept = common_config(alphas.parts.values()) if config is None else config
     return Found(plan, {**kept, **source.origin()}, tensors, by_numbers=bool(beside))
 
@@ -55,6 +62,10 @@ def _said(source: Source) -> tuple[Alphas, dict[str, Any] | None]:
 
 def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
     A, B = tensors
+    if slot.part is not None:
+        return factors_of_expert(A, B, slot.part[0])
+    if slot.blocks:
+        return A, merged_factor(B, slot.blocks)
     if slot.layout.expert is not None:
         e, count = slot.layout.expert
         if count > 1:

@@ -50,6 +50,7 @@ class Slot:
         part: (index, count) of it among the parts that the tensors hold, where `form` has such.
         others: keys of the tensors that it is made of beside these two.
         tolerance: relative error to which it is cut when it is read, and its rank with it.
+        blocks: which blocks of its rows are updated, where each of these has factors of its own.
     """
 
     A: str
@@ -63,6 +64,7 @@ class Slot:
     part: tuple[int, int] | None = None
     others: tuple[str, ...] = ()
     tolerance: float | None = None
+    blocks: tuple[bool, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What other programs write under PEFT's names, and hold otherwise."""
