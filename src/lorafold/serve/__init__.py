@@ -1,1 +1,19 @@
 """serve: one base and many adapters over HTTP, each request with its own mix, c and rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._verb import make_face
+
+if TYPE_CHECKING:
+    from .engine import Engine as Engine
+    from .engine import Limits as Limits
+    from .engine import Piece as Piece
+    from .engine import Request as Request
+    from .engine import Sampling as Sampling
+
+make_face(
+    __name__,
+    dict.fromkeys(("Engine", "Limits", "Piece", "Request", "Sampling"), "engine"),
+)

@@ -1,0 +1,1 @@
+"""The HTTP side: bodies, answers, who may ask, and what is counted."""
