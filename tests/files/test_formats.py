@@ -27,18 +27,6 @@ FOREIGN = {
     "GLoRA": (pair("lora_unet_q.a1.weight", "lora_unet_q.b1.weight"), "LyCORIS"),
     "cloneofsimo": (pair("unet:0:down", "unet:0:up"), "cloneofsimo"),
     "nameless": (pair("w_a_000", "w_b_000"), "cloneofsimo"),
-    "diffusers 1": (
-        pair("attn1.processor.to_q_lora.down.weight", "attn1.processor.to_q_lora.up.weight"),
-        "older form of diffusers",
-    ),
-    "diffusers 2": (
-        pair("unet.to_q.lora.down.weight", "unet.to_q.lora.up.weight"),
-        "older form of diffusers",
-    ),
-    "diffusers' text encoder": (
-        pair("te.q_proj.lora_linear_layer.down.weight", "te.q_proj.lora_linear_layer.up.weight"),
-        "older form of diffusers",
-    ),
     "torchtune": (pair("layers.0.q.lora_a.weight", "layers.0.q.lora_b.weight"), "torchtune"),
     "NeMo": (
         pair("q.adapter.linear_in.weight", "q.adapter.linear_out.weight"),
@@ -72,7 +60,7 @@ def test_a_format_that_is_not_read_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("verb", ["info", "resize", "diff", "fold"])
 def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
-    tensors, _ = FOREIGN["diffusers 2"]
+    tensors, _ = FOREIGN["torchtune"]
     file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "out")
     save_file(tensors, file)
     more = {"resize": [out, "--rank", "1"], "diff": [file], "fold": ["-o", out]}
@@ -80,7 +68,7 @@ def test_no_command_takes_one_for_an_empty_adapter(verb, tmp_path, capsys):
         main([verb, file, "--alpha", "4", *more.get(verb, [])])
     assert ended.value.code == 2
     said = capsys.readouterr()
-    assert "older form of diffusers" in said.err
+    assert "torchtune" in said.err
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ import lorafold as lf
 from lorafold.cli import main
 from lorafold.errors import FileError, MismatchError, RefusedError
 from lorafold.files import open_adapter
-from lorafold.files.formats.kohya.names import paths_of
+from lorafold.files.formats.diffusion.names import pieces_of
 
 NAME, PATH = "lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"
 R = torch.randn
@@ -317,6 +317,10 @@ SD1 = (
 )
 
 
+def paths_of(names):
+    return {name: piece.path for name, (piece,) in pieces_of(names).items()}
+
+
 def test_names_by_tables():
     names = {f"lora_unet_{flat}": f"unet.{path}" for flat, path in SGM.items()}
     names |= {f"lora_unet_{path.replace('.', '_')}": f"unet.{path}" for path in SD1}
@@ -328,7 +332,7 @@ def test_names_by_tables():
 
 
 def test_names_that_no_table_has_stay_as_they_are():
-    strange = ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_conv_in", "lycoris_fc1"]
+    strange = ["lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_unet_conv_in", "lycoris_fc1"]
     text = "lora_te1_text_model_encoder_layers_0_mlp_fc2"
     found = paths_of([*strange, text, "m.q"])
     assert all(found[name] == name for name in [*strange, "m.q"])

@@ -57,7 +57,7 @@ def convert(
     for is refused by name.
     """
     from ..files import open_adapter, save
-    from ..files.formats.kohya.names import by_base
+    from ..files.formats.diffusion.bases import by_base
     from ..files.save import target_kind
 
     file = opened(source, dtype=dtype, tolerance=tolerance, **options)

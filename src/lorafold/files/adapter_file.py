@@ -350,6 +350,7 @@ def _update(
         dtype = wide
     try:
         A, B = reader(slot.form).factors(tensors, slot)
+        A, B = (A, B) if slot.cut is None else slot.cut.of(A, B)
         return LowRank(A.to(dtype or A.dtype), B.to(dtype or B.dtype), slot.scale)
     except MismatchError as e:
         raise MismatchError(f"{where}: module {path!r}: {e}") from e

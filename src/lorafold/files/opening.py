@@ -42,7 +42,7 @@ from .find import (
     locate,
     name_of,
 )
-from .formats.kohya.names import by_base
+from .formats.diffusion.bases import by_base
 from .formats.pickled import unpickled
 from .formats.readers import format_of
 from .formats.reading import Source, Stored
@@ -88,8 +88,8 @@ def open_adapter(
         dtype: what factors of 8 bits are read in; those of other dtypes stay as they are.
         tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
             factors multiply to full rank; such a file is read when it is opened.
-        format: what the file is in ("peft", "portable", "flat", "mlx", "kohya"), where its keys
-            are those of two formats; by default by what is in it.
+        format: what the file is in ("peft", "portable", "flat", "mlx", "kohya", "comfy",
+            "diffusers"), where its keys are those of two; by default by what is in it.
 
     Raises:
         FileError: nothing there, or no adapter of a kind that is read; naming file and key.
@@ -337,6 +337,7 @@ def _open_safetensors(
         {key: Stored(key, entry.dtype, entry.shape) for key, entry in entries.items()},
         where,
         lambda keys: safetensors.read_tensors(f, ((key, entries[key]) for key in keys), where),
+        lambda key, *rows: safetensors.read_rows(f, (key, entries[key]), rows, where),
         metadata,
         text=text,
         config_place=str(place.config),
@@ -368,6 +369,7 @@ def _in_memory(
         {key: Stored(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()},
         where,
         lambda keys: [tensors[key] for key in keys],
+        lambda key, start, stop: tensors[key][start:stop].clone(),
         text=text,
         given=given,
         config_place=where if config_place is None else str(config_place),

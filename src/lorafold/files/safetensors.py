@@ -18,6 +18,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from io import FileIO
 
 import torch
@@ -145,6 +146,19 @@ def read_tensors(file: Opened, wanted: Iterable[tuple[str, Entry]], path: Path) 
         _fill(file, entry.start, view, f"{path}: {key!r}")
         result.append(t)
     return result
+
+
+def read_rows(file: Opened, wanted: tuple[str, Entry], rows: tuple[int, int], path: Path) -> Tensor:
+    """The rows from one to another of the tensor at an entry, as `read_tensors` reads it."""
+    (key, entry), (start, stop) = wanted, rows
+    row = (entry.stop - entry.start) // entry.shape[0]
+    part = replace(
+        entry,
+        shape=(stop - start, *entry.shape[1:]),
+        start=entry.start + start * row,
+        stop=entry.start + stop * row,
+    )
+    return read_tensors(file, [(key, part)], path)[0]
 
 
 def room(entry: Entry) -> tuple[Tensor, memoryview]:

@@ -42,16 +42,18 @@ class Alphas:
         header: of all modules; key and value.
         modules: {module's name in the file: its number, in the dtype that it is stored in}.
         parts: {part of a pipeline: its config}.
+        of_rank: whether α is the rank where nothing is said.
     """
 
     given: float | None = None
     header: tuple[str, float] | None = None
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    of_rank: bool = False
 
     def known(self, stem: str) -> bool:
         """Whether anything is said of a module."""
-        anywhere = self.given is not None or self.header is not None
+        anywhere = self.of_rank or self.given is not None or self.header is not None
         return anywhere or stem in self.modules or self._part(stem) is not None
 
     def of(self, stem: str, rank: int) -> float:
@@ -70,9 +72,11 @@ class Alphas:
                 raise MismatchError(f"{stem!r} has the rank {rank}, but {how} says {r}")
         elif self.header is not None:
             told, how = self.header[1], f"{self.header[0]!r} in the header"
-        else:
-            assert self.given is not None
+        elif self.given is not None:
             return self.given
+        else:
+            assert self.of_rank
+            return rank
         if self.given is not None and not self._agrees(stem, self.given, told):
             raise MismatchError(
                 f"{how} says that α is {told:g}, and alpha= says {self.given:g}: leave out alpha="

@@ -21,22 +21,12 @@ DIFFERENCE = (
     "merge it into its base with its own tool, and take the difference: "
     "`lorafold extract BASE MERGED -o OUT`"
 )
-_DIFFUSERS = (
-    "load it with diffusers, `pipe.load_lora_weights(file, adapter_name='default')`, write it with "
-    "`pipe.unet.save_lora_adapter(folder)`, and give the file in that folder"
-)
-
 # What a format is, how a key of it that nothing else has looks, and what to do.
 _FORMATS = (
     (
         "a LyCORIS adapter (OFT)",
         re.compile(r"[._](oft_(blocks|diag)|boft_)"),
         DIFFERENCE,
-    ),
-    (
-        "in an older form of diffusers",
-        re.compile(r"(\.lora(_linear_layer)?|[._]lora\d?)\.(down|up)\.weight$"),
-        _DIFFUSERS,
     ),
     (
         "in cloneofsimo's form, which has no names of modules",

@@ -15,13 +15,16 @@ from ...errors import MismatchError
 from ..config import checked
 from ..peft_keys import is_factor, make_plan, plain_keys
 from .alphas import Alphas, alpha_keys, by_part, common_config, header_says
+from .diffusion.keys import is_of_images
 from .reading import Format, Found, Slot, Source, numbers_at, shapes_of
 from .relatives.merged import blocks_of, merged_factor, of_one_update
 from .relatives.tinker import factors_of_expert
 
 
 def _claims(source: Source) -> bool:
-    return any(map(is_factor, source.tensors))
+    if not any(map(is_factor, source.tensors)):
+        return False
+    return source.has_config or not any(map(is_of_images, source.tensors))
 
 
 def _found(source: Source) -> Found:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from ...errors import FileError, MismatchError
 from ...words import one_line
+from .diffusion.comfy import COMFY
+from .diffusion.diffusers import DIFFUSERS
 from .flat import FLAT
 from .kohya.reading import KOHYA
 from .mlx.reading import MLX
@@ -15,7 +17,7 @@ from .peft import PEFT
 from .portable import PORTABLE
 from .reading import Format, Source
 
-_FORMATS = {f.name: f for f in (PORTABLE, FLAT, MLX, KOHYA, PEFT)}
+_FORMATS = {f.name: f for f in (PORTABLE, FLAT, MLX, KOHYA, COMFY, DIFFUSERS, PEFT)}
 READ = tuple(_FORMATS)
 
 

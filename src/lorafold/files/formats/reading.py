@@ -23,6 +23,7 @@ from ..config import json_object
 from .alphas import SAID
 
 Shape = tuple[int, ...]
+RANKS = "lorafold_ranks"  # in the header of what lorafold wrote: {module: rank}, of those padded
 Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 
@@ -33,6 +34,38 @@ class Stored:
     key: str
     dtype: torch.dtype
     shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a module's factors that is another's.
+
+    Args:
+        rows: from where to where, of B.
+        ranks: from where to where, of A's rows and B's columns; the rows have zeros elsewhere.
+        swapped: whether the two halves of the rows are in the other order.
+    """
+
+    rows: tuple[int, int]
+    ranks: tuple[int, int]
+    swapped: bool = False
+
+    def of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Contiguous copies, so that a part does not keep the whole alive.
+
+        Raises:
+            MismatchError: there are other numbers where zeros have to be.
+        """
+        first, last = self.ranks
+        B = B[slice(*self.rows)]
+        if bool(B[:, :first].any()) or bool(B[:, last:].any()):
+            raise MismatchError(
+                f"its rank is not the {last - first} that {RANKS!r} in the header says: remove that"
+            )
+        B = B[:, first:last]
+        if self.swapped:
+            B = torch.cat(B.chunk(2)[::-1])
+        return A[first:last].clone(), B.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +84,7 @@ class Slot:
         others: keys of the tensors that it is made of beside these two.
         tolerance: relative error to which it is cut when it is read, and its rank with it.
         blocks: which blocks of its rows are updated, where each of these has factors of its own.
+        cut: the part of these factors that it has; None: all of them.
     """
 
     A: str
@@ -65,6 +99,7 @@ class Slot:
     others: tuple[str, ...] = ()
     tolerance: float | None = None
     blocks: tuple[bool, ...] = ()
+    cut: Cut | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -88,6 +123,7 @@ class Source:
         tensors: {key: what is stored there}, in the file's order.
         where: the file, for messages.
         read: the tensors at keys of the file.
+        rows: those from one to another of a tensor at a key.
         metadata: of its header.
         text: of the config beside it; None where there is none.
         given: the config itself, where it is in memory.
@@ -99,6 +135,7 @@ class Source:
     tensors: Mapping[str, Stored]
     where: str
     read: Callable[[Iterable[str]], list[Tensor]]
+    rows: Callable[[str, int, int], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     text: str | None = None
     given: dict[str, Any] | None = None

@@ -9,32 +9,31 @@
     dora_scale (out, 1, …) or (1, in, …)                DoRA's magnitudes, of rows or of columns
     diff, diff_b, w_norm, b_norm                        whole differences, carried as extras
 
-Products of factors are factors. A Hadamard product has the row-wise Kronecker product of its left
-factors and the column-wise one of its right ones (Khatri–Rao): (w1a w1b) ∘ (w2a w2b) = B A with
-B[o, (j, k)] = w1a[o, j] w2a[o, k]. A Kronecker product has those of each side: (P Q) ⊗ (R S) =
-(P ⊗ R)(Q ⊗ S), where a full w is I w or w I, the smaller of both. So nothing is decomposed or
-rounded, except once to float32, in which products of narrower numbers are exact.
-(LyCORIS: Yeh et al. 2024, arXiv 2309.14859.)
+What of it are products is `products`'.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....errors import FileError, MismatchError
-from ....lowrank import LowRank, from_svd, kept_directions
 from ....parts import LINEAR, PREFIX, Layout
 from ....words import some_of, warn
 from ..alphas import Alphas, alpha_keys, header_says
+from ..diffusion.cutting import cut_to, own_ranks, said_ranks
+from ..diffusion.flux import Piece
+from ..diffusion.keys import OWNED, is_comfy_name
+from ..diffusion.names import is_flat_name, pieces_of
 from ..foreign import DIFFERENCE, foreign
 from ..reading import (
+    RANKS,
     Format,
     Found,
     Plan,
@@ -48,49 +47,80 @@ from ..reading import (
     scaling_of,
     shapes_of,
 )
-from .names import is_flat_name, paths_of
+from .keys import KEY, parsed, wide
+from .products import kohya_cut, kohya_factors
 
-_KEY = re.compile(
-    r"(?P<name>.+)\.(?:(?P<plain>lora_(?:down|up|mid))(?:\.weight)?"
-    r"|(?P<product>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
-)
 _CARRIED = re.compile(r".+\.(?:alpha|dora_scale|diff|diff_b|w_norm|b_norm)")
 _PEFT = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.|$)")
 _MAGNITUDE, _DORA = ".lora_magnitude_vector", ".dora_scale"
 _FULL = "lokr_w1", "lokr_w2"
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """How a format of this family calls its modules.
+
+    Args:
+        said: what messages call the format.
+        pattern: of a factor's key; `keys.parsed` takes it.
+        flat: the flat name of one in a file, as kohya-ss would have it.
+    """
+
+    said: str
+    pattern: re.Pattern[str]
+    flat: Callable[[str], str]
+
+    def pieces(self, names: Iterable[str], whole: Collection[str]) -> dict[str, tuple[Piece, ...]]:
+        """{name in a file: the modules that it means}; see `pieces_of`."""
+        flat = {name: self.flat(name) for name in names}
+        found = pieces_of(flat.values(), {flat[name] for name in whole if name in flat})
+        return {
+            name: (Piece(name),) if found[to] == (Piece(to),) else found[to]
+            for name, to in flat.items()
+        }
+
+
 def _claims(source: Source) -> bool:
-    return any(is_flat_name(key) or _KEY.fullmatch(key) for key in source.tensors)
+    return any(
+        is_flat_name(key) or ((found := parsed(key, KEY)) is not None and not _is_others(*found))
+        for key in source.tensors
+    )
 
 
-def _found(source: Source) -> Found:
-    names = dict.fromkeys(m["name"] for m in map(_KEY.fullmatch, source.tensors) if m is not None)
-    paths = paths_of(names)
-    tensors = kohya_keys(source.tensors, paths)
+def _is_others(name: str, what: str) -> bool:
+    """Whether a factor with dots in its name is one of ComfyUI's, or a plain one of diffusers'."""
+    return is_comfy_name(name) or (what.startswith("lora") and OWNED.match(name) is not None)
+
+
+def found_by(source: Source, grammar: Grammar) -> Found:
+    """What a file of this family holds."""
+    names = dict.fromkeys(f[0] for key in source.tensors if (f := parsed(key, grammar.pattern)))
+    whole = [key.removesuffix(_DORA) for key in source.tensors if key.endswith(_DORA)]
+    pieces = grammar.pieces(names, whole)
+    tensors = kohya_keys(source.tensors, {n: p[0].path for n, p in pieces.items() if len(p) == 1})
     # kohya-ss's resizing writes this in the place of a number, and each module's α beside it.
     told = {key: text for key, text in source.metadata.items() if text != "Dynamic"}
     shapes = shapes_of(tensors)
     beside = alpha_keys(shapes)
     numbers = numbers_at(source, beside, tensors)
     alphas = Alphas(source.alpha, header_says(told, source.where)[0], numbers)
-    plan, config = kohya_plan(shapes, alphas, source.where, source.tolerance)
+    plan, config, looked = kohya_plan(source, shapes, alphas, pieces, grammar)
     if source.has_config:
         raise MismatchError(
-            f"{source.where}: its tensors are in the form of kohya-ss, which says its scales "
-            "itself, and there is an adapter_config.json as PEFT's have: remove the config, or "
-            "give the tensors alone"
+            f"{source.where}: its tensors are in the form of {grammar.said}, which says its "
+            "scales itself, and there is an adapter_config.json as PEFT's have: remove the config, "
+            "or give the tensors alone"
         )
     return Found(
         plan,
-        {**config, **source.origin()},
+        {**config, **source.origin(RANKS)},
         tensors,
-        {path: name for name, path in paths.items()},
-        by_numbers=bool(beside),
+        {piece.path: name for name, parts in pieces.items() for piece in parts},
+        by_numbers=bool(beside) or looked,
     )
 
 
-def _factors(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
+def factors_of(tensors: Sequence[Tensor], slot: Slot) -> tuple[Tensor, Tensor]:
     parts = dict(zip(slot.keys, tensors, strict=True))
     if slot.tolerance is None:
         A, B = kohya_factors(parts)
@@ -118,92 +148,20 @@ def kohya_keys(tensors: Mapping[str, Stored], paths: Mapping[str, str]) -> dict[
     return found
 
 
-def kohya_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A (r, in) or (r, in, kh, kw), and B (out, r, …) of what a file holds for one module.
-
-    Args:
-        tensors: {key: tensor}; those of products, and of three factors, come in float32 at least.
-    """
-    t = {_what(key): value for key, value in tensors.items()}
-    if "lora_down" in t and "lora_mid" not in t:
-        return t["lora_down"], t["lora_up"]
-    dtype = _wide(functools.reduce(common_dtype, (value.dtype for value in t.values())))
-    t = {what: value.double() for what, value in t.items()}
-    if "lora_mid" in t:
-        A, B = _contracted(t["lora_mid"], t["lora_down"].flatten(1)), t["lora_up"]
-    elif "hada_w1_a" in t:
-        A, B = _hadamard(*(_pair(t, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)))
-    else:
-        A, B = _kronecker(*(_pair(t, f"lokr_w{n}", f"lokr_t{n}") for n in (1, 2)))
-    return A.to(dtype), B.to(dtype)
-
-
-def kohya_cut(tensors: Mapping[str, Tensor], tolerance: float) -> LowRank:
-    """What LoHa or LoKr stands for before its scale, by the fewest directions within `tolerance`.
-
-    The singular values of w1 ⊗ w2 are the products of theirs, so that each is decomposed alone.
-    """
-    t = {_what(key): value.double() for key, value in tensors.items()}
-    if "hada_w1_a" in t:
-        A, B = _hadamard(*(_pair(t, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)))
-        return LowRank(A.flatten(1), B).truncate(tolerance=tolerance)
-    pairs = (_pair(t, f"lokr_w{n}", f"lokr_t{n}") for n in (1, 2))
-    (U1, S1, V1), (U2, S2, V2) = (LowRank(A.flatten(1), B.flatten(1)).svd() for A, B in pairs)
-    S, order = (S1[:, None] * S2).flatten().sort(descending=True)
-    k = kept_directions(S, tolerance=tolerance)
-    i, j = order[:k] // len(S2), order[:k] % len(S2)
-    U = (U1[:, None, i] * U2[:, j]).flatten(0, 1)
-    return from_svd(U, S[:k], (V1[i, :, None] * V2[j, None]).flatten(1))
-
-
-def _what(key: str) -> str:
-    match = _KEY.fullmatch(key)
-    assert match is not None
-    return match["plain"] or match["product"]
-
-
-def _contracted(core: Tensor, down: Tensor) -> Tensor:
-    return torch.einsum("ij...,jp->ip...", core, down)
-
-
-def _pair(t: Mapping[str, Tensor], w: str, core: str) -> tuple[Tensor, Tensor]:
-    """Right and left factor of one side of a product."""
-    if w not in t:
-        a, b = t[f"{w}_a"], t[f"{w}_b"]
-        return (b, a) if core not in t else (_contracted(t[core], b), a.T)
-    whole = t[w]
-    flat = whole.flatten(1)
-    out, inner = flat.shape
-    if out <= inner:
-        return whole, torch.eye(out, dtype=whole.dtype, device=whole.device)
-    one = torch.eye(inner, dtype=whole.dtype, device=whole.device)
-    return one.reshape(inner, *whole.shape[1:]), flat
-
-
-def _hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (A1, B1), (A2, B2) = first, second
-    if A1.shape[1:] != A2.shape[1:] or len(B1) != len(B2):
-        raise RuntimeError("the two sides of its product are of different sizes")
-    return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
-
-
-def _kronecker(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    (A1, B1), (A2, B2) = ((A.contiguous(), B.contiguous()) for A, B in (first, second))
-    return torch.kron(A1.reshape(*A1.shape, *[1] * (A2.ndim - A1.ndim)), A2), torch.kron(B1, B2)
-
-
 def kohya_plan(
-    tensors: Tensors, alphas: Alphas, where: str, tolerance: float | None = None
-) -> tuple[Plan, dict[str, Any]]:
-    """What a file holds, and a config of what its scales do not say.
+    source: Source,
+    tensors: Tensors,
+    alphas: Alphas,
+    pieces: Mapping[str, tuple[Piece, ...]],
+    grammar: Grammar,
+) -> tuple[Plan, dict[str, Any], bool]:
+    """What a file holds, a config of what its scales do not say, and whether factors were read.
 
     Args:
+        source: the file.
         tensors: {key: (dtype, shape)}, the keys as `kohya_keys` gives them.
         alphas: what is said of α.
-        where: the file, for messages.
-        tolerance: relative error of products of full rank, which are cut.
+        pieces: {name in the file: the modules that it means}.
 
     Raises:
         FileError: an algorithm that is not read, factors of PEFT beside these, or a product of
@@ -211,37 +169,34 @@ def kohya_plan(
         MismatchError: naming file and module: a factor that is missing, shapes that do not fit,
             or two names of one module.
     """
+    where, tolerance = source.where, source.tolerance
     found: dict[str, dict[str, str]] = {}
     others = []
     for key in tensors:
-        match = _KEY.fullmatch(key)
-        if match is None:
+        key_says = parsed(key, grammar.pattern)
+        if key_says is None:
             others.append(key)
-        elif found.setdefault(match["name"], {}).setdefault(_what(key), key) != key:
+        elif found.setdefault(key_says[0], {}).setdefault(key_says[1], key) != key:
             raise MismatchError(f"{where}: {key!r} is there twice, with .weight and without")
     _check_others(others, found, where)
     own = {name: t for name, t in alphas.modules.items() if f"{name}.alpha" in tensors}
     alphas = replace(alphas, modules=own)
-    paths = paths_of(found)
+    smaller = said_ranks(source)
     slots: dict[str, Slot] = {}
+    looked = False
     for name, parts in found.items():
-        path = paths[name]
         try:
             slot = _slot(name, parts, tensors, alphas)
+            slot = _checked_rank(slot, name, parts, where, tolerance)
+            ranks = smaller.get(name)
+            if ranks is None and pieces[name][0].index[1] > 1 and _is_plain(parts):
+                ranks, read = own_ranks(source, parts["lora_up"], slot, pieces[name])
+                looked = looked or read
+            for path, part in cut_to(slot, pieces[name], ranks).items():
+                if slots.setdefault(path, part) is not part:
+                    raise MismatchError(f"it is another name of {path!r}, which the file has too")
         except MismatchError as e:
             raise MismatchError(f"{where}: module {name!r}: {e}") from e
-        if slot.rank >= min(slot.shape) and "lora_down" not in parts:
-            if tolerance is None:
-                raise FileError(
-                    f"{where}: the factors of module {name!r} multiply to the rank {slot.rank}, "
-                    f"and its weight is {slot.shape[0]}×{slot.shape[1]}, so this is no update of "
-                    "low rank: cut it to a relative error (`lf.load(path, tolerance=0.01)`, "
-                    "`lorafold convert IN -o OUT --to peft --tolerance 0.01`), or "
-                    f"{DIFFERENCE}"
-                )
-            slot = replace(slot, tolerance=tolerance)
-        if slots.setdefault(path, slot) is not slot:
-            raise MismatchError(f"{where}: {name!r} is another name of {path!r}, which it has too")
     cut = [path for path, slot in slots.items() if slot.tolerance is not None]
     if cut:
         warn(
@@ -253,7 +208,32 @@ def kohya_plan(
     _check_magnitudes(dora, tensors, slots, where)
     extras = tuple(key for key in others if key not in used)
     config: dict[str, Any] = {"use_dora": True} if dora else {}
-    return Plan(slots, extras), config | scaling_of(slots.values())
+    return Plan(slots, extras), config | scaling_of(slots.values()), looked
+
+
+def _is_plain(parts: Mapping[str, str]) -> bool:
+    return parts.keys() == {"lora_down", "lora_up"}
+
+
+def _checked_rank(
+    slot: Slot, name: str, parts: Mapping[str, str], where: str, tolerance: float | None
+) -> Slot:
+    """The slot, of one that has to be cut with the tolerance to cut it to.
+
+    Raises:
+        FileError: it has to be cut, and no tolerance is given.
+    """
+    if slot.rank < min(slot.shape) or "lora_down" in parts:
+        return slot
+    if tolerance is None:
+        raise FileError(
+            f"{where}: the factors of module {name!r} multiply to the rank {slot.rank}, "
+            f"and its weight is {slot.shape[0]}×{slot.shape[1]}, so this is no update of "
+            "low rank: cut it to a relative error (`lf.load(path, tolerance=0.01)`, "
+            "`lorafold convert IN -o OUT --to peft --tolerance 0.01`), or "
+            f"{DIFFERENCE}"
+        )
+    return replace(slot, tolerance=tolerance)
 
 
 def _check_others(others: Iterable[str], found: Mapping[str, Any], where: str) -> None:
@@ -300,8 +280,8 @@ def _slot(name: str, parts: Mapping[str, str], tensors: Tensors, alphas: Alphas)
             raise MismatchError(f"{key!r} has shape {shape}, which is none of a factor")
     shapes = {what: tensors[key][1] for what, key in parts.items()}
     dtype = functools.reduce(common_dtype, (tensors[key][0] for key in parts.values()))
-    if parts.keys() != {"lora_down", "lora_up"}:
-        dtype = _wide(dtype)
+    if not _is_plain(parts):
+        dtype = wide(dtype)
     try:
         A, B = kohya_factors({key: _empty(tensors[key]) for key in parts.values()})
     except RuntimeError as e:  # torch's, of shapes that can't be multiplied
@@ -351,13 +331,15 @@ def _dim(shapes: Mapping[str, Shape]) -> int | None:
     return None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What products are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _empty(said: tuple[torch.dtype, Shape]) -> Tensor:
     return torch.empty(said[1], dtype=said[0], device="meta")
 
 
-KOHYA = Format("kohya", "kohya-ss", _claims, _found, _factors)
+_GRAMMAR = Grammar("kohya-ss", KEY, str)
+
+
+def _found(source: Source) -> Found:
+    return found_by(source, _GRAMMAR)
+
+
+KOHYA = Format("kohya", "kohya-ss", _claims, _found, factors_of)

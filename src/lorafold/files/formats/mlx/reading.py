@@ -28,6 +28,7 @@ from ....parts import LINEAR, PREFIX, Layout
 from ....words import some_of, warn
 from ...config import json_object
 from ..reading import (
+    RANKS,
     Format,
     Found,
     Plan,
@@ -44,7 +45,6 @@ _Pair = dict[str, str]  # {"a", "b": key}
 
 _KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<side>[ab])|(?P<m>m))")
 MAGNITUDE = ".lora_magnitude_vector"
-RANKS = "lorafold_ranks"  # in the header of what lorafold wrote: {module: rank}, of those padded
 _SWITCH = re.compile(r"(?P<owner>.+)\.switch_mlp\.(?P<name>gate_proj|up_proj|down_proj)")
 # What checkpoints of Mixtral call them, whose experts are a `block_sparse_moe`.
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

@@ -28,8 +28,9 @@ from ....words import some_of
 from ...base import BaseFiles, read_base
 from ...config import MLX_NAME
 from ..baking import padded, scaled
+from ..reading import RANKS
 from ..registry import Written
-from .reading import MAGNITUDE, MIXTRAL, RANKS
+from .reading import MAGNITUDE, MIXTRAL
 
 # By `model_type`: of these mlx-lm's modules were compared with the checkpoints' tensors.
 DENSE = (

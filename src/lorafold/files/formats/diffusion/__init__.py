@@ -1,0 +1,1 @@
+"""Image models: what their modules are called (`names`), and formats that hold their adapters."""
