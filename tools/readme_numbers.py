@@ -547,6 +547,12 @@ def _controller(r: Result) -> list[Cells]:
     return rows
 
 
+def _vllm_serve(r: Result) -> list[Cells]:
+    share = r["likeliest"] / r["tokens"]
+    what = f"vLLM {r['vllm']} on a library: {r['folders']} names, strengths, ranks and mixes"
+    return [(what, f"{r['likeliest']} of {r['tokens']} tokens as by `attach`", "–", share)]
+
+
 def _loadings(r: Result) -> list[Cells]:
     """A row for each library that knows tasks; LoRA and random sides beside."""
     found = {row["way"]: row for row in r["rows"]}
@@ -618,6 +624,7 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "nested": _nested,
     "controller": _controller,
     "loadings": _loadings,
+    "vllm_serve": _vllm_serve,
     "attacks": _attacks,
 }
 
