@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -209,7 +210,104 @@ def kohya_says(folder):
     return {"modules": modules, "extras": {k: plain(t) for k, t in tensors.items()}}
 
 
+# llama.cpp's adapters
+
+
+GGUF = {
+    "blk.0.attn_q": ("model.layers.0.self_attn.q_proj", 2),
+    "blk.0.attn_k": ("model.layers.0.self_attn.k_proj", 1),
+    "blk.0.ffn_down": ("model.layers.0.mlp.down_proj", None),
+    "token_embd": ("model.embed_tokens", None),
+}
+
+
+def make_gguf(folder):
+    import gguf
+
+    g = torch.Generator().manual_seed(0)
+    w = gguf.GGUFWriter(folder / "x.gguf", "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", 3.0)
+    w.add_array("general.tags", ["lora", "x"])
+    for name, dtype in zip(GGUF, (torch.float32, torch.float16, None, torch.float32), strict=True):
+        shapes = {"a": (32, 64), "b": (8, 32)} if dtype is None else {"a": (2, 6), "b": (8, 2)}
+        if name == "token_embd":
+            shapes["a"] = (6, 2)
+        for side, shape in shapes.items():
+            array, key = torch.randn(shape, generator=g).numpy(), f"{name}.weight.lora_{side}"
+            kind = gguf.GGMLQuantizationType.Q8_0
+            if dtype is None:
+                w.add_tensor(key, gguf.quantize(array, kind), raw_dtype=kind)
+            else:
+                w.add_tensor(key, torch.from_numpy(array).to(dtype).numpy())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    (folder / "base").mkdir()
+    config = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+
+
+def gguf_says(folder):
+    """By the package gguf."""
+    import gguf
+
+    reader = gguf.GGUFReader(folder / "x.gguf")
+    alpha = reader.fields.get("adapter.lora.alpha")
+    alpha = 0.0 if alpha is None else float(alpha.contents())
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    found = {}
+    for t in reader.tensors:
+        array = t.data
+        if t.tensor_type.name not in ("F32", "F16"):
+            array = gguf.dequantize(array, t.tensor_type)
+        shape = tuple(int(n) for n in reversed(t.shape))
+        tensor = torch.from_numpy(array.reshape(shape).copy())
+        found[t.name] = tensor.bfloat16() if t.tensor_type.name == "BF16" else tensor
+    modules = {}
+    for key in [k for k in found if k.endswith(".weight.lora_a")]:
+        stem = key.removesuffix(".weight.lora_a")
+        name = re.sub(r"\d+", "0", stem, count=1) if stem.startswith("blk.") else stem
+        path, heads = NAMES_OF_GGUF[name]
+        path = path.replace(".0.", f".{stem.split('.')[1]}.") if name != "token_embd" else path
+        a, b = found.pop(key), found.pop(f"{stem}.weight.lora_b")
+        a = a.T if name == "token_embd" else a
+        if heads is not None:
+            b = b.reshape(heads, -1, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+        rank = b.shape[1]
+        modules[path] = plain(a.contiguous()), plain(b), alpha / rank if alpha else 1.0
+    return {"modules": modules, "extras": {k: plain(t) for k, t in found.items()}}
+
+
+NAMES_OF_GGUF = {
+    **{
+        f"blk.0.{x}": (f"model.layers.0.{path}", None)
+        for x, path in (
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+        )
+    },
+    "output": ("lm_head", None),
+    **GGUF,
+}
+
+
 KINDS = {
+    "gguf": Kind(
+        make_gguf,
+        ("x.gguf",),
+        lambda f: kinds.told_of(lf.load(f / "x.gguf", base=f / "base")),
+        gguf_says,
+        (
+            "info FOLDER/x.gguf --base FOLDER/base",
+            "convert FOLDER/x.gguf -o OUT --to peft --base FOLDER/base",
+        ),
+    ),
     "kohya": Kind(
         make_kohya,
         ("x.safetensors",),

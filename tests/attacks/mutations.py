@@ -156,6 +156,7 @@ def _structure(path):
     if path.suffix == ".json":
         return _json
     other = {".bin": _pickle, ".pt": _bytes, ".parquet": _parquet, ".gz": _packed_json}
+    other[".gguf"] = _head_numbers
     return other.get(path.suffix, _text)
 
 
@@ -421,6 +422,46 @@ def _packed_json(path, chance):
 @functools.cache
 def _packed_zeros():
     return gzip.compress(bytes(400 << 20), 1, mtime=0)
+
+
+def _head_numbers(path, chance):
+    """A count, length, type, size or offset of a GGUF file's head, or another word in it."""
+    data = bytearray(path.read_bytes())
+    names = [b"lora_a", b"lora_b", b"attn_q", b"attn_k", b"ffn_down", b"blk.0", b"adapter", b"lora"]
+    if chance.random() < 0.3:
+        old, new = chance.choice(names), chance.choice(names)
+        at = data.find(old, chance.randrange(len(data) // 3))
+        if at >= 0 and len(old) == len(new):
+            data[at : at + len(old)] = new
+        path.write_bytes(data)
+        return f"{old} as {new} at {at}"
+    n = chance.choice([4, 8])
+    small = [i for i in range(4, 1600) if data[i + 1 : i + n] == bytes(n - 1) and data[i]]
+    at = chance.choice(small) if small else 8
+    odd = [
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        8,
+        30,
+        31,
+        32,
+        33,
+        64,
+        2**16,
+        2**31,
+        2**32 - 1,
+        2**40,
+        2**63,
+        2**64 - 1,
+    ]
+    new = chance.choice(odd) % 256**n
+    data[at : at + n] = new.to_bytes(n, "little")
+    path.write_bytes(data)
+    return f"{new} at {at}"
 
 
 def _parquet(path, chance):

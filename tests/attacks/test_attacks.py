@@ -21,7 +21,7 @@ judge = corpus.judge
 
 
 NEEDS = {"recipe": ["yaml"], "config": ["yaml"], "parquet": ["pyarrow"]}
-NEEDS["steering"] = ["transformers"]
+NEEDS |= {"steering": ["transformers"], "gguf": ["gguf"]}
 
 
 @pytest.mark.parametrize("kind", corpus.KINDS)

@@ -22,6 +22,7 @@ _OPTIONS = [
     click.option("--revision", help="Branch, tag or commit, for an id on the Hub."),
     click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too."),
 ]
+_BASE = click.option("--base", metavar="DIR", help="The base's folder, for GGUF files.")
 _DTYPE = click.option("--dtype", type=click.Choice(DTYPES), help="What 8-bit factors are read in.")
 
 format_option = click.option("--format", help="Whose form it is, where the keys are of two.")
@@ -36,11 +37,21 @@ def adapter_options(function: F) -> F:
     return source_options(_DTYPE(function))
 
 
+def adapter_options_beside_base(function: F) -> F:
+    """`adapter_options` of a command that is told the base in a way of its own: `base` for them."""
+    return source_options_beside_base(_DTYPE(function))
+
+
 def source_options(function: F) -> F:
     """Those of one that reads none, or writes adapters and has a --dtype for that.
 
     Not for: leaving that out; `opened` takes it as well.
     """
+    return source_options_beside_base(_BASE(function))
+
+
+def source_options_beside_base(function: F) -> F:
+    """`source_options` of a command that is told the base in a way of its own: `base` for them."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -48,7 +59,7 @@ def source_options(function: F) -> F:
 
 def reading_of(options: dict[str, Any]) -> dict[str, Any]:
     """What `adapter_options` and `base_option` gave, taken out of the options of a command."""
-    names = ("alpha", "revision", "allow_pickle", "base_model", "dtype")
+    names = ("alpha", "revision", "allow_pickle", "base", "base_model", "dtype")
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -70,7 +81,8 @@ def opened(text: str, **options: Any) -> AdapterFile:
     """The adapter at a path or Hub id, or LIB:NAME; as `open_adapter` gives it.
 
     Args:
-        options: alpha, revision, allow_pickle, format, tolerance, as it takes them; dtype's name.
+        options: alpha, revision, allow_pickle, base, format, tolerance, as it takes them; dtype's
+            name.
     """
     from ..files import open_adapter
 

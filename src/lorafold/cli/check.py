@@ -10,7 +10,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command, settings, told
-from ._source import opened, source_options
+from ._source import opened, source_options_beside_base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ _MAY_BE_NEW = {"saved module"}  # may be new: a classifier that the base doesn't
 @command("check", example="lorafold check adapters/sql --base base")
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--base", required=True, metavar="DIR", help="The base model's folder.")
-@source_options
+@source_options_beside_base
 def check(adapter: str, base: str, **options: Any) -> None:
     """Check an adapter's names and shapes against its base.
 
@@ -48,7 +48,7 @@ def check(adapter: str, base: str, **options: Any) -> None:
     nothing or has the wrong shape (exit status 1), modules of the same kinds that the adapter
     doesn't touch, and what a reader that knows plain ΔW only would ignore.
     """
-    file = opened(adapter, **options)
+    file = opened(adapter, base=base, **options)
     found = checked(adapter, file, base)
     output.report(found, lambda out: _show(out, found))
     if not found["ok"]:

@@ -12,7 +12,7 @@ import click
 from ..files.formats.registry import FORMATS, WRITTEN
 from . import _output as output
 from ._command import command
-from ._source import format_option, opened, source_options, touched
+from ._source import format_option, opened, source_options_beside_base, touched
 from ._writing import Places, dtype_option, torch_dtype
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace the adapter at OUT.")
 @format_option
-@source_options
+@source_options_beside_base
 def convert(
     source: str,
     target: str,
@@ -60,7 +60,7 @@ def convert(
     from ..files.formats.diffusion.bases import by_base
     from ..files.save import target_kind
 
-    file = opened(source, dtype=dtype, tolerance=tolerance, **options)
+    file = opened(source, dtype=dtype, tolerance=tolerance, base=base, **options)
     apart = [path for path in touched([source], {}) if path is not None]
     places = Places.of(
         target,
@@ -74,6 +74,7 @@ def convert(
     adapter, names_of = file.load(), base
     if file.names and base is not None:
         adapter = by_base(adapter, file.names, base)
+    if file.names or file.is_on_base:  # which the base was needed for already
         names_of = None if form == "peft" else base
     save(
         adapter,
@@ -84,7 +85,7 @@ def convert(
         dtype=torch_dtype(dtype),
         overwrite=overwrite,
     )
-    after = open_adapter(path)
+    after = open_adapter(path, base=base)
     found = {
         "path": target,
         "format": form,
@@ -103,7 +104,7 @@ def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> f
     Where the form has other names for the modules, against what they are without rounding.
     """
     from ..adapter import on_base
-    from ..files import load, save
+    from ..files import open_adapter, save
 
     if adapter.refusal is not None:
         return None
@@ -111,7 +112,7 @@ def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> f
         with tempfile.TemporaryDirectory(prefix="lorafold-") as scratch:
             exact = Path(scratch, f"exact{FORMATS[form].ending or ''}")
             save(adapter, exact, format=cast(Any, form), base=base)
-            adapter = load(exact)
+            adapter = open_adapter(exact, base=base).load()
     if adapter.base_model is not None:  # of which --base-model may be another name
         written = on_base(written, adapter.base_model)
     norm = adapter.norm()

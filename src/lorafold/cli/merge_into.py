@@ -10,7 +10,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command
-from ._source import library_of, opened, source_options
+from ._source import library_of, opened, source_options_beside_base
 from ._writing import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of all weights; else each keeps its own.")
 @click.option("--partial", is_flag=True, help="Merge though parts have no place in the base.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at DIR.")
-@source_options
+@source_options_beside_base
 def merge_into(
     base: str,
     adapter: str,
@@ -45,7 +45,7 @@ def merge_into(
     from ..files.replacing import check_apart
     from ..merge.into_checkpoint import Merge
 
-    file = opened(adapter, dtype=dtype, **options)
+    file = opened(adapter, dtype=dtype, base=base, **options)
     check_apart(folder, [file.path, library_of(adapter)])
     merge = Merge.of(base, file.load(), folder, c=c, dtype=torch_dtype(dtype))
     facts = {"base": base, "adapter": adapter, "c": c, "dtype": dtype}

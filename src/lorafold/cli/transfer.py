@@ -88,6 +88,7 @@ def transfer(
     status 1 where some of many adapters could not be moved, or 'auto' advises against one.
     """
     reading = {"dtype": dtype, **reading_of(options)}
+    reading["base"] = reading["base"] or options["old"]
     given = _arguments(options)
     handles = named([source], **reading)
     many = stands_for_many([source], handles)

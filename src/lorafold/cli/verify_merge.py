@@ -9,7 +9,7 @@ import click
 
 from . import _output as output
 from ._command import CheckFailed, command, settings
-from ._source import adapter_options, loaded
+from ._source import adapter_options_beside_base, loaded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("merged", metavar="MERGED")
-@adapter_options
+@adapter_options_beside_base
 def verify_merge(base: str, adapter: str, merged: str, **options: Any) -> None:
     """Check, tensor by tensor, what a merged checkpoint holds of an adapter.
 
@@ -30,7 +30,7 @@ def verify_merge(base: str, adapter: str, merged: str, **options: Any) -> None:
     from ..merge.verify import verify_merge as verify
 
     with output.progress("comparing") as advance:
-        found = verify(base, loaded(adapter, **options), merged, progress=advance)
+        found = verify(base, loaded(adapter, base=base, **options), merged, progress=advance)
     facts = {
         "base": base,
         "adapter": adapter,

@@ -22,6 +22,7 @@ from ..errors import FileError, LorafoldError, MismatchError
 from ..files import AdapterFile, load_many, open_adapter
 from ..files.disk.settled import settled
 from ..files.find import (
+    GGUF_SUFFIX,
     NoSuchPathError,
     PickleError,
     idle_among,
@@ -105,6 +106,7 @@ def named_handles(
     allow_pickle: bool | None = None,
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
+    base: Any = None,
     broken: Broken | None = None,
 ) -> dict[str, Handle]:
     """Open every source by its header.
@@ -117,6 +119,7 @@ def named_handles(
         allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
         base_model: what the base of all of them is called, however each spells it.
         dtype: what factors of 8 bits are read in.
+        base: that of GGUF files, as `open_adapter` takes it.
         broken: told of what can't be opened, by name, which is left out then.
 
     Raises:
@@ -124,7 +127,7 @@ def named_handles(
         UnknownNameError: a library has no such name.
         MismatchError: no source at all, or two with one name.
     """
-    opener = _Opener(alpha, revision, allow_pickle, dtype, broken)
+    opener = _Opener(alpha, revision, allow_pickle, dtype, base, broken)
     handles: dict[str, Handle] = {}
     twice: dict[str, None] = {}
     for name, handle in opener.opened(sources):
@@ -210,11 +213,12 @@ class _Opener:
         revision: str | None,
         allow_pickle: bool | None,
         dtype: torch.dtype | None,
+        base: Any,
         broken: Broken | None,
     ) -> None:
         self._broken, self.left_out = broken, 0
         self._alpha, self._revision, self._allow_pickle = alpha, revision, allow_pickle
-        self._dtype = dtype
+        self._dtype, self._base = dtype, base
         self._libraries: dict[str, Shelf] = {}
         self._count = 0  # sources so far
 
@@ -328,9 +332,15 @@ class _Opener:
                 found = settled(
                     place, lambda _: locate(place, revision=revision, allow_pickle=pickled)
                 )
-                alpha = alpha if found.config is None else None  # it is for those without their own
+                has_own = found.config is not None or found.weights.suffix == GGUF_SUFFIX
+                alpha = None if has_own else alpha  # it is for those without their own
             return open_adapter(
-                place, alpha=alpha, revision=revision, allow_pickle=pickled, dtype=self._dtype
+                place,
+                alpha=alpha,
+                revision=revision,
+                allow_pickle=pickled,
+                dtype=self._dtype,
+                base=self._base,
             )
         except (PickleError, NoSuchPathError) as e:
             if self._allow_pickle is not None:

@@ -49,6 +49,7 @@ class Record:
         self.entries = entries
         self.size = size
         self.packings, self.names = found.packings, found.names
+        self.is_on_base = found.is_on_base
         self.extra_keys = plan.extra_keys
         self.refusal = refusal_reason(config, plan.extra_keys)
         self.shapes = MappingProxyType({p: (*s.shape, s.rank) for p, s in plan.slots.items()})
@@ -61,7 +62,8 @@ class Record:
     def __reduce__(self) -> tuple[Any, ...]:
         plan = Plan(dict(self.slots), self.extra_keys)
         told = dict(self.names), dict(self.packings)
-        return Record, (Found(plan, dict(self.config), {}, *told), dict(self.entries), self.size)
+        found = Found(plan, dict(self.config), {}, *told, is_on_base=self.is_on_base)
+        return Record, (found, dict(self.entries), self.size)
 
     @cached_property
     def digest(self) -> str:
@@ -184,6 +186,11 @@ class AdapterFile:
     def names(self) -> Mapping[str, str]:
         """{module path: its name in the file}, of a file with flat names."""
         return self._record.names
+
+    @property
+    def is_on_base(self) -> bool:
+        """Whether its modules have the names of the base that it was opened with."""
+        return self._record.is_on_base
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -341,7 +348,8 @@ def _update(
     dtype: torch.dtype | None,
     wide: torch.dtype | None,
 ) -> LowRank:
-    narrow = next((t.dtype for t in tensors if t.dtype.itemsize == 1), None)
+    # What is bytes (`uint8`) its format unpacks.
+    narrow = next((t.dtype for t in tensors if t.is_floating_point() and t.itemsize == 1), None)
     if narrow is not None and dtype is None:
         if wide is None:
             raise MismatchError(

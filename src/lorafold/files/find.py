@@ -37,7 +37,8 @@ from .remote.place import Place, UrlPath, is_dir, is_file, is_url, matching, pla
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".gguf")  # of files, and of no id
 _FILES = (WEIGHTS_NAME, PICKLE_NAME, PORTABLE_NAME, MLX_NAME, DIFFUSERS_NAME, CONFIG_NAME)
-_LOOSE = (".safetensors", ".bin")  # of adapters that are a file
+GGUF_SUFFIX = ".gguf"
+_LOOSE = (".safetensors", ".bin", GGUF_SUFFIX)  # of adapters that are a file
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _is_one(path: Place, files_too: bool) -> bool:
     """Whether what lies in a folder of adapters is one."""
     if path.is_dir():
         return is_adapter(path) or is_subspace(path)
-    return files_too and path.suffix == ".safetensors" and may_hold_adapter(path)
+    return files_too and path.suffix in (".safetensors", GGUF_SUFFIX) and may_hold_adapter(path)
 
 
 def name_of(path: Place) -> str:
@@ -278,7 +279,9 @@ def _file_at(path: Place, allow_pickle: bool) -> Location:
         told = kind_of_file(path.name)
         if told is not None:
             raise FileError(f"{path} is {told}")
-        raise FileError(f"{path}: an adapter is a directory or a .safetensors file")
+        raise FileError(f"{path}: an adapter is a directory, a .safetensors or a .gguf file")
+    if path.suffix == GGUF_SUFFIX:
+        return Location(path, path, None)
     if path.suffix == ".bin" and not allow_pickle:
         raise PickleError(path)
     config = path.with_name(CONFIG_NAME)

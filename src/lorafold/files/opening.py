@@ -33,6 +33,7 @@ from .config import check_length, plain, read_text
 from .disk.held import ChangedError, Held
 from .disk.settled import Standing, settled
 from .find import (
+    GGUF_SUFFIX,
     Location,
     adapters_at,
     in_library,
@@ -43,6 +44,9 @@ from .find import (
     name_of,
 )
 from .formats.diffusion.bases import by_base
+from .formats.gguf.base import gguf_base
+from .formats.gguf.header import read_head
+from .formats.gguf.reading import GGUF, BaseNeededError, gguf_found
 from .formats.pickled import unpickled
 from .formats.readers import format_of
 from .formats.reading import Source, Stored
@@ -57,11 +61,12 @@ _LIBRARY = f"{__package__.partition('.')[0]}:Library"
 
 @dataclass(frozen=True)
 class _Options:
-    """What a caller says of a file: its α, what to cut it to, the format that it is in."""
+    """What a caller says of a file: its α, what to cut it to, its format, and of GGUF its base."""
 
     alpha: float | None
     tolerance: float | None
     form: str | None
+    base: Any = None
 
 
 def open_adapter(
@@ -73,14 +78,16 @@ def open_adapter(
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
     format: str | None = None,  # noqa: A002
+    base: Any = None,
 ) -> AdapterFile:
     """Open an adapter without reading its tensors.
 
     Args:
-        source: a PEFT or MLX directory, one holding a single such, a safetensors file, LIB:NAME
-            for one in a library, SUB:TASK for one in a vLoRA folder, a URL of any of these, an id
-            on the Hub (when huggingface_hub is installed), or an `Adapter` in memory. A path that
-            exists is a path, and what looks like a path is never asked for on the Hub, unless
+        source: a PEFT or MLX directory, one holding a single such, a safetensors or GGUF file,
+            LIB:NAME for one in a library, SUB:TASK for one in a vLoRA folder, a URL of any of
+            these, an id on the Hub (when huggingface_hub is installed), or an `Adapter` in memory.
+            A path that exists is a path, and what looks like a path is never asked for on the Hub,
+            unless
             `revision` is given.
         alpha: α, where there is no `adapter_config.json`; its rank is then the factors' own.
         revision: a branch, tag or commit, for a Hub id.
@@ -90,6 +97,8 @@ def open_adapter(
             factors multiply to full rank; such a file is read when it is opened.
         format: what the file is in ("peft", "portable", "flat", "mlx", "kohya", "comfy",
             "diffusers"), where its keys are those of two; by default by what is in it.
+        base: of a GGUF file, its base: a folder with its config.json, a model, or its
+            configuration, which say what its modules are called and how many heads it has.
 
     Raises:
         FileError: nothing there, or no adapter of a kind that is read; naming file and key.
@@ -108,7 +117,7 @@ def open_adapter(
         found = in_subspace(text)
         if found is not None:
             return AdapterFile.of(load_many(found[0], alpha=alpha)[found[1]], place_of(text))
-    options = _Options(alpha, tolerance, format)
+    options = _Options(alpha, tolerance, format, base)
     return _open_files(source, options, revision, allow_pickle, dtype)
 
 
@@ -148,7 +157,8 @@ def load(
         base: a base of the same shapes to put it on, by roles: a model, its configuration or
             folder, or module paths. A file that was saved with `format="portable"` says how its
             fused modules pack their parts; of others their own base's folder does. A file of
-            kohya-ss's has its flat names told apart by the base's modules.
+            kohya-ss's has its flat names told apart by the base's modules, and a GGUF file takes
+            the names and heads of its own base.
         tables: of modules whose roles are not known; see `lf.roles`.
         base_model: what its base is called, where two adapters of one base spell it differently.
         tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
@@ -193,12 +203,15 @@ def load(
             allow_pickle=allow_pickle,
             tolerance=tolerance,
             format=format,
+            base=base,
         )
         return opened, opened.load(device, dtype)
 
     opened, adapter = settled(source, look)  # which one overwritten in place is not
     if base_model is not None:
         adapter = on_base(adapter, base_model)
+    if opened.is_on_base:
+        return adapter
     return _placed(adapter, opened.names, base, opened.packings or None, tables)
 
 
@@ -275,6 +288,10 @@ def _open_files(
     if place.weights.suffix == ".safetensors":
         return _open_safetensors(place, weights, text, nbytes, options, wide)
     where = str(place.weights)
+    if place.weights.suffix == GGUF_SUFFIX:
+        return AdapterFile(
+            place.path, _of_gguf(weights, where, options), nbytes, file=weights, wide=wide
+        )
     tensors, record = _in_memory(unpickled(weights), where, options, None, text, place.config)
     adapter = assembled(tensors, record, where, wide=wide)
     return AdapterFile.of(adapter, place.path, nbytes, record.names)
@@ -284,9 +301,28 @@ def is_adapter_file(path: Place) -> bool:
     """Whether a file is an adapter that is read, by its header alone."""
     try:
         _open_files(path, _Options(None, 0.0, None), None, False, torch.float32)
+    except BaseNeededError:
+        return True
     except (FileError, MismatchError):
         return False
     return True
+
+
+def _of_gguf(weights: Held | UrlFile, where: str, options: _Options) -> Record:
+    """What the head of a GGUF file says."""
+    if options.form not in (None, GGUF.name):
+        raise MismatchError(
+            f"{where}: a GGUF file is in the form of {GGUF.said}: give format={GGUF.name!r}, or "
+            "none"
+        )
+    if options.alpha is not None:
+        raise MismatchError(f"{where}: a GGUF file has its scales; leave out alpha=")
+    file = weights.file()
+    head = read_head(
+        lambda start, n: safetensors.read_range(file, start, n, where), weights.size, where
+    )
+    base = None if options.base is None else gguf_base(options.base)
+    return Record(gguf_found(head, base, where), head.entries, weights.size)
 
 
 def _opened_together(

@@ -97,12 +97,12 @@ def header_bytes(file: Opened, path: Path) -> tuple[bytearray, int]:
         FileError: the file is empty, cut off, or no safetensors file.
     """
     size = file.size if isinstance(file, UrlFile) else os.fstat(file.fileno()).st_size
-    start = _read(file, 0, min(ENOUGH, size), path)
+    start = read_range(file, 0, min(ENOUGH, size), path)
     says = disguise(start)
     if says is not None:
         raise FileError(f"{os.fspath(path)} is {says}")
     length = header_length(start[:8], size, path)
-    return _read(file, 8, length, path), size
+    return read_range(file, 8, length, path), size
 
 
 def parse_header(
@@ -213,7 +213,12 @@ def _order_metadata(path: Path) -> None:
 # Headers
 
 
-def _read(file: Opened, start: int, length: int, path: Path) -> bytearray:
+def read_range(file: Opened, start: int, length: int, path: Path) -> bytearray:
+    """Some bytes of a file.
+
+    Raises:
+        FileError: it ends before.
+    """
     buffer = bytearray(length)
     _fill(file, start, memoryview(buffer), str(path))
     return buffer

@@ -102,7 +102,7 @@ def save(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    format: Literal["peft", "portable", "mlx"] = "peft",  # noqa: A002
+    format: Literal["peft", "portable", "mlx", "gguf"] = "peft",  # noqa: A002
     pad: bool = False,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
@@ -126,8 +126,9 @@ def save(
     Args:
         adapter: what to write.
         path: the directory to make, of this machine or a URL; the file, for formats that are one.
-        format: "peft", "portable", or "mlx": mlx-lm's folder, of one rank, a scale that all modules
-            share kept and others in B. What MLX has no place for is refused by name.
+        format: "peft", "portable", "mlx": mlx-lm's folder, of one rank, a scale that all modules
+            share kept and others in B; or "gguf": a file for llama.cpp, every scale in B, of
+            float32 unless `dtype` is given. What one has no place for is refused by name.
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.
         overwrite: replace the adapter at `path`; other files in its folder stay.
@@ -136,6 +137,7 @@ def save(
         base: for "portable", the base itself (a model, its configuration or folder), which says
             how fused modules pack their parts; by default `base_model`, if that is a folder. For
             "mlx" the base's folder: needed for embeddings and experts, and checked where given.
+            For "gguf" the base's folder, a model, or its configuration: always needed.
         tables: for "portable", of modules whose roles are not known; see `lf.roles`.
 
     Raises:

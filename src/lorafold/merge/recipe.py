@@ -133,6 +133,7 @@ class Recipe:
         revision: str | None = None,
         allow_pickle: bool | None = None,
         dtype: torch.dtype | None = None,
+        base: Any = None,
         base_model: str | None = None,
         executor: Executor | str | None = None,
         workers: int | None = None,
@@ -146,7 +147,7 @@ class Recipe:
             seed: of random masks. mergekit draws others.
             alpha: α of adapters that have no config. revision: of those on the Hub.
             allow_pickle: read `adapter_model.bin` too.
-            dtype: what factors of 8 bits are read in.
+            dtype: what factors of 8 bits are read in. base: that of GGUF files.
             base_model: what the base of all of them is called.
             executor, workers, work: who merges the modules, as in `merge`.
             options: `heads=`, `progress=`, as `merge` takes them.
@@ -158,6 +159,7 @@ class Recipe:
             revision=revision,
             allow_pickle=allow_pickle,
             dtype=dtype,
+            base=base,
             base_model=base_model,
         )
         if self.base is not None and not os.path.exists(self.base):

@@ -89,7 +89,7 @@ _DISGUISES = (
     (b"<!doctype", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
     (b"<html", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
     (b"<?xml", "an XML text, not the file: fetch it again, from where it can be downloaded"),
-    (b"gguf", "a GGUF file of llama.cpp, which is not read"),
+    (b"gguf", "a GGUF file of llama.cpp's: its name should end in .gguf"),
     (b"pk\x03\x04", "a ZIP file, most likely one of PyTorch's: its name should end in .bin"),
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
 )

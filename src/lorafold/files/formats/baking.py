@@ -1,12 +1,65 @@
-"""Factors for a reader that knows one rank, or no scale: the scale in B, zeros up to the rank."""
+"""Adapters for a reader that knows less: a checkpoint's names, the scale in B, one rank."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...errors import MismatchError
+from ...adapter import Adapter
+from ...errors import MismatchError, RefusedError
 from ...lowrank import LowRank
+from ...naming import Base
+from ...placing import placed
+from ...words import some_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One update by its name in a checkpoint, and its path in the adapter."""
+
+    name: str
+    update: LowRank
+    path: str
+
+
+def on_checkpoint(adapter: Adapter, base: Base, where: str, reader: str) -> Iterator[Part]:
+    """The updates by the names that a checkpoint has for them; one may go into several tensors.
+
+    Args:
+        adapter: whose updates.
+        base: the checkpoint's names and shapes, asked for the adapter's. where: it, for messages.
+        reader: who is written for, too.
+
+    Raises:
+        MismatchError: a module that is not there, or of another shape.
+        RefusedError: one that is a part of a tensor, or a convolution.
+    """
+    plan = placed(adapter.parts, base)
+    for misfit in plan.wrong.values():
+        raise MismatchError(misfit.says)
+    lost = [path for path in adapter.modules if path in plan.unplaced]
+    if lost:
+        raise MismatchError(f"{some_of(lost)}: {plan.unplaced[lost[0]]} ({where})")
+    for spot in plan.spots:
+        if spot.what != "update":
+            continue
+        u, is_embedding = adapter[spot.part], spot.layout.kind == "embedding"
+        for piece in spot.pieces:
+            name = piece.key.removesuffix(".weight")
+            if piece.is_part or name == piece.key or spot.layout.kind == "conv":
+                raise RefusedError(
+                    f"{reader} has no place for {spot.part!r}, which is in {piece.key!r} of "
+                    f"{where}: save it with format='peft'"
+                )
+            A, B = (u.B.T, u.A.T) if spot.turned and not is_embedding else (u.A, u.B)
+            if piece.rows is not None:
+                B = B[slice(*piece.rows)]
+            yield Part(name, LowRank(A.contiguous(), B.contiguous(), u.scale), spot.part)
 
 
 def scaled(t: Tensor, scale: float) -> Tensor:

@@ -16,6 +16,7 @@ from ...words import some_of
 from ..disk.header import header_length
 from ..disk.held import open_regular
 from ..remote.place import Place, UrlPath
+from .gguf.header import may_be_adapter
 
 DIFFERENCE = (
     "merge it into its base with its own tool, and take the difference: "
@@ -135,7 +136,7 @@ def kind_of_file(name: str) -> str | None:
 
 
 def may_hold_adapter(path: Place) -> bool:
-    """Whether a safetensors file has tensors as adapters have them, or may have: it can't be read.
+    """Whether a file has tensors as adapters have them, or may have: it can't be read.
 
     A file on a store is not asked.
     """
@@ -143,6 +144,8 @@ def may_hold_adapter(path: Place) -> bool:
         return True
     try:
         with open(open_regular(path), "rb") as file:
+            if path.suffix == ".gguf":
+                return may_be_adapter(file.read(1 << 16))
             size = os.fstat(file.fileno()).st_size
             header = file.read(header_length(file.read(8), size, path))
     except (OSError, FileError):

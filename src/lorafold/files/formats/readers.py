@@ -11,13 +11,14 @@ from ...words import one_line
 from .diffusion.comfy import COMFY
 from .diffusion.diffusers import DIFFUSERS
 from .flat import FLAT
+from .gguf.reading import GGUF
 from .kohya.reading import KOHYA
 from .mlx.reading import MLX
 from .peft import PEFT
 from .portable import PORTABLE
 from .reading import Format, Source
 
-_FORMATS = {f.name: f for f in (PORTABLE, FLAT, MLX, KOHYA, COMFY, DIFFUSERS, PEFT)}
+_FORMATS = {f.name: f for f in (PORTABLE, FLAT, MLX, GGUF, KOHYA, COMFY, DIFFUSERS, PEFT)}
 READ = tuple(_FORMATS)
 
 

@@ -85,6 +85,8 @@ class Slot:
         tolerance: relative error to which it is cut when it is read, and its rank with it.
         blocks: which blocks of its rows are updated, where each of these has factors of its own.
         cut: the part of these factors that it has; None: all of them.
+        stored: the shapes of the two tensors, where they are not what was read (GGUF).
+        heads: those that B's rows are in another order in (GGUF).
     """
 
     A: str
@@ -100,6 +102,8 @@ class Slot:
     tolerance: float | None = None
     blocks: tuple[bool, ...] = ()
     cut: Cut | None = None
+    stored: tuple[Shape, Shape] | None = None
+    heads: int | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -187,6 +191,7 @@ class Found:
         names: {module path: its name in the file}, of files with flat names.
         packings: of fused modules, as far as the file says them.
         by_numbers: whether tensors had a say in it, and not the header alone.
+        is_on_base: whether modules have the names of a base that the caller gave.
     """
 
     plan: Plan
@@ -195,6 +200,7 @@ class Found:
     names: Mapping[str, str] = field(default_factory=dict)
     packings: Mapping[str, Packing] = field(default_factory=dict)
     by_numbers: bool = False
+    is_on_base: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ class Format:
     ending: str | None = None
 
 
-FORMATS = {"mlx": Format("mlx.writing:mlx_form")}
+FORMATS = {
+    "mlx": Format("mlx.writing:mlx_form"),
+    "gguf": Format("gguf.writing:gguf_form", ".gguf"),
+}
 WRITTEN = tuple(FORMATS)
 
 

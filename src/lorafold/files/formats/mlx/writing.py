@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from ....adapter import Adapter
 from ....errors import MismatchError, RefusedError
 from ....lowrank import LowRank
 from ....parts import PREFIX, refusal_reason
-from ....placing import placed
 from ....words import some_of
 from ...base import BaseFiles, read_base
 from ...config import MLX_NAME
-from ..baking import padded, scaled
+from ..baking import FLOATS, Part, on_checkpoint, padded, scaled
 from ..reading import RANKS
 from ..registry import Written
 from .reading import MAGNITUDE, MIXTRAL
@@ -44,25 +42,15 @@ _COUNTS = ("num_local_experts", "num_experts")  # what their configs call the nu
 _EXPERT = re.compile(r"(?P<owner>.+)\.experts\.(?P<e>\d+)\.(?P<name>\w+)")
 _NAMES = {w: name for name, w in MIXTRAL.items()}
 _USUAL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|block_sparse_moe)(\.\w+)+|lm_head")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One update by its name in a checkpoint, and its path in the adapter."""
-
-    name: str
-    update: LowRank
-    path: str
-
-    @property
-    def place(self) -> tuple[str, int | None]:
-        """MLX's module, and which of its experts."""
-        match = _EXPERT.fullmatch(self.name)
-        if match is None:
-            return self.name, None
-        name = _NAMES.get(match["name"], match["name"])
-        return f"{match['owner']}.switch_mlp.{name}", int(match["e"])
+def _place(name: str) -> tuple[str, int | None]:
+    """MLX's module for a checkpoint's, and which of its experts."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return name, None
+    last = _NAMES.get(match["name"], match["name"])
+    return f"{match['owner']}.switch_mlp.{last}", int(match["e"])
 
 
 def mlx_form(
@@ -91,7 +79,7 @@ def mlx_form(
     scale = scales.pop() if len(scales) == 1 else None
     rank = max(part.update.rank for part in parts)
     modules = {part.name: _factors(part, rank, scale, dtype) for part in parts}
-    if magnitudes and any(part.place[1] is not None for part in parts):
+    if magnitudes and any(_place(part.name)[1] is not None for part in parts):
         raise RefusedError("MLX has no DoRA of experts: save it with format='peft'")
     tensors = _tensors(parts, modules, files)
     if magnitudes:
@@ -151,7 +139,7 @@ def _magnitudes(adapter: Adapter) -> dict[str, Tensor]:
     return {path: adapter.extras[key] for path, key in found.items()}
 
 
-def _named(adapter: Adapter) -> Iterator[_Part]:
+def _named(adapter: Adapter) -> Iterator[Part]:
     """The updates by the names that they have, without a base."""
     for path, u in adapter.modules.items():
         layout = adapter.layout(path)
@@ -175,10 +163,10 @@ def _named(adapter: Adapter) -> Iterator[_Part]:
                 f"{path!r} is no name that MLX is known to have: give base= (its folder), which "
                 "says what MLX calls it"
             )
-        yield _Part(path, u, path)
+        yield Part(path, u, path)
 
 
-def _placed(adapter: Adapter, files: BaseFiles) -> Iterator[_Part]:
+def _placed(adapter: Adapter, files: BaseFiles) -> Iterator[Part]:
     """The updates by the names that a checkpoint has for them."""
     kind = files.config.get("model_type")
     if kind not in (*DENSE, *OF_EXPERTS):
@@ -187,35 +175,16 @@ def _placed(adapter: Adapter, files: BaseFiles) -> Iterator[_Part]:
             f"calls its modules; known are {', '.join((*DENSE, *OF_EXPERTS))}"
         )
     named = files.named(adapter.parts.names())
-    plan = placed(adapter.parts, named)
-    for misfit in plan.wrong.values():
-        raise MismatchError(misfit.says)
-    lost = [path for path in adapter.modules if path in plan.unplaced]
-    if lost:
-        raise MismatchError(f"{some_of(lost)}: {plan.unplaced[lost[0]]} ({files.path})")
-    for spot in plan.spots:
-        if spot.what != "update":
-            continue
-        u, is_embedding = adapter[spot.part], spot.layout.kind == "embedding"
-        for piece in spot.pieces:
-            name = piece.key.removesuffix(".weight")
-            if named.tied is not None and piece.key in named.tied:
-                raise RefusedError(
-                    f"{files.path} has one weight for embedding and output layer, and MLX applies "
-                    f"the update of {spot.part!r} to both: save it with format='peft'"
-                )
-            if piece.is_part or name == piece.key or spot.layout.kind == "conv":
-                raise RefusedError(
-                    f"MLX has no place for {spot.part!r}, which is in {piece.key!r} of "
-                    f"{files.path}: save it with format='peft'"
-                )
-            A, B = (u.B.T, u.A.T) if spot.turned and not is_embedding else (u.A, u.B)
-            if piece.rows is not None:
-                B = B[slice(*piece.rows)]
-            yield _Part(name, LowRank(A.contiguous(), B.contiguous(), u.scale), spot.part)
+    for part in on_checkpoint(adapter, named, files.path, "MLX"):
+        if named.tied is not None and f"{part.name}.weight" in named.tied:
+            raise RefusedError(
+                f"{files.path} has one weight for embedding and output layer, and MLX applies "
+                f"the update of {part.path!r} to both: save it with format='peft'"
+            )
+        yield part
 
 
-def _factors(part: _Part, rank: int, scale: float | None, dtype: torch.dtype | None) -> LowRank:
+def _factors(part: Part, rank: int, scale: float | None, dtype: torch.dtype | None) -> LowRank:
     """Of the common rank and, where there is none in common, of scale 1."""
     u = part.update
     try:
@@ -224,7 +193,7 @@ def _factors(part: _Part, rank: int, scale: float | None, dtype: torch.dtype | N
             found = found.to(dtype=dtype)
     except MismatchError as e:
         raise MismatchError(f"module {part.name!r}: {e}") from e
-    strange = [t.dtype for t in (found.A, found.B) if t.dtype not in _FLOATS]
+    strange = [t.dtype for t in (found.A, found.B) if t.dtype not in FLOATS]
     if strange:
         raise MismatchError(
             f"module {part.name!r}: MLX does not run {strange[0]}: give dtype=torch.float32"
@@ -233,13 +202,13 @@ def _factors(part: _Part, rank: int, scale: float | None, dtype: torch.dtype | N
 
 
 def _tensors(
-    parts: list[_Part], modules: Mapping[str, LowRank], files: BaseFiles | None
+    parts: list[Part], modules: Mapping[str, LowRank], files: BaseFiles | None
 ) -> dict[str, Tensor]:
     """{key: factor}, experts joined; those that the adapter does not have are zero."""
     tensors: dict[str, Tensor] = {}
     experts: dict[str, dict[int, LowRank]] = {}
     for part in parts:
-        path, e = part.place
+        path, e = _place(part.name)
         u = modules[part.name]
         if e is not None:
             experts.setdefault(path, {})[e] = u

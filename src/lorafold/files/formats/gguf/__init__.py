@@ -1,0 +1,1 @@
+"""llama.cpp's adapters: one file in the GGUF format."""
