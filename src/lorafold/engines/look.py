@@ -1,0 +1,111 @@
+"""A file as other programs see it: its keys, header and config as they are, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..errors import LorafoldError
+from ..files import AdapterFile, open_adapter
+from ..files.base import BaseFiles, read_base
+from ..files.config import json_object, read_text
+from ..files.find import Location, locate
+from ..files.formats.alphas import alpha_keys
+from ..files.formats.readers import format_of, reader
+from ..files.formats.reading import Source, Stored, shapes_of
+from ..files.safetensors import header_bytes, open_place, parse_header, read_tensors
+
+
+@dataclass(frozen=True)
+class Look:
+    """An adapter's files before any of it is taken for what it means.
+
+    Args:
+        path: as it was given.
+        place: where its files are.
+        form: the name of the format that they are in. said: what messages call it.
+        tensors: {key: what is stored there}.
+        metadata: of the header.
+        config: what adapter_config.json says; None where there is none.
+        alphas: {module's name in the file: α}, of tensors of one number.
+        file: the adapter as it is read here; None where it can't be, which `error` says.
+        error: why it can't be read here.
+        base: the base's folder, where one is given.
+    """
+
+    path: str
+    place: Location
+    form: str
+    said: str
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    file: AdapterFile | None = None
+    error: str | None = None
+    base: BaseFiles | None = None
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """{module: the right factor}; none where it can't be read here."""
+        return {} if self.file is None else self.file.scales
+
+    @cached_property
+    def tied(self) -> tuple[str, str] | None:
+        """(output layer, embedding) of the base that are one weight; None where they are two, or
+        no base is given.
+        """
+        if self.base is None:
+            return None
+        asked = [] if self.file is None else list(self.file.parts.names())
+        return self.base.named([*asked, "lm_head.weight"]).tied
+
+
+def look(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+) -> Look:
+    """Read the header and the config of an adapter's files.
+
+    Args:
+        path: a folder or file.
+        base: the base's folder.
+        alpha: α, for a file that does not say its own.
+
+    Raises:
+        FileError: nothing there, or no adapter's file.
+    """
+    place = locate(path)
+    with open_place(place.weights) as file:
+        raw, size = header_bytes(file, place.weights)
+        entries, metadata = parse_header(raw, size, str(place.weights))
+        tensors = {key: Stored(key, e.dtype, e.shape) for key, e in entries.items()}
+        keys = alpha_keys(shapes_of(tensors))
+        numbers = read_tensors(file, [(k, entries[k]) for k in keys.values()], place.weights)
+    text = None if place.config is None else read_text(place.config)
+    source = Source(
+        tensors, str(place.weights), lambda _: [], metadata, text, None, str(place.config)
+    )
+    form = format_of(source)
+    opened, error = None, None
+    try:
+        opened = open_adapter(path, alpha=alpha)
+    except LorafoldError as e:
+        error = str(e)
+    return Look(
+        os.fspath(path),
+        place,
+        form.name,
+        reader(form.name).said,
+        tensors,
+        metadata,
+        None if text is None else json_object(text, str(place.config)),
+        {name: float(number) for name, number in zip(keys, numbers, strict=True)},
+        opened,
+        error,
+        None if base is None else read_base(base),
+    )

@@ -1,0 +1,68 @@
+"""What any reader of a PEFT folder sees in it: the words that vLLM, llama.cpp and PEFT share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..files.config import CONFIG_NAME
+from .finding import Finding, convert, told
+from .look import Look
+
+_WRAPPED = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.|\.model\.module\."
+)
+
+
+def plain_scale(config: Mapping[str, Any], rank: int | None = None) -> float:
+    """α/r as a config says it for all modules; of a rank of its own where one is given."""
+    return float(config["lora_alpha"]) / float(rank or config["r"])
+
+
+def rooted_scale(config: Mapping[str, Any]) -> float:
+    """The same, or α/√r with use_rslora."""
+    root = math.sqrt if config.get("use_rslora") else float
+    return float(config["lora_alpha"]) / root(float(config["r"]))
+
+
+def merge_into(look: Look) -> str:
+    """The command line that puts all of an adapter into its base."""
+    base = look.base.path if look.base is not None else "BASE"
+    return f"lorafold merge-into {base} {look.path} -o merged"
+
+
+def form_findings(look: Look, reader: str) -> Iterator[Finding]:
+    """Whether the files are a PEFT folder at all.
+
+    It is one where nothing is yielded.
+    """
+    if look.form != "peft":
+        yield Finding(
+            "form",
+            "refuses",
+            f"{reader} reads PEFT's folders; this is in the form of {look.said}",
+            remedy=convert(look.path, "peft"),
+        )
+    elif look.config is None:
+        alpha = () if look.error is None else ("--alpha", "ALPHA")
+        yield Finding(
+            "no_config",
+            "refuses",
+            f"{reader} takes r and α from {CONFIG_NAME}, and there is none",
+            remedy=convert(look.path, "peft", *alpha),
+        )
+
+
+def wrapped_names(look: Look, reader: str) -> Iterator[Finding]:
+    """Keys with what wrapped the model when it was saved: no module is found by them."""
+    wrapped = [key for key in look.tensors if _WRAPPED.search(key)]
+    if wrapped:
+        yield Finding(
+            "wrapped_names",
+            "ignores",
+            f"{reader} finds no module by {told(wrapped)}: these updates have no effect",
+            modules=tuple(wrapped),
+            remedy=convert(look.path, "peft"),
+        )

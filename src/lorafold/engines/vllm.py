@@ -1,0 +1,136 @@
+"""vLLM, `--enable-lora`; by its published rules, as it can't be installed everywhere.
+
+Of `vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py` and `config/lora.py`, releases 0.11 to
+0.15: the config is read for r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and
+use_dora; other fields are left out. A key that is neither a factor nor an embedding of the base is
+an error. Every module gets one factor, α/r or α/√r. Releases from the autumn of 2026 on are said to
+follow patterns, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..parts import extra_kind
+from .finding import Finding, factors_of, padded, told
+from .look import Look
+from .peft_folder import form_findings, merge_into, rooted_scale, wrapped_names
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
+DEFAULT_RANK = 16
+_FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])")
+_OF_BASE = re.compile(r".*(embed_tokens|lm_head)\.(base_layer\.)?weight")
+
+
+def findings(look: Look) -> Iterator[Finding]:
+    """What vLLM does with a file."""
+    found = list(form_findings(look, "vLLM"))
+    yield from found
+    if found or look.config is None:
+        return
+    if look.place.weights.name != "adapter_model.safetensors":
+        yield Finding(
+            "file_name",
+            "refuses",
+            f"vLLM looks for adapter_model.safetensors, and this is {look.place.weights.name}",
+        )
+    yield from _config(look)
+    yield from _tensors(look)
+    yield from wrapped_names(look, "vLLM")
+    yield from _ranks(look)
+    yield from _scales(look)
+
+
+def _config(look: Look) -> Iterator[Finding]:
+    config, merged = look.config or {}, merge_into(look)
+    if config.get("modules_to_save"):
+        yield Finding(
+            "modules_to_save",
+            "refuses",
+            f"modules_to_save must be None, and is {config['modules_to_save']}",
+            remedy=merged,
+        )
+    if config.get("use_dora"):
+        yield Finding("dora", "refuses", "it has no DoRA", remedy=merged)
+    if config.get("bias", "none") != "none":
+        yield Finding(
+            "bias", "refuses", f"bias must be 'none', and is {config['bias']!r}", remedy=merged
+        )
+    if look.file is not None and look.file.refusal is not None and not config.get("use_dora"):
+        yield Finding(
+            "init" if config.get("init_lora_weights") not in (True, False, None) else "variant",
+            "misreads",
+            f"it adds the product of the factors to the base's own weights, and {look.file.refusal}",
+        )
+
+
+def _tensors(look: Look) -> Iterator[Finding]:
+    config = look.config or {}
+    others = [key for key in look.tensors if _FACTOR.fullmatch(key) is None]
+    left_out = [key for key in others if _OF_BASE.fullmatch(key)]
+    strange = [key for key in others if key not in left_out]
+    lora_bias = [key for key in strange if extra_kind(key, config) == "lora bias"]
+    if lora_bias:
+        yield Finding(
+            "lora_bias",
+            "refuses",
+            f"it has no biases of LoRA ({told(lora_bias)})",
+            modules=tuple(lora_bias),
+            remedy=merge_into(look),
+        )
+    strange = [key for key in strange if key not in lora_bias and not key.endswith(".alpha")]
+    if strange and not config.get("modules_to_save") and not config.get("use_dora"):
+        yield Finding(
+            "tensors",
+            "refuses",
+            f"it takes no tensors beside factors, and there is {told(strange)}",
+            modules=tuple(strange),
+            remedy=merge_into(look),
+        )
+    if left_out:
+        yield Finding(
+            "base_weights",
+            "ignores",
+            f"it leaves out weights of the base that were saved ({told(left_out)})",
+            modules=tuple(left_out),
+            remedy=merge_into(look),
+        )
+
+
+def _ranks(look: Look) -> Iterator[Finding]:
+    ranks = [shape[2] for shape in ({} if look.file is None else look.file.shapes).values()]
+    most = max(ranks, default=0)
+    if most > RANKS[-1]:
+        yield Finding(
+            "rank",
+            "refuses",
+            f"its largest --max-lora-rank is {RANKS[-1]}, and the rank is {most}",
+            remedy=f"lorafold resize {look.path} smaller --rank {RANKS[-1]}",
+        )
+    elif most > DEFAULT_RANK:
+        needed = next(rank for rank in RANKS if rank >= most)
+        yield Finding(
+            "rank",
+            "refuses",
+            f"its --max-lora-rank is {DEFAULT_RANK} unless it is given, and the rank is {most}",
+            remedy=f"vllm serve BASE --enable-lora --max-lora-rank {needed}",
+        )
+
+
+def _scales(look: Look) -> Iterator[Finding]:
+    config = look.config or {}
+    if look.file is None:
+        return
+    factor = rooted_scale(config)
+    wrong = factors_of(dict.fromkeys(look.scales, factor), look.scales)
+    if wrong:
+        yield Finding(
+            "patterns",
+            "misreads",
+            f"one factor for all, {factor:.6g}, where rank_pattern and alpha_pattern say others "
+            "(releases before the autumn of 2026)",
+            wrong,
+            tuple(wrong),
+            padded(look.path),
+        )
