@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "adapter": NOUNS - {"adapter", "roles"},
     "roles": NOUNS - {"roles"},
     "files": NOUNS,
+    "engines": NOUNS | {"files"},
     "scale": {"errors", "words", "thin"},
     "collection": NOUNS | {"files", "scale"},
     **{v: NOUNS | {"files", "scale", "collection"} for v in ("fold", "merge", "compare")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -344,3 +345,37 @@ def test_experts_and_convolutions(here, base, cli):
 def test_kinds_leave_out_whole_numbers_only():
     assert naming.kind("h.0.mlp1.2.w") == "h.#.mlp1.#.w"
     assert by_kind(["h.0.a", "h.3.a", "b"]) == {"h.#.a": ["0", "3"], "b": [""]}
+
+
+# --for
+
+
+def test_what_a_program_would_do(cli, tmp_path, shapes):
+    u = lf.LowRank(torch.randn(2, 8), torch.randn(4, 2), 3.0)
+    lf.save(lf.Adapter({"h.0.q_proj": u}, base_model="base"), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config |= {"use_rslora": True, "lora_alpha": 2}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    ran = cli("check", tmp_path / "a", "--for", "peft")
+    assert ran.code == 0, ran.err
+    assert ran.out == f"peft loads {tmp_path}/a: as it was trained\n"
+    ran = cli("check", tmp_path / "a", "--for", "llama.cpp")
+    assert ran.code == 1
+    assert "rslora: misreads: the converter writes lora_alpha alone" in ran.out
+    assert re.search(r"h\.0\.q_proj +1 +1\.41421", ran.out)
+    assert f"remedy: lorafold convert {tmp_path}/a -o a-gguf.gguf --to gguf" in ran.out
+    assert ran.err.startswith("error: llama.cpp misreads: ")
+    ran = cli("check", tmp_path / "a", "--for", "llama.cpp", "--json")
+    assert ran.code == 1
+    assert ran.json["kind"] == "check-for"
+    assert ran.json.keys() - {"kind"} == shapes["check-for"][0]
+    assert (ran.json["outcome"], ran.json["same"]) == ("misreads", False)
+    (worst, *_) = ran.json["findings"]
+    assert worst["factors"]["h.0.q_proj"] == {"applied": 1.0, "right": pytest.approx(2**0.5)}
+
+
+def test_check_needs_a_base_or_a_program(cli, tmp_path):
+    ran = cli("check", "adapters/sql")
+    assert ran.code == 2
+    assert "give the base's folder with --base, or a program with --for" in ran.err
+    assert cli("check", tmp_path, "--for", "vlm").code == 2

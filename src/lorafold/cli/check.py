@@ -1,4 +1,4 @@
-"""`lorafold check`: does an adapter fit its base, by names and shapes alone?"""
+"""`lorafold check`: does an adapter fit its base, and what would a program do with its file?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ._source import opened, source_options_beside_base
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..engines import Finding
     from ..files import AdapterFile
     from ..files.base import BaseFiles
     from ..naming import Base
@@ -37,23 +38,76 @@ _REMEDY = "'resize --tolerance 0 --pad' writes a form without"
 _MAY_BE_NEW = {"saved module"}  # may be new: a classifier that the base doesn't have
 
 
+READERS = ("vllm", "llama.cpp", "mlx", "peft", "diffusers", "kohya")
+
+
 @command("check", example="lorafold check adapters/sql --base base")
 @click.argument("adapter", metavar="ADAPTER")
-@click.option("--base", required=True, metavar="DIR", help="The base model's folder.")
+@click.option("--base", metavar="DIR", help="The base model's folder.")
+@click.option(
+    "--for",
+    "reader",
+    type=click.Choice(READERS),
+    help="A program: what would it do with the file, by its rules and as measured?",
+)
 @source_options_beside_base
-def check(adapter: str, base: str, **options: Any) -> None:
-    """Check an adapter's names and shapes against its base.
+def check(adapter: str, base: str | None, reader: str | None, **options: Any) -> None:
+    """Check an adapter's names and shapes against its base, or its file against a program.
 
     Reads the headers of the base's safetensors files and no weights of it. Tells what matches
     nothing or has the wrong shape (exit status 1), modules of the same kinds that the adapter
     doesn't touch, and what a reader that knows plain ΔW only would ignore.
+
+    With --for it tells what that program would make of the files: whether it loads, ignores a part,
+    misreads a scale (the factor that it would apply against the right one), refuses, or aborts;
+    exit status 1 where the effect would not be the one that was trained. --base helps there, too.
     """
+    if reader is not None:
+        _check_for(adapter, reader, base, options["alpha"])
+        return
+    if base is None:
+        raise click.UsageError(
+            "give the base's folder with --base, or a program with --for",
+            click.get_current_context(),
+        )
     file = opened(adapter, base=base, **options)
     found = checked(adapter, file, base)
     output.report(found, lambda out: _show(out, found))
     if not found["ok"]:
         wrong, unmatched = len(found["wrong_shape"]), len(found["unmatched"])
         raise CheckFailed(f"{unmatched} without a match in {base}, {wrong} of the wrong shape")
+
+
+def _check_for(adapter: str, reader: str, base: str | None, alpha: float | None) -> None:
+    from ..engines import check_for
+
+    verdict = check_for(adapter, reader, base=base, alpha=alpha)
+    found = {
+        "adapter": adapter,
+        "reader": reader,
+        "base": base,
+        "outcome": verdict.outcome,
+        "same": verdict.same,
+        "findings": list(map(_in_json, verdict.findings)),
+    }
+    output.report(found, lambda out: _show_verdict(out, found), kind="check-for")
+    if not verdict.same:
+        worst = verdict.findings[0]
+        raise CheckFailed(f"{reader} {worst.outcome}: {worst.says}")
+
+
+def _in_json(finding: Finding) -> dict[str, Any]:
+    return {
+        "name": finding.name,
+        "outcome": finding.outcome,
+        "says": finding.says,
+        "modules": list(finding.modules),
+        "factors": {
+            path: {"applied": applied, "right": right}
+            for path, (applied, right) in finding.factors.items()
+        },
+        "remedy": finding.remedy,
+    }
 
 
 def checked(name: str, file: AdapterFile, base_path: str) -> dict[str, Any]:
@@ -220,6 +274,22 @@ def _ignored(file: AdapterFile) -> list[dict[str, Any]]:
 
 
 # For people
+
+
+def _show_verdict(out: Console, d: Mapping[str, Any]) -> None:
+    same = "as it was trained" if d["same"] else "not as it was trained"
+    output.say(out, f"{d['reader']} {d['outcome']} {d['adapter']}: {same}")
+    for finding in d["findings"]:
+        output.say(out, f"\n{finding['name']}: {finding['outcome']}: {finding['says']}")
+        rows = [(path, f["applied"], f["right"]) for path, f in finding["factors"].items()]
+        shown = rows if settings().verbose else rows[:5]
+        if rows:
+            number = [(path, f"{a:.6g}", f"{b:.6g}") for path, a, b in shown]
+            output.table(out, ["  module", ">applied", ">right"], number)
+            if len(rows) > len(shown):
+                output.say(out, f"  and {output.count(len(rows) - len(shown), 'more')}")
+        if finding["remedy"] is not None:
+            output.say(out, f"  remedy: {finding['remedy']}")
 
 
 def _show(out: Console, d: Mapping[str, Any]) -> None:

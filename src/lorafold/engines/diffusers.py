@@ -6,13 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from .finding import Finding, convert, told
+from .finding import Finding, convert, factors_of, told
 from .look import Look
 
 _OF_UNET = re.compile(r"lora_unet_")
 _FLUX = re.compile(r"lora_unet_(double|single)_blocks_|lora_unet_final_layer")
 _PRODUCTS = re.compile(r"\.(hada_|lokr_)")
 _COMFY = re.compile(r"^diffusion_model\.(double|single)_blocks\.|^diffusion_model\.final_layer\.")
+_ATTENTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)$")
 _FINAL = re.compile(r"lora_unet_final_layer")
 
 
@@ -87,24 +88,26 @@ def _kohya(look: Look, again: str) -> Iterator[Finding]:
 
 
 def _alphas(look: Look, again: str) -> Iterator[Finding]:
-    """Alphas of a UNet that are not all one: the most frequent is applied to all attention."""
+    """Alphas of a UNet that are not all one: the most frequent of them is applied too often."""
     names = {} if look.file is None else dict(look.file.names)
     unet = {path: name for path, name in names.items() if _OF_UNET.match(name)}
     said = {path: look.alphas[name] for path, name in unet.items() if name in look.alphas}
-    if look.file is None or not said or (len({*said.values()}) == 1 and len(said) == len(unet)):
+    if look.file is None or not said:
         return
     common = Counter(said.values()).most_common()[0][0]
-    wrong = {}
+    applied = {}
     for path in unet:
-        rank, right = look.file.shapes[path][2], look.file.scales[path]
-        if said.get(path) != common and "attentions" in path:
-            wrong[path] = (common / rank, right)
+        alpha = said.get(path, common)
+        if _ATTENTION.search(path):  # by whose old names the pattern goes
+            alpha = common
+        applied[path] = alpha / look.file.shapes[path][2]
+    wrong = factors_of(applied, {path: look.file.scales[path] for path in unet})
     if wrong:
         yield Finding(
             "alphas",
             "misreads",
-            f"the α of modules differ, and its pattern does not find attention: α {common:g} is "
-            f"applied to {told(wrong)}",
+            "the α of modules differ, or some have none: queries, keys, values and outputs of "
+            f"attention, and modules without α, get the most frequent, {common:g}",
             wrong,
             tuple(wrong),
             again,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ..errors import LorafoldError
 from ..files import AdapterFile, open_adapter
 from ..files.base import BaseFiles, read_base
@@ -87,9 +89,9 @@ def look(
         keys = alpha_keys(shapes_of(tensors))
         numbers = read_tensors(file, [(k, entries[k]) for k in keys.values()], place.weights)
     text = None if place.config is None else read_text(place.config)
-    source = Source(
-        tensors, str(place.weights), lambda _: [], metadata, text, None, str(place.config)
-    )
+    nothing = torch.empty(0)  # what the numbers are does not say in what form they are
+    where = str(place.weights)
+    source = Source(tensors, where, lambda _: [], lambda *_: nothing, metadata, text)
     form = format_of(source)
     opened, error = None, None
     try:

@@ -108,7 +108,7 @@ def _blocks(look: Look, parameters: Mapping[str, Any], again: str) -> Iterator[F
         yield Finding(
             "num_layers",
             "refuses",
-            f"mlx-lm puts adapters on the last {n} of {layers} blocks, and {told(missed)} is before",
+            f"mlx-lm adapts the last {n} of {layers} blocks, and {told(missed)} is before them",
             modules=tuple(missed),
             remedy=again,
         )
@@ -123,15 +123,15 @@ def _embedding(look: Look) -> Iterator[Finding]:
         yield Finding(
             "tied_embedding",
             "misreads",
-            f"the base has one weight for embedding and output layer, and mlx-lm applies the update "
-            f"of {found[0]!r} to both",
+            "the base has one weight for embedding and output layer, and mlx-lm applies the "
+            f"update of {found[0]!r} to both",
             modules=found,
         )
     elif look.base is None:
         yield Finding(
             "tied_embedding",
             "loads",
-            "on a base with one weight for embedding and output layer mlx-lm would apply the update "
-            f"of {found[0]!r} to both: --base says if it is one",
+            "on a base with one weight for embedding and output layer mlx-lm would apply the "
+            f"update of {found[0]!r} to both: --base says if it is one",
             modules=found,
         )

@@ -61,7 +61,7 @@ def _config(look: Look) -> Iterator[Finding]:
         yield Finding(
             "init" if config.get("init_lora_weights") not in (True, False, None) else "variant",
             "misreads",
-            f"it adds the product of the factors to the base's own weights, and {look.file.refusal}",
+            f"it adds B A to the base's own weights as it is, and {look.file.refusal}",
         )
 
 
