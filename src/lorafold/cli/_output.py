@@ -202,6 +202,13 @@ def say(out: Console, text: str = "") -> None:
     _print(out, Text("\n".join(one_line(line) for line in text.split("\n"))))
 
 
+def line_to_run(out: Console, text: str) -> None:
+    """Print a command line, never wrapped: it is there to be copied."""
+    from rich.text import Text
+
+    out.print(Text(one_line(text)), soft_wrap=True)
+
+
 def _plain(value: Any, without: Sequence[str] = ()) -> Any:
     """The value with what JSON lacks (NaN, infinity) as null, and without some tables."""
     if isinstance(value, float):

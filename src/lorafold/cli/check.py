@@ -289,7 +289,7 @@ def _show_verdict(out: Console, d: Mapping[str, Any]) -> None:
             if len(rows) > len(shown):
                 output.say(out, f"  and {output.count(len(rows) - len(shown), 'more')}")
         if finding["remedy"] is not None:
-            output.say(out, f"  remedy: {finding['remedy']}")
+            output.line_to_run(out, f"  remedy: {finding['remedy']}")
 
 
 def _show(out: Console, d: Mapping[str, Any]) -> None:
