@@ -100,7 +100,7 @@ def _in_json(finding: Finding) -> dict[str, Any]:
     return {
         "name": finding.name,
         "outcome": finding.outcome,
-        "says": finding.says,
+        "says": settings().in_flags(finding.says),
         "modules": list(finding.modules),
         "factors": {
             path: {"applied": applied, "right": right}

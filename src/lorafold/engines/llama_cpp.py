@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .finding import Finding, convert, factors_of, told
 from .look import Look
-from .peft_folder import form_findings, plain_scale, wrapped_names
+from .peft_folder import form_findings, merge_into, plain_scale, wrapped_names
 
 _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])$|.*\.base_layer\.weight$")
 
@@ -43,7 +43,7 @@ def findings(look: Look) -> Iterator[Finding]:
             "refuses",
             f"the converter ends at what is no factor: {told(strange)}",
             modules=tuple(strange),
-            remedy=f"lorafold merge-into {base[1] if base else 'BASE'} {look.path} -o merged",
+            remedy=merge_into(look),
         )
     yield from wrapped_names(look, "the converter")
     if look.file is not None:
@@ -74,7 +74,7 @@ def _tied(look: Look) -> Iterator[Finding]:
                 "tied_embedding",
                 "loads",
                 "on a base with one weight for embedding and output layer the process would abort "
-                f"at {found[0]!r}: --base says if it is one",
+                f"at {found[0]!r}: give base= to know whether it is one",
                 modules=tuple(found),
             )
         return

@@ -132,6 +132,6 @@ def _embedding(look: Look) -> Iterator[Finding]:
             "tied_embedding",
             "loads",
             "on a base with one weight for embedding and output layer mlx-lm would apply the "
-            f"update of {found[0]!r} to both: --base says if it is one",
+            f"update of {found[0]!r} to both: give base= to know whether it is one",
             modules=found,
         )

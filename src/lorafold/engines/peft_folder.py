@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,8 +31,8 @@ def rooted_scale(config: Mapping[str, Any]) -> float:
 
 def merge_into(look: Look) -> str:
     """The command line that puts all of an adapter into its base."""
-    base = look.base.path if look.base is not None else "BASE"
-    return f"lorafold merge-into {base} {look.path} -o merged"
+    base = "BASE" if look.base is None else os.fspath(look.base.path)
+    return shlex.join(["lorafold", "merge-into", base, look.path, "-o", "merged"])
 
 
 def form_findings(look: Look, reader: str) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ follow patterns, too.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 
 from ..parts import extra_kind
@@ -105,16 +106,20 @@ def _ranks(look: Look) -> Iterator[Finding]:
         yield Finding(
             "rank",
             "refuses",
-            f"its largest --max-lora-rank is {RANKS[-1]}, and the rank is {most}",
-            remedy=f"lorafold resize {look.path} smaller --rank {RANKS[-1]}",
+            f"its largest max_lora_rank is {RANKS[-1]}, and the rank is {most}",
+            remedy=shlex.join(
+                ["lorafold", "resize", look.path, "smaller", "--rank", str(RANKS[-1])]
+            ),
         )
     elif most > DEFAULT_RANK:
         needed = next(rank for rank in RANKS if rank >= most)
         yield Finding(
             "rank",
             "refuses",
-            f"its --max-lora-rank is {DEFAULT_RANK} unless it is given, and the rank is {most}",
-            remedy=f"vllm serve BASE --enable-lora --max-lora-rank {needed}",
+            f"its max_lora_rank is {DEFAULT_RANK} unless it is given, and the rank is {most}",
+            remedy=shlex.join(
+                ["vllm", "serve", "BASE", "--enable-lora", "--max-lora-rank", str(needed)]
+            ),
         )
 
 
