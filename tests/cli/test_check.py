@@ -364,7 +364,7 @@ def test_what_a_program_would_do(cli, tmp_path, shapes):
     said = " ".join(ran.out.split())
     assert "rslora: misreads: the converter writes lora_alpha alone" in said
     assert re.search(r"h\.0\.q_proj +1 +1\.41421", ran.out)
-    assert f"remedy: lorafold convert {tmp_path}/a -o a-gguf.gguf --to gguf" in ran.out
+    assert f"remedy: lorafold convert {tmp_path}/a -o a-gguf.gguf --to gguf --base BASE" in ran.out
     assert ran.err.startswith("error: llama.cpp misreads: ")
     ran = cli("check", tmp_path / "a", "--for", "llama.cpp", "--json")
     assert ran.code == 1

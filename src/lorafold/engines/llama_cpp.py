@@ -1,6 +1,6 @@
 """llama.cpp: its own GGUF files, and PEFT folders after its converter, convert_lora_to_gguf.py.
 
-The loader is measured through xllamacpp 2026.10; the converter reads r of each tensor's shape and
+The loader is run through xllamacpp 2026.10; the converter reads r of each tensor's shape and
 lora_alpha of the config, and ends at any tensor that is no factor.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..files.formats.gguf.base import gguf_base
 from .finding import Finding, convert, factors_of, told
 from .look import Look
-from .peft_folder import form_findings, merge_into, plain_scale, wrapped_names
+from .peft_folder import base_of, form_findings, merge_into, plain_scale, wrapped_names
 
 _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])$|.*\.base_layer\.weight$")
 
@@ -19,14 +20,13 @@ _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])$|.*\.base_lay
 def findings(look: Look) -> Iterator[Finding]:
     """What llama.cpp does with a file."""
     if look.form == "gguf":
-        yield from _tied(look)
+        yield from _gguf(look)
         return
     found = list(form_findings(look, "llama.cpp's converter"))
     yield from found
     if found or look.config is None:
         return
-    base = () if look.base is None else ("--base", str(look.base.path))
-    again = convert(look.path, "gguf", *base)
+    again = convert(look.path, "gguf", "--base", base_of(look))
     yield Finding(
         "converter",
         "loads",
@@ -64,10 +64,36 @@ def findings(look: Look) -> Iterator[Finding]:
     yield from _tied(look)
 
 
+def _gguf(look: Look) -> Iterator[Finding]:
+    """What the loader does with a GGUF file."""
+    there = look.values.get("general.architecture")
+    kind = None if look.base is None else gguf_base(look.base.path).architecture.name
+    if kind is not None and kind != there:
+        yield Finding(
+            "architecture",
+            "refuses",
+            f"the base is of the architecture {kind!r}, and the adapter of {there!r}",
+        )
+    elif look.error is not None and look.base is not None:
+        yield Finding("file", "refuses", look.error)
+    norms = [key for key in look.tensors if key.endswith("_norm.weight")]
+    if norms:
+        yield Finding(
+            "norms",
+            "ignores",
+            f"the loader passes over norms ({told(norms)})",
+            modules=tuple(norms),
+        )
+    yield from _tied(look)
+
+
 def _tied(look: Look) -> Iterator[Finding]:
     layouts = {} if look.file is None else look.file.layouts
     found = [path for path, layout in layouts.items() if layout.kind == "embedding"]
     head = [path for path in look.scales if path.endswith("lm_head")]
+    if look.form == "gguf":
+        found = [key for key in look.tensors if key == "token_embd.weight.lora_a"]
+        head = [key for key in look.tensors if key == "output.weight.lora_a"]
     if look.tied is None:
         if found and look.base is None:
             yield Finding(

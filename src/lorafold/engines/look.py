@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +14,19 @@ from ..errors import LorafoldError
 from ..files import AdapterFile, open_adapter
 from ..files.base import BaseFiles, read_base
 from ..files.config import json_object, read_text
-from ..files.find import Location, locate
+from ..files.find import GGUF_SUFFIX, Location, locate
 from ..files.formats.alphas import alpha_keys
-from ..files.formats.readers import format_of, reader
+from ..files.formats.gguf.header import read_head
+from ..files.formats.readers import format_of
 from ..files.formats.reading import Source, Stored, shapes_of
-from ..files.safetensors import header_bytes, open_place, parse_header, read_tensors
+from ..files.remote.place import size_of
+from ..files.safetensors import (
+    header_bytes,
+    open_place,
+    parse_header,
+    read_range,
+    read_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Look:
         place: where its files are.
         form: the name of the format that they are in. said: what messages call it.
         tensors: {key: what is stored there}.
-        metadata: of the header.
+        metadata: of the header. values: of a GGUF file's.
         config: what adapter_config.json says; None where there is none.
         alphas: {module's name in the file: α}, of tensors of one number.
         file: the adapter as it is read here; None where it can't be, which `error` says.
@@ -45,6 +53,7 @@ class Look:
     tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None
+    values: Mapping[str, Any] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     file: AdapterFile | None = None
     error: str | None = None
@@ -82,6 +91,30 @@ def look(
         FileError: nothing there, or no adapter's file.
     """
     place = locate(path)
+    files = None if base is None else read_base(base)
+    opened, error = None, None
+    try:
+        opened = open_adapter(path, alpha=alpha, base=base)
+    except LorafoldError as e:
+        error = str(e)
+    if place.weights.suffix == GGUF_SUFFIX:
+        found = _of_gguf(os.fspath(path), place)
+    else:
+        found = _of_safetensors(os.fspath(path), place)
+    return replace(found, file=opened, error=error, base=files)
+
+
+def _of_gguf(path: str, place: Location) -> Look:
+    where = str(place.weights)
+    with open_place(place.weights) as file:
+        head = read_head(
+            lambda at, n: read_range(file, at, n, where), size_of(place.weights), where
+        )
+    tensors = {k: Stored(k, e.dtype, head.shapes[k]) for k, e in head.entries.items()}
+    return Look(path, place, "gguf", "llama.cpp", tensors, {}, None, head.values)
+
+
+def _of_safetensors(path: str, place: Location) -> Look:
     with open_place(place.weights) as file:
         raw, size = header_bytes(file, place.weights)
         entries, metadata = parse_header(raw, size, str(place.weights))
@@ -93,21 +126,6 @@ def look(
     where = str(place.weights)
     source = Source(tensors, where, lambda _: [], lambda *_: nothing, metadata, text)
     form = format_of(source)
-    opened, error = None, None
-    try:
-        opened = open_adapter(path, alpha=alpha)
-    except LorafoldError as e:
-        error = str(e)
-    return Look(
-        os.fspath(path),
-        place,
-        form.name,
-        reader(form.name).said,
-        tensors,
-        metadata,
-        None if text is None else json_object(text, str(place.config)),
-        {name: float(number) for name, number in zip(keys, numbers, strict=True)},
-        opened,
-        error,
-        None if base is None else read_base(base),
-    )
+    config = None if text is None else json_object(text, str(place.config))
+    alphas = {name: float(number) for name, number in zip(keys, numbers, strict=True)}
+    return Look(path, place, form.name, form.said, tensors, metadata, config, {}, alphas)

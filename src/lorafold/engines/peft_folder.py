@@ -29,10 +29,17 @@ def rooted_scale(config: Mapping[str, Any]) -> float:
     return float(config["lora_alpha"]) / root(float(config["r"]))
 
 
+def base_of(look: Look) -> str:
+    """The base's folder: the one that is given, the adapter's own, or a word to fill in."""
+    own = (look.config or {}).get("base_model_name_or_path")
+    if look.base is not None:
+        return os.fspath(look.base.path)
+    return own if isinstance(own, str) and os.path.isdir(own) else "BASE"
+
+
 def merge_into(look: Look) -> str:
     """The command line that puts all of an adapter into its base."""
-    base = "BASE" if look.base is None else os.fspath(look.base.path)
-    return shlex.join(["lorafold", "merge-into", base, look.path, "-o", "merged"])
+    return shlex.join(["lorafold", "merge-into", base_of(look), look.path, "-o", "merged"])
 
 
 def form_findings(look: Look, reader: str) -> Iterator[Finding]:
