@@ -72,7 +72,7 @@ def convert(
     )
     (path,) = places.paths.values()
     adapter, names_of = file.load(), base
-    if file.names and base is not None:
+    if file.names and base is not None and not (form in FORMATS and FORMATS[form].of_images):
         adapter = by_base(adapter, file.names, base)
     if file.names or file.is_on_base:  # which the base was needed for already
         names_of = None if form == "peft" else base

@@ -102,7 +102,9 @@ def save(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    format: Literal["peft", "portable", "mlx", "gguf"] = "peft",  # noqa: A002
+    format: Literal[  # noqa: A002
+        "peft", "portable", "mlx", "gguf", "kohya", "diffusers", "comfy"
+    ] = "peft",
     pad: bool = False,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
@@ -110,7 +112,7 @@ def save(
     base: Any = None,
     tables: Tables = (),
 ) -> None:
-    """Write an adapter as a directory, whole or not at all: as PEFT reads it, by roles, or for MLX.
+    """Write an adapter, whole or not at all: as PEFT reads it, by roles, or for another program.
 
     An adapter as it was loaded comes out bit for bit, with every field of its config. One whose
     ranks or scales changed is written with the scale baked into B, α = r, and modules of other
@@ -127,8 +129,10 @@ def save(
         adapter: what to write.
         path: the directory to make, of this machine or a URL; the file, for formats that are one.
         format: "peft", "portable", "mlx": mlx-lm's folder, of one rank, a scale that all modules
-            share kept and others in B; or "gguf": a file for llama.cpp, every scale in B, of
-            float32 unless `dtype` is given. What one has no place for is refused by name.
+            share kept and others in B; "gguf": a file for llama.cpp, every scale in B, of float32
+            unless `dtype` is given; or one for an image model: "kohya" (kohya-ss's names, one
+            rank), "diffusers", "comfy" (ComfyUI's names), each with the scales in B. What one has
+            no place for is refused by name.
         pad: zero-pad all modules to one rank and write no patterns, the form that PEFT, vLLM and
             llama.cpp's converter agree on.
         overwrite: replace the adapter at `path`; other files in its folder stay.
@@ -137,7 +141,9 @@ def save(
         base: for "portable", the base itself (a model, its configuration or folder), which says
             how fused modules pack their parts; by default `base_model`, if that is a folder. For
             "mlx" the base's folder: needed for embeddings and experts, and checked where given.
-            For "gguf" the base's folder, a model, or its configuration: always needed.
+            For "gguf" the base's folder, a model, or its configuration: always needed. For image
+            models the UNet, transformer or pipeline's folder: needed where the modules do not tell
+            SD 1 from XL, and checked where given.
         tables: for "portable", of modules whose roles are not known; see `lf.roles`.
 
     Raises:

@@ -25,15 +25,20 @@ class Format:
     Args:
         writer: file in this folder, and function in it: a `Writer`.
         ending: of the one file that it is; None where it is a folder.
+        of_images: whether it is one of image models, whose modules have diffusers' paths here.
     """
 
     writer: str
     ending: str | None = None
+    of_images: bool = False
 
 
 FORMATS = {
     "mlx": Format("mlx.writing:mlx_form"),
     "gguf": Format("gguf.writing:gguf_form", ".gguf"),
+    "kohya": Format("diffusion.writing:kohya_form", ".safetensors", of_images=True),
+    "diffusers": Format("diffusion.writing:diffusers_form", ".safetensors", of_images=True),
+    "comfy": Format("diffusion.writing:comfy_form", ".safetensors", of_images=True),
 }
 WRITTEN = tuple(FORMATS)
 

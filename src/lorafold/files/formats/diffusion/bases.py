@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,40 +63,75 @@ def by_base(adapter: Adapter, names: Mapping[str, str], base: Any) -> Adapter:
         RefusedError: something beside an update that the base keeps in one weight with others.
     """
     shapes = modules_of(base)
+    on = matched(adapter, names, shapes)
+    updates = {there: adapter[path] for path, there in on.moved.items()}
+    for whole, parts in on.fused.items():
+        updates[whole] = u = _joined(adapter, parts)
+        _check_shape(whole, u, LINEAR, shapes)
+    fused = {path for parts in on.fused.values() for path in parts}
+    return replace(
+        adapter,
+        modules=updates,
+        extras=_extras(adapter, on.moved, fused),
+        layouts={on.moved[path]: layout for path, layout in on.layouts.items() if layout != LINEAR},
+    )
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Where the modules of an adapter are in a base.
+
+    Args:
+        moved: {module path: the base's}.
+        fused: {the base's path: {module path: which piece of it}}.
+        layouts: {module path: Layout}, of those in `moved`.
+    """
+
+    moved: Mapping[str, str]
+    fused: Mapping[str, Mapping[str, Piece]]
+    layouts: Mapping[str, Layout]
+
+
+def matched(
+    adapter: Adapter, names: Mapping[str, str], shapes: Mapping[str, Shape | None]
+) -> Matched:
+    """Where the modules are; see `by_base`.
+
+    Args:
+        shapes: of `modules_of`.
+
+    Raises:
+        MismatchError: names that no module of the base is meant by, or other shapes.
+    """
     modules: dict[str, list[str]] = {}
     for path in shapes:
         modules.setdefault(_flat(path), []).append(path)
     moved: dict[str, str] = {}
     fused: dict[str, dict[str, Piece]] = {}
+    taken: set[str] = set()
     lost = []
     for path, name in names.items():
         found = next((modules[s] for s in _spellings(path, name) if s in modules), [])
         whole, piece = _fused(path, modules) if not found else (None, None)
         if whole is not None and piece is not None:
             fused.setdefault(whole, {})[path] = piece
-        elif len(found) != 1 or found[0] in moved.values():
+        elif len(found) != 1 or found[0] in taken:
             lost.append(name)
         else:
             moved[path] = found[0]
+            taken.add(found[0])
     if lost:
         raise MismatchError(
             f"no module of the base, or more than one, is meant by {some_of(lost)}; a base of "
             "several models is given as a list of all their modules, with 'unet.', "
             "'text_encoder.' and 'text_encoder_2.' before them"
         )
-    updates = {moved[path]: adapter[path] for path in moved}
-    updates |= {whole: _joined(adapter, parts) for whole, parts in fused.items()}
-    layouts = {
-        moved[path]: _layout(adapter.layout(path), adapter[path].shape, shapes[moved[path]])
-        for path in moved
-    }
-    _check_shapes(updates, layouts, shapes)
-    return replace(
-        adapter,
-        modules=updates,
-        extras=_extras(adapter, moved, {path for parts in fused.values() for path in parts}),
-        layouts={path: layout for path, layout in layouts.items() if layout != LINEAR},
-    )
+    layouts = {}
+    for path, there in moved.items():
+        u = adapter[path]
+        layouts[path] = _layout(adapter.layout(path), u.shape, shapes[there])
+        _check_shape(there, u, layouts[path], shapes)
+    return Matched(moved, fused, layouts)
 
 
 def _flat(path: str) -> str:
@@ -164,18 +199,13 @@ def _layout(layout: Layout, shape: tuple[int, int], weight: Shape | None) -> Lay
     return conv if shape[1] == math.prod(weight[1:]) else layout
 
 
-def _check_shapes(
-    updates: Mapping[str, LowRank],
-    layouts: Mapping[str, Layout],
-    shapes: Mapping[str, Shape | None],
-) -> None:
-    for path, u in updates.items():
-        weight = shapes[path]
-        if weight is not None and weight not in layouts.get(path, LINEAR).shapes(*u.shape):
-            raise MismatchError(
-                f"{path!r} is {'×'.join(map(str, weight))} in the base, and its update "
-                f"{u.shape[0]}×{u.shape[1]}: they do not fit"
-            )
+def _check_shape(path: str, u: LowRank, layout: Layout, shapes: Mapping[str, Shape | None]) -> None:
+    weight = shapes[path]
+    if weight is not None and weight not in layout.shapes(*u.shape):
+        raise MismatchError(
+            f"{path!r} is {'×'.join(map(str, weight))} in the base, and its update "
+            f"{u.shape[0]}×{u.shape[1]}: they do not fit"
+        )
 
 
 def _extras(adapter: Adapter, moved: Mapping[str, str], fused: Collection[str]) -> dict[str, Any]:

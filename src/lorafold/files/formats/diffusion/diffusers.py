@@ -8,7 +8,7 @@ what `lora_adapter_metadata` in the header says, or an α beside the factors, el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ....errors import MismatchError
@@ -18,13 +18,12 @@ from ..alphas import Alphas, alpha_keys, by_part, common_config, header_says
 from ..peft import PEFT
 from ..reading import Format, Found, Plan, Slot, Source, Stored, numbers_at, scaling_of, shapes_of
 from .keys import (
-    FIRST,
-    MORE,
     OLDER,
     OWNED,
     THIRD,
     is_comfy_name,
     is_of_diffusers,
+    owner_of,
     path_in,
     third_generation,
 )
@@ -53,7 +52,7 @@ def _found(source: Source) -> Found:
             "tensors alone"
         )
     tensors = _renamed(source.tensors, third_generation, where)
-    owner = _owner(tensors)
+    owner = owner_of(path for key in tensors if (path := path_in(key)) is not None)
     header, inside = header_says(source.metadata, where)
     parts = {} if inside is None else by_part(inside, where)
     if owner is not None:
@@ -78,18 +77,6 @@ def _renamed(
         if twin is not stored:
             raise MismatchError(f"{where}: {twin.key!r} and {key!r} are the same tensor; keep one")
     return found
-
-
-def _owner(keys: Iterable[str]) -> str | None:
-    """The part of a pipeline that a file is of whose paths do not say it; None where they do."""
-    paths = [path for key in keys if (path := path_in(key)) is not None]
-    if any(OWNED.match(path) for path in paths):
-        return None
-    for owner, first in FIRST.items():
-        if any(map(first.match, paths)):
-            known = all(first.match(path) or MORE[owner].match(path) for path in paths)
-            return owner if known else None
-    return None
 
 
 def _canonical(

@@ -17,6 +17,7 @@ ComfyUI calls a UNet or transformer, its text encoders (clip_l, clip_g, t5xxl), 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from ....parts import PREFIX
 from .names import with_text_model
@@ -32,12 +33,12 @@ OLDER = re.compile(
 )
 _SIDES = {"down": "A", "up": "B", "A": "A", "B": "B"}
 # What tells a model by a path in it: the first word, or any.
-FIRST = {
+_FIRST = {
     "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks|time_embedding|add_embedding)\."),
     "transformer": re.compile(r"(?:single_)?transformer_blocks\."),
     "text_encoder": re.compile(r"text_model\."),
 }
-MORE = {
+_MORE = {
     "unet": re.compile(r"(?:conv_in|conv_out)(?:\.|$)"),
     "transformer": re.compile(
         r"(?:proj_out|norm_out|x_embedder|context_embedder|time_text_embed)(?:\.|$)"
@@ -60,7 +61,7 @@ def is_of_diffusers(key: str) -> bool:
     if OLDER.fullmatch(key) is not None:
         return True
     if match is None:
-        return any(pattern.match(rest) for pattern in (FIRST["unet"], FIRST["transformer"]))
+        return any(pattern.match(rest) for pattern in (_FIRST["unet"], _FIRST["transformer"]))
     if match[1] == "transformer":
         return _IN_TRANSFORMER.match(rest) is not None
     return match[1] == "unet" or with_text_model(found) != found or rest.startswith("text_model.")
@@ -89,6 +90,23 @@ def _older(key: str) -> tuple[str, str] | None:
     if said["encoder"] is not None:
         return f"{said['encoder']}.{said['of']}_proj", what
     return said["module"], what
+
+
+def owner_of(paths: Iterable[str]) -> str | None:
+    """The part of a pipeline that paths are of which do not say it; None where they do.
+
+    Examples:
+        >>> owner_of(["mid_block.attentions.0.proj_in", "conv_in"])
+        'unet'
+    """
+    paths = list(paths)
+    if any(OWNED.match(path) for path in paths):
+        return None
+    for owner, first in _FIRST.items():
+        if any(map(first.match, paths)):
+            known = all(first.match(path) or _MORE[owner].match(path) for path in paths)
+            return owner if known else None
+    return None
 
 
 def third_generation(key: str) -> str:

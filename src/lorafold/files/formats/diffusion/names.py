@@ -99,6 +99,11 @@ def is_flat_name(key: str) -> bool:
     return _FLAT.fullmatch(key) is not None
 
 
+def is_flat_path(path: str) -> bool:
+    """Whether a module's path is a flat name, which nothing has taken apart."""
+    return "." not in path and bool(parted(path)[0])
+
+
 def pieces_of(names: Iterable[str], whole: Collection[str] = ()) -> dict[str, tuple[Piece, ...]]:
     """{name in a file: the modules that it means}, as far as the names tell; else the name itself.
 
