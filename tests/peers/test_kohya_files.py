@@ -110,3 +110,41 @@ def test_dora_is_its_formula_and_pefts(tmp_path):
     merged = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").merge_and_unload()
     for there, here in zip(expected, merged(x, image), strict=True):
         assert (there - here).norm() < 1e-5 * there.norm()
+
+
+def test_what_is_written_is_merged_there(tmp_path):
+    """Under names that are lycoris-lora's own: plain layers and convolutions, and DoRA's."""
+    torch.manual_seed(0)
+    model = Model()
+    own = {key: t.clone() for key, t in model.state_dict().items()}
+    names = {"lycoris_blocks_0": "blocks.0", "lycoris_con_v": "con_v", "lycoris_proj": "proj"}
+    for dora in (False, True):
+        modules, layouts, extras = {}, {}, {}
+        for k, (name, path) in enumerate(names.items()):
+            out, *kernel = own[f"{path}.weight"].shape
+            inner = torch.Size(kernel).numel()
+            B = torch.randn(out, 1 + k) / 4
+            modules[name] = lf.LowRank(torch.randn(1 + k, inner) / 4, B, 0.7)
+            if len(kernel) > 1:
+                layouts[name] = lf.parts.Layout("conv", kernel=tuple(kernel))
+            m = torch.rand(out) + 1
+            shape = (1, out, 1, 1) if len(kernel) > 1 else (out,)
+            extras[f"base_model.model.{name}.lora_magnitude_vector"] = m.reshape(shape)
+        config = {"use_dora": True} if dora else {}
+        adapter = lf.Adapter(modules, extras if dora else {}, config, layouts=layouts)
+        lf.save(adapter, tmp_path / "x.safetensors", format="kohya", overwrite=True)
+        plain = Model()
+        plain.load_state_dict(own)
+        network, _ = lycoris.create_lycoris_from_weights(
+            1.0, str(tmp_path / "x.safetensors"), plain
+        )
+        assert len(network.loras) == len(names)
+        network.merge_to(1.0)
+        for name, path in names.items():
+            W = own[f"{path}.weight"].double()
+            exact = W.flatten(1) + adapter.modules[name].dense().double()
+            if dora:
+                m = extras[f"base_model.model.{name}.lora_magnitude_vector"].double()
+                exact = exact * m.reshape(-1, 1) / exact.norm(dim=1, keepdim=True)
+            got = plain.state_dict()[f"{path}.weight"].double().flatten(1)
+            assert (got - exact).norm() <= 1e-5 * exact.norm(), (name, dora)

@@ -244,9 +244,9 @@ def _factors(name: str, module: Module, words: tuple[str, str]) -> dict[str, Ten
         A, B = A.reshape(-1, *module.layout.kernel), B.reshape(*B.shape, *ones)
     tensors = {f"{name}.{words[0]}.weight": A, f"{name}.{words[1]}.weight": B}
     if module.magnitudes is not None:
-        tensors[f"{name}.dora_scale"] = module.magnitudes.reshape(-1, *(ones or [1]))
+        tensors[f"{name}.dora_scale"] = module.magnitudes.reshape(-1, 1, *ones)
     return tensors
 
 
 def _said(ranks: Mapping[str, int | list[int]]) -> dict[str, str]:
-    return {"format": "pt", **({RANKS: json.dumps(ranks)} if ranks else {})}
+    return {"format": "pt", **({RANKS: json.dumps(ranks, sort_keys=True)} if ranks else {})}
