@@ -101,11 +101,14 @@ class Pool:
     ) -> None:
         self._attach, self._detach, self._most = attach, detach, most
         self._held: OrderedDict[str, Held] = OrderedDict()
-        self._lock = threading.RLock()
+        self._changing = threading.Lock()  # who attaches and detaches; that takes its time
+        self._lock = threading.Lock()  # of the counts; nobody waits for long
 
     @property
     def nbytes(self) -> int:
-        return sum(held.nbytes for held in list(self._held.values()))
+        """Bytes of all that are attached."""
+        with self._lock:
+            return sum(held.nbytes for held in self._held.values())
 
     @property
     def digests(self) -> dict[str, int]:
@@ -122,14 +125,20 @@ class Pool:
         Raises:
             LorafoldError: what reading or attaching it says.
         """
-        with self._lock:
-            if digest not in self._held:
-                adapter = read()
-                self._make_room(size_of(adapter))
-                self._attach(adapter, digest)
-                self._held[digest] = Held(size_of(adapter))
-            self._held[digest].users += 1
-            self._held.move_to_end(digest)
+        if self._holds([digest]):
+            return
+        with self._changing:
+            if self._holds([digest]):  # meanwhile
+                return
+            adapter = read()
+            self._make_room(size_of(adapter))
+            self._attach(adapter, digest)
+            with self._lock:
+                self._held[digest] = Held(size_of(adapter), 1)
+
+    def hold_again(self, digests: Iterable[str]) -> None:
+        """Digests that are held already, once more."""
+        self._holds(digests)
 
     def release(self, digests: Iterable[str]) -> None:
         """One that held these has ended."""
@@ -137,13 +146,26 @@ class Pool:
             for digest in digests:
                 self._held[digest].users -= 1
 
+    def _holds(self, digests: Iterable[str]) -> bool:
+        with self._lock:
+            for digest in digests:
+                if digest not in self._held:
+                    return False
+                self._held[digest].users += 1
+                self._held.move_to_end(digest)
+            return True
+
     def _make_room(self, nbytes: int) -> None:
-        free = [digest for digest, held in self._held.items() if not held.users]
-        for digest in free:
-            if self.nbytes + nbytes <= self._most:
-                return
+        while self.nbytes + nbytes > self._most and (digest := self._unused()) is not None:
+            with self._lock:  # nobody can hold it from here on, and who wants it waits
+                if self._held[digest].users:
+                    continue
+                del self._held[digest]
             self._detach(digest)
-            del self._held[digest]
+
+    def _unused(self) -> str | None:
+        with self._lock:
+            return next((digest for digest, held in self._held.items() if not held.users), None)
 
 
 def size_of(adapter: Adapter) -> int:

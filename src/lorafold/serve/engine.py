@@ -223,6 +223,14 @@ class Engine(ABC):
         """Raise a `LorafoldError` where `submit` would; to be called by `call`."""
 
     @abstractmethod
+    def trial(self) -> None:
+        """Run the model once for two rows with what is in use; to be called by `call`.
+
+        Raises:
+            LorafoldError: rows can't be told apart where an adapter goes.
+        """
+
+    @abstractmethod
     def start(self) -> None:
         """Begin, or begin again after a failure, with nothing in the queue."""
 
