@@ -10,9 +10,10 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ...errors import LorafoldError, MissingExtraError
+from ...errors import LorafoldError
 from ...fold import Library
 from ...route import load as load_router
 from ..base import Base
@@ -23,6 +24,7 @@ from .bodies import Chat, Completion, Embedding, Generation, Loading
 from .errors import ApiError, api_error
 from .guard import Guard
 from .service import Chosen, Service, Settings
+from .web import web
 
 _LOOK = 0.2  # seconds between two looks at whether a client is there, and the engine
 _PAUSES = (1.0, 30.0)  # seconds before a failed engine begins again: the first, the longest
@@ -64,22 +66,17 @@ def app(
         >>> app(read_base(base_dir(), "demo")).title
         'lorafold'
     """
-    try:
-        from fastapi import FastAPI
-        from starlette.exceptions import HTTPException
-    except ImportError as e:
-        raise MissingExtraError("serving takes fastapi: pip install 'lorafold[serve]'") from e
     settings = settings or Settings()
     catalog = Catalog(library, adapters or {}, base.name)
     if isinstance(router, str | os.PathLike):
         router = load_router(router)
     service = Service(base, catalog, settings, router)
-    made = FastAPI(title="lorafold", openapi_url=None, lifespan=_lifespan(service))
+    made = web().FastAPI(title="lorafold", openapi_url=None, lifespan=_lifespan(service))
     made.state.service = service
     routes = Routes(service)
     for method, path, handler in routes.all_of_them():
         made.add_route(path, _endpoint(handler, service), methods=[method])
-    made.add_exception_handler(HTTPException, _no_route)
+    made.add_exception_handler(web().HTTPException, _no_route)
     made.add_middleware(Guard, keys=settings.keys, most=settings.body)
     return made
 
@@ -88,8 +85,6 @@ def _endpoint(handler: Handler, service: Service) -> Handler:
     """A handler whose errors are answers."""
 
     async def endpoint(request: Any) -> Any:
-        from starlette.responses import JSONResponse
-
         try:
             return await handler(request)
         except Exception as e:  # noqa: BLE001  (the client is told its kind, the log the rest)
@@ -97,20 +92,18 @@ def _endpoint(handler: Handler, service: Service) -> Handler:
                 _log.exception("a request has failed")
             error = api_error(e)
             service.metrics.refused(error.status)
-            return JSONResponse(error.body, error.status, headers=error.headers)
+            return web().JSONResponse(error.body, error.status, headers=error.headers)
 
     return endpoint
 
 
 async def _no_route(request: Any, error: Any) -> Any:
-    from starlette.responses import JSONResponse
-
     said = {
         404: f"there is no {request.url.path!r} here",
         405: f"{request.method} is not what {request.url.path!r} takes",
     }
     found = ApiError(said.get(error.status_code, str(error.detail)), error.status_code)
-    return JSONResponse(found.body, found.status)
+    return web().JSONResponse(found.body, found.status)
 
 
 def _lifespan(service: Service) -> Callable[[Any], Any]:
@@ -174,40 +167,32 @@ class Routes:
 
     async def health(self, _: Any) -> Any:
         """Whether requests are taken."""
-        from starlette.responses import JSONResponse
-
         engine = self._service.engine
         if engine.error is not None:
-            return JSONResponse({"status": "failed", "reason": str(engine.error)}, 503)
+            return web().JSONResponse({"status": "failed", "reason": str(engine.error)}, 503)
         if engine.draining:
-            return JSONResponse({"status": "draining", "reason": "the server is ending"}, 503)
-        return JSONResponse({"status": "ok"})
+            return web().JSONResponse({"status": "draining", "reason": "the server is ending"}, 503)
+        return web().JSONResponse({"status": "ok"})
 
     async def metrics(self, _: Any) -> Any:
         """What is counted."""
-        from starlette.responses import Response
-
         service = self._service
         load, pool = service.engine.load, service.pool
         running, waiting = service.named(load.adapters), service.named(load.queued)
         text, kind = service.metrics.text(load, running, waiting, (len(pool.digests), pool.nbytes))
-        return Response(text, headers={"content-type": kind})
+        return web().Response(text, headers={"content-type": kind})
 
     async def models(self, _: Any) -> Any:
         """The base and all adapters."""
-        from starlette.responses import JSONResponse
-
         service = self._service
         await asyncio.to_thread(service.catalog.look)
         length, base = service.engine.limits.length, service.base.name
         cards = [out.card(base, self._created, None, length)]
         cards += [out.card(name, self._created, base, length) for name in service.catalog]
-        return JSONResponse({"object": "list", "data": cards})
+        return web().JSONResponse({"object": "list", "data": cards})
 
     async def model(self, request: Any) -> Any:
         """One of them."""
-        from starlette.responses import JSONResponse
-
         service, name = self._service, request.path_params["name"]
         await asyncio.to_thread(service.catalog.look)
         base = service.base.name
@@ -215,25 +200,21 @@ class Routes:
             raise service.catalog.unknown(name)
         parent = None if name == base else base
         length = service.engine.limits.length
-        return JSONResponse(out.card(name, self._created, parent, length))
+        return web().JSONResponse(out.card(name, self._created, parent, length))
 
     # Adapters that come and go
 
     async def load(self, request: Any) -> Any:
         """One more adapter."""
-        from starlette.responses import PlainTextResponse
-
         body = Loading.of(await request.body(), ("lora_name", "lora_path"))
         await asyncio.to_thread(self._service.load, body.name, body.path or "")
-        return PlainTextResponse(f"Success: LoRA adapter '{body.name}' added successfully.")
+        return web().PlainTextResponse(f"Success: LoRA adapter '{body.name}' added successfully.")
 
     async def unload(self, request: Any) -> Any:
         """One less."""
-        from starlette.responses import PlainTextResponse
-
         body = Loading.of(await request.body(), ("lora_name",))
         self._service.catalog.drop(body.name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.name}' removed successfully.")
+        return web().PlainTextResponse(f"Success: LoRA adapter '{body.name}' removed successfully.")
 
     # Answers
 
@@ -262,8 +243,6 @@ class Routes:
 
     async def embeddings(self, request: Any) -> Any:
         """Vectors of texts."""
-        from starlette.responses import JSONResponse, Response
-
         body, service = Embedding.of(await request.body()), self._service
         self._check_kind(encoder=True)
         chosen = await asyncio.to_thread(service.choose, body.asked, body.inputs)
@@ -271,7 +250,7 @@ class Routes:
         answers = await service.ask(chosen, None, prompts, frozenset())
         chunks = await self._whole(request, answers)
         if chunks is None:
-            return Response(status_code=_LEFT)
+            return web().Response(status_code=_LEFT)
         vectors = {chunk.index: chunk.vector or () for chunk in chunks}
         size = len(vectors[0])
         if body.dimensions not in (None, size):
@@ -280,7 +259,9 @@ class Routes:
         self._count(answers, count)
         data = [out.embedded(vectors[i], i, body.base64) for i in range(len(prompts))]
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "data": data, "model": chosen.label, "usage": usage})
+        return web().JSONResponse(
+            {"object": "list", "data": data, "model": chosen.label, "usage": usage}
+        )
 
     def _check_kind(self, encoder: bool) -> None:
         if self._service.base.encoder and not encoder:
@@ -303,8 +284,6 @@ class Routes:
         echoed: Sequence[str],
     ) -> Any:
         """What is sent of answers, in pieces or whole."""
-        from starlette.responses import JSONResponse, Response
-
         head = out.Head(kind, uuid.uuid4().hex, int(time.time()), chosen.label)
         count = sum(map(len, prompts))
         before = [echoed[i // how.n] for i in range(len(answers.answers))]
@@ -312,7 +291,7 @@ class Routes:
             return _streamed(self._parts(head, how, answers, count, before))
         chunks = await self._whole(request, answers)
         if chunks is None:
-            return Response(status_code=_LEFT)
+            return web().Response(status_code=_LEFT)
         words, wanted = self._service.words, how.rules["top"] is not None
         choices = []
         for i, answer in enumerate(answers.answers):
@@ -321,7 +300,7 @@ class Routes:
             tokens = [token for chunk in own for token in chunk.tokens] if wanted else None
             choices.append(out.whole_choice(kind, i, text, answer.reason or "stop", tokens, words))
         self._count(answers, count)
-        return JSONResponse(head.whole(choices, out.usage_of(count, answers.count)))
+        return web().JSONResponse(head.whole(choices, out.usage_of(count, answers.count)))
 
     async def _whole(self, request: Any, answers: Answers) -> list[Chunk] | None:
         """All there is; None where the client has gone meanwhile."""
@@ -355,7 +334,7 @@ class Routes:
                 first = chunk.index not in begun
                 if first:
                     begun.add(chunk.index)
-                    chunk.text = before[chunk.index] + chunk.text
+                    chunk = replace(chunk, text=before[chunk.index] + chunk.text)  # noqa: PLW2901
                 choice = out.part_choice(head.kind, chunk, first, words, wanted)
                 part = head.part([choice])
                 yield _event({**part, "usage": None} if how.usage else part)
@@ -396,9 +375,8 @@ def _event(body: Mapping[str, Any]) -> str:
 
 def _streamed(parts: AsyncIterator[str]) -> Any:
     """Events as they come; whatever ends it, ends the parts."""
-    from starlette.responses import StreamingResponse
 
-    class Streamed(StreamingResponse):
+    class Streamed(web().StreamingResponse):  # type: ignore[misc]
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             try:
                 await super().__call__(scope, receive, send)

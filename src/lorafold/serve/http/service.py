@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...adapter import Adapter
+from ...attach.selection import TokenMix
 from ...collection.limits import memory_bytes
-from ...errors import MismatchError, UnknownNameError
+from ...errors import FileError, MismatchError, UnknownNameError
 from ...words import one_line
 from ..adapters import Pool
 from ..base import Base
@@ -112,12 +113,15 @@ class Service:
             raise ApiError("lora_path leads out of the folder for adapters", 400, "lora_path")
         if not there.exists():
             raise ApiError(f"lora_path: there is no {one_line(path)}", 404, "lora_path")
-        self.catalog.add(name, there)
-        try:  # whether it fits the base is said now
-            self.pool.release(self.catalog.hold({name: 1.0}, self.pool))
-        except BaseException:
-            self.catalog.drop(name)
-            raise
+        try:
+            self.catalog.add(name, there)
+            try:  # whether it fits the base is said now
+                self.pool.release(self.catalog.hold({name: 1.0}, self.pool))
+            except BaseException:
+                self.catalog.drop(name)
+                raise
+        except FileError as e:  # where the root lies is nobody's business
+            raise ApiError(str(e).replace(f"{root}{os.sep}", ""), 400, "lora_path") from e
 
     # Who answers
 
@@ -286,7 +290,7 @@ def _sampling(how: Generation | None, stop: frozenset[int], k: int) -> Sampling:
 
 
 def _checked(router: Any, catalog: Catalog) -> Any:
-    if not callable(router):
+    if isinstance(router, TokenMix):
         raise MismatchError(
             f"a {type(router).__name__} weighs every token by itself, and a request needs one mix: "
             "a CentroidRouter or a LearnedRouter gives that"
