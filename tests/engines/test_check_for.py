@@ -80,7 +80,7 @@ def test_what_is_no_file_or_no_program(tmp_path):
 
 VLLM = {
     "modules_to_save": (
-        {"modules_to_save": ["score"], "extra": {f"{PREFIX}score.weight": R(2, 16)}},
+        {"modules_to_save": ["lm_head"], "extra": {f"{PREFIX}lm_head.weight": R(8, 16)}},
         "refuses",
     ),
     "dora": (
@@ -108,9 +108,12 @@ VLLM = {
         },
         "refuses",
     ),
-    "base_weights": ({"extra": {f"{PREFIX}model.embed_tokens.weight": R(8, 16)}}, "ignores"),
-    "init": ({"init_lora_weights": "pissa"}, "misreads"),
-    "variant": ({"use_qalora": True}, "misreads"),
+    "base_weights": (
+        {"extra": {f"{PREFIX}model.embed_tokens.base_layer.weight": R(8, 16)}},
+        "ignores",
+    ),
+    "init": ({"init_lora_weights": "pissa"}, "refuses"),
+    "variant": ({"use_qalora": True}, "refuses"),
     "patterns": ({"alpha_pattern": {"v_proj": 12}}, "misreads"),
     "wrapped_names": ({"before": f"{PREFIX}_orig_mod."}, "ignores"),
     "rank": ({"rank": 24}, "refuses"),
@@ -130,6 +133,16 @@ def test_the_factor_that_vllm_applies(tmp_path):
     factors = of(check_for(path, "vllm"), "patterns").factors
     assert factors == {"model.layers.0.self_attn.v_proj": (3.0, pytest.approx(6 / 2**0.5))}
     assert check_for(folder(tmp_path / "b", use_rslora=True), "vllm").same
+
+
+def test_what_vllm_takes_beside_factors(tmp_path):
+    head = {"modules_to_save": ["score"], "extra": {f"{PREFIX}score.weight": R(2, 16)}}
+    assert check_for(folder(tmp_path / "a", **head), "vllm").same
+    assert check_for(folder(tmp_path / "b", init_lora_weights="gaussian"), "vllm").same
+    embedding = {"extra": {f"{PREFIX}model.embed_tokens.weight": R(8, 16)}}
+    assert (
+        of(check_for(folder(tmp_path / "c", **embedding), "vllm"), "tensors").outcome == "refuses"
+    )
 
 
 def test_the_rank_that_vllm_has_to_be_started_with(tmp_path):

@@ -1,10 +1,9 @@
-"""vLLM, `--enable-lora`; by its published rules, as it can't be installed everywhere.
+"""vLLM, `--enable-lora`: by its published rules; the tests ask its own loader where it is there.
 
-Of `vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py` and `config/lora.py`, releases 0.11 to
-0.15: the config is read for r, lora_alpha, target_modules, bias, modules_to_save, use_rslora and
-use_dora; other fields are left out. A key that is neither a factor nor an embedding of the base is
-an error. Every module gets one factor, α/r or α/√r. Releases from the autumn of 2026 on are said to
-follow patterns, too.
+Of `vllm/lora/peft_helper.py` and `lora_model.py` of 0.32; what 0.11 to 0.15 do otherwise is told. A
+key that is neither a factor nor a saved embedding's `base_layer` is an error. Before 0.32 (0.15 is
+the last that was read) every module gets one factor, α/r or α/√r, whatever patterns say, and
+`init_lora_weights` is not looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +20,17 @@ from .peft_folder import form_findings, merge_into, rooted_scale, wrapped_names
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 DEFAULT_RANK = 16
 _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])")
-_OF_BASE = re.compile(r".*(embed_tokens|lm_head)\.(base_layer\.)?weight")
+_OF_BASE = re.compile(r".*\.(embed_tokens|lm_head)\.base_layer\.weight")
+_HEADS = {"score", "classifier"}  # the modules that it takes whole, one of them
+_OF_HEAD = re.compile(r".*\b(score|classifier)\.(weight|bias)")
+# Ways to begin that say nothing of the base's weights.
+_INITS = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+_FIELDS = {
+    "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "layers that are replicated",
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QA-LoRA",
+}
 
 
 def findings(look: Look) -> Iterator[Finding]:
@@ -45,11 +54,12 @@ def findings(look: Look) -> Iterator[Finding]:
 
 def _config(look: Look) -> Iterator[Finding]:
     config, merged = look.config or {}, merge_into(look)
-    if config.get("modules_to_save"):
+    saved = set(config.get("modules_to_save") or ())
+    if not saved <= _HEADS or len(saved) > 1:
         yield Finding(
             "modules_to_save",
             "refuses",
-            f"modules_to_save must be None, and is {config['modules_to_save']}",
+            f"of modules saved whole it takes one head (score or classifier), not {sorted(saved)}",
             remedy=merged,
         )
     if config.get("use_dora"):
@@ -58,12 +68,24 @@ def _config(look: Look) -> Iterator[Finding]:
         yield Finding(
             "bias", "refuses", f"bias must be 'none', and is {config['bias']!r}", remedy=merged
         )
-    if look.file is not None and look.file.refusal is not None and not config.get("use_dora"):
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _INITS:
         yield Finding(
-            "init" if config.get("init_lora_weights") not in (True, False, None) else "variant",
-            "misreads",
-            f"it adds B A to the base's own weights as it is, and {look.file.refusal}",
+            "init",
+            "refuses",
+            f"init_lora_weights is {init!r}, which changes the base's weights too; older releases "
+            "(0.15) add the factors to the whole weights as they are",
+            remedy="save it with PEFT's save_pretrained(path, "
+            "path_initial_model_for_weight_conversion=…)",
         )
+    for field, what in _FIELDS.items():
+        if config.get(field):
+            says = f"it has no {what} ({field}); older releases (0.15) leave that out"
+            yield Finding("variant", "refuses", says, remedy=merged)
+    refusal = None if look.file is None else look.file.refusal
+    known = config.get("use_dora") or isinstance(init, str) or any(map(config.get, _FIELDS))
+    if refusal is not None and not known:
+        yield Finding("variant", "misreads", f"it adds B A to the base's weights, and {refusal}")
 
 
 def _tensors(look: Look) -> Iterator[Finding]:
@@ -80,7 +102,9 @@ def _tensors(look: Look) -> Iterator[Finding]:
             modules=tuple(lora_bias),
             remedy=merge_into(look),
         )
-    strange = [key for key in strange if key not in lora_bias and not key.endswith(".alpha")]
+    strange = [key for key in strange if key not in lora_bias]
+    if set(config.get("modules_to_save") or ()) <= _HEADS:
+        strange = [key for key in strange if _OF_HEAD.fullmatch(key) is None]
     if strange and not config.get("modules_to_save") and not config.get("use_dora"):
         yield Finding(
             "tensors",
@@ -133,8 +157,8 @@ def _scales(look: Look) -> Iterator[Finding]:
         yield Finding(
             "patterns",
             "misreads",
-            f"one factor for all, {factor:.6g}, where rank_pattern and alpha_pattern say others "
-            "(releases before the autumn of 2026)",
+            "releases that do not follow rank_pattern and alpha_pattern (0.15 does not, 0.32 does) "
+            f"apply {factor:.6g} to all modules",
             wrong,
             tuple(wrong),
             padded(look.path),
