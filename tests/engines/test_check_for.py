@@ -210,6 +210,53 @@ def test_after_the_remedy_it_loads(case, tmp_path, monkeypatch, capsys):
         )
 
 
+def flat_file(path, alphas, parts=("lora_down.weight", "lora_up.weight")):
+    """A file of kohya-ss's of some modules of a UNet, each with its α or without."""
+    shapes = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2), "lora_mid.weight": (2, 2, 1, 1)}
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    tensors = {}
+    for name, alpha in alphas.items():
+        tensors |= {f"{block}_{name}.{part}": R(*shapes[part]) for part in parts}
+        if alpha is not None:
+            tensors[f"{block}_{name}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, path)
+    return path
+
+
+FLAT = {
+    ("diffusers", "alphas"): {"to_q": 1, "to_k": 4, "to_v": 4},
+    ("kohya", "no_alpha"): {"to_q": 1, "to_k": None},
+}
+
+
+@pytest.mark.parametrize("case", FLAT, ids=" ".join)
+def test_after_the_remedy_an_image_models_loads(case, tmp_path, monkeypatch, capsys):
+    reader, name = case
+    monkeypatch.chdir(tmp_path)
+    flat_file(tmp_path / "x.safetensors", FLAT[case])
+    a = lf.load("x.safetensors")
+    words = shlex.split(of(check_for("x.safetensors", reader), name).remedy)
+    with pytest.raises(SystemExit) as ended:
+        main(words[1:])
+    assert ended.value.code == 0, capsys.readouterr().err
+    out = words[words.index("-o") + 1]
+    assert check_for(out, reader).same
+    b = lf.load(out)
+    assert a.modules.keys() == b.modules.keys()
+    assert all(torch.allclose(u.dense(), b[p].dense(), atol=1e-5) for p, u in a.items())
+
+
+def test_every_form_is_told_by_every_program(tmp_path):
+    """With a remedy where there is one."""
+    flat_file(tmp_path / "x.safetensors", {"to_q": 1, "to_k": 1})
+    for reader in ("vllm", "llama.cpp", "mlx", "peft"):
+        (found,) = check_for(tmp_path / "x.safetensors", reader).findings
+        assert (found.name, found.outcome) == ("form", "refuses")
+        assert (found.remedy is None) == (reader != "peft")  # a UNet is for none of the others
+    (found,) = check_for(folder(tmp_path / "a"), "kohya").findings
+    assert (found.name, found.remedy) == ("form", None)  # nor a language model for this one
+
+
 def base(path):
     path.mkdir()
     state = {f"{p}.weight": R(*shape) for p, shape in PATHS.items()}

@@ -243,6 +243,8 @@ DISGUISED = {
     "a pointer": (POINTER, r"a pointer of git-LFS, not the file itself: .*git lfs pull"),
     "a page": (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a page of HTML"),
     "another page": (b"<html lang=en>", "a page of HTML"),
+    "an error": (b'{"error":"Invalid username or password."}', "what a server says instead"),
+    "another error": (b"Entry not found", "what a server says instead of the file: fetch it"),
     "GGUF": (b"GGUF\3\0\0\0" + b"\0" * 60, "a GGUF file"),
     "a pickle": (b"PK\3\4" + b"\0" * 60, r"a ZIP file.*\.bin"),
 }

@@ -35,14 +35,14 @@ def findings(look: Look) -> Iterator[Finding]:
             "form",
             "refuses",
             f"diffusers does not read the form of {look.said}",
-            remedy=again,
+            remedy=again if look.is_of_images else None,
         )
     elif look.form == "peft" and look.config is not None:
         yield Finding(
             "form",
             "refuses",
             "diffusers reads a file of its own names, and no PEFT folder",
-            remedy=again,
+            remedy=again if look.is_of_images else None,
         )
     if "lora_adapter_metadata" in look.metadata:
         yield Finding(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
+from ..files.formats.registry import FORMATS
 from ..words import some_of
 
 Outcome = Literal["loads", "ignores", "misreads", "refuses", "aborts"]
@@ -68,7 +69,7 @@ def ordered(reader: str, findings: Iterable[Finding]) -> Verdict:
 
 def convert(path: str, to: str, *options: str) -> str:
     """The command line that writes a file in another form, beside it."""
-    ending = {"gguf": ".gguf", "kohya": ".safetensors", "comfy": ".safetensors"}.get(to, "")
+    ending = (FORMATS[to].ending if to in FORMATS else None) or ""
     name = PurePath(path.rstrip("/")).name
     stem = name.removesuffix(".safetensors").removesuffix(".gguf") or "adapter"
     out = f"{stem}-{to}{ending}"

@@ -16,7 +16,7 @@ def findings(look: Look) -> Iterator[Finding]:
             "form",
             "refuses",
             f"its readers find no module by the names of {look.said}: they want lora_unet_…",
-            remedy=again,
+            remedy=again if look.is_of_images else None,
         )
         return
     names = {key.partition(".")[0] for key in look.tensors if not key.endswith(".alpha")}

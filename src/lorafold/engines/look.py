@@ -28,6 +28,8 @@ from ..files.safetensors import (
     read_tensors,
 )
 
+_OF_IMAGES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+
 
 @dataclass(frozen=True)
 class Look:
@@ -63,6 +65,11 @@ class Look:
     def scales(self) -> Mapping[str, float]:
         """{module: the right factor}; none where it can't be read here."""
         return {} if self.file is None else self.file.scales
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether it is of an image model, by the paths of its modules."""
+        return any(path.startswith(_OF_IMAGES) for path in self.scales)
 
     @cached_property
     def tied(self) -> tuple[str, str] | None:

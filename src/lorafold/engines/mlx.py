@@ -22,7 +22,7 @@ def findings(look: Look) -> Iterator[Finding]:
             "form",
             "refuses",
             f"mlx-lm reads its own folders; this is in the form of {look.said}",
-            remedy=again,
+            remedy=None if look.is_of_images else again,
         )
         return
     if look.place.weights.name != MLX_NAME:

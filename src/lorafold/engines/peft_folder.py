@@ -52,7 +52,7 @@ def form_findings(look: Look, reader: str) -> Iterator[Finding]:
             "form",
             "refuses",
             f"{reader} reads PEFT's folders; this is in the form of {look.said}",
-            remedy=convert(look.path, "peft"),
+            remedy=None if look.is_of_images and reader != "PEFT" else convert(look.path, "peft"),
         )
     elif look.config is None:
         alpha = () if look.error is None else ("--alpha", "ALPHA")

@@ -88,6 +88,10 @@ _DISGUISES = (
     ),
     (b"<!doctype", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
     (b"<html", "a page of HTML, not the file: fetch it again, from where it can be downloaded"),
+    *(
+        (start, "what a server says instead of the file: fetch it again, with the right to")
+        for start in (b'{"error', b"entry not found", b"repository not found", b"invalid username")
+    ),
     (b"<?xml", "an XML text, not the file: fetch it again, from where it can be downloaded"),
     (b"gguf", "a GGUF file of llama.cpp's: its name should end in .gguf"),
     (b"pk\x03\x04", "a ZIP file, most likely one of PyTorch's: its name should end in .bin"),
