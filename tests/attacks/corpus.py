@@ -20,7 +20,11 @@ def beside(name):
 
 
 kinds, judge, mutations = beside("kinds"), beside("judge"), beside("mutations")
-KINDS = {**kinds.KINDS, **beside("formats").KINDS, **beside("runs").KINDS}
+KINDS = {
+    name: kind
+    for file in ("kinds", "formats", "images", "runs")
+    for name, kind in beside(file).KINDS.items()
+}
 
 
 def attacked(name, count, folder, seed=0, first=0, lines=8, more=True):

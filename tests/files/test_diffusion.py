@@ -142,6 +142,12 @@ def test_the_scale_is_that_beside_the_factors(tmp_path):
     assert {u.scale for u in lf.load(third(PATHS), alpha=12).modules.values()} == {6.0, 4.0, 3.0}
 
 
+def test_an_alpha_that_is_no_number_is_never_taken_for_none():
+    tensors = third(PATHS) | {f"unet.{ATTENTION}.to_q.alpha": torch.ones(2)}
+    with pytest.raises(MismatchError, match=r"α of 'unet\..*must be one number, found .*\(2,\)"):
+        lf.load(tensors)
+
+
 def test_a_language_models_part_is_not_taken_for_one_of_a_pipeline(tmp_path):
     tensors = third({"transformer.h.0.attn.c_attn": factors()})
     file = written(tmp_path / "x.safetensors", tensors)

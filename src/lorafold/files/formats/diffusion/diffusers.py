@@ -63,6 +63,12 @@ def _found(source: Source) -> Found:
     numbers = numbers_at(source, beside, tensors)
     alphas = Alphas(source.alpha, header, numbers, parts, of_rank=True)
     plan = make_plan(shapes, None, alphas, where)
+    for path in plan.slots:
+        if f"{path}.alpha" in plan.extra_keys:
+            dtype, shape = shapes[f"{path}.alpha"]
+            raise MismatchError(
+                f"{where}: α of {path!r} must be one number, found {dtype} of shape {shape}"
+            )
     plan, tensors, names = _canonical(plan, tensors, where)
     config = common_config(parts.values()) or scaling_of(plan.slots.values())
     return Found(plan, {**config, **source.origin()}, tensors, names, by_numbers=bool(beside))
