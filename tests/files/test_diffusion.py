@@ -107,6 +107,11 @@ def test_a_text_model_is_one_with_its_name_or_without(tmp_path):
         for start in (f"text_encoder.{TEXT}", "text_encoder.encoder.layers.0")
     )
     assert with_name.digest == without.digest
+    for te in ("te", "te1"):
+        for start in ("text_model_", ""):
+            names = {f"lora_{te}_{start}encoder_layers_0_mlp_fc1": pair}
+            flat = lf.load(keyed(names, ".lora_down.weight", ".lora_up.weight"))
+            assert flat.digest == with_name.digest
     both = third({f"text_encoder.{TEXT}.mlp.fc1": pair})
     both |= third({"text_encoder.encoder.layers.0.mlp.fc1": pair})
     with pytest.raises(MismatchError, match="are one module; keep one"):

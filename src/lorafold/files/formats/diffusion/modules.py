@@ -72,6 +72,12 @@ class Images:
         """Whether it is of FLUX, by any of its modules."""
         return any(to_flux(module.path) is not None for module in self.modules)
 
+    @property
+    def has_two_encoders(self) -> bool:
+        """Whether its pipeline has a second text encoder, as the modules or the base tell."""
+        paths = (*(module.path for module in self.modules), *self.known)
+        return any(path.startswith("text_encoder_2.") for path in paths)
+
     @cached_property
     def unet(self) -> Unet:
         """Whose UNet it is of.
@@ -81,8 +87,7 @@ class Images:
         """
         paths = [m.path for m in self.modules if m.path.startswith("unet.")]
         rests = [path.removeprefix("unet.") for path in (*paths, *self.known)]
-        two = any(m.path.startswith("text_encoder_2.") for m in self.modules)
-        is_sdxl = two or any(map(_SDXL.match, rests))
+        is_sdxl = self.has_two_encoders or any(map(_SDXL.match, rests))
         is_sd1 = any(map(_SD1.match, rests))
         if is_sd1 == is_sdxl and paths:
             said = "are of both" if is_sd1 else "are in either"

@@ -147,7 +147,7 @@ def _split(name: str) -> tuple[Piece, ...] | None:
             return found
         rest = of_sgm(rest) or rest
     words = _WORDS[model].findall(rest)
-    path = ".".join((OWNERS[model], *words))
+    path = with_text_model(".".join((OWNERS[model], *words)))
     return (Piece(path),) if "_".join(words) == rest else None
 
 

@@ -108,8 +108,7 @@ def comfy_form(
 def _kohya_names(images: Images) -> Callable[[str], str | tuple[str, Piece] | None]:
     second = "lora_te3_" if images.is_flux else "lora_te2_"
     has_unet = any(module.path.startswith("unet.") for module in images.modules)
-    several = images.is_flux or any(m.path.startswith("text_encoder_2.") for m in images.modules)
-    several = several or (has_unet and images.unet == "sdxl")
+    several = images.is_flux or images.has_two_encoders or (has_unet and images.unet == "sdxl")
     encoders = {
         "text_encoder": "lora_te1_" if several else "lora_te_",
         "text_encoder_2": second,
