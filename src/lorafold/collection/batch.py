@@ -11,6 +11,7 @@ from ..errors import MismatchError
 from ..lowrank import LowRank
 
 _BAD_GAUGE = 1e-4  # relative eigenvalue of A Aᵀ below which directions are formed in float64
+_QUICK = 1e3  # ‖A Aᵀ‖ ‖(A Aᵀ)⁻¹‖ up to which float32 Grams give directions
 _CANCELS = 1e-12  # ‖B A‖² below this share of (Σ ‖b_k‖ ‖a_k‖)²: float64 Grams hold but rounding
 _LEAST, _MOST = 2.0**-112, 2.0**120  # largest numbers of a factor between keep their digits
 _LOW, _HIGH = 2.0**-60, 2.0**100  # squared norms between have good float32 Grams
@@ -81,6 +82,22 @@ class Factors:
         """The updates by their singular values."""
         return Block(self.members, *decompose(self.B, self.A))
 
+    def quickly_decomposed(self) -> tuple[Block, np.ndarray]:
+        """The same from float32 Grams, and (n,) where that holds.
+
+        U S Vᵀ is the update as before. But directions are orthonormal to 1e-4 at worst, and less so
+        those below 1e-2 of the largest singular value, of which ones below 1e-3 may be missing.
+        """
+        G_A, G_B = quick_gram(self.A.mT), quick_gram(self.B)
+        length = G_A.diagonal(0, 1, 2).sqrt().clamp_min(1e-300)
+        even = G_A / (length[:, :, None] * length[:, None, :])
+        root, inverse, condition = _quick_roots(even)
+        good = _gauges_are_good(G_B, G_A) & (condition < _QUICK)
+        good &= held_by_float32(_traces(G_A)) & held_by_float32(_traces(G_B))
+        root, inverse = length[:, :, None] * root, inverse / length[:, :, None]
+        found = Block(self.members, *_directions(self.B, self.A, G_B, root, inverse))
+        return found, good.cpu().numpy()
+
 
 def joined_factors(
     members: np.ndarray,
@@ -147,6 +164,29 @@ def _decomposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`decompose` of factors that lie in the middle of float32's range, from their Grams."""
     root, inverse, bad = _roots(G_A)
+    U, S, V = _directions(B, A, G_B, root, inverse, most, wide=bad)
+    for i in _cancelling(S.square().sum(1), G_B, G_A):
+        left, s, right = LowRank(A[i], B[i]).svd()
+        S[i] = torch.where(_NOISE * s[0] < s, s, 0.0).double()
+        live = S[i, : U.shape[2]] > 0
+        U[i], V[i] = left[:, : len(live)] * live, right[: len(live)].T * live
+    return U, S, V
+
+
+def _directions(
+    B: Tensor,
+    A: Tensor,
+    G_B: Tensor,
+    root: Tensor,
+    inverse: Tensor,
+    most: int | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V by the root of A's Gram, and its inverse; views of (n, m, out) and (n, m, in).
+
+    Args:
+        wide: the columns of A (or B) nearly cancel: float32 products would lose them.
+    """
     square, Z = torch.linalg.eigh(root.mT @ G_B @ root)
     k = min(B.shape[1], B.shape[2], A.shape[2])
     S = square.clamp_min(0).sqrt().flip(1)[:, :k]
@@ -155,14 +195,8 @@ def _decomposed(
     S_inverse = torch.where(wanted > 0, 1 / wanted.clamp_min(1e-300), 0.0)
     to_U = root @ Z * S_inverse[:, None, :]
     to_V = inverse @ Z * (wanted > 0)[:, None, :]
-    # Where the columns of A (or B) nearly cancel, float32 products would lose them.
-    wide = torch.float64 if bad else B.dtype
-    U, V = ((X.to(wide) @ Y.to(wide)).to(X.dtype) for X, Y in ((B, to_U), (A.mT, to_V)))
-    for i in _cancelling(S.square().sum(1), G_B, G_A):
-        left, s, right = LowRank(A[i], B[i]).svd()
-        S[i] = torch.where(_NOISE * s[0] < s, s, 0.0).double()
-        live = S[i, : U.shape[2]] > 0
-        U[i], V[i] = left[:, : len(live)] * live, right[: len(live)].T * live
+    dtype = torch.float64 if wide else B.dtype
+    U, V = ((Y.mT.to(dtype) @ X.to(dtype)).to(X.dtype).mT for X, Y in ((B.mT, to_U), (A, to_V)))
     return U, S, V
 
 
@@ -179,13 +213,9 @@ def _roots(G: Tensor) -> tuple[Tensor, Tensor, bool]:
     """R with R Rᵀ = G, the transpose of its (pseudo-)inverse, and whether any of G is badly
     conditioned; batched. Cholesky's factor where it is good: a tenth of the eigenvectors' time.
     """
-    L, failed = torch.linalg.cholesky_ex(G)
-    if not bool(failed.any()):
-        one = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-        inverse = torch.linalg.solve_triangular(L, one.expand_as(L), upper=False)
-        condition = torch.linalg.matrix_norm(G) * torch.linalg.matrix_norm(inverse.mT @ inverse)
-        if bool((condition < 1 / _BAD_GAUGE).all()):
-            return L, inverse.mT, False
+    root, inverse, condition = _quick_roots(G)
+    if bool((condition < 1 / _BAD_GAUGE).all()):
+        return root, inverse, False
     lam, W = torch.linalg.eigh(G)
     top = lam[:, -1:].clamp_min(torch.finfo(lam.dtype).tiny)
     alive = lam > 1e-14 * top
@@ -193,6 +223,19 @@ def _roots(G: Tensor) -> tuple[Tensor, Tensor, bool]:
     inverse = torch.where(alive, 1 / root.clamp_min(1e-300), 0.0)
     bad = bool((alive & (lam < _BAD_GAUGE * top)).any())
     return W * root[:, None, :], W * inverse[:, None, :], bad
+
+
+def _quick_roots(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky's factors, the transposes of their inverses, and ‖G‖ ‖G⁻¹‖ (n,); of a matrix that
+    has no factor, those of 1, and infinity.
+    """
+    L, failed = torch.linalg.cholesky_ex(G)
+    one = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    none = failed > 0
+    L = torch.where(none[:, None, None], one, L)
+    inverse = torch.linalg.solve_triangular(L, one.expand_as(L), upper=False)
+    condition = torch.linalg.matrix_norm(G) * torch.linalg.matrix_norm(inverse.mT @ inverse)
+    return L, inverse.mT, torch.where(none, torch.inf, condition)
 
 
 def gram(X: Tensor) -> Tensor:
@@ -309,7 +352,12 @@ def norms(factors: Factors) -> Tensor:
 
 def _gauge_is_good(G_B: Tensor, G_A: Tensor) -> bool:
     """Whether Grams good to 1e-6 hold ‖B A‖²: the factors are not far larger than their product."""
-    return bool((_traces(G_B) * _traces(G_A) <= 1e3 * _inner(G_B, G_A)).all())
+    return bool(_gauges_are_good(G_B, G_A).all())
+
+
+def _gauges_are_good(G_B: Tensor, G_A: Tensor) -> Tensor:
+    """The same of each, (n,)."""
+    return _traces(G_B) * _traces(G_A) <= 1e3 * _inner(G_B, G_A)
 
 
 def singular_values(factors: Factors, exact: bool = True) -> Tensor:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...collection.batch import held_by_float32
 from ...errors import MismatchError
 
 #: Bits b to D(b): the squared error of rounding a normally distributed vector, relative to its
@@ -152,30 +154,48 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         >>> scales[:, None] * dequantise(codes, bits=1)
         tensor([[ 2., -2.,  2.]])
     """
+    codes, scales, _ = rounded(x, bits)
+    return codes, scales
+
+
+def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantise`; beside codes and scales, float32 levels `(n, d)` as of `dequantise`."""
     if x.ndim != 2:
         raise ValueError(f"rows to quantise have the shape (n, d), not {tuple(x.shape)}")
     count, d = x.shape
-    levels = _levels(bits, x.device, torch.float32)
+    table = _levels(bits, x.device, torch.float32)
     cells = _cells(bits, x.device)
     codes = torch.empty(count, d, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    levels = torch.empty(count, d, device=x.device)
+    scales = torch.empty(count, device=x.device)
     room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
     rows = max(1, room // max(1, d))
     for start in range(0, count, rows):
         here = slice(start, start + rows)
         part = x[here].detach()
-        # In float64 the squares of float32 numbers neither vanish nor overflow.
-        rms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) / math.sqrt(max(1, d))
+        rms = _root_mean_squares(part)
         _check_finite(rms, start)
         size = rms.to(torch.promote_types(part.dtype, torch.float32))
         # Rows of zeros stay as they are, and so do those whose size is below the smallest float.
         size = torch.where(size > 0, size, 1.0)
         unit = (part / size[:, None]).float()
         codes[here] = _nearest(unit, *cells)
-        near = _look_up(levels, codes[here])
-        fit = (unit * near).sum(1) / (near * near).sum(1)
+        near = levels[here] = _look_up(table, codes[here])
+        fit = torch.linalg.vecdot(unit, near) / torch.linalg.vecdot(near, near)
         scales[here] = torch.where(rms > 0, fit * size, 0.0)
-    return codes, scales
+    return codes, scales, levels
+
+
+def _root_mean_squares(x: Tensor) -> Tensor:
+    """Of rows, (n,) float64."""
+    if x.dtype == torch.float32:
+        squares = torch.linalg.vecdot(x, x).double()
+        if bool(held_by_float32(squares).all()):
+            near: Tensor = (squares / x.shape[1]).sqrt()
+            return near
+    # In float64 the squares of float32 numbers neither vanish nor overflow.
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    return norms / math.sqrt(max(1, x.shape[1]))
 
 
 def dequantise(codes: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -222,12 +242,17 @@ def _cells(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _cell(x: Tensor) -> Tensor:
     # Rounding cannot swap two numbers, so one in a later cell than a threshold lies above it.
-    return (x * _CELLS_PER_UNIT + _CELLS // 2).clamp_(0, _CELLS - 1).to(torch.int32)
+    return (x * _CELLS_PER_UNIT).add_(_CELLS // 2).clamp_(0, _CELLS - 1).to(torch.int32)
 
 
 def _nearest(x: Tensor, below: Tensor, inside: Tensor) -> Tensor:
     cell = _cell(x)
-    return _look_up(below, cell) + (x > _look_up(inside, cell))
+    code, border = _look_up(below, cell), _look_up(inside, cell)
+    if x.device.type == "cpu":  # some five times as fast in numpy
+        code += torch.from_numpy(np.greater(x.numpy(), border.numpy()))
+    else:
+        code += x > border
+    return code
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -236,8 +261,9 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _check_finite(rms: Tensor, start: int) -> None:
-    bad = torch.nonzero(~torch.isfinite(rms))
-    if len(bad):
+    finite = torch.isfinite(rms)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite)
         raise MismatchError(
             f"row {start + int(bad[0])} holds NaN or infinity, which no codebook has a level for: "
             "mend the tensor it came from"

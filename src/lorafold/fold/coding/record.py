@@ -22,32 +22,27 @@ from ...lowrank import LowRank
 from .bases import Bases, Side, projected, residual, weighted_norms
 from .bits import bits_for_bytes, bits_for_error
 from .flat_part import decode_part, skipped_part
+from .pairs import MEASURABLE, PAIRS, PAIRS_HEAD, SIDE_HEAD, Numbers, Part
 from .rows import (
     LEFT_SEED,
     RIGHT_SEED,
-    CodedRows,
     Written,
-    code_rows,
     read_together,
-    rounded_coefficients,
     rows_nbytes,
-    write_rows,
     written_at,
 )
 
-# Budgets below this share of the norm are met by comparing the whole: sums of squares in the core
-# are good to 1e-7 of the norm.
-_PLAIN = 1e-3
+# Budgets below this share of ‖ΔW‖² are met by comparing the whole: what float32 Grams find of parts
+# in the coordinates of their sides is good to 1e-7 of it.
+_PLAIN = 4e-4
+_ROUNDING = 1e-6  # of ‖ΔW‖: what a decomposition from float32 Grams and a rotation may change
+_UNSEEN = 2e-7  # of the largest singular value, squared: what such a one may take for nothing
 VANISHED = 1e-35  # singular values up to this have no coefficient: float32 lacks digits for them
 _RESIDUAL = 0.7  # of the budget: what the shared sides may miss before a residual is looked at
-NOTHING, PAIRS, EXACT, FLAT = 0, 1, 2, 3
+NOTHING, EXACT, FLAT = 0, 2, 3
 _MOST_PARTS = 8  # of one update; a writer makes two
 _MOST_RANKS = 4  # times the smaller side: the ranks of all parts together
-_PAIRS = struct.Struct("<BB")
-_SIDE = struct.Struct("<HH")  # basis, how many of its columns
 _EXACT_HEAD = struct.Struct("<BI")
-
-Numbers = tuple[int | None, int | None]  # of the shared bases U and V; None for an own side
 
 
 @dataclass(frozen=True)
@@ -83,30 +78,6 @@ class Target:
 
     def take(self, rows: np.ndarray, factor: np.ndarray | float = 1.0) -> Target:
         return replace(self, amount=self.amount[rows] * factor)
-
-
-@dataclass(frozen=True)
-class _Part:
-    left: Tensor  # (n, du, k) orthonormal
-    S: Tensor  # (n, k)
-    right: Tensor  # (n, dv, k)
-    U: Side
-    V: Side
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.left.shape[1], self.right.shape[1]
-
-    def unfolded(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (n, out, k), (n, k, in) of a core's factors."""
-        if self.U is not None:
-            left = self.U.columns @ left
-        return left, right if self.V is None else right @ self.V.columns.mT
-
-    def apart(self, core: tuple[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Factors of this part less those of a coded core, to be concatenated."""
-        own = self.left * self.S.to(self.left.dtype)[:, None, :]
-        return [own, -core[0]], [self.right.mT, core[1]]
 
 
 @dataclass(frozen=True)
@@ -165,12 +136,11 @@ def code(
     n = len(f.members)
     numbers = numbers or [(None, None)] * n
     if U is None and V is None:
-        own = f.decomposed() if block is None else block
-        return _coded(f, target, numbers, [_Part(own.U, own.S, own.V, None, None)])
+        return _code_own(f, target, numbers, block)
     even = even_gauge(f, exact=False)[0] if block is None else block.factors()
     core = projected(even, U, V) if core is None else core
     if target.kind != "error":
-        return _coded(f, target, numbers, [_Part(*decompose(*core), U, V)])
+        return _coded(f, target, numbers, [Part(*decompose(*core), U, V)])
     square = even.square() if block is None else block.square()
     lost = (square - weighted_norms(*core, U, V)).clamp_min(0).cpu().numpy()
     total = square.cpu().numpy()
@@ -181,10 +151,10 @@ def code(
             continue
         sides = [x.take(rows) if isinstance(x, Bases) else x for x in (U, V)]
         left, right = (_some(x, rows) for x in core)
-        parts = [_Part(*decompose(left, right), *sides)]
+        parts = [Part(*decompose(left, right), *sides)]
         if rest:
             missing = residual(even.take(rows), left, right, *sides)
-            parts.append(_Part(*decompose(*missing), None, None))
+            parts.append(Part(*decompose(*missing), None, None))
         missed = None if rest else (lost[rows], total[rows])
         pairs = [numbers[k] for k in rows.tolist()]
         coded = _coded(f.take(rows), target.take(rows), pairs, parts, missed)
@@ -196,17 +166,43 @@ def _some(x: Tensor, rows: np.ndarray) -> Tensor:
     return x if len(rows) == len(x) else x[torch.as_tensor(rows, device=x.device)]
 
 
+def _code_own(f: Factors, target: Target, numbers: Sequence[Numbers], block: Block | None) -> Coded:
+    """Code updates that share nothing; arguments as for `code`."""
+    rest = np.arange(len(f.members))
+    found = Coded.nothing(len(rest))
+    if block is None and target.kind == "error" and not target.summed:
+        quick, good = f.quickly_decomposed()
+        total = quick.square().cpu().numpy()
+        good &= (target.amount >= _PLAIN * total) & (total >= 1e4 * VANISHED**2)
+        some, rest = np.flatnonzero(good), np.flatnonzero(~good)
+        if len(some):
+            own, few = quick.take(some), [numbers[k] for k in some.tolist()]
+            unseen = _UNSEEN * (own.S == 0).sum(1) * own.S[:, 0] ** 2
+            missed = unseen.cpu().numpy(), total[some]
+            part = Part(own.U, own.S, own.V, None, None)
+            found = found.replaced(
+                some, _coded(f.take(some), target.take(some), few, [part], missed)
+            )
+    if len(rest):
+        f = f.take(rest)
+        own = f.decomposed() if block is None else block
+        part = Part(own.U, own.S, own.V, None, None)
+        few = [numbers[k] for k in rest.tolist()]
+        found = found.replaced(rest, _coded(f, target.take(rest), few, [part]))
+    return found
+
+
 def _coded(
     f: Factors,
     target: Target,
     numbers: Sequence[Numbers],
-    parts: list[_Part],
+    parts: list[Part],
     missed: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Coded:
     """Code parts that add up to the updates, and measure what that loses.
 
     Args:
-        missed: (n,) squared norms that a single part on shared sides misses, and of the updates.
+        missed: (n,) squared norms that a single part misses, and of the updates.
     """
     n = len(numbers)
     S = torch.cat([p.S for p in parts], 1).cpu().numpy()
@@ -214,69 +210,41 @@ def _coded(
     cost = np.concatenate([np.full(p.S.shape[1], sum(p.widths) / 8) for p in parts])
     lost = np.zeros(n) if missed is None else missed[0]
     bits = target.less(lost).bits(energy, cost)
-    cores = []
+    payload = (bits * cost).sum(1)
+    if missed is not None and _measured_in_core(f, target, parts[0], missed[1], bits):
+        # What the part misses is orthogonal to what it holds.
+        square, found = parts[0].measured(bits, numbers)
+        error = np.sqrt(lost + square.cpu().numpy()) + _ROUNDING * np.sqrt(missed[1])
+        return Coded(found.written(), error**2, payload)
+    whole = []
     records = [b""] * n
     start = 0
     for p in parts:
         stop = start + p.S.shape[1]
-        left, right, coded = _code_part(p, bits[:, start:stop], numbers)
-        cores.append((left, right))
-        records = [a + b for a, b in zip(records, coded, strict=True)]
+        left, right, found = p.coded(bits[:, start:stop], numbers)
+        whole.append(p.unfolded(left, right))
+        records = [a + b for a, b in zip(records, found.written(), strict=True)]
         start = stop
-    if missed is not None and _measured_in_core(f, target, parts[0], missed[1]):
-        # What the sides miss is orthogonal to what they hold.
-        left, right = (
-            torch.cat(x, d) for x, d in zip(parts[0].apart(cores[0]), (2, 1), strict=True)
-        )
-        error = lost + weighted_norms(left, right, parts[0].U, parts[0].V).cpu().numpy()
-    else:
-        whole = [p.unfolded(*core) for p, core in zip(parts, cores, strict=True)]
-        left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
-        error = squared_differences(f.B, f.A, left, right).cpu().numpy()
-    return Coded(records, error, (bits * cost).sum(1))
+    left, right = torch.cat([x for x, _ in whole], 2), torch.cat([y for _, y in whole], 1)
+    error = squared_differences(f.B, f.A, left, right).cpu().numpy()
+    return Coded(records, error, payload)
 
 
-def _measured_in_core(f: Factors, target: Target, part: _Part, total: np.ndarray) -> bool:
-    """Whether the error is that of the core and what the sides miss: both are shared, no bound is a
-    small difference of large numbers, and ‖A‖ ‖B‖ is not so far above ‖ΔW‖ that the decomposition
-    itself has lost digits, nor ‖ΔW‖ so small that float32 has none for its singular values.
+def _measured_in_core(
+    f: Factors, target: Target, part: Part, total: np.ndarray, bits: np.ndarray
+) -> bool:
+    """Whether the error is that of the core and what the sides miss: no bound is a small difference
+    of large numbers, and ‖A‖ ‖B‖ is not so far above ‖ΔW‖ that the decomposition itself has lost
+    digits, nor ‖ΔW‖ so small that float32 has none for its singular values.
     """
-    if part.U is None or part.V is None or (target.amount < _PLAIN * total).any():
+    if (target.amount < _PLAIN * total).any() or (total < 1e4 * VANISHED**2).any():
         return False
-    if (total < 1e4 * VANISHED**2).any():
+    if bits.max(initial=0) > MEASURABLE:
         return False
+    if part.U is None and part.V is None:  # as `_code_own` saw to
+        return True
     size = sizes(f.A) * sizes(f.B)
     return not bool((size.cpu().numpy() > 1e3 * np.sqrt(total)).any())
-
-
-def _code_part(
-    p: _Part, bits: np.ndarray, numbers: Sequence[Numbers]
-) -> tuple[Tensor, Tensor, list[bytes]]:
-    """Code one part of every adapter; its core's factors as decoded, and a record each."""
-    n, k = bits.shape
-    flat = bits.reshape(-1)
-    coded = [
-        code_rows(X.mT.reshape(n * k, X.shape[1]), flat, seed)
-        for X, seed in ((p.left, LEFT_SEED), (p.right, RIGHT_SEED))
-    ]
-    scale = (coded[0].scale * coded[1].scale).reshape(n, k)
-    c = rounded_coefficients((p.S.to(scale) * scale).cpu().numpy(), bits)
-    hats = [side.hat.reshape(n, k, side.hat.shape[1]) for side in coded]
-    left = (hats[0] * torch.as_tensor(c, device=scale.device).to(hats[0].dtype)[:, :, None]).mT
-    return left, hats[1], [_pairs_record(coded, bits, c, i, p, numbers[i]) for i in range(n)]
-
-
-def _pairs_record(
-    coded: list[CodedRows], bits: np.ndarray, c: np.ndarray, i: int, p: _Part, numbers: Numbers
-) -> bytes:
-    kept = np.flatnonzero(bits[i] > 0)
-    if not len(kept):
-        return b""
-    head = _PAIRS.pack(PAIRS, (p.U is not None) | (p.V is not None) << 1)
-    for basis, number in zip((p.U, p.V), numbers, strict=True):
-        if basis is not None:
-            head += _SIDE.pack(number, basis.rank)
-    return head + write_rows(coded, kept + i * bits.shape[1], c[i, kept])
 
 
 def predicted_nbytes(energy: np.ndarray, widths: np.ndarray, budget: np.ndarray) -> np.ndarray:
@@ -452,13 +420,13 @@ def stored_parts(
 
 
 def _pairs_at(record: bytes, start: int, shape: tuple[int, int]) -> _Pairs:
-    _, flags = _PAIRS.unpack_from(record, start)
-    start += _PAIRS.size
+    _, flags = PAIRS_HEAD.unpack_from(record, start)
+    start += PAIRS_HEAD.size
     dims, numbers = list(shape), [None, None]  # type: list[int], list[int | None]
     for side in range(2):
         if flags >> side & 1:
-            numbers[side], dims[side] = _SIDE.unpack_from(record, start)
-            start += _SIDE.size
+            numbers[side], dims[side] = SIDE_HEAD.unpack_from(record, start)
+            start += SIDE_HEAD.size
     written = written_at(record, start, dims)
     if len(written.bits) > min(dims):  # a core has no more directions than either of its sides
         raise FileError(

@@ -23,9 +23,9 @@ from torch import Tensor
 from ...collection.batch import power_of_two
 from ...errors import FileError
 from .bits import LEVELS
-from .codebook import dequantise, quantise
+from .codebook import dequantise, rounded
 from .packing import pack, unpack
-from .rotation import rotate, unrotate
+from .rotation import quick_rotate, unrotate
 
 _CODE_OF = {bits: code for code, bits in enumerate(LEVELS)}
 _FLOATS = {16: np.float16, 32: np.float32}
@@ -68,17 +68,12 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
     floats: np.ndarray | None = None
     hat = torch.zeros_like(X)
     scale = torch.zeros(m, dtype=torch.float64, device=X.device)
-    rounded = np.flatnonzero((bits > 0) & (bits <= 8))
-    if len(rounded):
-        turned = rotate(X[torch.as_tensor(rounded, device=X.device)], seed)
-        for level in np.unique(bits[rounded]):
-            here = np.flatnonzero(bits[rounded] == level)
-            index = torch.as_tensor(here, device=X.device)
-            c, s = quantise(turned[index], int(level))
-            codes[rounded[here]] = c.cpu().numpy()
-            turned[index] = dequantise(c, int(level), dtype=X.dtype)
-            scale[torch.as_tensor(rounded[here], device=X.device)] = s.double()
-        hat[torch.as_tensor(rounded, device=X.device)] = unrotate(turned, seed)
+    rows = np.flatnonzero((bits > 0) & (bits <= 8))
+    if len(rows):
+        index = torch.as_tensor(rows, device=X.device)
+        _, some = turned_rows(X[index], bits[rows], seed)
+        codes[rows], scale[index] = some.codes, some.scale
+        hat[index] = unrotate(some.hat, seed)
     for level in _FLOATS:
         rows = np.flatnonzero(bits == level)
         if not len(rows):
@@ -95,6 +90,33 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
         hat[index] = q
         scale[index] = unit
     return CodedRows(bits, codes, floats, hat, scale)
+
+
+def turned_rows(X: Tensor, bits: np.ndarray, seed: int) -> tuple[Tensor, CodedRows]:
+    """Rows of at most 8 bits rotated, and coded as by `code_rows` but not rotated back.
+
+    Args:
+        X, bits, seed: as for `code_rows`.
+    """
+    turned = quick_rotate(X, seed)
+    codes = np.zeros(X.shape, np.uint8)
+    hat = torch.empty_like(turned)
+    scale = torch.zeros(len(X), dtype=torch.float64, device=X.device)
+    for level in np.unique(bits).tolist():
+        rows = _span(np.flatnonzero(bits == level))
+        if level:
+            c, s, hat[rows] = rounded(turned[rows], level)
+            codes[rows] = c.cpu().numpy()
+            scale[rows] = s.double()
+        else:
+            hat[rows] = 0.0
+    return turned, CodedRows(bits, codes, None, hat, scale)
+
+
+def _span(rows: np.ndarray) -> Any:
+    """Ascending rows as a slice, which copies nothing, where they are one."""
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, end) if end - first == len(rows) else rows
 
 
 def without_values(coded: CodedRows) -> CodedRows:
