@@ -99,6 +99,14 @@ class Factors:
         return found, good.cpu().numpy()
 
 
+def side_by_side(blocks: Sequence[Factors]) -> Factors:
+    """Blocks of one shape and rank, at several modules maybe, as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    members = np.concatenate([f.members for f in blocks])
+    return Factors(members, torch.cat([f.B for f in blocks]), torch.cat([f.A for f in blocks]))
+
+
 def joined_factors(
     members: np.ndarray,
     parts: Sequence[tuple[Tensor, Tensor, float]],

@@ -13,7 +13,7 @@ directions below 1e-7 of the largest singular value are dropped as float32 noise
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..lowrank import LowRank
 from .batch import Block, Factors, joined_factors
 
 _KEPT_BLOCKS = 3  # a stack of no more blocks is kept between passes
+_TOGETHER = 1 << 22  # bytes of modules that are worked on together
 
 
 class Stack:
@@ -115,6 +116,12 @@ class Stack:
         part._known, part._decomposed = self._known, self._decomposed
         return part
 
+    @property
+    def largest(self) -> int:
+        """float32 bytes of its largest block."""
+        most = max((len(rows) * int(self.ranks[rows].max()) for rows in self.blocks), default=0)
+        return 4 * sum(self.shape) * most
+
     def of(self, positions: np.ndarray) -> Stack | None:
         """Those of some adapters, as a stack of its own; None where none of them has the module."""
         rows = np.flatnonzero(np.isin(self.members, positions))
@@ -178,6 +185,12 @@ class Stack:
         if not self._all_stays:
             self._known.clear()
 
+    @property
+    def block(self) -> Factors:
+        """What is read of a stack of one block."""
+        (found,) = self.factors()
+        return found
+
     def _split(self) -> Iterator[np.ndarray]:
         width = 4 * sum(self.shape)
         start, top = 0, 0
@@ -187,3 +200,38 @@ class Stack:
                 yield np.arange(start, row)
                 start, top = row, rank
         yield np.arange(start, len(self))
+
+
+def batches(stacks: Iterable[Stack]) -> list[list[Stack]]:
+    """Modules of one shape and rank that are worked on together, as many as a block may hold: what
+    is small costs more to begin than to do. In the order of their first ones.
+    """
+    found: list[list[Stack]] = []
+    open_ones: dict[tuple[tuple[int, int], int], list[Stack]] = {}
+    for stack in stacks:
+        key = stack.shape, int(stack.ranks.max())
+        batch = open_ones.get(key)
+        most = min(stack.block_bytes, _TOGETHER)
+        if batch is None or sum(s.largest for s in [*batch, stack]) > most:
+            batch = open_ones[key] = []
+            found.append(batch)
+        batch.append(stack)
+    return found
+
+
+def parts_of(
+    stacks: Iterable[Stack], blocks: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, int, dict[str, Stack]]]:
+    """The adapters that are worked on together: first and end, and path → what they have."""
+    every = list(stacks)
+    for first, end in blocks:
+        numbers = [(stack, stack.block_from(first, end)) for stack in every]
+        yield first, end, {s.path: s.part(k) for s, k in numbers if k is not None}
+
+
+def alike(parts: Iterable[Stack]) -> list[list[Stack]]:
+    """Stacks of one block, together where their factors are of one shape and rank."""
+    found: dict[tuple[tuple[int, int], int], list[Stack]] = {}
+    for part in parts:
+        found.setdefault((part.shape, int(part.ranks.max())), []).append(part)
+    return list(found.values())

@@ -170,11 +170,16 @@ def write_added(
     bounds = np.full(collection.folded, bound or 0.0)
     survey = Survey(collection, options, bounds)
     builder = Builder(survey, before.next_id)
-    adding = Adding(c, survey, own_sides=form == "svd")
     with threads(1):
-        adding.plan()
-        (writer,) = builder.writers(t, adding.plans)
-        written = builder.write_plans([writer], adding.plans, adding.coded)
+        if form == "svd" and bound is not None:  # to the bytes that a fold of it alone would have
+            survey.measure()
+            (plans,), ahead = survey.plans(), None
+        else:
+            adding = Adding(c, survey, own_sides=form == "svd")
+            adding.plan()
+            plans, ahead = adding.plans, adding.coded
+        (writer,) = builder.writers(t, plans)
+        written = builder.write_plans([writer], plans, ahead)
     (entry,) = adapter_entries(
         collection, written, bounds, before.options, before.config, first=before.next_id
     )

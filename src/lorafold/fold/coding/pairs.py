@@ -27,8 +27,10 @@ from .rows import (
     RIGHT_SEED,
     CodedRows,
     code_rows,
+    joined,
     rounded_coefficients,
     turned_rows,
+    without_values,
     write_rows,
 )
 
@@ -36,6 +38,7 @@ PAIRS = 1
 PAIRS_HEAD = struct.Struct("<BB")
 SIDE_HEAD = struct.Struct("<HH")  # basis, how many of its columns
 MEASURABLE = 8  # bits: what loses less than these do is measured with more care
+_CACHED = 1 << 16  # numbers
 _SEEDS = (LEFT_SEED, RIGHT_SEED)
 
 Numbers = tuple[int | None, int | None]  # of the shared bases U and V; None for an own side
@@ -88,21 +91,19 @@ class Part:
         Args:
             bits: (n, k), at most `MEASURABLE`. numbers: as in `coded`.
         """
-        rows, sides = [], []
-        for X, seed, basis in zip((self.left, self.right), _SEEDS, (self.U, self.V), strict=True):
-            flat, shape = X.mT.flatten(0, 1), (*bits.shape, X.shape[1])
-            if basis is None:
-                flat, coded = turned_rows(flat, bits.reshape(-1), seed)
-            else:
-                coded = code_rows(flat, bits.reshape(-1), seed)
-            rows.append((flat.view(shape), coded.hat.view(shape), basis))
-            sides.append(coded)
+        left, right = (
+            _measured_side(X, bits, seed, basis)
+            for X, seed, basis in zip(
+                (self.left, self.right), _SEEDS, (self.U, self.V), strict=True
+            )
+        )
+        sides = [left[0], right[0]]
         c = self._coefficients(sides, bits)
-        scale = sides[1].scale.view(bits.shape)
-        strength = self.S * scale
-        factor = torch.as_tensor(c, device=scale.device) / torch.where(strength > 0, strength, 1.0)
-        XX, EX, EE = _products(*rows[0], factor)
-        YY, FY, FF = _products(*rows[1], scale)
+        strength = self.S * (sides[0].scale * sides[1].scale).view(bits.shape)
+        there = strength > 0
+        rounded = torch.as_tensor(c, device=there.device) / torch.where(there, strength, 1.0)
+        XX, EX, EE = _stretched(*left[1:], torch.where(there, rounded, 1.0))
+        YY, FY, FF = right[1:]
         hats = XX - EX - EX.mT + EE
         products = EE * YY + hats * FF + 2 * (EX - EE) * FY.mT
         square = (products * self.S[:, :, None] * self.S[:, None, :]).sum((1, 2)).clamp_min(0)
@@ -114,21 +115,44 @@ class Part:
         return rounded_coefficients((self.S.to(scale) * scale).cpu().numpy(), bits)
 
 
-def _products(X: Tensor, hat: Tensor, basis: Side, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (n, k, k) float64 of rows X with X, E = X − factor · hat with X, E with E.
+def _measured_side(
+    X: Tensor, bits: np.ndarray, seed: int, basis: Side
+) -> tuple[CodedRows, Tensor, Tensor, Tensor]:
+    """The columns of X (n, d, k) coded, and inner products (n, k, k) float64 of X with X, E with X
+    and E with E, where E = X − X̂ before coefficients are rounded.
 
-    Args:
-        X, hat: (n, k, d). basis: whose coordinates they are. factor: (n, k).
+    A few updates at a time, so that what is rotated and rounded is still in the cache.
     """
-    E = torch.addcmul(X, hat, factor.to(X.dtype)[:, :, None], value=-1)
-    both = torch.cat([X, E], 1)
-    if basis is None:
-        G = (both @ both.mT).double()
-    else:
-        both = both.double()
-        G = both @ basis.gram() @ both.mT
-    k = X.shape[1]
-    return G[:, :k, :k], G[:, k:, :k], G[:, k:, k:]
+    n, d, k = X.shape
+    rows, G = X.mT, []
+    coded: list[CodedRows] = []
+    some = max(1, _CACHED // (d * k)) if basis is None and X.device.type == "cpu" else n
+    for start in range(0, n, some):
+        here = slice(start, start + some)
+        part, levels = rows[here].flatten(0, 1), bits[here].reshape(-1)
+        if basis is None:
+            part, one = turned_rows(part, levels, seed)
+        else:
+            one = code_rows(part, levels, seed)
+        # In the room of the rows as they are read.
+        E = torch.addcmul(part, one.hat, one.scale.to(part.dtype)[:, None], value=-1, out=one.hat)
+        both = torch.cat([part.view(-1, k, d), E.view(-1, k, d)], 1)
+        if basis is None:
+            G.append(both @ both.mT)
+        else:
+            G.append(both.double() @ basis.gram() @ both.double().mT)
+        coded.append(without_values(one))
+    XE = torch.cat(G).double()
+    return joined(coded), XE[:, :k, :k], XE[:, k:, :k], XE[:, k:, k:]
+
+
+def _stretched(XX: Tensor, EX: Tensor, EE: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same products where X̂ is f (n, k) times what it was."""
+    f = f[:, :, None]
+    rest = 1 - f
+    EX_f = rest * XX + f * EX
+    EE_f = rest * rest.mT * XX + f * f.mT * EE + rest * f.mT * EX.mT + f * rest.mT * EX
+    return XX, EX_f, EE_f
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,11 @@ class Coded:
 
     def row(self, k: int) -> Coded:
         """One of them alone."""
-        row = slice(k, k + 1)
-        return Coded(self.records[row], self.squared_error[row], self.payload[row])
+        return self.rows(slice(k, k + 1))
+
+    def rows(self, rows: slice) -> Coded:
+        """Some of them."""
+        return Coded(self.records[rows], self.squared_error[rows], self.payload[rows])
 
     def replaced(self, rows: np.ndarray, by: Coded) -> Coded:
         """These with some rows replaced, in order, by those of another."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...collection.batch import power_of_two
 from ...errors import FileError
 from .bits import LEVELS
-from .codebook import dequantise, rounded
+from .codebook import dequantise, round_into, rounded
 from .packing import pack, unpack
 from .rotation import quick_rotate, unrotate
 
@@ -99,18 +99,19 @@ def turned_rows(X: Tensor, bits: np.ndarray, seed: int) -> tuple[Tensor, CodedRo
         X, bits, seed: as for `code_rows`.
     """
     turned = quick_rotate(X, seed)
-    codes = np.zeros(X.shape, np.uint8)
+    codes = torch.zeros(X.shape, dtype=torch.uint8, device=X.device)
     hat = torch.empty_like(turned)
     scale = torch.zeros(len(X), dtype=torch.float64, device=X.device)
     for level in np.unique(bits).tolist():
         rows = _span(np.flatnonzero(bits == level))
-        if level:
-            c, s, hat[rows] = rounded(turned[rows], level)
-            codes[rows] = c.cpu().numpy()
-            scale[rows] = s.double()
-        else:
+        if not level:
             hat[rows] = 0.0
-    return turned, CodedRows(bits, codes, None, hat, scale)
+        elif isinstance(rows, slice):
+            scale[rows] = round_into(turned[rows], level, codes[rows], hat[rows]).double()
+        else:
+            codes[rows], some, hat[rows] = rounded(turned[rows], level)
+            scale[rows] = some.double()
+    return turned, CodedRows(bits, codes.cpu().numpy(), None, hat, scale)
 
 
 def _span(rows: np.ndarray) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Block, Factors, squared_residuals
-from ...collection.stack import Stack
+from ...collection.batch import Block, Factors, side_by_side, squared_residuals
+from ...collection.stack import Stack, alike
 from ...words import note
 from ..coding.flat_part import code_parts
 from ..coding.record import Coded, Target, code, decode, exact_record
@@ -45,38 +45,76 @@ class Coder:
         stack: Stack,
         plan: ModulePlan,
         ledger: Ledger,
-        known: Coded | None = None,
+        known: Sequence[Coded] | None = None,
         first: int = 0,
     ) -> Iterator[tuple[np.ndarray, Coded]]:
         """Each block's adapters, and their records at a module; the ledger is kept.
 
         Args:
             stack: some or all of the module's updates. plan: of the module, for all of them.
-            known: what was coded and booked already, of a single block.
+            known: what was coded and booked already, a block each.
             first: the row in `plan` and `ledger` of the stack's first update.
         """
+        if known is not None:
+            for rows, coded in zip(stack.blocks, known, strict=True):
+                yield stack.members[rows], coded
+            return
         start = first
         for f, decomposed in stack.pairs():
             rows = np.arange(start, start + len(f.members))
             start += len(f.members)
             target = ledger.target(stack.path, rows, f.members)
-            if known is not None:
-                coded = known
-            else:
-                block = decomposed
-                if self.costs.cuts and plan.flat is None:
-                    block = self.costs.cut(decomposed or f.decomposed())
-                coded = code_as_planned(f, rows, plan, target, block)
+            block = decomposed
+            if self.costs.cuts and plan.flat is None:
+                block = self.costs.cut(decomposed or f.decomposed())
+            coded = code_as_planned(f, rows, plan, target, block)
             one = _Block(f, rows, rows - first, stack, plan)
-            if self.fine and target.kind == "error":
-                coded = _as_read(one, coded)
-            if target.kind == "error":
-                if known is None:
-                    coded = self._enforced(one, target, coded, ledger)
-                coded = _not_bulky(one, coded)
-                if known is None:
-                    ledger.book(stack.path, rows, f.members, coded.squared_error)
-            yield f.members, coded
+            yield f.members, self._booked(one, target, coded, ledger)
+
+    def batched(self, plan: ModulePlan) -> bool:
+        """Whether a module may be coded together with others."""
+        own = plan.U is None and plan.V is None and plan.flat is None
+        return own and self.costs.options.tolerance is not None and not self.fine
+
+    def together(
+        self,
+        parts: Mapping[str, Stack],
+        plans: Mapping[str, ModulePlan],
+        ledger: Ledger,
+        first: Mapping[str, int],
+    ) -> dict[str, Coded]:
+        """One block at several modules that are `batched`, coded and booked.
+
+        Args:
+            parts: path → the block. first: path → its first row in the plan and the ledger.
+        """
+        found: dict[str, Coded] = {}
+        for some in alike(parts.values()):
+            blocks, targets = [], []
+            for stack in some:
+                f = stack.block
+                rows = np.arange(first[stack.path], first[stack.path] + len(f.members))
+                blocks.append(_Block(f, rows, rows - rows[0], stack, plans[stack.path]))
+                targets.append(ledger.target(stack.path, rows, f.members, 1 / len(some)))
+            amounts = np.concatenate([target.amount for target in targets])
+            coded = code(side_by_side([b.factors for b in blocks]), Target("error", amounts))
+            start = 0
+            for one, target in zip(blocks, targets, strict=True):
+                end = start + len(one.rows)
+                own = coded.rows(slice(start, end))
+                found[one.stack.path] = self._booked(one, target, own, ledger)
+                start = end
+        return found
+
+    def _booked(self, one: _Block, target: Target, coded: Coded, ledger: Ledger) -> Coded:
+        """What is kept of a block that was coded to a target; the ledger is told."""
+        if target.kind != "error":
+            return coded
+        if self.fine:
+            coded = _as_read(one, coded)
+        coded = _not_bulky(one, self._enforced(one, target, coded, ledger))
+        ledger.book(one.stack.path, one.rows, one.factors.members, coded.squared_error)
+        return coded
 
     def _enforced(self, block: _Block, target: Target, coded: Coded, ledger: Ledger) -> Coded:
         """Code again what overshot; at last store it exactly."""

@@ -13,9 +13,10 @@ import numpy as np
 from ...collection.batch import Block, Factors
 from ...collection.collection import Collection
 from ...collection.groups import init_groups, probes
-from ...collection.stack import Stack
+from ...collection.stack import Stack, batches, parts_of
 from ...errors import MismatchError
 from ...scale.engine import Engine, Task
+from ...words import from_to
 from ..options import Options, Progress
 from ..planning.costs import Costs
 from ..planning.forms import Planner
@@ -68,7 +69,7 @@ class Survey:
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side, self.engine) for side in "UV"}
         by_path: dict[str, list[np.ndarray]] = {path: [] for path in self.stacks}
-        total = len(self.collection.blocks if self.engine.spread else self.stacks)
+        total = len(self.collection.blocks if self.engine.spread else batches(self.stacks.values()))
         found_of = self.engine.map(measured, self._measuring())
         for k, (spectra, digests) in enumerate(found_of):
             self.progress(k, 2 * total, "measuring")
@@ -83,22 +84,20 @@ class Survey:
         """Elsewhere a task is a block of adapters, whose files nobody else reads; here it is a
         module, which so is read once for all that is done with it.
         """
+        together = batches(self.stacks.values())
         if not self.engine.spread:
-            for path, stack in self.stacks.items():
-                yield Task(f"module {path!r}", (self.costs, [stack]))
+            for stacks in together:
+                name = from_to("module", [stack.path for stack in stacks])
+                yield Task(name, (self.costs, [stacks], self.collection.blocks))
             return
         for first, end, parts in self.blocks():
-            yield Task(self.collection.called(first, end), (self.costs, list(parts.values())))
+            theirs = [[parts[s.path] for s in stacks if s.path in parts] for stacks in together]
+            own = [stacks for stacks in theirs if stacks]
+            yield Task(self.collection.called(first, end), (self.costs, own, [(first, end)]))
 
     def blocks(self) -> Iterator[tuple[int, int, dict[str, Stack]]]:
         """The adapters that are worked on together: first and end, and path → what they have."""
-        for first, end in self.collection.blocks:
-            parts = {}
-            for path, stack in self.stacks.items():
-                number = stack.block_from(first, end)
-                if number is not None:
-                    parts[path] = stack.part(number)
-            yield first, end, parts
+        return parts_of(self.stacks.values(), self.collection.blocks)
 
     def _found(self, path: str, S: np.ndarray) -> None:
         """Keep a module's singular values, which float32 must hold."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...collection.batch import norms, singular_values
+from ...collection.batch import norms, side_by_side, singular_values
 from ...collection.elsewhere import Elsewhere
-from ...collection.stack import Stack
+from ...collection.stack import Stack, alike, parts_of
 from ...scale.engine import Held
 from ...scale.work import Pieces, Shared
 from ..coding.record import NOTHING, Coded
@@ -25,25 +25,37 @@ _EXACT_BELOW = 1e-4  # squared tolerances below this need float64 Grams
 Measured = tuple[dict[str, np.ndarray], dict[tuple[int, str], bytes]]
 
 
-def measured(costs: Costs, stacks: Sequence[Stack]) -> Measured:
+def measured(
+    costs: Costs, batches: Sequence[Sequence[Stack]], blocks: Sequence[tuple[int, int]]
+) -> Measured:
     """Singular values (n, r) by module path, and digests of what was read elsewhere; where no bits
     depend on them, instead of singular values what has their norm, (n, 1).
+
+    Args:
+        batches: modules that are worked on together. blocks: see `Collection`.
     """
     o = costs.options
     norms_only = o.tolerance is None and o.form == "flat"
     exact = o.tolerance is not None and costs.budgets.min(initial=1.0) < _EXACT_BELOW
     found: dict[str, np.ndarray] = {}
     digests: dict[tuple[int, str], bytes] = {}
-    for stack in stacks:
-        taken = stack.read.take_digests() if isinstance(stack.read, Elsewhere) else {}
-        S = [
-            (norms(f) if norms_only else singular_values(f, exact)).cpu().numpy()
-            for f in stack.factors()
-        ]
-        stack.forget()
-        width = max(s.shape[1] for s in S)
-        found[stack.path] = np.concatenate([wide(s, width) for s in S])
-        digests |= {(i, stack.path): digest for i, digest in taken.items()}
+    for stacks in batches:
+        read = {s.path: s.read for s in stacks if isinstance(s.read, Elsewhere)}
+        taken = {path: reader.take_digests() for path, reader in read.items()}
+        values: dict[str, list[np.ndarray]] = {s.path: [] for s in stacks}
+        for *_, parts in parts_of(stacks, blocks):
+            for some in alike(parts.values()):
+                f = side_by_side([part.block for part in some])
+                S = (norms(f) if norms_only else singular_values(f, exact)).cpu().numpy()
+                ends = np.cumsum([len(part) for part in some])
+                for part, own in zip(some, np.split(S, ends[:-1]), strict=True):
+                    values[part.path].append(own)
+        for stack in stacks:
+            stack.forget()
+        for path, several in values.items():
+            width = max(S.shape[1] for S in several)
+            found[path] = np.concatenate([wide(S, width) for S in several])
+        digests |= {(i, path): d for path, ones in taken.items() for i, d in ones.items()}
     return found, digests
 
 
@@ -87,12 +99,13 @@ class Block:
     Args:
         parts: path → their updates, in the order in which modules are coded. rows: path → the row
             of the first in the module's plan. plans: path → plan, of the modules' all.
-        ledger: of these adapters.
+        batches: paths that are coded together. ledger: of these adapters.
     """
 
     parts: Mapping[str, Stack]
     rows: Mapping[str, int]
     plans: Mapping[str, Held | Shared]
+    batches: Sequence[Sequence[str]]
     ledger: Ledger
 
 
@@ -101,7 +114,7 @@ def coded_parts(
     stack: Stack,
     plan: ModulePlan,
     ledger: Ledger,
-    known: Coded | None = None,
+    known: Sequence[Coded] | None = None,
     first: int = 0,
 ) -> Iterator[tuple[CodedPart, bytes]]:
     """A module's updates coded, block by block, and their records as they are written; arguments
@@ -118,9 +131,16 @@ def coded_block(coder: Coder, block: Block) -> Pieces:
     found: dict[str, CodedPart] = {}
     data: list[bytes] = []
     end = 0
+    known: dict[str, Coded] = {}
+    batch_of = {path: batch for batch in block.batches for path in batch}
     for path, stack in block.parts.items():
         plan, first = block.plans[path].get(), block.rows[path]
-        for part, records in coded_parts(coder, stack, plan, block.ledger, first=first):
+        if path in batch_of and path not in known:
+            some = {p: block.parts[p] for p in batch_of[path] if p in block.parts}
+            plans = {p: block.plans[p].get() for p in some}
+            known |= coder.together(some, plans, block.ledger, block.rows)
+        own = [known.pop(path)] if path in known else None
+        for part, records in coded_parts(coder, stack, plan, block.ledger, own, first):
             found[path] = replace(part, begin=end)
             data.append(records)
             end += len(records)

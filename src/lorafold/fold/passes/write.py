@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...collection.stack import Stack, batches, parts_of
 from ...errors import ToleranceError
 from ...scale.engine import Task
 from ...scale.work import Filed, Pieces
@@ -115,7 +116,10 @@ class Builder:
         )
         ledger = Ledger(budgets, bounds, survey.totals())
         coder = Coder(survey.costs)
-        known: Mapping[str, Coded] = {} if ahead is None or coder.fine else ahead(ledger)
+        known: dict[str, Sequence[Coded]] = {}
+        if ahead is not None and not coder.fine:
+            known = {path: [coded] for path, coded in ahead(ledger).items()}
+        batch_of = {} if ahead else self._batches(coder, plans)
         sizes = np.zeros((len(c.paths), len(c.names)), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
@@ -133,7 +137,9 @@ class Builder:
                         if (part := found.value.get(path)) is not None
                     )
                 elif plan is not None and stack is not None:
-                    parts = coded_parts(coder, stack, plan, ledger, known.get(path))
+                    if path in batch_of and path not in known:
+                        known |= self._coded_together(coder, batch_of[path], plans, ledger)
+                    parts = coded_parts(coder, stack, plan, ledger, known.pop(path, None))
                 else:
                     parts = ()
                 for part, records in parts:
@@ -177,22 +183,53 @@ class Builder:
         result.holds[info.name] = Rows(ids[0], ids[-1], len(ids))
         result.nbytes += info.nbytes
 
+    def _batches(self, coder: Coder, plans: Mapping[str, ModulePlan]) -> dict[str, Sequence[Stack]]:
+        """Of modules that are coded together, path → all of them."""
+        own = [s for path, s in self._survey.stacks.items() if coder.batched(plans[path])]
+        together = [batch for batch in batches(own) if len(batch) > 1]
+        return {stack.path: batch for batch in together for stack in batch}
+
+    def _coded_together(
+        self,
+        coder: Coder,
+        stacks: Sequence[Stack],
+        plans: Mapping[str, ModulePlan],
+        ledger: Ledger,
+    ) -> dict[str, list[Coded]]:
+        """Every block at some modules: path → what the blocks became."""
+        found: dict[str, list[Coded]] = {stack.path: [] for stack in stacks}
+        for *_, parts in parts_of(stacks, self._collection.blocks):
+            rows = self._first_rows(parts)
+            for path, coded in coder.together(parts, plans, ledger, rows).items():
+                found[path].append(coded)
+        for stack in stacks:
+            stack.forget()
+        return found
+
+    def _first_rows(self, parts: Mapping[str, Stack]) -> dict[str, int]:
+        """Path → the row of a block's first adapter among all that have the module."""
+        stacks = self._survey.stacks
+        return {
+            path: int(np.searchsorted(stacks[path].members, part.members[0]))
+            for path, part in parts.items()
+        }
+
     def _coded_elsewhere(
         self, coder: Coder, plans: Mapping[str, ModulePlan], ledger: Ledger
     ) -> list[Pieces | Filed]:
         """Every block of adapters coded at all of its modules."""
         survey = self._survey
         shared = {path: survey.engine.share(plan.bare()) for path, plan in plans.items()}
+        batch_of = self._batches(coder, plans)
+        together = {batch[0].path: [s.path for s in batch] for batch in batch_of.values()}
 
         def tasks() -> Iterator[Task]:
             for first, end, parts in survey.blocks():
-                starts = {
-                    path: int(np.searchsorted(survey.stacks[path].members, part.members[0]))
-                    for path, part in parts.items()
-                }
+                starts = self._first_rows(parts)
                 spans = {path: (row, row + len(parts[path])) for path, row in starts.items()}
                 there = {path: shared[path] for path in parts}
-                block = Block(parts, starts, there, ledger.part(first, end, spans))
+                own = ledger.part(first, end, spans)
+                block = Block(parts, starts, there, list(together.values()), own)
                 yield Task(survey.collection.called(first, end), (coder, block))
 
         count = len(survey.collection.blocks)

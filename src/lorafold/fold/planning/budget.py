@@ -152,12 +152,14 @@ class Ledger:
     def __lorafold_key__(self) -> Any:
         return self._targets, self._tolerances, self.total, self._first, self._rows
 
-    def target(self, path: str, rows: np.ndarray, members: np.ndarray) -> Target:
-        """What some rows of a module are to meet."""
+    def target(
+        self, path: str, rows: np.ndarray, members: np.ndarray, share: float = 1.0
+    ) -> Target:
+        """What some rows of a module are to meet, with a share of what is carried over."""
         target = self._targets[path].take(rows - self._rows.get(path, 0))
         if target.kind != "error":
             return target
-        carry = self._carry[members - self._first]
+        carry = share * self._carry[members - self._first]
         return Target("error", np.maximum(target.amount + carry, 0.3 * target.amount))
 
     def limit(self, path: str, rows: np.ndarray, members: np.ndarray) -> np.ndarray:
