@@ -283,7 +283,7 @@ class Crew:
         if self.workers is not None:
             from .local import LocalWorkers
 
-            own = LocalWorkers(self.workers, patience)
+            own = LocalWorkers(self.workers, patience, here=True)
         elif self.executor is not None:
             from .ray import RayExecutor
 

@@ -15,11 +15,12 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from .worker import perform
 
+_LEAVING = 10.0  # seconds for a task of this process to end
 _START_WITHIN = 300.0  # seconds for a process to import what it needs
 _START = "import sys; sys.path[:] = {path!r}; from lorafold.scale.worker import main; main()"
 
@@ -33,16 +34,21 @@ class LocalWorkers(Executor):
 
     Args:
         count: processes. patience: seconds that a task may take before its process is killed.
+        here: this process is one of them, if there are several; it has imported already what the
+            others need a second or two for. What takes too long here is left to the others, and
+            what ends its process ends this one.
     """
 
-    def __init__(self, count: int, patience: float) -> None:
+    def __init__(self, count: int, patience: float, here: bool = False) -> None:
         self.count, self._patience = count, patience
         self._threads = ThreadPoolExecutor(count, "worker")
-        self._idle: SimpleQueue[_Process] = SimpleQueue()
-        self._all: set[_Process] = set()
+        self._idle: SimpleQueue[_Process | _ThisProcess] = SimpleQueue()
+        self._all: set[_Process | _ThisProcess] = set()
         self._lock = threading.Lock()
         self._closed = False
-        for _ in range(count):
+        if here and count > 1:
+            self._take_in(_ThisProcess())
+        while len(self._all) < count:
             self._start()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -63,9 +69,11 @@ class LocalWorkers(Executor):
     def _start(self) -> None:
         with self._lock:
             if not self._closed:
-                process = _Process()
-                self._all.add(process)
-                self._idle.put(process)
+                self._take_in(_Process())
+
+    def _take_in(self, process: _Process | _ThisProcess) -> None:
+        self._all.add(process)
+        self._idle.put(process)
 
     def _run(self, task: tuple[Any, ...]) -> bytes | None:
         process = self._idle.get()
@@ -80,6 +88,37 @@ class LocalWorkers(Executor):
             raise
         self._idle.put(process)
         return found
+
+
+class _ThisProcess:
+    """A thread of this process in the place of another, a new one for each task."""
+
+    def __init__(self) -> None:
+        self._answers: SimpleQueue[bytes | WorkerDiedError | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, task: tuple[Any, ...], patience: float) -> bytes | None:
+        """Run a task; as `_Process.ask`."""
+        self._thread = threading.Thread(
+            target=lambda: self._answers.put(perform(*task)), daemon=True, name="task"
+        )
+        self._thread.start()
+        try:
+            answer = self._answers.get(timeout=patience)
+        except Empty:
+            raise WorkerDiedError(f"this process did not answer within {patience:g} s") from None
+        if isinstance(answer, WorkerDiedError):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """Whoever waits for its answer is told; a thread can't be ended."""
+        self._answers.put(WorkerDiedError("this process was stopped"))
+
+    def close(self) -> None:
+        """Wait a while for a task that is under way."""
+        if self._thread is not None:
+            self._thread.join(_LEAVING)
 
 
 class _Process:

@@ -69,10 +69,11 @@ class Survey:
             stacks = list(self.stacks.values())
             self.groups = {side: init_groups(stacks, count, side, self.engine) for side in "UV"}
         by_path: dict[str, list[np.ndarray]] = {path: [] for path in self.stacks}
-        total = len(self.collection.blocks if self.engine.spread else batches(self.stacks.values()))
-        found_of = self.engine.map(measured, self._measuring())
-        for k, (spectra, digests) in enumerate(found_of):
-            self.progress(k, 2 * total, "measuring")
+        total = len(self.collection.blocks if self.engine.spread else self.stacks)
+        done = 0
+        for spectra, digests in self.engine.map(measured, self._measuring()):
+            self.progress(done, 2 * total, "measuring")
+            done += 1 if self.engine.spread else len(spectra)
             self.collection.know(digests)
             for path, S in spectra.items():
                 by_path[path].append(S)
