@@ -6,15 +6,7 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
-
-
-@runtime_checkable
-class Keyed(Protocol):
-    """What says itself which inputs it stands for."""
-
-    def __lorafold_key__(self) -> Any:
-        """What tells it from others: anything that `key_of` takes."""
+from typing import Any
 
 
 def key_of(value: Any) -> str:
@@ -35,7 +27,7 @@ def _take(found: Any, value: Any) -> None:
         data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
         _head(found, type(value).__name__, len(data))
         found.update(data)
-    elif isinstance(value, Keyed) and not isinstance(value, type):
+    elif hasattr(type(value), "__lorafold_key__"):  # says itself which inputs it stands for
         _head(found, type(value).__name__, 0)
         _take(found, value.__lorafold_key__())
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

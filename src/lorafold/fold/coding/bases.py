@@ -41,9 +41,11 @@ class Basis:
     @property
     def columns(self) -> Tensor:
         """(d, R) float32, decoded again after a `release`."""
-        if self._columns is None:
-            self._columns = read_basis(self.record, self._d, self._side, self._device).columns
-        return self._columns
+        columns = self._columns  # a thread may let go of them meanwhile
+        if columns is None:
+            columns = read_basis(self.record, self._d, self._side, self._device).columns
+            self._columns = columns
+        return columns
 
     def release(self) -> None:
         """Keep the record only, which is several times smaller."""
@@ -64,22 +66,24 @@ class Basis:
 
     def solved(self, X: Tensor) -> Tensor:
         """The Gram's inverse times X (n, R, r) float64; the Gram is factored once."""
-        if self._factored is None:
+        factored = self._factored
+        if factored is None:
             LU, pivots, singular = torch.linalg.lu_factor_ex(self.gram())
             if bool(singular):
                 reason = "the columns of a basis are not independent"
                 raise torch.linalg.LinAlgError(reason)  # type: ignore[attr-defined]
-            self._factored = LU, pivots
+            factored = self._factored = LU, pivots
         n, R, r = X.shape
-        found: Tensor = torch.linalg.lu_solve(*self._factored, X.mT.reshape(n * r, R).T)
+        found: Tensor = torch.linalg.lu_solve(*factored, X.mT.reshape(n * r, R).T)
         return found.T.view(n, r, R).mT
 
     def gram(self) -> Tensor:
         """(R, R) float64 inner products of the columns."""
-        if self._gram is None:
+        gram = self._gram
+        if gram is None:
             wide = self.columns.double()
-            self._gram = wide.T @ wide
-        return self._gram
+            gram = self._gram = wide.T @ wide
+        return gram
 
 
 class Bases:

@@ -60,9 +60,10 @@ class FlatSide:
     @property
     def rows(self) -> Tensor:
         """(1 + k, D) float32, decoded again after a `release`."""
-        if self._rows is None:
-            self._rows = read_side(self.record, self._d, self._side, self._device).rows
-        return self._rows
+        rows = self._rows  # a thread may let go of them meanwhile
+        if rows is None:
+            rows = self._rows = read_side(self.record, self._d, self._side, self._device).rows
+        return rows
 
     def release(self) -> None:
         """Keep the record only."""
@@ -94,14 +95,15 @@ class FlatSide:
         """A power of two near the directions' largest number, and the inverse (k, k) of the Gram of
         the directions divided by it, whose products lose nothing.
         """
-        if self._inverse is None:
+        found = self._inverse
+        if found is None:
             D = self.rows[1:]
             unit = power_of_two(D.abs().max().double())
             D = D / unit.to(D.dtype)
             wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
             # Rows of factors near the end of float32's range may vanish or be alike: no `solve`.
-            self._inverse = unit, torch.linalg.pinv(wide, hermitian=True)
-        return self._inverse
+            found = self._inverse = unit, torch.linalg.pinv(wide, hermitian=True)
+        return found
 
     @property
     def lengths(self) -> Tensor:
