@@ -167,6 +167,55 @@ def test_a_worker_that_hangs_is_ended(tmp_path, two):
     assert found == ["alive"]
 
 
+def of_process(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_this_process_is_one_of_several(tmp_path, two):
+    workers = LocalWorkers(2, 60, here=True)
+    try:
+        engine = Spread(workers, WorkDirectory(tmp_path / "work"))
+        found = set(engine.map(of_process, tasks(*((0.05 + 0.001 * k,) for k in range(60)))))
+        assert list(engine.map(dies_first_elsewhere, tasks((str(tmp_path / "m"), os.getpid()))))
+        with pytest.raises(MismatchError, match="not 3"):
+            list(engine.map(fails, tasks((3,), (4,))))
+    finally:
+        workers.shutdown()
+    assert len(found) == 2
+    assert os.getpid() in found
+    alone = LocalWorkers(1, 60, here=True)  # one that can be ended
+    try:
+        (other,) = Spread(alone, WorkDirectory(tmp_path / "one")).map(of_process, tasks((0,)))
+    finally:
+        alone.shutdown()
+    assert other != os.getpid()
+
+
+def dies_first_elsewhere(marker, mine):
+    if os.getpid() != mine and not os.path.exists(marker):
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def waits_here(marker, mine, seconds):
+    if os.getpid() == mine:
+        time.sleep(seconds)
+    return os.getpid()
+
+
+def test_what_hangs_in_this_process_goes_to_another(tmp_path, two):
+    workers = LocalWorkers(2, 3, here=True)
+    try:
+        engine = Spread(workers, WorkDirectory(tmp_path / "work"), 3)
+        given = [(k, os.getpid(), 600.0) for k in range(3)]
+        found = list(engine.map(waits_here, tasks(*given)))
+    finally:
+        workers.shutdown()
+    assert os.getpid() not in found
+
+
 def test_what_is_done_is_not_done_again(two, tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()

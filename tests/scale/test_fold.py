@@ -14,6 +14,7 @@ import torch
 
 import lorafold as lf
 from lorafold import FileError, MismatchError
+from lorafold.fold.passes.coder import Coder
 
 D, RANK, MODULES = 48, 4, 5
 OPTIONS = {
@@ -108,6 +109,29 @@ def test_adapters_in_memory_and_in_libraries_travel(many, serial, tmp_path):
             here.close()
             there.close()
             assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+def test_modules_that_are_coded_together_make_the_same_bytes(many, tmp_path, monkeypatch):
+    """Blocks of a few adapters and room for several modules, as where adapters are large."""
+    monkeypatch.setattr("lorafold.collection.collection._TOGETHER", 1)
+    told = []
+    real = Coder.together
+
+    def spy(self, parts, *args):
+        told.append(len(parts))
+        return real(self, parts, *args)
+
+    monkeypatch.setattr(Coder, "together", spy)
+    options = {"form": "svd", "tolerance": 0.1}
+    with lf.fold(many, tmp_path / "here", **options) as lib:
+        assert lib.verify(many) == pytest.approx({n: lib.error(n) for n in lib.names}, rel=1e-3)
+        assert all(lib.error(n) <= 0.1 for n in lib.names)
+    assert max(told) > 1
+    assert len(told) > 10
+    for executor, name in ((ThreadPoolExecutor(2), "threads"), (None, "workers")):
+        more = {"workers": 2} if executor is None else {"executor": executor}
+        lf.fold(many, tmp_path / name, **options, **more).close()
+        assert contents(tmp_path / name) == contents(tmp_path / "here")
 
 
 def test_refold_by_workers_makes_the_same_bytes(many, tmp_path):

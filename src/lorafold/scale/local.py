@@ -80,10 +80,9 @@ class LocalWorkers(Executor):
         try:
             found = process.ask(task, self._patience)
         except BaseException:
-            process.kill()
             with self._lock:
                 self._all.discard(process)
-            process.close()
+            process.give_up()
             self._start()
             raise
         self._idle.put(process)
@@ -111,8 +110,11 @@ class _ThisProcess:
             raise answer
         return answer
 
+    def give_up(self) -> None:
+        """A thread can't be ended: what it finds when all is done is a result like others."""
+
     def kill(self) -> None:
-        """Whoever waits for its answer is told; a thread can't be ended."""
+        """Whoever waits for its answer is told."""
         self._answers.put(WorkerDiedError("this process was stopped"))
 
     def close(self) -> None:
@@ -180,6 +182,11 @@ class _Process:
         except subprocess.TimeoutExpired:
             return "closed its output"
         return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
+    def give_up(self) -> None:
+        """End it, and let go of it."""
+        self.kill()
+        self.close()
 
     def kill(self) -> None:
         """End it; whoever waits for its answer is told."""

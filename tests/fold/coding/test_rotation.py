@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafold.fold.coding.codebook import DISTORTION, dequantise, quantise
-from lorafold.fold.coding.rotation import rotate, unrotate
+from lorafold.fold.coding.rotation import quick_rotate, rotate, unrotate
 
 LENGTHS = [1, 2, 3, 128, 384, 4096, 5000]
 ROUNDING = {torch.float32: 2e-6, torch.float64: 4e-15}
@@ -121,6 +121,33 @@ def test_settings_of_matrix_products_do_not_reach_it():
             assert torch.equal(rotate(x, 1), before)
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("d", [*LENGTHS, 64, 96, 512, 1 << 13, 11008, 1 << 15, 1 << 17])
+def test_matrix_products_are_the_same_rotation_up_to_rounding(d, dtype):
+    x = random(19, d, dtype=dtype)
+    kept = x.clone()
+    y = quick_rotate(x, 5)
+    torch.testing.assert_close(y, rotate(x, 5), rtol=0, atol=4 * ROUNDING[dtype])
+    torch.testing.assert_close(y.norm(dim=1), x.norm(dim=1), rtol=ROUNDING[dtype], atol=0)
+    assert torch.equal(x, kept)
+    assert quick_rotate(x[:0], 5).shape == (0, d)
+    wide = random(19, 2 * d, seed=3, dtype=dtype)
+    wide[:, ::2] = x
+    torch.testing.assert_close(quick_rotate(wide[:, ::2], 5), y, rtol=0, atol=4 * ROUNDING[dtype])
+
+
+def test_products_are_not_taken_in_a_lower_precision():
+    x = random(8, 4096)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(quick_rotate(x, 1), rotate(x, 1))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(quick_rotate(x, 1), rotate(x, 1), rtol=0, atol=8e-6)
 
 
 @pytest.mark.parametrize("d", [64, 96])

@@ -97,9 +97,9 @@ class Block:
     """A block of adapters to be coded.
 
     Args:
-        parts: path → their updates, in the order in which modules are coded. rows: path → the row
-            of the first in the module's plan. plans: path → plan, of the modules' all.
-        batches: paths that are coded together. ledger: of these adapters.
+        parts: path → their updates. rows: path → the row of the first in the module's plan.
+        plans: path → plan, of the modules' all. ledger: of these adapters.
+        batches: all modules that there are, in the order in which they are coded; several together.
     """
 
     parts: Mapping[str, Stack]
@@ -131,19 +131,19 @@ def coded_block(coder: Coder, block: Block) -> Pieces:
     found: dict[str, CodedPart] = {}
     data: list[bytes] = []
     end = 0
-    known: dict[str, Coded] = {}
-    batch_of = {path: batch for batch in block.batches for path in batch}
-    for path, stack in block.parts.items():
-        plan, first = block.plans[path].get(), block.rows[path]
-        if path in batch_of and path not in known:
-            some = {p: block.parts[p] for p in batch_of[path] if p in block.parts}
-            plans = {p: block.plans[p].get() for p in some}
-            known |= coder.together(some, plans, block.ledger, block.rows)
-        own = [known.pop(path)] if path in known else None
-        for part, records in coded_parts(coder, stack, plan, block.ledger, own, first):
-            found[path] = replace(part, begin=end)
-            data.append(records)
-            end += len(records)
-        plan.release()
-        stack.forget()
+    for batch in block.batches:
+        parts = {path: block.parts[path] for path in batch if path in block.parts}
+        plans = {path: block.plans[path].get() for path in parts}
+        known: Mapping[str, Coded] = {}
+        if len(batch) > 1:
+            known = coder.together(parts, plans, block.ledger, block.rows)
+        for path, stack in parts.items():
+            own = [known[path]] if path in known else None
+            first = block.rows[path]
+            for part, records in coded_parts(coder, stack, plans[path], block.ledger, own, first):
+                found[path] = replace(part, begin=end)
+                data.append(records)
+                end += len(records)
+            plans[path].release()
+            stack.forget()
     return Pieces(found, data)

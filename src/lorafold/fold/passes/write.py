@@ -119,7 +119,8 @@ class Builder:
         known: dict[str, Sequence[Coded]] = {}
         if ahead is not None and not coder.fine:
             known = {path: [coded] for path, coded in ahead(ledger).items()}
-        batch_of = {} if ahead else self._batches(coder, plans)
+        together = [] if ahead else self._batches(coder, plans)
+        batch_of = {s.path: batch for batch in together if len(batch) > 1 for s in batch}
         sizes = np.zeros((len(c.paths), len(c.names)), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
@@ -183,11 +184,13 @@ class Builder:
         result.holds[info.name] = Rows(ids[0], ids[-1], len(ids))
         result.nbytes += info.nbytes
 
-    def _batches(self, coder: Coder, plans: Mapping[str, ModulePlan]) -> dict[str, Sequence[Stack]]:
-        """Of modules that are coded together, path → all of them."""
-        own = [s for path, s in self._survey.stacks.items() if coder.batched(plans[path])]
-        together = [batch for batch in batches(own) if len(batch) > 1]
-        return {stack.path: batch for batch in together for stack in batch}
+    def _batches(self, coder: Coder, plans: Mapping[str, ModulePlan]) -> list[list[Stack]]:
+        """All modules by what is coded together, in the order of the first ones."""
+        stacks = self._survey.stacks
+        own = batches(s for path, s in stacks.items() if coder.batched(plans[path]))
+        others = [[s] for path, s in stacks.items() if not coder.batched(plans[path])]
+        place = {path: k for k, path in enumerate(stacks)}
+        return sorted([*own, *others], key=lambda batch: place[batch[0].path])
 
     def _coded_together(
         self,
@@ -220,8 +223,7 @@ class Builder:
         """Every block of adapters coded at all of its modules."""
         survey = self._survey
         shared = {path: survey.engine.share(plan.bare()) for path, plan in plans.items()}
-        batch_of = self._batches(coder, plans)
-        together = {batch[0].path: [s.path for s in batch] for batch in batch_of.values()}
+        together = [[stack.path for stack in batch] for batch in self._batches(coder, plans)]
 
         def tasks() -> Iterator[Task]:
             for first, end, parts in survey.blocks():
@@ -229,7 +231,7 @@ class Builder:
                 spans = {path: (row, row + len(parts[path])) for path, row in starts.items()}
                 there = {path: shared[path] for path in parts}
                 own = ledger.part(first, end, spans)
-                block = Block(parts, starts, there, list(together.values()), own)
+                block = Block(parts, starts, there, together, own)
                 yield Task(survey.collection.called(first, end), (coder, block))
 
         count = len(survey.collection.blocks)
