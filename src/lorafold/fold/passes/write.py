@@ -116,34 +116,19 @@ class Builder:
         )
         ledger = Ledger(budgets, bounds, survey.totals())
         coder = Coder(survey.costs)
-        known: dict[str, Sequence[Coded]] = {}
-        if ahead is not None and not coder.fine:
-            known = {path: [coded] for path, coded in ahead(ledger).items()}
-        together = [] if ahead else self._batches(coder, plans)
-        batch_of = {s.path: batch for batch in together if len(batch) > 1 for s in batch}
         sizes = np.zeros((len(c.paths), len(c.names)), np.int64)
         result = Written(np.zeros(n), ledger.total, np.zeros(n))
         bases: list[dict[str, tuple[str, int]]] = []
-        blocks = self._coded_elsewhere(coder, plans, ledger) if survey.engine.spread else None
+        spread = survey.engine.spread
+        coded = self._coded_elsewhere if spread else self._coded_here
+        parts_at = coded(coder, plans, ledger, ahead)
         for j, path in enumerate(c.paths):
-            if blocks is None:
+            if not spread:
                 survey.progress(len(c.paths) + j, 2 * len(c.paths), "writing")
             plan, stack = plans.get(path), survey.stacks.get(path)
             with contextlib.ExitStack() as open_streams:
                 streams = [open_streams.enter_context(w.stream(f"m{j}")) for w in writers]
-                if blocks is not None:
-                    parts: Iterable[tuple[CodedPart, bytes]] = (
-                        (part, found.read(part.begin, part.begin + int(part.sizes.sum())))
-                        for found in blocks
-                        if (part := found.value.get(path)) is not None
-                    )
-                elif plan is not None and stack is not None:
-                    if path in batch_of and path not in known:
-                        known |= self._coded_together(coder, batch_of[path], plans, ledger)
-                    parts = coded_parts(coder, stack, plan, ledger, known.pop(path, None))
-                else:
-                    parts = ()
-                for part, records in parts:
+                for part, records in parts_at(path):
                     result.squared_error[part.members] += part.squared_error
                     result.payload[part.members] += part.payload
                     sizes[j, part.members] = part.sizes
@@ -217,10 +202,38 @@ class Builder:
             for path, part in parts.items()
         }
 
+    def _coded_here(
+        self,
+        coder: Coder,
+        plans: Mapping[str, ModulePlan],
+        ledger: Ledger,
+        ahead: Ahead | None,
+    ) -> Callable[[str], Iterable[tuple[CodedPart, bytes]]]:
+        """What codes a module when it is asked for, in the order of modules."""
+        known: dict[str, Sequence[Coded]] = {}
+        if ahead is not None and not coder.fine:
+            known = {path: [coded] for path, coded in ahead(ledger).items()}
+        together = [] if ahead else self._batches(coder, plans)
+        batch_of = {s.path: batch for batch in together if len(batch) > 1 for s in batch}
+
+        def parts_at(path: str) -> Iterable[tuple[CodedPart, bytes]]:
+            plan, stack = plans.get(path), self._survey.stacks.get(path)
+            if plan is None or stack is None:
+                return ()
+            if path in batch_of and path not in known:
+                known.update(self._coded_together(coder, batch_of[path], plans, ledger))
+            return coded_parts(coder, stack, plan, ledger, known.pop(path, None))
+
+        return parts_at
+
     def _coded_elsewhere(
-        self, coder: Coder, plans: Mapping[str, ModulePlan], ledger: Ledger
-    ) -> list[Pieces | Filed]:
-        """Every block of adapters coded at all of its modules."""
+        self,
+        coder: Coder,
+        plans: Mapping[str, ModulePlan],
+        ledger: Ledger,
+        _: Ahead | None,
+    ) -> Callable[[str], Iterable[tuple[CodedPart, bytes]]]:
+        """What gives a module of every block of adapters, which all are coded now."""
         survey = self._survey
         shared = {path: survey.engine.share(plan.bare()) for path, plan in plans.items()}
         together = [[stack.path for stack in batch] for batch in self._batches(coder, plans)]
@@ -239,7 +252,14 @@ class Builder:
         for k, one in enumerate(survey.engine.map(coded_block, tasks())):
             survey.progress(count + k, 2 * count, "writing")
             found.append(one)
-        return found
+
+        def parts_at(path: str) -> Iterable[tuple[CodedPart, bytes]]:
+            for one in found:
+                part = one.value.get(path)
+                if part is not None:
+                    yield part, one.read(part.begin, part.begin + int(part.sizes.sum()))
+
+        return parts_at
 
     # Manifest and extras
 
