@@ -77,15 +77,15 @@ def test_it_begins_with_the_base_and_an_adapter(opened, server):
     assert page.text_content("#served") == f"the base with {len(server.names)} adapters"
     assert page.locator(".setting h2").all_text_contents() == ["Setting 1", "Setting 2"]
     page.fill("#prompt", "go on: ")
-    server.answers = lambda body: "with one" if body.get("lora") else "alone"
+    server.answers = lambda body: "with one" if body["model"] == "sql" else "alone"
     run(page)
     assert texts(page) == ["alone", "with one"]
     assert page.locator(".setting .asked").all_text_contents() == ["go on: "] * 2
-    base, one = sorted(server.asked, key=lambda body: "lora" in body)
+    base, one = sorted(server.asked, key=lambda body: "c" in body)
     assert not {"lora", "c", "rank", "seed"} & base.keys()
-    assert base["model"] == one["model"] == "the base"
+    assert not {"lora", "rank", "seed"} & one.keys()
+    assert (base["model"], one["model"]) == ("the base", "sql")
     assert base["prompt"] == one["prompt"] == "go on: "
-    assert one["lora"] == [{"name": "sql", "scale": 1}]
     assert one["c"] == 1
     assert base["stream"] is True
     assert part(page, 0, ".ran").text_content() == "the base, no adapter"
@@ -149,14 +149,11 @@ def test_names_and_answers_are_never_markup(opened, server):
     nasty = server.names[2:]
     offered = part(page, 1, ".name").locator("option").evaluate_all("all => all.map(o => o.text)")
     assert offered[3:] == [" ".join(name.split()) for name in nasty]
-    server.answers = lambda body: (
-        "".join(nasty) + body["lora"][0]["name"] if "lora" in body else "-"
-    )
+    server.answers = lambda body: "".join(nasty) + body["model"]
     for i, name in enumerate(nasty):
         part(page, 1, ".name").select_option(index=i + 3)
         run(page)
-        asked = [body["lora"][0]["name"] for body in server.asked if "lora" in body]
-        assert asked[-1] == name
+        assert [body["model"] for body in server.asked if "c" in body][-1] == name
         assert texts(page)[1] == "".join(nasty) + name
         assert name in part(page, 1, ".ran").text_content()
     page.fill("#prompt", nasty[0])
@@ -202,6 +199,15 @@ def test_events_are_read_however_they_are_cut(opened, server):
         )
         run(page)
         assert texts(page) == [whole] * 2
+
+
+def test_whom_the_server_chose_is_said(opened, server):
+    page = opened()
+    server.pieces = lambda body: server.events({**body, "model": "<b>sql</b>:0.7"}, "yes")
+    run(page)
+    assert part(page, 0, ".ran").text_content() == (
+        "the base, no adapter, answered by <b>sql</b>:0.7"
+    )
 
 
 def test_answers_stream_and_can_be_stopped(opened, server):
@@ -357,4 +363,4 @@ def test_a_thousand_adapters(opened, server):
     assert page.text_content("#served") == "the base with 1000 adapters"
     part(page, 1, ".name").select_option(label="adapter-0777")
     run(page)
-    assert [b["lora"][0]["name"] for b in server.asked if "lora" in b] == ["adapter-0777"]
+    assert [body["model"] for body in server.asked if "c" in body] == ["adapter-0777"]

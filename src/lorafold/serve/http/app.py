@@ -18,12 +18,13 @@ from ...fold import Library
 from ...route import load as load_router
 from ..base import Base
 from ..catalog import Catalog
+from ..playground.page import page
 from . import answers as out
 from .answering import Answers, Chunk
 from .bodies import Chat, Completion, Embedding, Generation, Loading
 from .errors import ApiError, api_error
 from .guard import Guard
-from .service import Chosen, Service, Settings
+from .service import AUTO, Chosen, Service, Settings
 from .web import web
 
 _LOOK = 0.2  # seconds between two looks at whether a client is there, and the engine
@@ -148,6 +149,7 @@ class Routes:
     def all_of_them(self) -> list[tuple[str, str, Handler]]:
         """(method, path, handler) of each."""
         found: list[tuple[str, str, Handler]] = [
+            ("GET", "/", self.playground),
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.metrics),
             ("GET", "/v1/models", self.models),
@@ -164,6 +166,11 @@ class Routes:
         return found
 
     # What there is
+
+    async def playground(self, _: Any) -> Any:
+        """A page that asks what is below."""
+        html, headers = page()
+        return web().Response(html, headers=headers)
 
     async def health(self, _: Any) -> Any:
         """Whether requests are taken."""
@@ -183,12 +190,13 @@ class Routes:
         return web().Response(text, headers={"content-type": kind})
 
     async def models(self, _: Any) -> Any:
-        """The base and all adapters."""
+        """The base, all adapters, and who chooses among them."""
         service = self._service
         await asyncio.to_thread(service.catalog.look)
         length, base = service.engine.limits.length, service.base.name
         cards = [out.card(base, self._created, None, length)]
-        cards += [out.card(name, self._created, base, length) for name in service.catalog]
+        names = [*service.catalog, *([AUTO] if self._routes(AUTO) else [])]
+        cards += [out.card(name, self._created, base, length) for name in names]
         return web().JSONResponse({"object": "list", "data": cards})
 
     async def model(self, request: Any) -> Any:
@@ -196,11 +204,16 @@ class Routes:
         service, name = self._service, request.path_params["name"]
         await asyncio.to_thread(service.catalog.look)
         base = service.base.name
-        if name != base and name not in service.catalog:
+        if name != base and name not in service.catalog and not self._routes(name):
             raise service.catalog.unknown(name)
         parent = None if name == base else base
         length = service.engine.limits.length
         return web().JSONResponse(out.card(name, self._created, parent, length))
+
+    def _routes(self, name: str) -> bool:
+        """Whether the name is the router's."""
+        service = self._service
+        return name == AUTO and service.router is not None and AUTO not in service.catalog
 
     # Adapters that come and go
 

@@ -196,20 +196,22 @@
     };
     if (id("seed").value !== "") body.seed = Number(id("seed").value);
     if (parts.length) {
-      body.lora = parts.map(([name, weight]) => ({ name, scale: Number(weight) }));
       body.c = Number(c);
       if (rank !== "") body.rank = Number(rank);
+      const mix = parts.map(([name, weight]) => ({ name, scale: Number(weight) }));
+      if (mix.length === 1 && mix[0].scale === 1) body.model = mix[0].name;  // "auto" is one, too
+      else body.lora = mix;
     }
     return body;
   }
 
   const shown = (number) => String(number).replace("-", "−");
 
-  function said(body, model) {
-    if (!body.lora) return `${model}, no adapter`;
-    const mix = body.lora.map(({ name, scale }) => (scale === 1 ? name : `${shown(scale)} × ${name}`));
+  function said(body) {
+    if (body.c === undefined) return `${base}, no adapter`;
+    const mix = (body.lora ?? [{ name: body.model, scale: 1 }]).map(({ name, scale }) => (scale === 1 ? name : `${shown(scale)} × ${name}`));
     const rank = body.rank === undefined ? "all ranks" : `rank ${body.rank}`;
-    return `${mix.join(" + ")}, c = ${shown(body.c)}, ${rank}, on ${model}`;
+    return `${mix.join(" + ")}, c = ${shown(body.c)}, ${rank}, on ${base}`;
   }
 
   async function answer(setting) {
@@ -224,7 +226,7 @@
     one(".problem").hidden = true;
     const text = document.createTextNode("");
     one(".text").replaceChildren(text);
-    one(".ran").textContent = said(body, body.model);
+    one(".ran").textContent = said(body);
     one(".speed").textContent = "…";
     const start = performance.now();
     const seen = { first: null, last: null, pieces: 0, usage: null, reason: null };
@@ -240,6 +242,9 @@
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Error(chunk.error.message);
         take(chunk, seen, text, one);
+        // Where the server chose, it says whom.
+        const chose = !body.lora && chunk.model && chunk.model !== body.model;
+        one(".ran").textContent = said(body) + (chose ? `, answered by ${chunk.model}` : "");
         one(".speed").textContent = speed(seen, start);
       }
       one(".speed").textContent = speed(seen, start);
