@@ -49,7 +49,7 @@ MAY_IMPORT = {
     | {"files", "collection", "fold", "transfer"},  # stands apart; only the command line uses it
 }
 BELOW_CLI = set(MAY_IMPORT)
-for verb in ("train", "route", "report"):
+for verb in ("train", "route", "report", "doctor"):
     MAY_IMPORT[verb] = BELOW_CLI - {"demo"}
 MAY_IMPORT["serve"] = set(MAY_IMPORT) - {"demo"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

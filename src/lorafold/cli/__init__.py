@@ -18,6 +18,7 @@ VERBS = {
     "resize": "Write adapters at another size, with the error it costs.",
     "convert": "Write an adapter in the form of another program.",
     "check": "Check an adapter's names and shapes against its base.",
+    "doctor": "Ask a running server whether an adapter is in effect, and at what strength.",
     "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
     "verify-merge": "Check, tensor by tensor, what a merged checkpoint holds of an adapter.",
