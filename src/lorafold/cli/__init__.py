@@ -17,7 +17,7 @@ VERBS = {
     "roles": "Show what the modules of a base or an adapter do.",
     "resize": "Write adapters at another size, with the error it costs.",
     "convert": "Write an adapter in the form of another program.",
-    "check": "Check an adapter's names and shapes against its base.",
+    "check": "Check an adapter's names and shapes against its base, or its file against a program.",
     "doctor": "Ask a running server whether an adapter is in effect, and at what strength.",
     "merge": "Merge adapters into one, of any ranks and targets.",
     "merge-into": "Write a checkpoint with an adapter merged, without loading the model.",
