@@ -163,6 +163,25 @@ def test_the_site_builds_and_has_every_public_name(tmp_path):
         assert not [url for url in loaded if "canonical" not in url], page.name
 
 
+# The table of formats
+
+
+def test_the_table_of_formats_is_what_code_and_tests_say():
+    spec = importlib.util.spec_from_file_location("formats", ROOT / "tools" / "formats_table.py")
+    formats = importlib.util.module_from_spec(spec)
+    sys.modules["formats"] = formats  # where its dataclass looks for itself
+    spec.loader.exec_module(formats)
+    found = formats.marks(ROOT / "tests")
+    text = formats.PAGE.read_text(encoding="utf-8")
+    assert formats.filled(text, found) == text, "run tools/formats_table.py --write"
+    without = [mark for mark in found if mark.form != "mlx"]
+    with pytest.raises(ValueError, match="no test is marked as checking that 'mlx' is read"):
+        formats.table(without)
+    odd = [*found, formats.Mark("flat", "written", "nobody", "test_x.py")]
+    with pytest.raises(ValueError, match=r"test_x\.py: 'flat' is not written"):
+        formats.table(odd)
+
+
 # The README's numbers
 
 

@@ -73,6 +73,7 @@ def test_a_peft_directory_resumes_a_plain_lora(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["kaiming", "modulation"])
+@pytest.mark.form("flat", "read", by="its formula")
 def test_flat_keys_are_read(kind, tmp_path):
     model, live = trained(SPECS[kind])
     tensors = {

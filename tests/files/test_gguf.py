@@ -91,6 +91,7 @@ def pair(name, out, inner, rank=2):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.form("gguf", "read", by="llama.cpp's converter")
 def test_what_its_converter_wrote_is_the_adapter_of_peft(name):
     folder = GOLDEN / name
     truth = lf.load(folder / "peft")
@@ -105,6 +106,7 @@ def test_what_its_converter_wrote_is_the_adapter_of_peft(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.form("gguf", "written", by="llama.cpp's converter")
 def test_its_converters_tensors_are_written_bit_for_bit(name, tmp_path):
     """Of an adapter of scale 1, where nothing is multiplied into B."""
     folder = GOLDEN / name

@@ -37,6 +37,7 @@ def subspace(request, tmp_path):
     return tmp_path
 
 
+@pytest.mark.form("vlora", "read", by="vlora-dev")
 def test_tasks_come_back_as_vlora_rebuilds_them(subspace):
     theirs = vlora.SharedSubspace.load(subspace)
     ours = load_many(subspace, alpha=6)

@@ -179,6 +179,8 @@ CASES = [(m, f) for m in MODELS for f in ("diffusers", "kohya") if (m, f) != ("F
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.form("diffusers", "written", by="diffusers")
+@pytest.mark.form("kohya", "written", by="diffusers")
 def test_what_is_written_is_fused_there(name, form, tmp_path):
     """Every linear layer and convolution, at mixed ranks and scales."""
     make, owner, load = MODELS[name]
@@ -203,6 +205,7 @@ def test_what_is_written_is_fused_there(name, form, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SD 1", "FLUX"])
+@pytest.mark.form("diffusers", "read", by="diffusers")
 def test_what_a_model_saves_there_is_read(name, tmp_path):
     """With a config in the header, and no part of a pipeline in the names."""
     from peft import LoraConfig
@@ -283,6 +286,7 @@ def test_a_pipelines_file_is_read(tmp_path):
     check(unet, own, before[0])
 
 
+@pytest.mark.form("kohya", "read", by="kohya-ss's formula")
 def test_differing_alphas_are_kohyas_formula(tmp_path):
     """diffusers takes these for others, so that they are compared with α / r by hand."""
     torch.manual_seed(0)
@@ -340,6 +344,9 @@ def flux_adapter(shared):
 
 @pytest.mark.parametrize("form", ["kohya", "comfy"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.form("comfy", "read", by="diffusers")
+@pytest.mark.form("comfy", "written", by="diffusers")
+@pytest.mark.form("kohya", "written", by="diffusers")
 def test_fluxs_first_names_are_converted_there(form, shared, tmp_path):
     torch.manual_seed(0)
     adapter = flux_adapter(shared)

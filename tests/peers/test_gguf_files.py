@@ -269,6 +269,8 @@ ALL = [0.0, 0.5, 1.0, -1.0]
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.form("gguf", "written", by="llama.cpp")
+@pytest.mark.form("gguf", "read", by="llama.cpp")
 def test_every_architecture_that_is_written_for(name, peers):
     p = peers(name)
     options = {}

@@ -59,6 +59,7 @@ def saved(model, path, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.form("kohya", "read", by="lycoris-lora")
 def test_its_own_files_run_as_they_do_there(case, tmp_path):
     model, file = Model(), tmp_path / "x.safetensors"
     own = {key: t.clone() for key, t in model.state_dict().items()}
@@ -112,6 +113,7 @@ def test_dora_is_its_formula_and_pefts(tmp_path):
         assert (there - here).norm() < 1e-5 * there.norm()
 
 
+@pytest.mark.form("kohya", "written", by="lycoris-lora")
 def test_what_is_written_is_merged_there(tmp_path):
     """Under names that are lycoris-lora's own: plain layers and convolutions, and DoRA's."""
     torch.manual_seed(0)

@@ -105,6 +105,8 @@ EVERY = ["model.embed_tokens", "lm_head", "self_attn.q_proj", "self_attn.k_proj"
 
 
 @pytest.mark.parametrize("keys", [None, EVERY], ids=["all linear layers", "embedding and head"])
+@pytest.mark.form("mlx", "read", by="mlx-lm")
+@pytest.mark.form("mlx", "read", by="PEFT")
 def test_what_mlx_wrote_runs_the_same_here_and_in_peft(untied, tmp_path, keys):
     folder = trained(untied, tmp_path / "mlx", keys=keys)
     expected, plain = of_mlx(untied, folder), of_mlx(untied)
@@ -175,6 +177,7 @@ def mixed(base, tied):
     return lf.Adapter(modules, layouts=layouts)
 
 
+@pytest.mark.form("mlx", "written", by="mlx-lm")
 def test_mlx_runs_what_is_written_as_peft_does(base, tmp_path):
     """Ranks 2, 3 and 4 in one rank, their scales in B."""
     folder, tied = base

@@ -205,6 +205,7 @@ def kind(request, tmp_path):
     return base, model, KINDS[request.param], tmp_path
 
 
+@pytest.mark.form("peft", "read", by="PEFT")
 def test_every_kind_merges_as_in_peft(kind):
     base, model, _, path = kind
     state = state_of(base)
@@ -234,6 +235,7 @@ def test_an_untouched_adapter_is_written_bit_for_bit(kind):
         assert torch.equal(reloaded_outputs(base, path / "again"), model(X))
 
 
+@pytest.mark.form("peft", "written", by="PEFT")
 def test_what_is_saved_after_algebra_runs_the_same_in_peft(kind):
     base, model, config, path = kind
     other = with_extras_of(trained(base, 2, **config), model)

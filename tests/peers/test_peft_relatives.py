@@ -21,6 +21,8 @@ def logits(model):
         return model(IDS).logits
 
 
+@pytest.mark.form("peft", "read", by="torch")
+@pytest.mark.form("peft", "written", by="PEFT")
 def test_merged_layers_of_the_first_releases(tmp_path):
     """enable_lora on GPT-2's c_attn, which today's PEFT has no word for."""
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)

@@ -46,6 +46,7 @@ def run(model, inputs, adapter):
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
+@pytest.mark.form("portable", "read", by="what was written, bit for bit")
 def test_it_comes_back_exactly(name, tmp_path):
     model = models.model_of(name)
     a = adapter_of(model, dtype=torch.bfloat16)
@@ -329,6 +330,7 @@ def test_names_of_a_user_are_data(tmp_path):
     assert Packing(("gate", "up"), (1, 1)).rows(2)["up"].tolist() == [1]
 
 
+@pytest.mark.form("portable", "written", by="a reader in numpy, from its page")
 def test_a_reader_written_from_the_page(tmp_path):
     """docs/formats.md in plain numpy: both directions of a packing, and the scale."""
     neox = models.model_of("gpt_neox")
