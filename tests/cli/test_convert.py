@@ -132,3 +132,36 @@ def test_a_lokr_of_full_rank_is_cut_to_a_tolerance(cli, tmp_path):
     dense = torch.kron(parts["lokr_w1"], parts["lokr_w2"])
     (u,) = lf.load(out).modules.values()
     assert 0 < (u.dense() - dense).norm() <= 0.3 * dense.norm()
+
+
+def test_a_peft_folder_gets_the_paths_of_its_base(cli, tmp_path):
+    """A `model.` too few, and experts one by one where transformers has one parameter."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    shapes = {"layers.0.self_attn.k_proj": (4, 8), "layers.0.mlp.experts.1.up_proj": (12, 8)}
+    shapes["layers.0.mlp.experts.1.gate_proj"] = (12, 8)
+    modules = {
+        path: lf.LowRank(torch.randn(2, inner), torch.randn(out, 2), 0.5)
+        for path, (out, inner) in shapes.items()
+    }
+    lf.save(lf.Adapter(modules), tmp_path / "in")
+    line = ("convert", tmp_path / "in", "-o", tmp_path / "out", "--to", "peft")
+    ran = cli(*line, "--base", tmp_path / "base", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["error"] < 1e-6
+    out = lf.load(tmp_path / "out")
+    assert "model.layers.0.self_attn.k_proj" in out
+    assert "model.layers.0.mlp.experts.gate_up_proj[1]" in out
+    state = model.state_dict()
+    one, two = (lf.load(tmp_path / name).apply_to(state) for name in ("in", "out"))
+    assert all(torch.allclose(t, two[key], atol=1e-5) for key, t in one.items())

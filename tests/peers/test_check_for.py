@@ -123,6 +123,29 @@ def test_peft(case, tmp_path):
         assert torch.allclose(after, before + ours, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_names_in_peft(tmp_path):
+    """A prefix too few: PEFT finds the targets, and no tensor of the file for them."""
+    peft = pytest.importorskip("peft")
+    base = tmp_path / "base"
+    model = llama(base, tied=False)
+    modules = {f"layers.{n}.self_attn.q_proj": lf.LowRank(R(2, 8), R(8, 2)) for n in range(2)}
+    lf.save(lf.Adapter(modules, config={"target_modules": ["q_proj"]}), tmp_path / "a")
+    (found,) = check_for(tmp_path / "a", "peft", base=base).findings
+    assert (found.name, found.outcome, len(found.modules)) == ("names", "ignores", 2)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = peft.PeftModel.from_pretrained(model, tmp_path / "a")(ids).logits
+    assert torch.equal(before, after)
+    lf.save(lf.load(tmp_path / "a", base=base), tmp_path / "b")  # as the remedy does
+    assert check_for(tmp_path / "b", "peft", base=base).same
+    model = llama(tmp_path / "again", tied=False)
+    with torch.no_grad():
+        after = peft.PeftModel.from_pretrained(model, tmp_path / "b")(ids).logits
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
 # MLX
 
 

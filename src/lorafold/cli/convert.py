@@ -59,6 +59,7 @@ def convert(
     from ..files import open_adapter, save
     from ..files.formats.diffusion.bases import by_base
     from ..files.save import target_kind
+    from ..roles.onto import onto
 
     file = opened(source, dtype=dtype, tolerance=tolerance, base=base, **options)
     apart = [path for path in touched([source], {}) if path is not None]
@@ -74,8 +75,10 @@ def convert(
     adapter, names_of = file.load(), base
     if file.names and base is not None and not (form in FORMATS and FORMATS[form].of_images):
         adapter = by_base(adapter, file.names, base)
-    if file.names or file.is_on_base:  # which the base was needed for already
-        names_of = None if form == "peft" else base
+    if form == "peft":
+        if base is not None and not (file.names or file.is_on_base):
+            adapter = onto(adapter, base)
+        names_of = None  # which the base was needed for
     save(
         adapter,
         path,
@@ -108,7 +111,8 @@ def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> f
 
     if adapter.refusal is not None:
         return None
-    if adapter.modules.keys() != written.modules.keys():
+    # PEFT has no other names, but zeros for experts that are not there.
+    if form in FORMATS and adapter.modules.keys() != written.modules.keys():
         with tempfile.TemporaryDirectory(prefix="lorafold-") as scratch:
             exact = Path(scratch, f"exact{FORMATS[form].ending or ''}")
             save(adapter, exact, format=cast(Any, form), base=base)

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..roles.names import weights_in
 from .finding import Finding, convert, told
 from .look import Look
 from .peft_folder import form_findings, wrapped_names
+
+
+def _other_names(look: Look) -> Iterator[Finding]:
+    """Modules that the base has in memory under other names, or as parts of others."""
+    if look.base is None or look.file is None or not look.base.config.get("model_type"):
+        return
+    there = weights_in(look.base.path)
+    lost = [
+        path
+        for path in look.file.shapes
+        if path not in there and path.partition("[")[0] not in there
+    ]
+    if lost:
+        yield Finding(
+            "names",
+            "ignores",
+            f"{len(lost)} of {len(look.file.shapes)} modules have other names in the base: what is "
+            f"not found by {told(lost)} has no effect, or is an error where no target is found",
+            modules=tuple(lost),
+            remedy=convert(look.path, "peft", "--base", str(look.base.path)),
+        )
 
 
 def findings(look: Look) -> Iterator[Finding]:
@@ -16,6 +38,7 @@ def findings(look: Look) -> Iterator[Finding]:
     if found or look.config is None:
         return
     yield from wrapped_names(look, "PEFT")
+    yield from _other_names(look)
     if look.config.get("enable_lora"):
         yield Finding(
             "enable_lora",
