@@ -1,6 +1,7 @@
 """Files of image models: diffusers', ComfyUI's, FLUX in any names; all under diffusers' paths."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -160,6 +161,23 @@ def test_a_language_models_part_is_not_taken_for_one_of_a_pipeline(tmp_path):
         lf.load(file)
     assert lf.load(file, alpha=4)["transformer.h.0.attn.c_attn"].scale == 2
     assert lf.load(file, format="diffusers")["transformer.h.0.attn.c_attn"].scale == 1
+    for key, sure in {
+        "transformer.layers.0.attn.to_q": False,  # as other libraries call theirs, too
+        "text_encoder.encoder.block.0.layer.0.SelfAttention.q": False,
+        "transformer.blocks.0.attn1.to_q": True,
+        "transformer.x_embedder": True,
+        f"text_encoder.{TEXT}.mlp.fc1": True,
+    }.items():
+        written(file, third({key: factors()}))
+        if sure:
+            assert lf.load(file)[key].scale == 1
+        else:
+            with pytest.raises(FileError, match="format='diffusers' or format='peft'"):
+                lf.load(file)
+            said = {"transformer.r": 2, "transformer.lora_alpha": 4, "text_encoder.r": 2}
+            said |= {"text_encoder.lora_alpha": 4}
+            written(file, third({key: factors()}), lora_adapter_metadata=json.dumps(said))
+            assert lf.load(file)[key].scale == 2
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     written(file, third({f"unet.{ATTENTION}.to_q": factors()}))
@@ -278,6 +296,23 @@ def test_files_of_one_header_and_of_two_kinds_of_b(tmp_path):
         opened = open_adapter(written(tmp_path / f"{k}.safetensors", tensors))
         found.append({rank for _, _, rank in opened.shapes.values()})
     assert found == [{2}, {6}]
+
+
+def test_parts_are_read_in_other_processes_and_from_stores(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    B = torch.block_diag(*(R(D, 2) for _ in range(3)))
+    file = written(tmp_path / "x.safetensors", keyed({name: (R(6, IN), B)}, ".lora_A", ".lora_B"))
+    opened = open_adapter(file)
+    other = pickle.loads(pickle.dumps(opened))
+    assert other.names == opened.names == dict.fromkeys(opened.shapes, name)
+    for path in opened.shapes:
+        assert torch.equal(other.read(path).B, opened.read(path).B)
+    with fsspec.open("memory://images/x.safetensors", "wb") as f:
+        f.write(file.read_bytes())
+    assert lf.load("memory://images/x.safetensors").digest == lf.load(file).digest
+    lf.save(lf.load(file), "memory://images/y.safetensors", format="kohya")
+    assert lf.load("memory://images/y.safetensors").distance(lf.load(file)) == 0
 
 
 def test_x_fluxs_attentions(tmp_path):

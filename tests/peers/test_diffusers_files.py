@@ -201,6 +201,35 @@ def test_what_is_written_is_fused_there(name, form, tmp_path):
     assert set(lf.load(file, base=make())) == set(layers(make()))
 
 
+def test_other_verbs_take_such_a_file_as_it_is(tmp_path):
+    """Attached to a running model, and merged into its weights on the disk: as diffusers fuses."""
+    torch.manual_seed(0)
+    unet, text = sd1().eval(), text_encoder().eval()
+    for model, owner in ((unet, "unet"), (text, "text_encoder")):
+        lf.save(adapter_of(model, owner), tmp_path / f"{owner}.safetensors", format="kohya")
+    unet.save_pretrained(tmp_path / "base")
+    lf.merge_into_weights(tmp_path / "base", tmp_path / "unet.safetensors", tmp_path / "merged")
+    (merged,) = map(load_file, (tmp_path / "merged").glob("*.safetensors"))
+    image, time = torch.randn(1, 4, 8, 8), torch.tensor([5])
+    ids, states = torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 12)
+
+    def runs():
+        with torch.no_grad():
+            return unet(image, time, states).sample, text(ids).last_hidden_state
+
+    found = []
+    for k, (model, owner) in enumerate(((unet, "unet"), (text, "text_encoder"))):
+        live = lf.attach(model, lf.load(tmp_path / f"{owner}.safetensors"), use="default")
+        found.append(runs()[k])
+        live.detach()
+    load_unet(tmp_path / "unet.safetensors", unet)
+    load_text(tmp_path / "text_encoder.safetensors", text)
+    for got, exact in zip(found, runs(), strict=True):
+        assert (got - exact).norm() <= 1e-5 * exact.norm()
+    for name, exact in weights(unet).items():
+        assert (merged[name] - exact).norm() <= 1e-6 * exact.norm()
+
+
 # What it writes, and what it reads of older generations
 
 

@@ -40,7 +40,7 @@ def _claims(source: Source) -> bool:
     if source.alpha is not None or any(map(is_comfy_name, source.tensors)):
         return False
     owned = any(OWNED.match(key) and THIRD.fullmatch(key) for key in source.tensors)
-    return owned and header_says(source.metadata, source.where)[0] is None
+    return owned and header_says(source.metadata, source.where) == (None, None)
 
 
 def _found(source: Source) -> Found:

@@ -46,7 +46,7 @@ _MORE = {
     "text_encoder": re.compile(r"text_projection"),
 }
 _IN_TRANSFORMER = re.compile(
-    r"(?:.*\.)?(?:(?:single_)?transformer_blocks|attn[12]|to_[qkv]|to_out|add_[qkv]_proj)(?:\.|$)"
+    r"(?:.*\.)?(?:(?:single_)?transformer_blocks|attn[12])\."
     r"|(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)(?:\.|$)"
 )
 
