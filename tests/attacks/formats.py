@@ -171,6 +171,75 @@ def parquet_says(folder):
     return found
 
 
+# Under PEFT's names: merged layers of loralib's, and Tinker's experts
+
+
+def make_merged(folder):
+    g = torch.Generator().manual_seed(0)
+    stem = f"{kinds.PREFIX}h.0.c_attn"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.randn(4, 5, generator=g),
+        f"{stem}.lora_B.weight": torch.randn(6, 2, 1, generator=g),
+    }
+    save_file(tensors, folder / kinds.WEIGHTS)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["c_attn"]}
+    config["enable_lora"] = [True, False, True]
+    (folder / kinds.CONFIG).write_text(json.dumps(config))
+
+
+def merged_says(folder):
+    config = kinds.strict_json((folder / kinds.CONFIG).read_text(encoding="utf-8"))
+    blocks = config.pop("enable_lora", None)
+    _, tensors = kinds.header_of(folder / kinds.WEIGHTS)
+    if blocks is None:
+        return kinds.peft_told(config, tensors)
+    assert all(type(x) is bool for x in blocks)
+    for key in [k for k in tensors if "lora_B" in k]:
+        B, k = tensors[key].flatten(1), sum(blocks)
+        parts = iter(torch.chunk(B, k))
+        rows = len(B) // k
+        whole = torch.zeros(rows * len(blocks), k * B.shape[1], dtype=B.dtype)
+        for g, j in enumerate(j for j, there in enumerate(blocks) if there):
+            whole[j * rows : (j + 1) * rows, g * B.shape[1] : (g + 1) * B.shape[1]] = next(parts)
+        tensors[key] = whole
+    times = {name: config[name] * sum(blocks) for name in ("r", "lora_alpha")}
+    return kinds.peft_told({**config, **times}, tensors)
+
+
+def make_tinker(folder):
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "mlp.experts.w1": ((1, 2, 5), (3, 6, 2)),
+        "mlp.experts.w2": ((3, 2, 6), (1, 5, 2)),
+        "unembed_tokens": ((2, 5), (7, 2)),
+    }
+    tensors = {
+        f"{kinds.PREFIX}model.{name}.lora_{side}.weight": torch.randn(shape, generator=g)
+        for name, both in shapes.items()
+        for side, shape in zip("AB", both, strict=True)
+    }
+    save_file(tensors, folder / kinds.WEIGHTS)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
+    (folder / kinds.CONFIG).write_text(json.dumps(config))
+
+
+def tinker_says(folder):
+    config = kinds.strict_json((folder / kinds.CONFIG).read_text(encoding="utf-8"))
+    tensors = kinds.once_prefixed(kinds.header_of(folder / kinds.WEIGHTS)[1])
+    plain_ones = {}
+    for key, t in tensors.items():
+        match = re.fullmatch(r"(.+\.experts)\.(w[123]|\w+_proj)\.(lora_[AB])(\.weight)?", key)
+        if match is None or t.ndim != 3:
+            plain_ones[re.sub(r"(model\.)?unembed_tokens(?=\.lora_)", "lm_head", key)] = t
+            continue
+        twin = tensors[key.replace(*("lora_A", "lora_B")[:: 1 if "lora_A" in key else -1])]
+        name = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(match[2], match[2])
+        for e in range(max(len(t), len(twin))):
+            at = f"{match[1]}.{e}.{name}.{match[3]}.weight"
+            plain_ones[at] = t[e if len(t) > 1 else 0]
+    return kinds.peft_told(config, plain_ones)
+
+
 # kohya-ss's and LyCORIS's names and factors
 
 
@@ -298,6 +367,20 @@ NAMES_OF_GGUF = {
 
 
 KINDS = {
+    "merged layers": Kind(
+        make_merged,
+        (kinds.WEIGHTS, kinds.CONFIG),
+        lambda f: kinds.told_of(lf.load(f)),
+        merged_says,
+        ("info FOLDER", "check FOLDER --for peft", "convert FOLDER -o OUT --to peft"),
+    ),
+    "tinker": Kind(
+        make_tinker,
+        (kinds.WEIGHTS, kinds.CONFIG),
+        lambda f: kinds.told_of(lf.load(f)),
+        tinker_says,
+        ("info FOLDER", "check FOLDER --for vllm", "convert FOLDER -o OUT --to peft"),
+    ),
     "gguf": Kind(
         make_gguf,
         ("x.gguf",),
@@ -313,7 +396,11 @@ KINDS = {
         ("x.safetensors",),
         lambda f: kinds.told_of(lf.load(f / "x.safetensors")),
         kohya_says,
-        ("info FOLDER/x.safetensors", "convert FOLDER/x.safetensors -o OUT --to peft"),
+        (
+            "info FOLDER/x.safetensors",
+            "convert FOLDER/x.safetensors -o OUT --to peft",
+            "check FOLDER/x.safetensors --for diffusers",
+        ),
     ),
     "pickle": Kind(
         make_pickle,

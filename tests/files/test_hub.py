@@ -134,6 +134,17 @@ def test_a_repository_of_mlx(offline):
     assert lf.load("org/sql")["q"].scale == 20.0
 
 
+def test_a_repository_of_diffusers(offline):
+    """Which has no config."""
+    folder = offline / "cache" / "models--org--sql" / "snapshots" / COMMIT
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_config.json").unlink()
+    path = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, 3), f"{path}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    assert lf.load("org/sql")[path].scale == 1.0
+
+
 def test_without_huggingface_hub_the_hint_says_what_to_install(tmp_path):
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
@@ -172,7 +183,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_a_file(offline, options, mon
     says = "no such file or directory: 'org/nope'.* not known"
     with pytest.raises(FileError, match=says) as caught:
         lf.load("org/nope", **options)
-    assert len(asked) == len(set(asked)) == 2 + len(options)
+    assert len(asked) == len(set(asked)) == 3 + len(options)
     assert "\n" not in str(caught.value)
 
 

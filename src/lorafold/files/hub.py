@@ -23,7 +23,7 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     Raises:
         FileError: no such path, and no such adapter on the Hub (or no huggingface_hub).
     """
-    from .config import MLX_NAME, PICKLE_NAME, WEIGHTS_NAME
+    from .config import DIFFUSERS_NAME, MLX_NAME, PICKLE_NAME, WEIGHTS_NAME
 
     try:
         import huggingface_hub as hub
@@ -42,7 +42,7 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
         _check_reachable(hub, name, filename, revision)
         return Path(hub.hf_hub_download(name, filename, revision=revision))
 
-    weights = [WEIGHTS_NAME, MLX_NAME, *([PICKLE_NAME] if allow_pickle else [])]
+    weights = [WEIGHTS_NAME, MLX_NAME, DIFFUSERS_NAME, *([PICKLE_NAME] if allow_pickle else [])]
     missing: Exception | None = None
     try:
         for filename in weights:
@@ -51,6 +51,8 @@ def snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
             except EntryNotFoundError as e:
                 missing = e
                 continue
+            if filename == DIFFUSERS_NAME:
+                return folder  # which says its scale itself
             try:
                 fetched(CONFIG_NAME)
             except LocalEntryNotFoundError:
