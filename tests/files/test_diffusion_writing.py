@@ -187,6 +187,7 @@ def test_parts_that_are_not_there_come_back_as_none(tmp_path):
         lf.save(a, file, format=form, overwrite=True)
         assert set(lf.load(file)) == set(a)
         assert a.distance(lf.load(file)) <= 1e-6 * a.norm()
+        assert set(lf.load(file, base=list(FLUX))) == set(a)
     one = lf.Adapter({p: u for p, u in a.modules.items() if p.endswith(f"{DOUBLE}.attn.to_q")})
     lf.save(one, file, format="kohya", overwrite=True)
     assert torch.equal(lf.load(file)[f"{DOUBLE}.attn.to_q"].A, one[f"{DOUBLE}.attn.to_q"].A)

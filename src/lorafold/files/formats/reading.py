@@ -23,7 +23,8 @@ from ..config import json_object
 from .alphas import SAID
 
 Shape = tuple[int, ...]
-RANKS = "lorafold_ranks"  # in the header of what lorafold wrote: {module: rank}, of those padded
+# In the header of what lorafold wrote: {module: rank} of those padded, or the ranks of its parts.
+RANKS = "lorafold_ranks"
 Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 

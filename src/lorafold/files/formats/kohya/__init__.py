@@ -1,1 +1,1 @@
-"""kohya-ss's and LyCORIS's files: what is in them (`reading`), and whose modules (`names`)."""
+"""kohya-ss's and LyCORIS's files: what is in them (`reading`), and products (`products`)."""

@@ -111,11 +111,12 @@ def found_by(source: Source, grammar: Grammar) -> Found:
             "scales itself, and there is an adapter_config.json as PEFT's have: remove the config, "
             "or give the tensors alone"
         )
+    named = {piece.path: name for name, parts in pieces.items() for piece in parts}
     return Found(
         plan,
         {**config, **source.origin(RANKS)},
         tensors,
-        {piece.path: name for name, parts in pieces.items() for piece in parts},
+        {path: named[path] for path in plan.slots},
         by_numbers=bool(beside) or looked,
     )
 
