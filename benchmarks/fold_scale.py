@@ -5,9 +5,10 @@ unrelated ones and others of one start, folded at 10 % error, each run in a proc
 turn: form "auto" and "svd" with one thread, "auto" by two workers, and, where the repository's
 history has it, the code of commit 8739e31 with all threads. "auto" should cost at most 1.3 × "svd"
 where nothing is shared and 2 × where something is; two workers be 1.6 × one, and 4 × that commit,
-whose reading back is to be halved. Then one run under a profiler: seconds and nanoseconds a number
-for each part, next to the nanoseconds that a copy of one number in memory takes, below which none
-can come.
+whose reading back is to be halved. Beside the clock stands the processor's time, which tells more
+on a machine with others at work, and what of it the start of a second worker takes. Then one run
+under a profiler: seconds and nanoseconds a number for each part, next to the nanoseconds that a
+copy of one number in memory takes, below which none can come.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import cProfile
 import io
 import os
 import pstats
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,7 @@ import lorafold as lf
 
 QUESTION = "Folding bfloat16 adapters of a 7B Llama: forms, workers, and where the time goes"
 BEFORE = "8739e31"
-WIDE, MIDDLE, RANK, COUNT = 4096, 11008, 16, 12
+WIDE, MIDDLE, RANK = 4096, 11008, 16
 SHAPES = {
     **{f"self_attn.{name}_proj": (WIDE, WIDE) for name in "qkvo"},
     "mlp.gate_proj": (MIDDLE, WIDE),
@@ -45,35 +47,40 @@ AT_MOST = {"auto / svd": 1.3, "auto / svd, one start": 2.0}
 AT_LEAST = {"two workers": 1.6, "two workers / before": 4.0, "reading / before": 2.0}
 
 _FOLD = """
-import sys, time
+import resource, sys, time
 import lorafold, torch
+def processor():
+    both = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(r.ru_utime + r.ru_stime for r in both)
 lorafold.fold, torch.zeros(8, 8) @ torch.zeros(8, 8)
 options = eval(sys.argv[3])
-start = time.perf_counter()
+start, used = time.perf_counter(), processor()
 lib = lorafold.fold(sys.argv[1] + "/*", sys.argv[2], overwrite=True, **options)
 print("seconds", time.perf_counter() - start)
+print("processor", processor() - used)
 print("bytes", lib.nbytes)
 start = time.perf_counter()
 for name in lib.names:
     lib[name]
 print("reading", time.perf_counter() - start)
 """
+# What a worker does before its first task.
+_START = "import torch, lorafold.scale.worker, lorafold.fold.passes.tasks"
 # What a part is called, and the functions that it is.
 PARTS = {
-    "reading the files": ("peft.py", "read"),
-    "joining blocks": ("batch.py", "joined_factors"),
-    "Grams": ("batch.py", "gram"),
-    "quick Grams": ("batch.py", "quick_gram"),
-    "rotating": ("rotation.py", "rotate"),
-    "rotating back": ("rotation.py", "unrotate"),
-    "quantising": ("codebook.py", "quantise"),
-    "levels of codes": ("codebook.py", "dequantise"),
-    "bits": ("bits.py", "bits_for_error"),
-    "records": ("record.py", "_pairs_record"),
+    "reading the files": [("peft.py", "read")],
+    "joining blocks": [("batch.py", "joined_factors"), ("batch.py", "side_by_side")],
+    "Grams": [("batch.py", "quick_gram"), ("batch.py", "gram")],
+    "directions": [("batch.py", "_directions")],
+    "rotating": [("rotation.py", "quick_rotate"), ("rotation.py", "unrotate")],
+    "quantising": [("codebook.py", "round_into")],
+    "measuring what is lost": [("pairs.py", "_products")],
+    "bits": [("bits.py", "bits_for_error")],
+    "records": [("pairs.py", "written")],
 }
 
 
-def make(folder: Path, layers: int, one_start: bool) -> None:
+def make(folder: Path, layers: int, count: int, one_start: bool) -> None:
     """Write the adapters; with one start their A's are near one another."""
     g = torch.Generator().manual_seed(0)
     config = {
@@ -84,7 +91,7 @@ def make(folder: Path, layers: int, one_start: bool) -> None:
     }
     paths = {f"model.layers.{k}.{n}": s for k in range(layers) for n, s in SHAPES.items()}
     first = {p: torch.randn(RANK, s[1], generator=g) for p, s in paths.items() if one_start}
-    for i in range(COUNT):
+    for i in range(count):
         modules = {}
         for path, (out, inner) in paths.items():
             A = torch.randn(RANK, inner, generator=g)
@@ -132,8 +139,8 @@ def where_the_time_goes(folder: Path) -> tuple[list[dict[str, Any]], float]:
     stats: Any = pstats.Stats(profiler)
     spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items():
-        for name, (in_file, of_function) in PARTS.items():
-            if function == of_function and Path(file).name == in_file:
+        for name, found in PARTS.items():
+            if (Path(file).name, function) in found:
                 spent[name] += cumulative
     spent["the rest"] = whole - sum(spent.values())
     numbers = sum(a.num_parameters for a in map(lf.load, sorted((folder / "alone").iterdir())))
@@ -147,6 +154,14 @@ def where_the_time_goes(folder: Path) -> tuple[list[dict[str, Any]], float]:
     return rows, 1e9 * statistics.median(copies) / len(x)
 
 
+def start_of_a_worker() -> float:
+    """Seconds of the processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", _START], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def _seconds(fn: Any) -> float:
     start = time.perf_counter()
     fn()
@@ -154,14 +169,15 @@ def _seconds(fn: Any) -> float:
 
 
 def main() -> None:
-    args = arguments(
-        QUESTION,
-        lambda p: p.add_argument("--layers", type=int, default=32, help="of 32 layers, so many"),
-    )
+    def more(p: Any) -> None:
+        p.add_argument("--layers", type=int, default=32, help="of 32 layers, so many")
+        p.add_argument("--adapters", type=int, default=12, help="so many")
+
+    args = arguments(QUESTION, more)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder / "alone", args.layers, one_start=False)
-        make(folder / "kin", args.layers, one_start=True)
+        make(folder / "alone", args.layers, args.adapters, one_start=False)
+        make(folder / "kin", args.layers, args.adapters, one_start=True)
         before = code_of(BEFORE, folder / "before")
         runs: dict[str, tuple[str, str, int, Path | None]] = {
             "svd": ("alone", "{'form': 'svd'}", 1, None),
@@ -181,12 +197,14 @@ def main() -> None:
             for key, several in taken.items()
         }
         assert found["auto"]["bytes"] == found["auto, two workers"]["bytes"]
+        start = statistics.median(start_of_a_worker() for _ in range(3))
         parts, copy = where_the_time_goes(folder)
         size = sum(p.stat().st_size for p in (folder / "alone").rglob("*.safetensors"))
     rows = [
         {
             "run": key,
             "seconds": r["seconds"],
+            "of the processor": r["processor"],
             "MiB/s of the files": size / 2**20 / r["seconds"],
             "reading all back": r["reading"],
             "library, MiB": r["bytes"] / 2**20,
@@ -206,14 +224,17 @@ def main() -> None:
     met |= {key: ratios[key] >= limit for key, limit in AT_LEAST.items() if key in ratios}
     console = Console()
     console.print(table_of(parts, f"Where the time goes; a copy of a number takes {copy:.2f} ns"))
+    share = start / found["auto, two workers"]["processor"]
+    console.print(f"The second worker's start takes {start:.1f} s of a processor, {share:.0%}")
     result = {
-        "adapters": COUNT,
+        "adapters": args.adapters,
         "modules": args.layers * len(SHAPES),
         "bytes": size,
         "runs": found,
         "ratios": ratios,
         "parts": {row["part"]: row["seconds"] for row in parts},
         "copy_ns": copy,
+        "start_of_a_worker": start,
         "met": met,
     }
     report(QUESTION, rows, result, args.save)

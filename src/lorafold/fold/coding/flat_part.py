@@ -24,6 +24,7 @@ from .rows import (
     joined,
     read_rows,
     rounded_coefficients,
+    turned_rows,
     without_values,
     write_rows,
 )
@@ -122,7 +123,11 @@ def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
     coded, lengths = [], []
     for at in range(0, len(rows), _ROWS):  # a few at a time: coding takes several times their size
         some = rows[at : at + _ROWS]
-        part = code_rows(some, levels[at : at + _ROWS], _SEEDS[side])
+        bits = levels[at : at + _ROWS]
+        if bits.max() <= 8:  # of the same lengths, rotated or not
+            _, part = turned_rows(some, bits, _SEEDS[side])
+        else:
+            part = code_rows(some, bits, _SEEDS[side])
         lengths.append(some.double().norm(dim=1) / part.hat.double().norm(dim=1).clamp_min(1e-300))
         coded.append(without_values(part))
     c = rounded_coefficients(torch.cat(lengths).cpu().numpy(), levels)

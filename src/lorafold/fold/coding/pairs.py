@@ -134,16 +134,23 @@ def _measured_side(
             part, one = turned_rows(part, levels, seed)
         else:
             one = code_rows(part, levels, seed)
-        # In the room of the rows as they are read.
-        E = torch.addcmul(part, one.hat, one.scale.to(part.dtype)[:, None], value=-1, out=one.hat)
-        both = torch.cat([part.view(-1, k, d), E.view(-1, k, d)], 1)
-        if basis is None:
-            G.append(both @ both.mT)
-        else:
-            G.append(both.double() @ basis.gram() @ both.double().mT)
+        G.append(_products(part, one, k, basis))
         coded.append(without_values(one))
-    XE = torch.cat(G).double()
+    XE = torch.cat(G)
     return joined(coded), XE[:, :k, :k], XE[:, k:, :k], XE[:, k:, k:]
+
+
+def _products(X: Tensor, coded: CodedRows, k: int, basis: Side) -> Tensor:
+    """(n, 2k, 2k) float64 inner products of k rows X each and of what their coding misses, into
+    whose place in `coded` that is written.
+    """
+    factor = coded.scale.to(X.dtype)[:, None]
+    E = torch.addcmul(X, coded.hat, factor, value=-1, out=coded.hat)
+    both = torch.cat([Y.view(-1, k, X.shape[1]) for Y in (X, E)], 1)
+    if basis is None:
+        return (both @ both.mT).double()
+    wide = both.double()
+    return wide @ basis.gram() @ wide.mT
 
 
 def _stretched(XX: Tensor, EX: Tensor, EE: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:

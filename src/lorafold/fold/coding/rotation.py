@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -161,32 +162,60 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def _stage(x: Tensor, y: Tensor, signs: Tensor, inverse: bool) -> None:
     """Write `H (s ⊙ x)` or `s ⊙ (H x)` for all rows of x `(n, p)` to y `(n, p)`, maybe x itself.
 
-    The signs `(p,)` bring the factor 1/√p with them. In the buffers coordinates come first and rows
-    last, so that an addition runs over neighbours, however near its coordinates are.
+    The signs `(p,)` bring the factor 1/√p with them.
     """
     count, size = x.shape
     room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
     rows = min(count, max(_ROWS, room // size))
-    buffers = x.new_empty(2, size * rows)
     for start in range(0, count, max(rows, 1)):
         part = x[start : start + rows]
-        now, other = (b[: part.numel()].view(size, -1) for b in buffers)
+        first, steps, last = _steps(size, len(part), x.dtype, x.device)
         if inverse:
-            now.copy_(part.T)
+            first.copy_(part.T)
         else:
-            torch.mul(part.T, signs[:, None], out=now)
-        half = size // 2
+            torch.mul(part.T, signs[:, None], out=first)
+        for one, other, above, below in steps:
+            torch.add(one, other, out=above)
+            torch.sub(one, other, out=below)
+        if inverse:
+            torch.mul(last.T, signs, out=y[start : start + rows])
+        else:
+            y[start : start + rows] = last.T
+
+
+_Steps = tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor]
+
+
+def _steps(size: int, rows: int, dtype: torch.dtype, device: torch.device) -> _Steps:
+    """Buffers: where rows come in, the halves that each step adds and where to, where they go out.
+
+    In them coordinates come first and rows last, so that an addition runs over neighbours, however
+    near its coordinates are. Small ones are kept, a thread its own: to make them takes as long as
+    the additions.
+    """
+    if device.type == "cpu" and size * rows <= 2 * _CPU_BLOCK:
+        return _kept_steps(size, rows, dtype, device, threading.get_ident())
+    return _new_steps(size, rows, dtype, device)
+
+
+def _new_steps(size: int, rows: int, dtype: torch.dtype, device: torch.device) -> _Steps:
+    with torch.inference_mode(False):  # elsewhere they could not be written to
+        now, other = torch.empty(2, size, rows, dtype=dtype, device=device)
+        first, steps, half = now, [], size // 2
         while half:
-            shape = (size // (2 * half), 2, half * len(part))
+            shape = (size // (2 * half), 2, half * rows)
             old, new = now.view(shape), other.view(shape)
-            torch.add(old[:, 0], old[:, 1], out=new[:, 0])
-            torch.sub(old[:, 0], old[:, 1], out=new[:, 1])
+            steps.append((old[:, 0], old[:, 1], new[:, 0], new[:, 1]))
             now, other = other, now
             half //= 2
-        if inverse:
-            torch.mul(now.T, signs, out=y[start : start + rows])
-        else:
-            y[start : start + rows] = now.T
+    return first, steps, now
+
+
+@lru_cache(maxsize=16)
+def _kept_steps(
+    size: int, rows: int, dtype: torch.dtype, device: torch.device, _thread: int
+) -> _Steps:
+    return _new_steps(size, rows, dtype, device)
 
 
 def _stage_of_products(x: Tensor, y: Tensor, signs: Tensor) -> None:
