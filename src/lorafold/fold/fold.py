@@ -58,7 +58,8 @@ def fold(
         executor: who does the work: a `concurrent.futures.Executor` such as Dask's
             `client.get_executor()`, "ray" for a Ray on this machine, or "ray://host:port". The
             library is the same, byte for byte, whoever does it. Adapters in memory travel to it.
-        workers: instead of an executor, so many processes on this machine.
+        workers: instead of an executor, so many processes on this machine, of which this is
+            one if they are several.
         work: a directory for finished pieces of work, on storage that all workers have at the same
             path: a run that was ended goes on from there when it is started again. Delete it when
             the library is there. Without it a temporary one of this machine is used.

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 
@@ -16,38 +17,43 @@ def key_of(value: Any) -> str:
     Raises:
         TypeError: it is something else.
     """
-    found = hashlib.sha256()
-    _take(found, value)
-    return found.hexdigest()[:40]
+    parts: list[bytes] = []
+    _take(parts, value)
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:40]
 
 
-def _take(found: Any, value: Any) -> None:
+def _take(parts: list[bytes], value: Any) -> None:
     # A kind and a length before everything, so that no two values read the same.
+    kind = type(value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
-        _head(found, type(value).__name__, len(data))
-        found.update(data)
-    elif hasattr(type(value), "__lorafold_key__"):  # says itself which inputs it stands for
-        _head(found, type(value).__name__, 0)
-        _take(found, value.__lorafold_key__())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        _head(found, type(value).__name__, len(fields))
-        for field in fields:
-            _take(found, getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        _head(found, "mapping", len(value))
-        for key, item in value.items():
-            _take(found, key)
-            _take(found, item)
+        parts += (_head(kind.__name__, len(data)), data)
+    elif hasattr(kind, "__lorafold_key__"):  # says itself which inputs it stands for
+        parts.append(_head(kind.__name__, 0))
+        _take(parts, value.__lorafold_key__())
     elif isinstance(value, (tuple, list)):
-        _head(found, "sequence", len(value))
+        parts.append(_head("sequence", len(value)))
         for item in value:
-            _take(found, item)
+            _take(parts, item)
+    elif dataclasses.is_dataclass(kind):
+        names = _fields_of(kind)
+        parts.append(_head(kind.__name__, len(names)))
+        for name in names:
+            _take(parts, getattr(value, name))
+    elif isinstance(value, Mapping):
+        parts.append(_head("mapping", len(value)))
+        for key, item in value.items():
+            _take(parts, key)
+            _take(parts, item)
     elif callable(value) and hasattr(value, "__qualname__"):
-        _take(found, f"{value.__module__}.{value.__qualname__}")
+        _take(parts, f"{value.__module__}.{value.__qualname__}")
     else:
-        _take(found, _array(value))
+        _take(parts, _array(value))
+
+
+@lru_cache
+def _fields_of(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def _array(value: Any) -> tuple[str, list[int], bytes]:
@@ -66,6 +72,6 @@ def _array(value: Any) -> tuple[str, list[int], bytes]:
     raise TypeError(f"a {type(value).__name__} has no key")
 
 
-def _head(found: Any, kind: str, length: int) -> None:
-    found.update(kind.encode())
-    found.update(struct.pack("<Q", length))
+@lru_cache(1 << 12)
+def _head(kind: str, length: int) -> bytes:
+    return kind.encode() + struct.pack("<Q", length)
