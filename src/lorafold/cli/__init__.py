@@ -36,6 +36,7 @@ VERBS = {
     "repair": "Make a damaged library whole again: rebuild what is lost, or drop it.",
     "steer": "Train a dial from pairs of answers.",
     "route": "Choose adapters for texts: fit a router, ask it.",
+    "serve": "Serve a base and its adapters over HTTP, as OpenAI's protocol has it.",
     "report": "Write one page of pictures about a collection of adapters.",
     "bench": "Time a library: open, rebuild, project, add.",
     "demo": "Fold the packaged adapters and measure what that costs their tasks.",

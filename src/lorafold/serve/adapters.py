@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..attach.live import Live
-from ..attach.run.slots import Slots
+from ..attach.run.slots import BY_ITSELF, Slots
 from ..attach.selection import Selection
 from ..attach.state import State
 from ..errors import MismatchError
@@ -37,7 +37,9 @@ class Attachments:
     """
 
     def __init__(self, model: nn.Module, slots: int, dtype: torch.dtype) -> None:
-        self._state = State(model, Slots(slots, None, dtype, fixed_dtype=True))
+        # As many as are made as adapters come, or as many at once.
+        reserved = None if slots == BY_ITSELF else slots
+        self._state = State(model, Slots(reserved, None, dtype, fixed_dtype=True))
         self.live = Live(self._state)
         self._tried: set[str] = set()
 

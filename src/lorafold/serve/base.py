@@ -14,7 +14,7 @@ from ..quantize import quantize_base
 from .adapters import Attachments
 from .engine import Engine, Limits
 from .run.encoder import EncoderEngine, pooling_of
-from .run.families import ENCODERS, check_family, context_of, vocabulary_of
+from .run.families import BEHIND_PADDING, ENCODERS, check_family, context_of, vocabulary_of
 from .run.rows import RowsEngine
 from .words import Words, read_words
 
@@ -169,12 +169,10 @@ def _model(folder: Path, config: Any, transformers: Any, dtype: torch.dtype, enc
 
 def _limits(model: Any, room: Room, encoder: bool, device: str) -> Limits:
     config, context = model.config, context_of(model.config)
-    if encoder:  # RoBERTa's positions begin behind the one of padding
-        context -= (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    if config.model_type in BEHIND_PADDING:
+        context -= (config.pad_token_id or 0) + 1
     if room.length is not None and room.length > context:
-        raise MismatchError(
-            f"max_len={room.length} is more than the {context} tokens that the base takes"
-        )
+        raise MismatchError(f"max_len= asks for {room.length} tokens, and the base takes {context}")
     length = room.length or min(context, 4096)
     rows = room.rows or (64 if encoder else min(64, _rows_that_fit(config, model, length, device)))
     adapters = room.adapters or max(64, rows)

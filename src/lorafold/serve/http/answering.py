@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..engine import Piece, Request
 from ..words import Reader, Stops, Words
 from .errors import ApiError
 
+_ALL = -1  # the index of what ends all answers
 _ENDED = "the server had no more than {:g} seconds for it"
 
 
@@ -35,6 +36,10 @@ class Chunk:
     tokens: list[tuple[Piece, int]] = field(default_factory=list)
     reason: str | None = None
     vector: Sequence[float] | None = None
+
+    def and_then(self, more: Chunk) -> Chunk:
+        """This one and what follows it, as one."""
+        return replace(more, text=self.text + more.text, tokens=[*self.tokens, *more.tokens])
 
 
 class Answer:
@@ -98,9 +103,10 @@ class Answers:
     ) -> None:
         self._submit, self._cancel = submit, cancel
         self.answers = answers
-        self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        late = Piece(reason="error", error=ApiError(_ENDED.format(seconds), 504))
+        self._timer = self._loop.call_later(seconds, self._queue.put_nowait, (_ALL, late))
         self._requests: list[Request] = []
         self.started = time.monotonic()
         self.first: float | None = None
@@ -130,6 +136,7 @@ class Answers:
 
     def leave(self) -> None:
         """Let go of what has not ended."""
+        self._timer.cancel()
         for request, answer in zip(self._requests, self.answers, strict=False):
             if answer.reason is None:
                 answer.reason = "cancelled"
@@ -141,25 +148,31 @@ class Answers:
         return sum(answer.count for answer in self.answers)
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """What can be shown, as it comes.
+        """What can be shown, as it comes; what came together is one chunk of each answer.
 
         Raises:
             ApiError: it took too long. Exception: what an answer ended with.
         """
         try:
             while any(answer.reason is None for answer in self.answers):
-                left = self.started + self._seconds - time.monotonic()
-                try:
-                    found = await asyncio.wait_for(self._queue.get(), max(left, 0))
-                except (TimeoutError, asyncio.TimeoutError):
-                    raise ApiError(_ENDED.format(self._seconds), 504) from None
-                chunk = self._chunk(*found)
-                if chunk is not None:
+                found = [await self._queue.get()]
+                while not self._queue.empty():
+                    found.append(self._queue.get_nowait())
+                together: dict[int, Chunk] = {}
+                for index, piece in found:
+                    chunk = self._chunk(index, piece)
+                    if chunk is not None:
+                        before = together.get(index)
+                        together[index] = chunk if before is None else before.and_then(chunk)
+                for chunk in together.values():
                     yield chunk
         finally:
             self.leave()
 
     def _chunk(self, index: int, piece: Piece) -> Chunk | None:
+        if index == _ALL:
+            assert piece.error is not None
+            raise piece.error
         answer = self.answers[index]
         if answer.reason is not None:
             return None  # what came behind a stop

@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, bool] = {
     "mixtral": False,
 }
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
+BEHIND_PADDING = ("roberta", "xlm-roberta", "mpnet")  # positions begin behind its token's number
 # Rotary positions that depend on the longest row of a batch, beyond what they began with.
 _BY_BATCH = ("dynamic", "longrope")
 
