@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_what_can_not_be_asked(cli, served):
         free = f"http://127.0.0.1:{s.getsockname()[1]}"
     ran = cli(*line(free, "x", place, base))
     assert (ran.code, "can't be reached: Connection refused" in ran.err) == (2, True)
-    for wrong in ("ftp://127.0.0.1", "http://a:b@127.0.0.1", "file:///etc/passwd"):
+    for wrong in ("ftp://127.0.0.1", "http://a:b@127.0.0.1", "file:///etc/x", "http://[", "h:0"):
         assert cli(*line(wrong, "x", place, base)).code == 2
 
 
@@ -276,7 +277,89 @@ def test_prompts_that_tell_nothing(cli, tmp_path):
     assert (ran.code, ran.json["verdict"]) == (1, "unclear")
 
 
+@contextlib.contextmanager
+def listening(begin):
+    """A server that sends this, then a byte at a time, for ever."""
+    ended = threading.Event()
+
+    class Drip(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.wfile.write(begin)
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.05):
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            ended.set()
+            server.shutdown()
+
+
+BEGINNINGS = {
+    "a head without end": (b"HTTP/1.0 200 OK\r\nX: ", "no answer in time"),
+    "a body without end": (b"HTTP/1.0 200 OK\r\n\r\n[", "no answer in time"),
+    "no HTTP": (b"220 ready\r\n", "can't be reached"),
+    "elsewhere": (
+        b"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n",
+        "is no server that is known: /v1/models answers with status 302",
+    ),
+    "deep": (
+        b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"[" * 100_000,
+        "is no server that is known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BEGINNINGS)
+def test_servers_that_are_none(cli, case):
+    begin, why = BEGINNINGS[case]
+    with listening(begin) as url:
+        ran = cli(*line(url, "roman", ADAPTER, base_dir(), "--timeout", "0.5"))
+    assert (ran.code, why in ran.err) == (2, True), ran.err
+
+
 def test_a_base_that_is_none(cli, tmp_path):
     with running(True) as server:
         ran = cli(*line(server.url, "roman", ADAPTER, tmp_path))
     assert (ran.code, "is not a base: no config.json" in ran.err) == (2, True)
+
+
+def test_lorafolds_own_server(cli, prompts, tmp_path):
+    """Of a folded adapter: the strength of what the library keeps of it."""
+    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    from lorafold.serve import app, read_base
+
+    sources = {"roman": ADAPTER, "half": 0.5 * lf.load(ADAPTER)}
+    lf.fold(sources, tmp_path / "lib", tolerance=0.01).close()
+    made = app(read_base(base_dir(), "demo"), tmp_path / "lib")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(made, log_level="error", ws="none")
+        server = uvicorn.Server(config)
+        work = {"sockets": [listening]}
+        thread = threading.Thread(target=server.run, kwargs=work, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        try:
+            for _ in range(6000):
+                if server.started:
+                    break
+                time.sleep(0.01)
+            for name, strength, code in (("roman", 1.0, 0), ("half", 0.5, 1)):
+                more = ("--prompts", prompts, "--json")
+                ran = cli(*line(url, name, ADAPTER, base_dir(), *more))
+                assert ran.code == code, ran.out
+                assert ran.json["strength"] == pytest.approx(strength, abs=0.02)
+                assert ran.json["by"] == "log-probabilities"
+        finally:
+            server.should_exit = True
+            thread.join(30)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ _LONGEST = 16 << 20  # bytes of an answer
 _LONGEST_TOLD = 300  # letters of what a server says
 _TOP = 100  # tokens whose log-probabilities llama.cpp is asked for; others allow five
 _OTHERS_TOP = 5
+_FAILURES = (OSError, HTTPException, ValueError)  # of a request
 _TOKEN_ID = "token_id:"  # before a token's number, where vLLM is asked for those
 _LOGPROBS = {"logprobs": _OTHERS_TOP}
 _NUMBERS = {"return_tokens_as_token_ids": True, "return_token_ids": True}
@@ -104,8 +107,12 @@ class Http:
     """
 
     def __init__(self, url: str, *, key: str | None, timeout: float, most: int) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            parts, fine = urlsplit(""), None
+        if not fine:
             raise MismatchError(f"{one_line(url)} is no address of a server: http://HOST:PORT")
         if "@" in parts.netloc:
             raise MismatchError(
@@ -140,26 +147,40 @@ class Http:
                 "prompts"
             )
         self.count += 1
-        request = urllib.request.Request(self.url + path, data=body, headers=self._headers)
+        # In a thread, as a server that sends a byte at a time is never too late for a socket.
+        said: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+        work = threading.Thread(target=self._fetched, args=(path, body, said), daemon=True)
+        work.start()
         try:
-            with self._opener.open(request, timeout=self._timeout) as answer:
-                return answer.status, self._read(answer)
-        except urllib.error.HTTPError as e:
-            with e:
-                return e.code, self._read(e)
-        except (OSError, HTTPException, ValueError) as e:
-            reason = getattr(e, "reason", None) or e
+            found = said.get(timeout=self._timeout)
+        except queue.Empty:
+            found = TimeoutError("no answer in time")
+        if isinstance(found, Exception):
+            reason = getattr(found, "reason", None) or found
             why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-            raise FileError(f"{self.url} can't be reached: {self.hidden(why)}") from None
-
-    def _read(self, answer: Any) -> Any:
-        raw = answer.read(_LONGEST + 1)
+            raise FileError(f"{self.url} can't be reached: {self.hidden(why)}")
+        status, raw = found
         if len(raw) > _LONGEST:
             raise MismatchError(f"{self.url} answers with more than {_LONGEST >> 20} MiB")
         try:
-            return json.loads(raw)
+            return status, json.loads(raw)
         except (ValueError, RecursionError):
-            return None
+            return status, None
+
+    def _fetched(
+        self, path: str, body: bytes | None, said: queue.SimpleQueue[tuple[int, bytes] | Exception]
+    ) -> None:
+        """Put status and bytes of an answer there, or why there is none."""
+        try:
+            request = urllib.request.Request(self.url + path, data=body, headers=self._headers)
+            try:
+                with self._opener.open(request, timeout=self._timeout) as answer:
+                    said.put((answer.status, answer.read(_LONGEST + 1)))
+            except urllib.error.HTTPError as e:
+                with e:
+                    said.put((e.code, e.read(_LONGEST + 1)))
+        except _FAILURES as e:
+            said.put(e)
 
     def hidden(self, text: str) -> str:
         """A text of the server's, short, without the key."""

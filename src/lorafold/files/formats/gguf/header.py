@@ -27,11 +27,12 @@ from ...disk.header import ENOUGH, ITEM_BYTES, Entry, disguise
 Read = Callable[[int, int], bytes | bytearray]  # (start, length) -> those bytes
 
 MAGIC = b"GGUF"
-_MOST = 16 << 20  # bytes of a head: an adapter of 10⁵ tensors has 10 MB
+_MOST = 8 << 20  # bytes of a head: one of all tensors that are read has 5 MB
+_MOST_TENSORS, _MOST_VALUES = 1 << 16, 1 << 12  # adapters have thousands, and tens
 _PIECE = 64 << 10  # bytes that are read at once
 _LONGEST_TEXT = 1 << 20  # bytes
 _LONGEST_NAME = 1 << 10  # bytes of a key or a tensor's name; llama.cpp takes 64
-_LONGEST_ARRAY = 1 << 14
+_LONGEST_ARRAY = 1 << 12
 _MOST_DIMENSIONS = 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS |= {12: "d"}
@@ -77,6 +78,12 @@ def read_head(read: Read, size: int, where: str) -> Head:
     if version not in (2, 3):
         big = "big-endian, which" if version & 0xFFFF == 0 else f"of version {version}, which"
         raise FileError(f"{where} is a GGUF file {big} is not read: those of versions 2 and 3 are")
+    for count, most, what in (
+        (tensors, _MOST_TENSORS, "tensors"),
+        (values, _MOST_VALUES, "values"),
+    ):
+        if count > most:
+            raise cursor.wrong(f"{count:,} {what}, and no adapter has more than {most:,}")
     found: dict[str, Any] = {}
     for _ in range(values):
         key = cursor.text(_LONGEST_NAME)
