@@ -95,7 +95,7 @@ def open_adapter(
         dtype: what factors of 8 bits are read in; those of other dtypes stay as they are.
         tolerance: ‖error‖ / ‖ΔW‖ in [0, 1) to which the modules of a LoHa or LoKr are cut whose
             factors multiply to full rank; such a file is read when it is opened.
-        format: what the file is in ("peft", "portable", "flat", "mlx", "kohya", "comfy",
+        format: what the file is in ("peft", "portable", "flat", "mlx", "gguf", "kohya", "comfy",
             "diffusers"), where its keys are those of two; by default by what is in it.
         base: of a GGUF file, its base: a folder with its config.json, a model, or its
             configuration, which say what its modules are called and how many heads it has.
