@@ -111,6 +111,24 @@ def test_answers_side_by_side_are_those_of_the_api(client, opened):
         assert "12 tokens, first after" in speed
 
 
+def test_a_chat_is_answered_as_by_the_api(client, opened):
+    found = opened(client.url)
+    found.select_option("#kind", "chat")
+    found.fill("#prompt", PROMPT)
+    found.fill("#tokens", "12")
+    found.click("#run")
+    found.locator("#status", has_text="2 answers are there").wait_for()
+    model = found.locator(".setting").nth(1).locator(".name option:checked").text_content()
+    ask = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12, "temperature": 0}
+    expected = [
+        client.post("/v1/chat/completions", model=m, **ask).json()["choices"][0]["message"][
+            "content"
+        ]
+        for m in ("demo", model)
+    ]
+    assert found.locator(".setting .text").all_text_contents() == expected
+
+
 def test_a_stopped_answer_frees_its_row(client, opened):
     found = opened(client.url)
     found.fill("#tokens", "200")

@@ -61,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.refused():
             return
         self.server.told.asked.append(body)
+        self.server.told.paths.append(self.path)
         if self.server.told.status != 200:
             self.error(self.server.told.status, self.server.told.problem)
             return
@@ -85,9 +86,12 @@ def events(body, text, end="\n\n", hold=None):
         chunk = {"model": body["model"], "choices": choices, "usage": usage}
         return f"data: {json.dumps(chunk, ensure_ascii=False)}{end}".encode()
 
+    if "messages" in body:
+        yield event([{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}])
     for i, letter in enumerate(text):
         reason = "length" if i == len(text) - 1 else None
-        yield event([{"index": 0, "text": letter, "finish_reason": reason}])
+        said = {"delta": {"content": letter}} if "messages" in body else {"text": letter}
+        yield event([{"index": 0, **said, "finish_reason": reason}])
         if hold is not None and i == 2:
             hold.wait(30)
         time.sleep(0.001)
@@ -106,6 +110,7 @@ def server():
         key=None,
         left=0,
         events=events,
+        paths=[],
     )
     told.answers = lambda body: f"an answer {len(told.asked)}"
     told.pieces = lambda body: events(body, told.answers(body))

@@ -14,7 +14,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 CHROMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMES)), None)
 
-TIMEOUT = 120_000
+TIMEOUT = 60_000
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this system")
 
@@ -142,6 +142,24 @@ def test_mixes_the_dial_and_ranks(opened, server):
         page.click("#add")
     assert page.locator(".setting").count() == 8
     assert page.is_disabled("#add")
+
+
+def test_a_message_of_a_chat(opened, server):
+    page = opened()
+    page.select_option("#kind", label="a message of a chat")
+    page.fill("#prompt", "Hello?")
+    server.answers = lambda body: "<b>Hi</b>."
+    run(page)
+    assert set(server.paths) == {"/v1/chat/completions"}
+    for body in server.asked:
+        assert body["messages"] == [{"role": "user", "content": "Hello?"}]
+        assert "prompt" not in body
+    assert texts(page) == ["<b>Hi</b>."] * 2
+    assert page.locator(".asked").all_text_contents() == [""] * 2
+    assert "10 tokens" in part(page, 0, ".speed").text_content()
+    page.select_option("#kind", index=0)
+    run(page)
+    assert set(server.paths) == {"/v1/chat/completions", "/v1/completions"}
 
 
 def test_names_and_answers_are_never_markup(opened, server):
@@ -275,7 +293,15 @@ def test_all_of_it_by_keys(opened, server):
             )
         )
     expected = [
-        *("Switch between light and dark", "Prompt", "Example", "Tokens", "Temperature", "Seed"),
+        *(
+            "Switch between light and dark",
+            "Prompt",
+            "Asked as",
+            "Example",
+            "Tokens",
+            "Temperature",
+            "Seed",
+        ),
         *("Run all", "Add a setting", "Run a setting when it changes"),
         *("Copy setting 1", "Remove setting 1", "Adapter 1 of setting 1"),
         *("Weight of adapter 1 of setting 1", "Take out adapter 1 of setting 1"),

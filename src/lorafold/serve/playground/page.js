@@ -187,10 +187,14 @@
 
   // What a setting asks for, and how that is said
 
+  const chat = () => id("kind").value === "chat";
+
   function asked(setting) {
     const { parts, c, rank } = read(setting);
+    const prompt = id("prompt").value;
+    const what = chat() ? { messages: [{ role: "user", content: prompt }] } : { prompt };
     const body = {
-      model: base, prompt: id("prompt").value, max_tokens: Number(id("tokens").value),
+      model: base, ...what, max_tokens: Number(id("tokens").value),
       temperature: Number(id("temperature").value), stream: true,
       stream_options: { include_usage: true },
     };
@@ -222,7 +226,7 @@
     const body = asked(setting);
     setting.classList.add("running");
     one(".answer").setAttribute("aria-busy", "true");
-    one(".asked").textContent = body.prompt;
+    one(".asked").textContent = body.prompt ?? "";
     one(".problem").hidden = true;
     const text = document.createTextNode("");
     one(".text").replaceChildren(text);
@@ -232,7 +236,7 @@
     const seen = { first: null, last: null, pieces: 0, usage: null, reason: null };
     const current = () => running.get(setting) === control;
     try {
-      const response = await fetch("v1/completions", {
+      const response = await fetch(body.messages ? "v1/chat/completions" : "v1/completions", {
         method: "POST", headers: headers(), body: JSON.stringify(body), signal: control.signal,
       });
       if (!response.ok) throw await problem(response);
@@ -273,10 +277,12 @@
     const choice = chunk.choices?.[0];
     if (!choice) return;
     seen.reason = choice.finish_reason ?? seen.reason;
+    const piece = choice.text ?? choice.delta?.content;
+    if (piece === undefined || piece === null) return;
     seen.last = performance.now();
     seen.first ??= seen.last;
     seen.pieces += 1;
-    if (choice.text) text.appendData(choice.text);
+    text.appendData(piece);
     const box = one(".answer");
     if (box.scrollHeight - box.scrollTop - box.clientHeight < 60) box.scrollTop = box.scrollHeight;
   }
