@@ -6,12 +6,14 @@ tests/engines/test_vllm.py.
 """
 
 import json
+import shlex
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import lorafold as lf
+from lorafold.cli import main
 from lorafold.engines import check_for
 from lorafold.parts import PREFIX
 
@@ -180,6 +182,11 @@ MLX = {
         "no_scale",
         "refuses",
     ),
+    "no dropout": (
+        {"tensors": of_llama(), "parameters": {"rank": 2, "scale": 3.0}},
+        "no_dropout",
+        "refuses",
+    ),
     "ranks": ({"tensors": of_llama(), "parameters": {**PARAMETERS, "rank": 4}}, "ranks", "refuses"),
     "blocks before": (
         {"tensors": of_llama(layer=0), "parameters": {**PARAMETERS, "keys": ["self_attn.q_proj"]}},
@@ -214,7 +221,7 @@ def llama(folder, tied):
 
 @pytest.mark.filterwarnings("ignore:.*is of the embedding alone here")
 @pytest.mark.parametrize("case", MLX)
-def test_mlx(case, tmp_path):
+def test_mlx(case, tmp_path, monkeypatch):
     pytest.importorskip("mlx_lm")
     import mlx.core as mx
     from mlx_lm.tuner.utils import load_adapters
@@ -234,7 +241,16 @@ def test_mlx(case, tmp_path):
     if expected == "refuses":
         with pytest.raises((AttributeError, KeyError, ValueError)):
             load_adapters(runs, str(path))
-        return
+        words = shlex.split(found.findings[0].remedy)
+        if words[0] != "lorafold":
+            return
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            main(words[1:])
+        assert ended.value.code == 0
+        path, expected = tmp_path / words[words.index("-o") + 1], "loads"
+        assert check_for(path, "mlx", base=base).same
+        runs, _ = load_model(base)
     logits = torch.tensor(load_adapters(runs, str(path))(mx.array([ids])).tolist())
     with lf.attach(model, lf.load(path)).use("default"), torch.no_grad():
         ours = model(torch.tensor([ids])).logits

@@ -11,6 +11,7 @@ from .finding import Finding, convert, told
 from .look import Look
 
 _NEEDED = ("rank", "scale", "dropout")
+_BY_HAND = "write scale, α / rank, into lora_parameters of its adapter_config.json"
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.lora_[ab]$")
 
 
@@ -56,24 +57,18 @@ def findings(look: Look) -> Iterator[Finding]:
                 f"no_{name}",
                 "refuses",
                 f"mlx-lm needs {name!r} in lora_parameters",
-                remedy=_add(name),
+                remedy=_BY_HAND if name == "scale" else again,
             )
     if "alpha" in parameters and "scale" in parameters:
         yield Finding(
             "alpha", "loads", "scale is the whole factor; the alpha beside it is not read"
         )
-    yield from _ranks(look, parameters, again)
+    yield from _ranks(look, parameters)
     yield from _blocks(look, parameters, again)
     yield from _embedding(look)
 
 
-def _add(name: str) -> str | None:
-    if name != "scale":
-        return None
-    return "write scale, α / rank, into lora_parameters of its adapter_config.json"
-
-
-def _ranks(look: Look, parameters: Mapping[str, Any], again: str) -> Iterator[Finding]:
+def _ranks(look: Look, parameters: Mapping[str, Any]) -> Iterator[Finding]:
     rank = parameters.get("rank")
     others = [
         key
@@ -86,7 +81,7 @@ def _ranks(look: Look, parameters: Mapping[str, Any], again: str) -> Iterator[Fi
             "refuses",
             f"mlx-lm has one rank, {rank} here, and {told(others)} has another",
             modules=tuple(others),
-            remedy=again,
+            remedy="correct the rank in its adapter_config.json, or train it again with one",
         )
 
 
