@@ -91,6 +91,7 @@ def test_what_is_in_the_way_and_what_has_no_place(cli, sql, tmp_path):
     assert ran.code == 2
     assert "'score.weight'" in ran.err
     assert "format=" not in ran.err
+    assert ran.err.endswith("write it with --to peft\n")
     assert not (tmp_path / "new").exists()
     ran = cli("convert", sql, "-o", tmp_path / "new", "--to", "mlx", "--base", tmp_path / "none")
     assert (ran.code, "no such folder" in ran.err) == (2, True)

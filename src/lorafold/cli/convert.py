@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from ..errors import LorafoldError
 from ..files.formats.registry import FORMATS, WRITTEN
 from . import _output as output
 from ._command import command
@@ -79,15 +82,16 @@ def convert(
         if base is not None and not (file.names or file.is_on_base):
             adapter = onto(adapter, base)
         names_of = None  # which the base was needed for
-    save(
-        adapter,
-        path,
-        format=form,
-        base=names_of,
-        base_model=base_model,
-        dtype=torch_dtype(dtype),
-        overwrite=overwrite,
-    )
+    with _told_as_options():
+        save(
+            adapter,
+            path,
+            format=form,
+            base=names_of,
+            base_model=base_model,
+            dtype=torch_dtype(dtype),
+            overwrite=overwrite,
+        )
     after = open_adapter(path, base=base)
     found = {
         "path": target,
@@ -99,6 +103,17 @@ def convert(
         "error": _error(adapter, after.load(), form, base),
     }
     output.report(found, lambda out: _show(out, found))
+
+
+@contextlib.contextmanager
+def _told_as_options() -> Iterator[None]:
+    """What `save` says of its `format`, which is --to here: --format is that of IN."""
+    try:
+        yield
+    except LorafoldError as e:
+        text = re.sub(r"save it with format='(\w+)'", r"write it with --to \1", str(e))
+        e.args = (text, *e.args[1:])
+        raise
 
 
 def _error(adapter: Adapter, written: Adapter, form: str, base: str | None) -> float | None:

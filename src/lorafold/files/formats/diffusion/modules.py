@@ -178,11 +178,14 @@ def _beside(
         else:
             others[key] = t
     if magnitudes and not dora:
-        raise RefusedError(f"{form} has no place for DoRA ({some_of(magnitudes)})")
+        raise RefusedError(
+            f"{form} has no place for DoRA ({some_of(magnitudes)}): save it with format='kohya'"
+        )
     lost = [key for key in others if not (carries and _is_carried(key, adapter.modules))]
     if lost:
         raise RefusedError(
-            f"{form} has no place for {some_of(lost)}, which is no update of a module"
+            f"{form} has no place for {some_of(lost)}, which is no update of a module: "
+            "save it with format='peft'"
         )
     return magnitudes, others
 
