@@ -399,6 +399,20 @@ def test_loose_files_have_names_of_their_own(tmp_path, cli, doors):
     assert doors["fold"](one) == {"only"}
 
 
+def test_folders_of_loose_files(tmp_path, monkeypatch):
+    """As what a glob matches, and URLs, whose files are not looked into beforehand."""
+    monkeypatch.chdir(tmp_path)
+    loose(tmp_path / "sets" / "one", "night"), loose(tmp_path / "sets" / "two", "rain", seed=1)
+    assert set(lf.similarity("sets/*").names) == {"night", "rain"}
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for name in ("night", "rain"):
+        loose(tmp_path / "up", name)
+        store.pipe(f"/loras/{name}.safetensors", (tmp_path / f"up/{name}.safetensors").read_bytes())
+    assert set(lf.fold("memory://loras", tolerance=0.5).names) == {"night", "rain"}
+    store.rm("/loras", recursive=True)
+
+
 @pytest.mark.filterwarnings("ignore:passed over")
 def test_loose_files_beside_folders_and_what_is_none(tmp_path, cli, doors):
     folder = tmp_path / "set"

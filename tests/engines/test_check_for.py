@@ -72,6 +72,13 @@ def test_what_is_no_file_or_no_program(tmp_path):
     with pytest.raises(FileError, match="no such file"):
         check_for(tmp_path / "nowhere", "peft")
     path = folder(tmp_path / "a")
+    lf.fold({"sql": path}, tmp_path / "lib", tolerance=0).close()
+    with pytest.raises(FileError, match=r"lies in a library.*`lorafold convert LIB:NAME -o OUT"):
+        check_for(f"{tmp_path}/lib:sql", "peft")
+    (tmp_path / "b").mkdir()
+    torch.save({"q.lora_A.weight": R(2, 3)}, tmp_path / "b" / "adapter_model.bin")
+    with pytest.raises(FileError, match=r"is a pickle, .*--to peft --allow-pickle`"):
+        check_for(tmp_path / "b", "vllm")
     with pytest.raises(MismatchError, match=r"no rules of 'vlm'.*'vllm'"):
         check_for(path, "vlm")
 

@@ -63,7 +63,7 @@ def check(adapter: str, base: str | None, reader: str | None, **options: Any) ->
     exit status 1 where the effect would not be the one that was trained. --base helps there, too.
     """
     if reader is not None:
-        _check_for(adapter, reader, base, options["alpha"])
+        _check_for(adapter, reader, base, options)
         return
     if base is None:
         raise click.UsageError(
@@ -78,10 +78,11 @@ def check(adapter: str, base: str | None, reader: str | None, **options: Any) ->
         raise CheckFailed(f"{unmatched} without a match in {base}, {wrong} of the wrong shape")
 
 
-def _check_for(adapter: str, reader: str, base: str | None, alpha: float | None) -> None:
+def _check_for(adapter: str, reader: str, base: str | None, options: Mapping[str, Any]) -> None:
     from ..engines import check_for
 
-    verdict = check_for(adapter, reader, base=base, alpha=alpha)
+    given = {name: options[name] for name in ("alpha", "revision")}
+    verdict = check_for(adapter, reader, base=base, **given)
     found = {
         "adapter": adapter,
         "reader": reader,

@@ -28,6 +28,7 @@ def check_for(
     *,
     base: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
+    revision: str | None = None,
 ) -> Verdict:
     """What a program would do with an adapter's files, by its rules and by what was measured.
 
@@ -35,14 +36,15 @@ def check_for(
     of it.
 
     Args:
-        path: a folder or a file.
+        path: a folder or a file, or an id on the Hub.
         reader: "vllm", "llama.cpp", "mlx", "peft", "diffusers" or "kohya".
         base: the base's folder, for what depends on it: one weight for embedding and output layer,
             the number of layers, the architecture.
         alpha: α, for a file that does not say its own.
+        revision: a branch, tag or commit, for a Hub id.
 
     Raises:
-        FileError: nothing there, or no adapter's file.
+        FileError: nothing there, no adapter's file, a library's adapter or a pickle.
         MismatchError: no such program.
 
     Examples:
@@ -57,4 +59,4 @@ def check_for(
     """
     if reader not in _RULES:
         raise MismatchError(f"no rules of {reader!r} are known; {did_you_mean(reader, _RULES)}")
-    return ordered(reader, _RULES[reader](look(path, base, alpha)))
+    return ordered(reader, _RULES[reader](look(path, base, alpha, revision)))

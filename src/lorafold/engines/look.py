@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..errors import LorafoldError
+from ..errors import FileError, LorafoldError
 from ..files import AdapterFile, open_adapter
 from ..files.base import BaseFiles, read_base
 from ..files.config import json_object, read_text
-from ..files.find import GGUF_SUFFIX, Location, locate
+from ..files.find import GGUF_SUFFIX, Location, in_library, locate
 from ..files.formats.alphas import alpha_keys
 from ..files.formats.gguf.header import read_head
 from ..files.formats.readers import format_of
@@ -86,6 +86,7 @@ def look(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
+    revision: str | None = None,
 ) -> Look:
     """Read the header and the config of an adapter's files.
 
@@ -93,15 +94,26 @@ def look(
         path: a folder or file.
         base: the base's folder.
         alpha: α, for a file that does not say its own.
+        revision: a branch, tag or commit, for a Hub id.
 
     Raises:
-        FileError: nothing there, or no adapter's file.
+        FileError: nothing there, no adapter's file, or one that others do not read as it is.
     """
-    place = locate(path)
+    if in_library(os.fsdecode(path)) is not None:
+        raise FileError(
+            f"{path} lies in a library, which other programs do not read: write it first, "
+            "`lorafold convert LIB:NAME -o OUT --to peft`, and check that"
+        )
+    place = locate(path, revision=revision, allow_pickle=True)
+    if place.weights.suffix == ".bin":
+        raise FileError(
+            f"{place.weights} is a pickle, which is not looked into here: write it as safetensors "
+            "first, `lorafold convert IN -o OUT --to peft --allow-pickle`, and check that"
+        )
     files = None if base is None else read_base(base)
     opened, error = None, None
     try:
-        opened = open_adapter(path, alpha=alpha, base=base)
+        opened = open_adapter(path, alpha=alpha, base=base, revision=revision)
     except LorafoldError as e:
         error = str(e)
     if place.weights.suffix == GGUF_SUFFIX:

@@ -169,7 +169,8 @@ def holds_any(path: Place) -> bool:
     """Whether there is an adapter, whole or not, or a library."""
     if not is_dir(path):
         return path.suffix in _LOOSE
-    return is_library(path) or any(is_adapter(p) or is_subspace(p) for p in adapters_at(path))
+    found = adapters_at(path)
+    return found != [path] or is_library(path) or is_adapter(path) or is_subspace(path)
 
 
 def idle_among(paths: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
