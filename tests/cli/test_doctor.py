@@ -168,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
         s.seen.append(body)
         if s.key and self.headers["Authorization"] != f"Bearer {s.key}":
             self.reply({"error": {"message": f"no such key {self.headers['Authorization']}"}}, 401)
+        elif s.tells == "numbers":
+            self.reply({"choices": [s.in_numbers(body)]})
         elif "return_token_ids" in body or ("logprobs" in body and not s.tells):
             self.reply({"error": {"message": "unknown field"}}, 400)
         elif not isinstance(body["prompt"], str):
@@ -195,6 +197,18 @@ class Protocol(ThreadingHTTPServer):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(base_dir())
         self.live = lf.attach(self.model, {"roman": lf.load(ADAPTER)})
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def in_numbers(self, body):
+        """As vLLM answers where it is asked to."""
+        assert body["return_tokens_as_token_ids"]
+        ids, name = torch.tensor([body["prompt"]]), body["model"]
+        with torch.no_grad(), self.live.use("roman", c=self.scales[name]):
+            made = self.model.generate(ids, max_new_tokens=body["max_tokens"], do_sample=False)
+            top = self.model(ids).logits[0, -1].log_softmax(-1).topk(body["logprobs"])
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        said = {f"token_id:{i}": x for i, x in pairs}
+        tokens = made[0, ids.shape[1] :].tolist()
+        return {"text": "", "token_ids": tokens, "logprobs": {"top_logprobs": [said]}}
 
     def choice(self, body):
         ids = torch.tensor([self.tokenizer(body["prompt"])["input_ids"]])
@@ -251,6 +265,33 @@ def test_openais_protocol(cli, prompts, tells):
         assert ran.json["requests"] <= 16
         expected = (scales | changed)["roman"]
         assert ran.json["strength"] == pytest.approx(expected, abs=0.01)
+
+
+def test_a_server_that_speaks_in_numbers_of_tokens(cli, prompts):
+    with running("numbers") as server:
+        words = line(server.url, "roman", ADAPTER, base_dir(), "--prompts", prompts, "--json")
+        ran = cli(*words)
+        assert (ran.code, ran.json["strength"]) == (0, pytest.approx(1, abs=0.01))
+        assert ran.json["requests"] == 12
+        assert all(isinstance(body["prompt"], list) for body in server.seen)
+
+
+def test_a_base_that_is_another(cli, prompts):
+    """Rounded a little, the strength is still told; far off, it is not, and that is said."""
+    with running("numbers") as server:
+        words = line(server.url, "roman", ADAPTER, base_dir(), "--prompts", prompts, "--json")
+        server.model.to(torch.bfloat16).float()
+        ran = cli(*words)
+        assert (ran.code, ran.json["verdict"]) == (0, "right")
+        assert ran.json["base_difference"] > 1e-4
+        generator = torch.Generator().manual_seed(0)
+        for p in server.model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.data += 0.5 * p.data.std(unbiased=False) * noise
+        ran = cli(*words)
+        assert ran.code == 1
+        assert ran.json["verdict"] in ("unclear", "another effect")
+        assert any("base" in note for note in ran.json["notes"])
 
 
 def test_a_key_goes_nowhere_else(cli, prompts):
