@@ -351,6 +351,31 @@ def test_loha_and_dora_of_fused_weights(tmp_path):
     assert "DoRA" in dora.refusal
 
 
+def test_flat_names_of_diffusers_transformer():
+    """As OneTrainer writes them."""
+    names = {
+        "lora_transformer_transformer_blocks_3_attn_add_q_proj": (
+            "transformer.transformer_blocks.3.attn.add_q_proj"
+        ),
+        "lora_transformer_single_transformer_blocks_37_proj_mlp": (
+            "transformer.single_transformer_blocks.37.proj_mlp"
+        ),
+        "lora_transformer_time_text_embed_timestep_embedder_linear_1": (
+            "transformer.time_text_embed.timestep_embedder.linear_1"
+        ),
+        "lora_transformer_transformer_blocks_0_ff_context_net_0_proj": (
+            "transformer.transformer_blocks.0.ff_context.net.0.proj"
+        ),
+        "lora_te2_encoder_block_0_layer_1_DenseReluDense_wi_0": (
+            "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wi_0"
+        ),
+    }
+    pairs = {name: factors() for name in names}
+    a = lf.load(keyed(pairs, ".lora_down.weight", ".lora_up.weight"))
+    assert set(a) == set(names.values())
+    assert all(torch.equal(a[path].B, pairs[name][1]) for name, path in names.items())
+
+
 # ComfyUI's other names
 
 COMFY = {
@@ -363,7 +388,14 @@ COMFY = {
 }
 
 
-@pytest.mark.parametrize("sides", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        *(("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")),
+        ("lora_linear_layer.down", "lora_linear_layer.up"),
+        ("lora_A.default", "lora_B.default"),
+    ],
+)
 def test_comfys_names_are_the_same_modules(sides, tmp_path):
     pairs = {name: factors() for name in COMFY}
     tensors = keyed(pairs, *(f".{side}.weight" for side in sides))

@@ -9,11 +9,12 @@ import torch
 _PLAIN = r"lora_(?:down|up|mid)"
 _PRODUCT = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
 KEY = re.compile(rf"(?P<name>.+)\.(?:(?P<plain>{_PLAIN})(?:\.weight)?|(?P<product>{_PRODUCT}))")
-# ComfyUI takes PEFT's words as well, and x-flux's names of FLUX's attentions.
+# ComfyUI takes PEFT's words as well, and diffusers' older ones; x-flux names FLUX's attentions.
 COMFY_KEY = re.compile(
     rf"(?P<name>.+)\.(?:(?P<plain>{_PLAIN}|lora_[AB])(?:\.(?:default\.)?weight)?"
     rf"|(?P<product>{_PRODUCT}))"
-    r"|(?P<processor>.+_blocks\.\d+\.processor\.\w+_lora[12]?)\.(?P<side>down|up)\.weight"
+    r"|(?P<older>.+_blocks\.\d+\.processor\.\w+_lora[12]?|.+(?=\.lora(?:_linear_layer)?\.))"
+    r"(?:\.lora(?:_linear_layer)?)?\.(?P<side>down|up)\.weight"
 )
 _SAME = {"lora_A": "lora_down", "lora_B": "lora_up", "down": "lora_down", "up": "lora_up"}
 
@@ -25,7 +26,7 @@ def parsed(key: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
         return None
     said = match.groupdict()
     what = said["plain"] or said["product"] or said["side"]
-    return said["name"] or said["processor"], _SAME.get(what, what)
+    return said["name"] or said["older"], _SAME.get(what, what)
 
 
 def what_of(key: str) -> str:
