@@ -30,7 +30,6 @@ class Attachments:
 
     Args:
         model: the base. slots: adapters that run at once. dtype: of their factors.
-        tried: runs the model for two rows, so that a layer whose rows can't be told apart says so.
 
     Attributes:
         live: the handle.
@@ -52,6 +51,10 @@ class Attachments:
 
     def add(self, adapter: Adapter, digest: str, trial: Callable[[], Any]) -> None:
         """Attach one, and try it where it comes to layers that none was tried at.
+
+        Args:
+            trial: runs the model for two rows, so that a layer where these can't be told apart
+                says so.
 
         Raises:
             MismatchError: it does not fit the base, or rows can't be told apart where it goes; it
