@@ -307,9 +307,13 @@ def test_where_rows_are_permuted_the_base_is_needed_in_every_door(tmp_path, base
     target = tmp_path / "sql.gguf"
     a = adapter_of()
     lf.save(a, target, format="gguf", base=base)
-    for door in (lf.load, open_adapter, lf.fold):
+    for door in (lf.load, open_adapter):
         with pytest.raises(MismatchError, match=r"sql\.gguf: .*load it with base=, the base's fol"):
             door(target)
+    for door in (lf.fold, lf.merge, lf.similarity, lf.anatomy):
+        with pytest.raises(MismatchError, match=r"load it with its base \(`lorafold.load`"):
+            door(target)
+    assert load_many(tmp_path, base=base)["sql"].distance(a) <= 1e-6 * a.norm()
     lines = [["info"], ["similar", str(tmp_path / "a")], ["fold", "-o", str(tmp_path / "lib")]]
     lines += [["merge", "-o", str(tmp_path / "m")], ["anatomy"], ["roles"]]
     lf.save(a, tmp_path / "a")

@@ -35,12 +35,14 @@ from ..files.find import (
     places_at,
     tell_idle,
 )
+from ..files.formats.gguf.reading import BaseNeededError
 from ..files.opening import open_library
 from ..files.remote.place import Place, concurrently, is_url, place_of
 from ..lowrank import LowRank
 from ..words import some_of
 
 _BASE = "base_model_name_or_path"
+NO_DOOR: Any = object()
 Broken = Callable[[str, LorafoldError], None]
 
 
@@ -106,7 +108,7 @@ def named_handles(
     allow_pickle: bool | None = None,
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
-    base: Any = None,
+    base: Any = NO_DOOR,
     broken: Broken | None = None,
 ) -> dict[str, Handle]:
     """Open every source by its header.
@@ -119,7 +121,7 @@ def named_handles(
         allow_pickle: read `adapter_model.bin` too. None is no, from who has no such option.
         base_model: what the base of all of them is called, however each spells it.
         dtype: what factors of 8 bits are read in.
-        base: that of GGUF files, as `open_adapter` takes it.
+        base: that of GGUF files, as `open_adapter` takes it. NO_DOOR from who has no such option.
         broken: told of what can't be opened, by name, which is left out then.
 
     Raises:
@@ -340,8 +342,14 @@ class _Opener:
                 revision=revision,
                 allow_pickle=pickled,
                 dtype=self._dtype,
-                base=self._base,
+                base=None if self._base is NO_DOOR else self._base,
             )
+        except BaseNeededError as e:
+            if self._base is not NO_DOOR:
+                raise
+            raise MismatchError(
+                f"{e.found}: load it with its base (`lorafold.load` takes it), and give the adapter"
+            ) from None
         except (PickleError, NoSuchPathError) as e:
             if self._allow_pickle is not None:
                 raise

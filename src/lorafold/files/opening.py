@@ -237,6 +237,7 @@ def load_many(
     allow_pickle: bool = False,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    base: Any = None,
 ) -> Mapping[str, Adapter]:
     """All adapters of a folder, by name, each read when it is asked for.
 
@@ -244,6 +245,7 @@ def load_many(
         path: a vLoRA folder (float or NF4), a folder of PEFT directories, or one PEFT directory.
         alpha: α of the adapters; needed for a vLoRA folder and where there are no configs.
         allow_pickle, device, dtype: as in `load`.
+        base: of GGUF files, as `open_adapter` takes it.
 
     Returns:
         {name: Adapter}; the name is vLoRA's task, or the directory's. An adapter is built anew at
@@ -272,7 +274,7 @@ def load_many(
     if places == [folder] and not is_adapter(folder):
         raise FileError(f"{folder} holds neither adapters nor a vLoRA subspace")
     options = {"alpha": alpha, "allow_pickle": allow_pickle, "device": device, "dtype": dtype}
-    return _Folder({name_of(place): place for place in places}, options)
+    return _Folder({name_of(place): place for place in places}, options, base)
 
 
 def _open_files(
@@ -441,13 +443,15 @@ def _copied(key: str, t: Tensor) -> Tensor:
 class _Folder(Mapping[str, Adapter]):
     """PEFT directories in one folder."""
 
-    def __init__(self, places: Mapping[str, Place], options: Mapping[str, Any]) -> None:
-        self._places, self._options = places, options
+    def __init__(self, places: Mapping[str, Place], options: Mapping[str, Any], base: Any) -> None:
+        self._places, self._options, self._base = places, options, base
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._places:
             raise UnknownNameError(f"no adapter {name!r}; {did_you_mean(name, self._places)}")
-        return load(self._places[name], **self._options)
+        place = self._places[name]
+        base = self._base if place.suffix == GGUF_SUFFIX else None
+        return load(place, base=base, **self._options)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -52,7 +52,15 @@ _MOST_EXPERTS = 1 << 16
 
 
 class BaseNeededError(MismatchError):
-    """An adapter that can't be read without its base."""
+    """An adapter that can't be read without its base.
+
+    Attributes:
+        found: the same without the remedy, which not every door has.
+    """
+
+    def __init__(self, found: str) -> None:
+        self.found = found
+        super().__init__(f"{found}: load it with base=, the base's folder")
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ def _heads(pair: _Pair, arch: Architecture, base: GgufBase | None, where: str) -
     if base is None:
         raise BaseNeededError(
             f"{where}: llama.cpp has the rows of {pair.name!r} in another order, which depends on "
-            "how many heads the base has: load it with base=, the base's folder"
+            "how many heads the base has"
         )
     heads = heads_of(base.config, pair.name, base.where)
     if pair.b[0] % (2 * heads):
