@@ -291,12 +291,32 @@ _SHARD: dict[str, Callable[[Any], Any]] = {
     "rows": count,
     "gone": sizes,
 }
+
+
+def _part_file(value: Any) -> _PartFile:
+    """A list's record; those of lists that stay are many, and remembered."""
+    if type(value) is dict and value.keys() == _PLAIN:
+        plain = tuple(value[name] for name in _PLAIN_ORDER)
+        if all(type(item) in (str, int) for item in plain):
+            return _plain_part(*plain)
+    return read(_PartFile, value, _PART, "a list")
+
+
+_PLAIN_ORDER = ("file", "bytes", "sha256", "prefix", "listed")
+_PLAIN = set(_PLAIN_ORDER)
+
+
+@functools.lru_cache(1 << 12)
+def _plain_part(*values: str | int) -> _PartFile:
+    return read(_PartFile, dict(zip(_PLAIN_ORDER, values, strict=True)), _PART, "a list")
+
+
 _WHOLE: dict[str, Callable[[Any], Any]] = {
     "base_model": _base_model,
     "options": _options,
     "config": an_object,
     "modules": tuple_of(_right(ModuleEntry.from_json)),
-    "adapters": tuple_of(_right(lambda value: read(_PartFile, value, _PART, "a list"))),
+    "adapters": tuple_of(_right(_part_file)),
     "shards": mapped(_right(_shard_file), shard_name),
     "next_id": count,
     "plain_svd_bytes": count,

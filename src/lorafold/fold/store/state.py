@@ -295,7 +295,7 @@ def state_of(folder: Place, raw: bytes, before: State) -> State:
     damage: dict[str, Damage] = {}
 
     def list_of(info: FileInfo) -> _ListFile | None:
-        file = _ListFile(folder / info.name, info, lease)
+        file = _ListFile(folder, info, lease)
         try:
             return file.read() if info.name in now else file
         except FileError as e:
@@ -360,10 +360,15 @@ class _ListFile:
         lease: keeps it there until then. raw: its bytes, once read.
     """
 
-    path: Place
+    folder: Place
     info: FileInfo
     lease: Descriptor | None
     raw: bytes | None = None
+
+    @property
+    def path(self) -> Place:
+        """The file's."""
+        return self.folder / self.info.name
 
     def read(self) -> _ListFile:
         """The same with its bytes.
