@@ -82,8 +82,8 @@ class Stack:
         if hasattr(read, "only"):
             read = read.only(self.members)
         blocks = [len(rows) for rows in self.blocks]
-        given = self.path, self.shape, self.members, self.ranks, self.block_bytes, blocks
-        return *given, self._all_stays, str(self.device), read.identity
+        plain = self.path, *self.shape, self.block_bytes, self._all_stays, str(self.device)
+        return plain, self.members, self.ranks, blocks, read.identity
 
     @property
     def nbytes(self) -> int:

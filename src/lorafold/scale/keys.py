@@ -27,11 +27,14 @@ def _take(parts: list[bytes], value: Any) -> None:
     kind = type(value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
-        parts += (_head(kind.__name__, len(data)), data)
+        _add(parts, kind.__name__, data)
     elif hasattr(kind, "__lorafold_key__"):  # says itself which inputs it stands for
         parts.append(_head(kind.__name__, 0))
         _take(parts, value.__lorafold_key__())
     elif isinstance(value, (tuple, list)):
+        if all(type(item) in _PLAIN for item in value):
+            _add(parts, "plain sequence", repr(list(value)).encode("utf-8", "surrogatepass"))
+            return
         parts.append(_head("sequence", len(value)))
         for item in value:
             _take(parts, item)
@@ -42,13 +45,20 @@ def _take(parts: list[bytes], value: Any) -> None:
             _take(parts, getattr(value, name))
     elif isinstance(value, Mapping):
         parts.append(_head("mapping", len(value)))
-        for key, item in value.items():
-            _take(parts, key)
-            _take(parts, item)
+        _take(parts, list(value))
+        _take(parts, list(value.values()))
     elif callable(value) and hasattr(value, "__qualname__"):
         _take(parts, f"{value.__module__}.{value.__qualname__}")
     else:
-        _take(parts, _array(value))
+        dtype, shape, data = _array(value)
+        _add(parts, f"{dtype} {shape}", data)
+
+
+def _add(parts: list[bytes], kind: str, data: bytes) -> None:
+    parts += (_head(kind, len(data)), data)
+
+
+_PLAIN = (str, int, float, bool, type(None))
 
 
 @lru_cache

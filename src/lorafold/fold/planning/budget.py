@@ -150,7 +150,12 @@ class Ledger:
         return Ledger(targets, self._tolerances[here], self.total[here], first, starts)
 
     def __lorafold_key__(self) -> Any:
-        return self._targets, self._tolerances, self.total, self._first, self._rows
+        targets = list(self._targets.values())
+        amounts = [t.amount for t in targets]
+        kinds = [f"{t.kind} {t.summed} {len(t.amount)}" for t in targets]
+        joined = np.concatenate(amounts) if amounts else np.zeros(0)
+        first = self._first, list(self._targets), kinds
+        return first, joined, self._tolerances, self.total, self._rows
 
     def target(
         self, path: str, rows: np.ndarray, members: np.ndarray, share: float = 1.0
