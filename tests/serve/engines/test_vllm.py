@@ -281,6 +281,20 @@ def test_a_refold_gives_other_folders(vllm, settings):
     assert_equal(dense(Path(after)), expected)
 
 
+def test_a_library_at_a_url(vllm, library, memory, tmp_path, monkeypatch):
+    with lf.Library.open(library) as opened:
+        opened.save(memory.url).close()
+    resolver = plugin.resolver(Settings(memory.url, tmp_path / "cache"))
+    request, later = resolve(resolver, "sql@c=0.5", "new")
+    assert later is None
+    with lf.Library.open(memory.url) as there:
+        assert_equal(dense(Path(request.lora_path)), weights(0.5 * there["sql"]))
+        there.add(there["polite"], "new")
+    assert resolve(resolver, "new") == [None]  # it is looked at once a minute
+    monkeypatch.setattr("lorafold.serve.engines.unfolding.time.monotonic", lambda: 1e9)
+    assert resolve(resolver, "new")[0].lora_name == "new"
+
+
 # Several processes
 
 
