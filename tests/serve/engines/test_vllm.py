@@ -291,7 +291,7 @@ def test_a_library_at_a_url(vllm, library, memory, tmp_path, monkeypatch):
         assert_equal(dense(Path(request.lora_path)), weights(0.5 * there["sql"]))
         there.add(there["polite"], "new")
     assert resolve(resolver, "new") == [None]  # it is looked at once a minute
-    monkeypatch.setattr("lorafold.serve.engines.unfolding.time.monotonic", lambda: 1e9)
+    monkeypatch.setattr("lorafold.serve.engines.unfolding._FRESH", 1e-6)
     assert resolve(resolver, "new")[0].lora_name == "new"
 
 
