@@ -176,6 +176,10 @@ class Catalog(Mapping[str, Entry]):
             with suppress(LorafoldError):  # as it was, until it can be read again
                 # Not closed: somebody may be reading it.
                 self._library, self._seen = Library.open(str(self._library.path)), seen
+                shard_of = self._library.contents.manifest.shard_of
+                found = self._digests.items()
+                # Of what is gone, or stands elsewhere, nobody will ask.
+                self._digests = {k: d for k, d in found if len(k) < 4 or shard_of(k[0]) == k[3]}
 
     def _manifest(self) -> Any:
         path = None if self._library is None else self._library.path
@@ -211,7 +215,7 @@ class Catalog(Mapping[str, Entry]):
         with self._lock:
             if name not in self._paths:
                 raise self.unknown(name)
-            del self._paths[name]
+            self._digests.pop((name, self._paths.pop(name), self._times[name]), None)
 
 
 def _prepared(adapter: Adapter) -> Adapter:

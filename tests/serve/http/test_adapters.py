@@ -141,6 +141,17 @@ def test_loading_and_unloading(client, root):
         assert client.post("/v1/unload_lora_adapter", lora_name=name).status_code == 404
 
 
+def test_names_that_come_and_go_leave_nothing_behind(client):
+    catalog = client.service.catalog
+    known = []
+    for _ in range(3):
+        client.post("/v1/load_lora_adapter", lora_name="again", lora_path="caesar")
+        assert client.text(**ASK, model="again@c=0.5")
+        client.post("/v1/unload_lora_adapter", lora_name="again")
+        known.append(len(catalog._digests))
+    assert len(set(known)) == 1
+
+
 def test_only_what_lies_below_the_root_is_loaded(client, root, packaged):
     (root / "way-out").symlink_to(packaged / "roman")
     (root / "empty").mkdir(exist_ok=True)

@@ -346,3 +346,43 @@ def test_the_adapters_of_the_moment_are_a_label(make_client, packaged):
         assert any("a%2Cb" in s and "c d" in s for s in seen), seen
         many.shutdown()
         assert client.http.get("/metrics").text.count("vllm:lora_requests_info{") == 1
+
+
+def test_a_stream_that_nobody_reads_frees_its_rows(make_client):
+    """Its client has gone before the first event: the generator of events never begins."""
+    import asyncio
+
+    with make_client.make() as client:
+        made = client.service
+        loop_ran = []
+
+        async def ask():
+            from lorafold.serve.http.app import Routes
+            from lorafold.serve.http.bodies import Completion
+            from lorafold.serve.http.service import Chosen
+
+            body = json.dumps({**ASK, "max_tokens": 250, "stream": True}).encode()
+            how = Completion.of(body).how
+            chosen = Chosen({}, 1.0, None, "demo")
+            answers = await made.ask(chosen, how, [[97]], frozenset())
+            what = chosen, how, answers, [[97]], [""]
+            from lorafold.serve.http.answers import COMPLETION
+
+            found = await Routes(made)._answer(None, COMPLETION, *what)
+
+            async def receive():
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                raise OSError("gone")
+
+            scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+            try:
+                await found(scope, receive, send)
+            except Exception as e:  # noqa: BLE001
+                loop_ran.append(type(e).__name__)
+            assert answers.answers[0].reason == "cancelled"
+
+        asyncio.run(ask())
+        assert loop_ran == ["ClientDisconnect"]
+        client.settle()

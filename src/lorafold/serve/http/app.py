@@ -186,7 +186,9 @@ class Routes:
         service = self._service
         load, pool = service.engine.load, service.pool
         running, waiting = service.named(load.adapters), service.named(load.queued)
-        text, kind = service.metrics.text(load, running, waiting, (len(pool.digests), pool.nbytes))
+        text, kind = service.metrics.text(
+            load, running, waiting, list(pool.digests.values()), pool.nbytes
+        )
         return web().Response(text, headers={"content-type": kind})
 
     async def models(self, _: Any) -> Any:
@@ -301,7 +303,7 @@ class Routes:
         count = sum(map(len, prompts))
         before = [echoed[i // how.n] for i in range(len(answers.answers))]
         if how.stream:
-            return _streamed(self._parts(head, how, answers, count, before))
+            return _streamed(self._parts(head, how, answers, count, before), answers.leave)
         chunks = await self._whole(request, answers)
         if chunks is None:
             return web().Response(status_code=_LEFT)
@@ -386,8 +388,8 @@ def _event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _streamed(parts: AsyncIterator[str]) -> Any:
-    """Events as they come; whatever ends it, ends the parts."""
+def _streamed(parts: AsyncIterator[str], leave: Callable[[], None]) -> Any:
+    """Events as they come; whatever ends it, ends the parts, also those that never began."""
 
     class Streamed(web().StreamingResponse):  # type: ignore[misc]
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -395,6 +397,7 @@ def _streamed(parts: AsyncIterator[str]) -> Any:
                 await super().__call__(scope, receive, send)
             finally:
                 await parts.aclose()  # type: ignore[attr-defined]
+                leave()
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return Streamed(parts, media_type="text/event-stream", headers=headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -67,6 +67,7 @@ class Metrics:
             registry=self._registry,
         )
         self._attached = self._made(p.Gauge, "adapters_attached", "Adapters.", space="lorafold")
+        self._in_use = self._made(p.Gauge, "adapters_in_use", "Of these.", space="lorafold")
         self._bytes = self._made(p.Gauge, "adapters_bytes", "Their bytes.", space="lorafold")
 
     def _made(self, kind: Any, name: str, text: str, space: str = "vllm", **more: Any) -> Any:
@@ -82,19 +83,25 @@ class Metrics:
         self._refused.labels(status=str(status)).inc()
 
     def text(
-        self, load: Load, running: Iterable[str], waiting: Iterable[str], held: tuple[int, int]
+        self,
+        load: Load,
+        running: Iterable[str],
+        waiting: Iterable[str],
+        users: Sequence[int],
+        nbytes: int,
     ) -> tuple[bytes, str]:
         """(everything, its content type).
 
         Args:
             load: of the engine. running, waiting: names of adapters.
-            held: adapters that are attached, and their bytes.
+            users: of each adapter that is attached, requests that hold it. nbytes: of all of them.
         """
         self._gauges["num_requests_running"].set(load.running)
         self._gauges["num_requests_waiting"].set(load.waiting)
         self._gauges["kv_cache_usage_perc"].set(load.used)
-        self._attached.set(held[0])
-        self._bytes.set(held[1])
+        self._attached.set(len(users))
+        self._in_use.set(sum(1 for held in users if held))
+        self._bytes.set(nbytes)
         self._loras.clear()  # or what was once said stays for ever
         names = (
             ",".join(sorted(quote(n, safe=_PLAIN) for n in all_of)) for all_of in (running, waiting)

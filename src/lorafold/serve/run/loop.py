@@ -113,6 +113,7 @@ class Looping(Engine):
         if before is not None and before is not threading.current_thread():
             before.join()  # it may be telling the last of what it had
         with self._changed:
+            self._draining = self._draining and not self._stopping
             self._error, self._stopping = None, False
             self._thread = threading.Thread(target=self._run, name="lorafold-engine", daemon=True)
             self._thread.start()
