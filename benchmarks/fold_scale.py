@@ -68,7 +68,7 @@ print("reading", time.perf_counter() - start)
 _START = "import torch, lorafold.scale.worker, lorafold.fold.passes.tasks"
 # What a part is called, and the functions that it is.
 PARTS = {
-    "reading the files": [("peft.py", "read")],
+    "reading the files": [("adapter_file.py", "read")],
     "joining blocks": [("batch.py", "joined_factors"), ("batch.py", "side_by_side")],
     "Grams": [("batch.py", "quick_gram"), ("batch.py", "gram")],
     "directions": [("batch.py", "_directions")],

@@ -192,6 +192,29 @@ def test_this_process_is_one_of_several(tmp_path, two):
     assert other != os.getpid()
 
 
+def test_nobody_waits_for_a_process_that_starts(tmp_path, two, monkeypatch):
+    """All is done here meanwhile, and what is still starting is ended."""
+    monkeypatch.setattr("lorafold.scale.local._START", "import time; time.sleep(600) # {path!r}")
+    workers = LocalWorkers(3, 60, here=True)
+    try:
+        engine = Spread(workers, WorkDirectory(tmp_path / "work"))
+        found = list(engine.map(of_process, tasks(*((0.001 * k,) for k in range(9)))))
+    finally:
+        workers.shutdown()
+    assert set(found) == {os.getpid()}
+
+
+def test_a_process_that_cannot_start_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafold.scale.local._START", "raise SystemExit(7) # {path!r}")
+    workers = LocalWorkers(1, 60)
+    try:
+        engine = Spread(workers, WorkDirectory(tmp_path / "work"))
+        with pytest.raises(FileError, match="number 0 was given up after 3 .* ended with status 7"):
+            list(engine.map(of_process, tasks((0,))))
+    finally:
+        workers.shutdown()
+
+
 def dies_first_elsewhere(marker, mine):
     if os.getpid() != mine and not os.path.exists(marker):
         Path(marker).touch()

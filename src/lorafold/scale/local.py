@@ -47,7 +47,9 @@ class LocalWorkers(Executor):
         self._lock = threading.Lock()
         self._closed = False
         if here and count > 1:
-            self._take_in(_ThisProcess())
+            this = _ThisProcess()
+            self._all.add(this)
+            self._idle.put(this)
         while len(self._all) < count:
             self._start()
 
@@ -69,10 +71,13 @@ class LocalWorkers(Executor):
     def _start(self) -> None:
         with self._lock:
             if not self._closed:
-                self._take_in(_Process())
+                process = _Process()
+                self._all.add(process)
+                # Nobody waits for it while others are idle.
+                threading.Thread(target=self._begin, args=(process,), daemon=True).start()
 
-    def _take_in(self, process: _Process | _ThisProcess) -> None:
-        self._all.add(process)
+    def _begin(self, process: _Process) -> None:
+        process.begin()
         self._idle.put(process)
 
     def _run(self, task: tuple[Any, ...]) -> bytes | None:
@@ -136,7 +141,15 @@ class _Process:
             text=True,
             env=env,
         )
-        self._ready = False
+        self._failed: WorkerDiedError | None = None
+
+    def begin(self) -> None:
+        """Wait until it has imported what it needs; whoever asks is told if that fails."""
+        assert self._popen.stdout is not None
+        try:
+            self._answer(self._popen.stdout, _START_WITHIN)
+        except WorkerDiedError as e:
+            self._failed = e
 
     def ask(self, task: tuple[Any, ...], patience: float) -> bytes | None:
         """Have it run a task.
@@ -147,9 +160,8 @@ class _Process:
         stdin, stdout = self._popen.stdin, self._popen.stdout
         assert stdin is not None
         assert stdout is not None
-        if not self._ready:
-            self._answer(stdout, _START_WITHIN)
-            self._ready = True
+        if self._failed is not None:
+            raise self._failed
         with contextlib.suppress(OSError):
             stdin.write(json.dumps(task) + "\n")
             stdin.flush()
@@ -167,7 +179,7 @@ class _Process:
         timer.start()
         try:
             answer = stdout.readline()
-        except OSError:
+        except (OSError, ValueError):  # it was closed meanwhile
             answer = ""
         finally:
             timer.cancel()
