@@ -23,6 +23,7 @@ WORDS = {
         "",
         "ADDRESS",
         "B1,B2",
+        "KEY",
         "KIND",
         "LO,HI",
         "MODULE:FUNCTION",
@@ -31,6 +32,7 @@ WORDS = {
         "NAMES",
         "T",
         "TEXT",
+        "URL",
     ),
     *("PATTERN=OUTXIN", "RANKS", "W,W,…", "WHAT=COLUMN"),
 }
