@@ -79,6 +79,16 @@ def test_what_is_no_file_or_no_program(tmp_path):
     torch.save({"q.lora_A.weight": R(2, 3)}, tmp_path / "b" / "adapter_model.bin")
     with pytest.raises(FileError, match=r"is a pickle, .*--to peft --allow-pickle`"):
         check_for(tmp_path / "b", "vllm")
+    save_file({"embed.weight": R(2, 3)}, tmp_path / "whole.safetensors")
+    save_file({}, tmp_path / "none.safetensors")
+    for name, why in (("whole", "none of its 1 tensors is a factor"), ("none", "no tensors")):
+        for reader in READERS:
+            with pytest.raises(FileError, match=why):
+                check_for(tmp_path / f"{name}.safetensors", reader)
+    half = {"lora_unet_conv_in.lora_up.weight": R(8, 2)}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(FileError, match="has no lora_down"):
+        check_for(tmp_path / "half.safetensors", "diffusers")
     with pytest.raises(MismatchError, match=r"no rules of 'vlm'.*'vllm'"):
         check_for(path, "vlm")
 

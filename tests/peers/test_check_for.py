@@ -458,6 +458,126 @@ def test_names_of_flux_in_diffusers(diffusers, tmp_path):
     assert into_flux(diffusers, tmp_path / "comfy.safetensors") == set()
 
 
+def pair(name, out, inner, down="lora_down", up="lora_up", alpha=None):
+    tensors = {f"{name}.{down}.weight": R(2, inner), f"{name}.{up}.weight": R(out, 2)}
+    return tensors if alpha is None else {**tensors, f"{name}.alpha": torch.tensor(float(alpha))}
+
+
+AB = ("lora_A", "lora_B")
+PROJ, COMFY = "lora_unet_double_blocks_0_img_attn_proj", "diffusion_model.double_blocks.0"
+OUT, Q = "transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.attn.to_q"
+T5 = "encoder_block_0_layer_0_SelfAttention_q"
+PLAIN = pair(PROJ, 32, 32)
+# {case: (tensors, what is found, the modules that diffusers adapts, or its error)}
+FLUX = {
+    "CLIP": (PLAIN | pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 8, 8), None, {OUT}),
+    "T5": (PLAIN | pair(f"lora_te3_{T5}", 8, 8), "dropped", {OUT}),
+    "a bias": (PLAIN | {f"{PROJ}.diff_b": R(32)}, "dropped", {OUT}),
+    "a difference": (PLAIN | {"lora_unet_img_in.diff": R(32, 4)}, "differences", "Incompatible"),
+    "a strange name": (PLAIN | pair("lora_unet_double_blocks_0_x", 8, 8), "names", "Incompatible"),
+    "its own paths": (pair("lora_unet_" + Q.replace(".", "_"), 32, 32), "names", "Incompatible"),
+    "ComfyUI": (pair(f"{COMFY}.img_attn.proj", 32, 32, alpha=1), None, {OUT}),
+    "ComfyUI, A and B": (pair(f"{COMFY}.img_attn.proj", 32, 32, *AB), "comfy_names", set()),
+    "ComfyUI, the end": (
+        pair(f"{COMFY}.img_attn.proj", 32, 32) | pair("diffusion_model.final_layer.linear", 4, 32),
+        "final_layer",
+        {OUT},
+    ),
+    "ComfyUI, T5": (
+        pair(f"{COMFY}.img_attn.proj", 32, 32)
+        | pair(f"text_encoders.t5xxl.transformer.{T5.replace('_', '.')}", 8, 8),
+        "dropped",
+        {OUT},
+    ),
+    "x-flux": (
+        {
+            "double_blocks.0.processor.proj_lora1.down.weight": R(2, 32),
+            "double_blocks.0.processor.proj_lora1.up.weight": R(32, 2),
+        },
+        None,
+        {OUT},
+    ),
+    "α beside A and B": (pair(f"transformer.{Q}", 32, 32, *AB, alpha=1), None, {Q}),
+    "α beside down and up": (pair(f"transformer.{Q}", 32, 32, alpha=1), "alphas", {Q}),
+    "without a part": (pair(Q, 32, 32, *AB), "no_part", set()),
+}
+
+
+@DIFFUSERS_WARNS
+@pytest.mark.parametrize("case", FLUX)
+def test_keys_of_flux_in_diffusers(case, diffusers, tmp_path):
+    tensors, name, expected = FLUX[case]
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = check_for(tmp_path / "x.safetensors", "diffusers").findings
+    assert [f.name for f in found] == ([] if name is None else [name])
+    if isinstance(expected, set):
+        assert into_flux(diffusers, tmp_path / "x.safetensors") == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            into_flux(diffusers, tmp_path / "x.safetensors")
+        assert found[0].outcome == "refuses"
+
+
+QUERY = f"{ATTENTION}.transformer_blocks.0.attn1.to_q"
+OF_UNET = pair("lora_unet_" + QUERY.replace(".", "_"), 8, 8, alpha=2)
+# {case: (tensors, what is found, whether the query is adapted, or the error)}
+UNET = {
+    "T5": (OF_UNET | pair(f"lora_te3_{T5}", 8, 8), "other_keys", False),
+    "another key": (OF_UNET | {"step.x": R(1)}, "other_keys", "lora"),
+    "a difference": (OF_UNET | {"lora_unet_conv_in.diff": R(8, 4, 3, 3)}, "differences", "renamed"),
+    "a strange name": (OF_UNET | pair("lora_unet_foo_bar", 8, 8), "names", True),
+    "ComfyUI": (
+        pair("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", 8, 8),
+        "comfy_names",
+        False,
+    ),
+    "without a part": (pair(QUERY, 8, 8, *AB), "no_part", False),
+    "the first names without a part": (
+        {
+            f"{QUERY[:-5]}.processor.to_q_lora.down.weight": R(2, 8),
+            f"{QUERY[:-5]}.processor.to_q_lora.up.weight": R(8, 2),
+        },
+        "no_part",
+        False,
+    ),
+    "α beside A and B": (pair(f"unet.{QUERY}", 8, 8, *AB, alpha=1), "keys", "lora"),
+    "a language model's": (
+        pair("base_model.model.model.layers.0.q_proj", 8, 8, *AB) | {"x.alpha": torch.ones(())},
+        "form",
+        "lora",
+    ),
+}
+
+
+@DIFFUSERS_WARNS
+@pytest.mark.parametrize("case", UNET)
+def test_keys_of_a_unet_in_diffusers(case, diffusers, tmp_path):
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Mixin
+
+    tensors, name, expected = UNET[case]
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    (found,) = check_for(path, "diffusers").findings
+    assert (found.name, found.outcome != "loads") == (name, True)
+    model = unet(diffusers)
+
+    def load():
+        said, alphas, metadata = Mixin.lora_state_dict(
+            str(path), unet_config=model.config, return_lora_metadata=True
+        )
+        if not all("lora" in key for key in said):  # as load_lora_weights looks
+            raise ValueError("contain 'lora'")
+        Mixin.load_lora_into_unet(said, network_alphas=alphas, unet=model, metadata=metadata)
+
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            load()
+    else:
+        load()
+        adapted = {name for name, m in model.named_modules() if hasattr(m, "lora_A")}
+        assert adapted == ({QUERY} if expected else set())
+
+
 # kohya-ss and LyCORIS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-from ..errors import MismatchError
+from ..errors import FileError, MismatchError
 from ..words import did_you_mean
 from . import diffusers, kohya, llama_cpp, mlx, peft, vllm
 from .finding import Finding, Verdict, ordered
@@ -44,7 +44,8 @@ def check_for(
         revision: a branch, tag or commit, for a Hub id.
 
     Raises:
-        FileError: nothing there, no adapter's file, a library's adapter or a pickle.
+        FileError: nothing there, no adapter's file, a library's, or a pickle; or what can't be
+            read here, and is refused by no rule of the program's.
         MismatchError: no such program.
 
     Examples:
@@ -59,4 +60,8 @@ def check_for(
     """
     if reader not in _RULES:
         raise MismatchError(f"no rules of {reader!r} are known; {did_you_mean(reader, _RULES)}")
-    return ordered(reader, _RULES[reader](look(path, base, alpha, revision)))
+    file = look(path, base, alpha, revision)
+    verdict = ordered(reader, _RULES[reader](file))
+    if verdict.same and file.error is not None and file.form != "gguf":
+        raise FileError(file.error)  # of what can't be read here it is not known
+    return verdict

@@ -16,6 +16,7 @@ from ..files.base import BaseFiles, read_base
 from ..files.config import json_object, read_text
 from ..files.find import GGUF_SUFFIX, Location, in_library, locate
 from ..files.formats.alphas import alpha_keys
+from ..files.formats.foreign import may_hold_adapter
 from ..files.formats.gguf.header import read_head
 from ..files.formats.readers import format_of
 from ..files.formats.reading import Source, Stored, shapes_of
@@ -116,6 +117,8 @@ def look(
         opened = open_adapter(path, alpha=alpha, base=base, revision=revision)
     except LorafoldError as e:
         error = str(e)
+        if not may_hold_adapter(place.weights):
+            raise
     if place.weights.suffix == GGUF_SUFFIX:
         found = _of_gguf(os.fspath(path), place)
     else:

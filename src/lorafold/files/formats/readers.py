@@ -57,6 +57,7 @@ def format_of(source: Source, name: str | None = None) -> Format:
         said = " and ".join(f.said for f in claims)
         names = " or ".join(f"format={f.name!r}" for f in claims)
         raise FileError(
-            f"{source.where}: its tensors have names of {said}: say which it is with {names}"
+            f"{source.where}: its tensors have names of {said}: say which it is with {names}, "
+            f"or convert it first, `lorafold convert IN -o OUT --to peft --format {claims[0].name}`"
         )
     return claims[0] if claims else PEFT
