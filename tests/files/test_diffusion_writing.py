@@ -384,6 +384,23 @@ def run(*words):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_the_bases_name_goes_along(form, tmp_path, capsys):
+    a = adapter_of(SD1)
+    lf.save(a, tmp_path / "x.safetensors", format=form)
+    assert "lorafold_base_model" not in metadata(tmp_path / "x.safetensors")
+    lf.save(lf.Adapter(a.modules, layouts=a.layouts, base_model="org/sd"), tmp_path / "peft")
+    out = tmp_path / "y.safetensors"
+    for source, option in ((tmp_path / "peft", ()), (tmp_path / "x.safetensors", "--base-model")):
+        words = ("convert", source, "-o", out, "--to", form, "--overwrite")
+        assert run(*words, *([option, "org/sd"] if option else [])) == 0
+        assert lf.load(out).base_model == "org/sd"
+        assert run("convert", out, "-o", tmp_path / "z", "--to", "peft", "--overwrite") == 0
+        assert lf.load(tmp_path / "z").base_model == "org/sd"
+    lf.save(lf.load(out), tmp_path / "again.safetensors", format=form)
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_convert_writes_a_file(form, tmp_path, capsys):
     a = adapter_of(SDXL)
     lf.save(a, tmp_path / "peft")

@@ -56,7 +56,7 @@ def test_a_format_that_is_not_known_is_refused(file):
 @pytest.mark.parametrize("both", [("kohya", "peft"), ("mlx", "peft"), ("mlx", "kohya")])
 def test_keys_of_two_formats_ask_for_one(both, file):
     tensors = {**KINDS[both[0]], **KINDS[both[1]]}
-    asks = f"format='{both[0]}' or format='{both[1]}', or convert it first"
+    asks = f"format='{both[0]}' or format='{both[1]}', or keep the tensors of one alone$"
     for source in (file(tensors), tensors):
         with pytest.raises(FileError, match=asks):
             lf.load(source, alpha=4)
@@ -69,15 +69,13 @@ def test_keys_of_two_formats_ask_for_one(both, file):
 def test_every_command_says_what_to_do_with_keys_of_two(file, monkeypatch, capsys):
     path = file({**KINDS["kohya"], **KINDS["peft"]})
     monkeypatch.chdir(path.parent)
-    convert = "convert IN -o OUT --to peft --format kohya"
     which = "say which it is with --format 'kohya' or --format 'peft', or "
     for words, says in ((["info"], which), (["anatomy"], ""), (["check", "--for", "peft"], "")):
         with pytest.raises(SystemExit) as ended:
             main([*words, path.name])
         assert ended.value.code == 2
-        assert f"PEFT: {says}convert it first, `lorafold {convert}`" in capsys.readouterr().err
-    words = convert.replace("IN", path.name).replace("kohya", "peft").split()
+        assert f"PEFT: {says}keep the tensors of one alone\n" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--alpha", "4"])
+        main(f"convert {path.name} -o OUT --to peft --format peft --alpha 4".split())
     assert ended.value.code == 0
-    assert lf.load("OUT").extras.keys() == KINDS["kohya"].keys()
+    assert lf.load("OUT", format="peft").extras.keys() == KINDS["kohya"].keys()

@@ -92,7 +92,8 @@ def convert(
             dtype=torch_dtype(dtype),
             overwrite=overwrite,
         )
-    after = open_adapter(path, base=base)
+    # What was said to be PEFT's may have others' keys beside it, which go along.
+    after = open_adapter(path, base=base, format=form if form == "peft" else None)
     found = {
         "path": target,
         "format": form,

@@ -58,6 +58,6 @@ def format_of(source: Source, name: str | None = None) -> Format:
         names = " or ".join(f"format={f.name!r}" for f in claims)
         raise FileError(
             f"{source.where}: its tensors have names of {said}: say which it is with {names}, "
-            f"or convert it first, `lorafold convert IN -o OUT --to peft --format {claims[0].name}`"
+            "or keep the tensors of one alone"
         )
     return claims[0] if claims else PEFT

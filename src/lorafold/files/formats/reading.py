@@ -25,6 +25,7 @@ from .alphas import SAID
 Shape = tuple[int, ...]
 # In the header of what lorafold wrote: {module: rank} of those padded, or the ranks of its parts.
 RANKS = "lorafold_ranks"
+BASE_MODEL = "lorafold_base_model"  # there as well, where a form has no config that says it
 Tensors = Mapping[str, tuple[torch.dtype, Shape]]
 
 
@@ -171,14 +172,17 @@ class Source:
             raise MismatchError(f"{self.where}: {why}; leave out alpha=")
 
     def origin(self, *used: str) -> dict[str, Any]:
-        """A config of what the header says beside the format: `save` writes it again.
+        """A config of what the header says beside the format, the base's name for one: `save`
+        writes it again.
 
         Args:
             used: its keys that the format has used up.
         """
-        out = ("format", *SAID, *used)
+        out = ("format", BASE_MODEL, *SAID, *used)
         told = {key: text for key, text in self.metadata.items() if key not in out}
-        return {ORIGIN: {"metadata": told}} if told else {}
+        found: dict[str, Any] = {ORIGIN: {"metadata": told}} if told else {}
+        name = self.metadata.get(BASE_MODEL)
+        return found | ({"base_model_name_or_path": name} if name else {})
 
 
 @dataclass(frozen=True)

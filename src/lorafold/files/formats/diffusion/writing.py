@@ -6,7 +6,7 @@ the rank, which is the factor 1. FLUX's files keep the rank of each, as joining 
 and their α's. diffusers' files say nothing of a scale, and ComfyUI's need not: it is 1.
 
 The header of a file names what was padded, and the ranks of parts that were joined to one of FLUX's
-weights; reading takes both apart again.
+weights; reading takes both apart again. It names the base, which the formats have no place for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ....errors import MismatchError, RefusedError
 from ....lowrank import LowRank
 from ....parts import LINEAR
 from ..baking import padded, scaled
-from ..reading import RANKS
+from ..reading import BASE_MODEL, RANKS
 from ..registry import Written
 from .flux import Piece, flux_pieces, to_flux
 from .joining import joined
@@ -44,7 +44,7 @@ def kohya_form(
     Args:
         adapter: what to write.
         base: the base of `by_base`; it tells SD 1 from XL where the modules do not.
-        base_model: not held by the format.
+        base_model: its name; by default the adapter's.
         dtype: of the factors; by default their own, and float32 where baking a scale would round.
 
     Raises:
@@ -61,7 +61,7 @@ def kohya_form(
     for name, module in modules.items():
         tensors |= _factors(name, module, ("lora_down", "lora_up"))
         tensors[f"{name}.alpha"] = torch.tensor(float(module.update.rank))
-    return Written({**tensors, **images.carried}, _said(ranks))
+    return Written({**tensors, **images.carried}, _said(ranks, base_model or adapter.base_model))
 
 
 def diffusers_form(
@@ -80,7 +80,7 @@ def diffusers_form(
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= _factors(name, module, ("lora_A", "lora_B"))
-    return Written(tensors, _said({}))
+    return Written(tensors, _said({}, base_model or adapter.base_model))
 
 
 def comfy_form(
@@ -99,7 +99,7 @@ def comfy_form(
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= _factors(name, module, ("lora_down", "lora_up"))
-    return Written(tensors, _said(ranks))
+    return Written(tensors, _said(ranks, base_model or adapter.base_model))
 
 
 # Names: of one module, or of one and the piece of it that an update is
@@ -247,5 +247,6 @@ def _factors(name: str, module: Module, words: tuple[str, str]) -> dict[str, Ten
     return tensors
 
 
-def _said(ranks: Mapping[str, int | list[int]]) -> dict[str, str]:
-    return {"format": "pt", **({RANKS: json.dumps(ranks, sort_keys=True)} if ranks else {})}
+def _said(ranks: Mapping[str, int | list[int]], name: str | None) -> dict[str, str]:
+    told = {"format": "pt", **({RANKS: json.dumps(ranks, sort_keys=True)} if ranks else {})}
+    return told | ({BASE_MODEL: name} if name else {})
