@@ -183,7 +183,7 @@ BROKEN_CONFIGS = {
     "not UTF-8": (b"\xff\xfe", "UTF-8"),
     "no r": ({**CONFIG, "r": None}, "'r' must be a number"),
     "r is text": ({**CONFIG, "r": "8"}, "'r' must be a number"),
-    "no alpha": ({"r": 2}, "'lora_alpha' must be a number"),
+    "no alpha": ({"r": 2}, "'lora_alpha' must be a number, found None: write into the config"),
     "AdaLoRA": ({**CONFIG, "peft_type": "ADALORA"}, "'ADALORA'.*only LORA"),
     "LoHa": ({**CONFIG, "peft_type": "LOHA"}, "'LOHA'"),
     "IA3": ({"peft_type": "IA3"}, "'IA3'"),

@@ -163,7 +163,10 @@ def checked(config: dict[str, Any], where: str | os.PathLike[str]) -> dict[str, 
     for field in ("r", "lora_alpha"):
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise FileError(f"{where}: {field!r} must be a number, found {value!r}")
+            raise FileError(
+                f"{where}: {field!r} must be a number, found {value!r}: write into the config what "
+                "it was in training"
+            )
     for field in ("target_parameters", "modules_to_save"):
         value = config.get(field) or []
         if not isinstance(value, list | str) or not all(isinstance(name, str) for name in value):
