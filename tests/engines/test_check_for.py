@@ -263,6 +263,21 @@ def test_after_the_remedy_an_image_models_loads(case, tmp_path, monkeypatch, cap
     assert all(torch.allclose(u.dense(), b[p].dense(), atol=1e-5) for p, u in a.items())
 
 
+def test_a_pipelines_folder_is_a_base(tmp_path):
+    unet = tmp_path / "sd" / "unet"
+    unet.mkdir(parents=True)
+    (tmp_path / "sd" / "model_index.json").write_text("{}")
+    (unet / "config.json").write_text("{}")
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    save_file({path: R(8, 8)}, unet / "diffusion_pytorch_model.safetensors")
+    flat_file(tmp_path / "x.safetensors", {"to_q": 1})
+    for reader in ("diffusers", "kohya"):
+        assert check_for(tmp_path / "x.safetensors", reader, base=tmp_path / "sd").same
+    flat_file(tmp_path / "y.safetensors", {"to_nothing": 1})
+    with pytest.raises(MismatchError, match="no module of the base.*to_nothing"):
+        check_for(tmp_path / "y.safetensors", "kohya", base=tmp_path / "sd")
+
+
 def test_every_form_is_told_by_every_program(tmp_path):
     """With a remedy where there is one."""
     flat_file(tmp_path / "x.safetensors", {"to_q": 1, "to_k": 1})

@@ -16,6 +16,7 @@ from ..files.base import BaseFiles, read_base
 from ..files.config import json_object, read_text
 from ..files.find import GGUF_SUFFIX, Location, in_library, locate
 from ..files.formats.alphas import alpha_keys
+from ..files.formats.diffusion.bases import by_base
 from ..files.formats.foreign import may_hold_adapter
 from ..files.formats.gguf.header import read_head
 from ..files.formats.readers import format_of
@@ -46,7 +47,7 @@ class Look:
         alphas: {module's name in the file: α}, of tensors of one number.
         file: the adapter as it is read here; None where it can't be, which `error` says.
         error: why it can't be read here.
-        base: the base's folder, where one is given.
+        base: the base's folder, where one is given, of what is no image model's.
     """
 
     path: str
@@ -99,6 +100,7 @@ def look(
 
     Raises:
         FileError: nothing there, no adapter's file, or one that others do not read as it is.
+        MismatchError: an image model's, which does not fit the base.
     """
     if in_library(os.fsdecode(path)) is not None:
         raise FileError(
@@ -111,7 +113,6 @@ def look(
             f"{place.weights} is a pickle, which is not looked into here: write it as safetensors "
             "first, `lorafold convert IN -o OUT --to peft --allow-pickle`, and check that"
         )
-    files = None if base is None else read_base(base)
     opened, error = None, None
     try:
         opened = open_adapter(path, alpha=alpha, base=base, revision=revision)
@@ -119,6 +120,11 @@ def look(
         error = str(e)
         if not may_hold_adapter(place.weights):
             raise
+    files = None
+    if base is not None and opened is not None and opened.names:
+        by_base(opened.load(), opened.names, base)  # a pipeline, which says no more than names
+    elif base is not None:
+        files = read_base(base)
     if place.weights.suffix == GGUF_SUFFIX:
         found = _of_gguf(os.fspath(path), place)
     else:
