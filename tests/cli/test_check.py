@@ -380,3 +380,11 @@ def test_check_needs_a_base_or_a_program(cli, tmp_path):
     assert ran.code == 2
     assert "give the base's folder with --base, or a program with --for" in ran.err
     assert cli("check", tmp_path, "--for", "vlm").code == 2
+
+
+def test_names_without_numbers_are_listed_too(cli, base):
+    modules = {name: LowRank(torch.ones(1, 5), torch.ones(4, 1)) for name in ("tower", "x.7.y")}
+    ran = cli("check", save(lf.Adapter(modules)), "--base", "base")
+    assert ran.code == 1
+    listed = ran.out.partition("Matches nothing in the base:\n")[2].partition("\n\n")[0]
+    assert {line.split("#")[0].strip() for line in listed.splitlines()} >= {"tower", "x."}

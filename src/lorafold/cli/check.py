@@ -368,5 +368,8 @@ def _list(out: Console, names: list[str]) -> None:
 
     rows = []
     for what, numbers in by_kind(names).items():
-        rows.append((f"  {what}", f"# = {output.listed(numbers, 12)}" if "#" in what else ""))
+        if "#" in what:
+            rows.append((f"  {what}", f"# = {output.listed(numbers, 12)}"))
+        else:
+            output.say(out, f"  {what}")
     output.facts(out, rows)
