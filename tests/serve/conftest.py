@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import lorafold as lf
 from lorafold.demo.model import base_dir, data_dir
 from lorafold.serve import Limits, Request, Sampling
 from lorafold.serve.adapters import Attachments
+from lorafold.serve.run.packed import PackedEngine
 from lorafold.serve.run.rows import RowsEngine
 
 transformers = pytest.importorskip("transformers")
@@ -83,16 +85,66 @@ def add(engine, adapter, name):
     engine.call(lambda: engine.attachments.add(adapter, name, engine.trial)).result(60)
 
 
+@pytest.fixture(params=[RowsEngine, PackedEngine], ids=["rows", "packed"])
+def make(request):
+    """What makes an engine: a test that takes it, or `engine`, runs with each."""
+    return request.param
+
+
 @pytest.fixture
-def engine(demo_model, demo_adapters):
-    found = started(demo_model, demo_adapters)
+def engine(demo_model, demo_adapters, make):
+    found = started(demo_model, demo_adapters, make=make)
     yield found
     found.stop(60)
+
+
+def alone(engine, prompt, tokens, mix, c=1.0, rank=None):
+    """The model's own log-probabilities (n, vocabulary) at each token, by a plain forward."""
+    whole = torch.tensor([[*prompt, *tokens]])
+    with torch.no_grad(), engine.attachments.live.use(dict(mix) or None, c=c, rank=rank):
+        scores = engine.model(whole, use_cache=False).logits[0]
+    return scores[len(prompt) - 1 : -1].float().log_softmax(1)
+
+
+def check_alone(engine, told, how):
+    """What was told of a request is what the model says by itself."""
+    own = alone(engine, how["prompt"], told.tokens, how["mix"], how["c"], how["rank"])
+    tokens = torch.tensor(told.tokens)
+    said = own.gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(said, torch.tensor(told.logprobs), atol=1e-4)
+    best = own.topk(2).values
+    near = best[:, 0] - best[:, 1] < 1e-3
+    assert bool(((own.argmax(1) == tokens) | near).all())
+    for piece, row in zip(told.pieces, own, strict=True):
+        for token, logprob in piece.top:
+            assert abs(float(row[token]) - logprob) < 1e-4
+
+
+def wanted(count, seed=0, names=NAMES):
+    """Requests of unlike lengths, mixes, strengths and ranks."""
+    rng = random.Random(seed)
+    for i in range(count):
+        pair = rng.sample(names, 2)
+        mixes = [{}, {pair[0]: 1.0}, {pair[0]: 0.7, pair[1]: -0.3}]
+        yield {
+            "prompt": [rng.randrange(32, 127) for _ in range(rng.randrange(20, 96))],
+            "new": rng.randrange(20, 51),
+            "mix": mixes[i % 3],
+            "c": rng.choice([1.0, 0.5, -1.0, 1.7, 0.0]),
+            "rank": rng.choice([None, 4, 2]),
+        }
 
 
 @pytest.fixture
 def serving():
     """The helpers, for tests that make engines of their own."""
     return SimpleNamespace(
-        ask=ask, add=add, started=started, Told=Told, GREEDY=GREEDY, LIMITS=LIMITS
+        ask=ask,
+        add=add,
+        started=started,
+        wanted=wanted,
+        check_alone=check_alone,
+        Told=Told,
+        GREEDY=GREEDY,
+        LIMITS=LIMITS,
     )

@@ -72,7 +72,7 @@ def test_what_is_no_base(tmp_path):
     [
         ({"dtype": "float8"}, "dtype must be one of auto, float32"),
         ({"quantize": "int3"}, "quantize must be one of nf4"),
-        ({"engine": "magic"}, "engine must be one of rows"),
+        ({"engine": "magic"}, "engine must be one of rows, packed; found 'magic'"),
         ({"room": Room(length=257)}, "asks for 257 tokens, and the base takes 256"),
         ({"room": Room(rows=-1)}, "max_rows must be at least 1"),
         ({"room": Room(waiting=0)}, "max_queue must be at least 1"),

@@ -1,4 +1,4 @@
-"""Every family that is listed runs in rows as transformers' `generate` runs it alone."""
+"""Every family that is listed runs in rows, and packed, as transformers runs it alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import lorafold as lf
 from lorafold.errors import RefusedError
 from lorafold.serve import Limits
-from lorafold.serve.run.families import FAMILIES, context_of
+from lorafold.serve.run.families import FAMILIES, PACKED, context_of
+from lorafold.serve.run.packed import PackedEngine
 from lorafold.serve.run.rows import RowsEngine
 
 transformers = pytest.importorskip("transformers")
@@ -80,12 +81,16 @@ def test_every_family_is_tried():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_rows_are_as_each_alone(kind, serving):
+def test_requests_are_as_each_alone(kind, serving, make):
     model = tiny(kind)
     assert model.config.model_type == kind
+    if make is PackedEngine and kind not in PACKED:
+        with pytest.raises(RefusedError, match=f"'{kind}' are not served packed; .*'rows'"):
+            make(model, None, serving.LIMITS)
+        return
     limits = Limits(length=64, vocabulary=96, rows=4, adapters=8, waiting=20)
     adapter = fitting(model)
-    engine = serving.started(model, {"x": adapter}, limits)
+    engine = serving.started(model, {"x": adapter}, limits, make)
     g = torch.Generator().manual_seed(1)
     lengths = [3, 17, 30, 5, 9]
     prompts = [torch.randint(96, (n,), generator=g).tolist() for n in lengths]
@@ -111,8 +116,9 @@ def test_rows_are_as_each_alone(kind, serving):
 def test_others_are_refused_by_name(serving):
     config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)
     model = transformers.BloomForCausalLM(config)
-    with pytest.raises(RefusedError, match="type 'bloom' are not served by rows"):
-        RowsEngine(model, None, serving.LIMITS)
+    for make in (RowsEngine, PackedEngine):
+        with pytest.raises(RefusedError, match="type 'bloom' are not served by rows"):
+            make(model, None, serving.LIMITS)
 
 
 def test_positions_that_depend_on_the_longest_row_are_not_reached():

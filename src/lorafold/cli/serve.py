@@ -75,7 +75,12 @@ _OPTIONS = [
         default="auto",
     ),
     _option("quantize", "The base.", type=click.Choice(["nf4", "fp4", "int8"])),
-    _option("engine", "What runs it.", type=click.Choice(["rows"]), default="rows"),
+    _option(
+        "engine",
+        "What runs it: rows, or packed (for a GPU with flash attention).",
+        type=click.Choice(["rows", "packed"]),
+        default="rows",
+    ),
     _option("chat-template", "Instead of the base's own.", metavar="FILE"),
     _option("cpu", "Use no GPU.", is_flag=True),
     _option("check", "Load all of it, answer one request, and end.", is_flag=True),

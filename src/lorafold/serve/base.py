@@ -14,7 +14,15 @@ from ..quantize import quantize_base
 from .adapters import Attachments
 from .engine import Engine, Limits
 from .run.encoder import EncoderEngine, pooling_of
-from .run.families import BEHIND_PADDING, ENCODERS, check_family, context_of, vocabulary_of
+from .run.families import (
+    BEHIND_PADDING,
+    ENCODERS,
+    check_family,
+    check_packed,
+    context_of,
+    vocabulary_of,
+)
+from .run.packed import PackedEngine
 from .run.rows import RowsEngine
 from .words import Words, read_words
 
@@ -24,7 +32,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "fp4": {"bits": 4, "kind": "fp4"},
     "int8": {"bits": 8, "kind": "int8"},
 }
-ENGINES = ("rows",)
+ENGINES = ("rows", "packed")
 _SHARE = 0.5  # of the free memory that the cache may take, where its size isn't said
 
 
@@ -78,7 +86,8 @@ def read_base(
         dtype: "float32", "bfloat16", "float16"; "auto" is as it is stored, but float32 where a
             processor would compute in float16.
         quantize: "nf4", "fp4" or "int8". device: a GPU where there is one, when None.
-        engine: "rows". room: how much is run at once. template: a chat template of its own.
+        engine: "rows", or "packed": continuous batching in pages, for a GPU with flash attention.
+        room: how much is run at once. template: a chat template of its own.
 
     Raises:
         FileError: no model that transformers can load. RefusedError: an architecture that isn't
@@ -96,22 +105,49 @@ def read_base(
     transformers = _transformers()
     config = _config(path, transformers)
     encoder = config.model_type in ENCODERS
-    if not encoder:
-        check_family(config)
+    packed = engine == "packed"
+    _check_kind(config, encoder, packed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = _model(path, config, transformers, _dtype(dtype, config, device), encoder)
+    precision = _dtype(dtype, config, device)
+    attention = _attention(transformers, precision, device) if packed else None
+    model = _model(path, config, transformers, precision, encoder, attention)
     model.to(device)
     if quantize is not None:
         quantize_base(model, **QUANTIZED[quantize])
     words = read_words(path, model, transformers, template)
-    limits = _limits(model, room, encoder, device)
+    limits = _limits(model, room, encoder or packed, device)
     attachments = Attachments(model, limits.adapters, model.dtype)
     made: Engine
     if encoder:
         made = EncoderEngine(model, attachments, limits, pooling_of(path))
+    elif packed:
+        fitting = min(limits.rows, _rows_that_fit(model.config, model, limits.length, device))
+        made = PackedEngine(model, attachments, limits, fitting * limits.length)
     else:
         made = RowsEngine(model, attachments, limits)
     return Base(name, made, words, attachments, encoder)
+
+
+def _check_kind(config: Any, encoder: bool, packed: bool) -> None:
+    if encoder and packed:
+        raise MismatchError(
+            f"engine='packed' runs language models, and {config.model_type!r} is an encoder: leave "
+            "engine= out"
+        )
+    if packed:
+        check_packed(config)
+    elif not encoder:
+        check_family(config)
+
+
+def _attention(transformers: Any, dtype: torch.dtype, device: str) -> str | None:
+    """Flash attention where it is installed and can be used; None for what any device has."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if torch.device(device).type == "cuda" and half:
+        for version in (3, 2):
+            if getattr(transformers.utils, f"is_flash_attn_{version}_available")():
+                return f"flash_attention_{version}"
+    return None
 
 
 def _transformers() -> Any:
@@ -145,7 +181,14 @@ def _dtype(asked: str, config: Any, device: str) -> torch.dtype:
     return torch.float32 if slow or stored not in DTYPES.values() else stored
 
 
-def _model(folder: Path, config: Any, transformers: Any, dtype: torch.dtype, encoder: bool) -> Any:
+def _model(
+    folder: Path,
+    config: Any,
+    transformers: Any,
+    dtype: torch.dtype,
+    encoder: bool,
+    attention: str | None,
+) -> Any:
     kind = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     bars = transformers.utils.logging
@@ -156,7 +199,7 @@ def _model(folder: Path, config: Any, transformers: Any, dtype: torch.dtype, enc
             folder,
             dtype=dtype,
             local_files_only=True,
-            attn_implementation="eager" if capped else "sdpa",
+            attn_implementation=attention or ("eager" if capped else "sdpa"),
         )
     except Exception as e:  # a damaged folder can raise anything
         text = str(e).strip().splitlines() or [type(e).__name__]
@@ -167,14 +210,15 @@ def _model(folder: Path, config: Any, transformers: Any, dtype: torch.dtype, enc
     return model.eval()
 
 
-def _limits(model: Any, room: Room, encoder: bool, device: str) -> Limits:
+def _limits(model: Any, room: Room, shared: bool, device: str) -> Limits:
     config, context = model.config, context_of(model.config)
     if config.model_type in BEHIND_PADDING:
         context -= (config.pad_token_id or 0) + 1
     if room.length is not None and room.length > context:
         raise MismatchError(f"max_len= asks for {room.length} tokens, and the base takes {context}")
     length = room.length or min(context, 4096)
-    rows = room.rows or (64 if encoder else min(64, _rows_that_fit(config, model, length, device)))
+    fitting = 64 if shared else _rows_that_fit(config, model, length, device)
+    rows = room.rows or min(64, fitting)
     adapters = room.adapters or max(64, rows)
     for label, value in (("max_rows", rows), ("max_len", length), ("max_queue", room.waiting)):
         if value < 1:

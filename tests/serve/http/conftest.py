@@ -144,8 +144,8 @@ def make_client():
     """`make_client(...)`: a context with a server of its own."""
 
     @contextlib.contextmanager
-    def make(library=None, adapters=None, room=None, router=None, **settings):
-        base = read_base(base_dir(), "demo", room=room or Room(rows=4, waiting=8))
+    def make(library=None, adapters=None, room=None, router=None, engine="rows", **settings):
+        base = read_base(base_dir(), "demo", engine=engine, room=room or Room(rows=4, waiting=8))
         made = app(base, library, adapters, router=router, settings=Settings(**settings))
         with client_of(made) as found:
             yield found

@@ -1,8 +1,8 @@
-"""The architectures whose rows are known to run as each alone, and what a base has room for.
+"""The architectures whose requests are known to run as each alone, and what a base has room for.
 
-A family is here because a test runs it (tests/serve/test_families.py). Others are refused by name:
-recurrent states, encoder-decoders and positions that are biases of the scores do not lie in rows
-of a dense cache.
+A family is here because a test runs it (tests/serve/test_families.py), in rows and packed. Others
+are refused by name: recurrent states, encoder-decoders and positions that are biases of the scores
+do not lie in rows of a dense cache.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ FAMILIES: Mapping[str, bool] = {
     "opt": False,
     "mixtral": False,
 }
+# Those that run packed, too: their attention is one that continuous batching has.
+PACKED = tuple(kind for kind in FAMILIES if kind != "gemma2")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet")
 BEHIND_PADDING = ("roberta", "xlm-roberta", "mpnet")  # positions begin behind its token's number
 # Rotary positions that depend on the longest row of a batch, beyond what they began with.
@@ -40,6 +42,16 @@ def check_family(config: Any) -> None:
         raise RefusedError(
             f"bases of the type {kind!r} are not served by rows; those that are: "
             f"{', '.join(FAMILIES)}"
+        )
+
+
+def check_packed(config: Any) -> None:
+    """Raise a `RefusedError` for a base that isn't known to run packed."""
+    check_family(config)
+    if config.model_type not in PACKED:
+        raise RefusedError(
+            f"bases of the type {config.model_type!r} are not served packed; those that are: "
+            f"{', '.join(PACKED)}; give engine='rows'"
         )
 
 

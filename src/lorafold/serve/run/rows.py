@@ -15,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import LorafoldError, MismatchError
+from ...errors import MismatchError
 from ..adapters import Attachments
 from ..engine import Limits, Piece, Request
 from .cache import RowCache, masks, padded
 from .families import check_family, windows_of
 from .loop import Looping
-from .sampling import Choice, Draws, sampled
+from .sampling import Choice, Draws, UnscoredError, sampled
 
 _TOGETHER = 8  # requests that begin together
 _TOKENS = 512  # of prompts in a step, padding included
-_UNSCORED = "the model's scores for this request are no finite numbers: a smaller c may do"
-
-
-class UnscoredError(LorafoldError):
-    """A request whose scores were no finite numbers."""
 
 
 @dataclass(eq=False)
@@ -257,11 +252,11 @@ class RowsEngine(Looping):
             request = row.request
             if choice is None:
                 self._remove(self._rows.index(row))
-                request.told(Piece(reason="error", error=UnscoredError(_UNSCORED)))
+                request.told(Piece(reason="error", error=UnscoredError()))
                 continue
             self.tokens += 1
             row.last = choice.token
-            reason = _reason(row, choice.token)
+            reason = row.draws.reason(choice.token, request.max_new)
             if reason is not None:
                 self._remove(self._rows.index(row))
             request.told(Piece(choice.token, choice.logprob, choice.top, reason))
@@ -275,10 +270,3 @@ class RowsEngine(Looping):
             self._rows[i] = last
         if self._filling is not None:
             self._cache.move(n + 1, n, self._filling.length)
-
-
-def _reason(row: Row, token: int) -> str | None:
-    rules = row.request.sampling
-    if token in rules.stop and row.draws.count > rules.min_new:
-        return "stop"
-    return "length" if row.draws.count >= row.request.max_new else None

@@ -17,9 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import LorafoldError
 from ..engine import Sampling
 
 _FEW = 256  # likeliest tokens that are looked at first
+_UNSCORED = "the model's scores for this request are no finite numbers: a smaller c may do"
+
+
+class UnscoredError(LorafoldError):
+    """A request whose scores were no finite numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(_UNSCORED)
 
 
 @dataclass
@@ -51,6 +60,12 @@ class Draws:
         """This token was chosen."""
         self.chosen[token] += 1
         self.count += 1
+
+    def reason(self, token: int, most: int) -> str | None:
+        """Why this token, which was chosen, is the last of at most so many; None where it isn't."""
+        if token in self.rules.stop and self.count > self.rules.min_new:
+            return "stop"
+        return "length" if self.count >= most else None
 
     @property
     def changes(self) -> dict[int, float]:

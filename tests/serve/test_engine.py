@@ -1,4 +1,4 @@
-"""Requests run in rows as each alone, whoever runs beside them."""
+"""Requests run as each alone, whoever runs beside them, in rows and packed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import torch
 
 from lorafold.serve import Sampling
 from lorafold.serve.engine import BusyError, DownError
@@ -16,49 +15,14 @@ from lorafold.serve.engine import BusyError, DownError
 NAMES = ["roman", "morse", "base64", "sql_inserts"]
 
 
-def alone(engine, prompt, tokens, mix, c=1.0, rank=None):
-    """The model's own log-probabilities (n, vocabulary) at each token, by a plain forward."""
-    whole = torch.tensor([[*prompt, *tokens]])
-    with torch.no_grad(), engine.attachments.live.use(dict(mix) or None, c=c, rank=rank):
-        scores = engine.model(whole, use_cache=False).logits[0]
-    return scores[len(prompt) - 1 : -1].float().log_softmax(1)
-
-
-def check_alone(engine, told, how):
-    own = alone(engine, how["prompt"], told.tokens, how["mix"], how["c"], how["rank"])
-    tokens = torch.tensor(told.tokens)
-    said = own.gather(1, tokens[:, None])[:, 0]
-    assert torch.allclose(said, torch.tensor(told.logprobs), atol=1e-4)
-    best = own.topk(2).values
-    near = best[:, 0] - best[:, 1] < 1e-3
-    assert bool(((own.argmax(1) == tokens) | near).all())
-    for piece, row in zip(told.pieces, own, strict=True):
-        for token, logprob in piece.top:
-            assert abs(float(row[token]) - logprob) < 1e-4
-
-
-def wanted(count, seed=0, names=NAMES):
-    rng = random.Random(seed)
-    for i in range(count):
-        pair = rng.sample(names, 2)
-        mixes = [{}, {pair[0]: 1.0}, {pair[0]: 0.7, pair[1]: -0.3}]
-        yield {
-            "prompt": [rng.randrange(32, 127) for _ in range(rng.randrange(20, 96))],
-            "new": rng.randrange(20, 51),
-            "mix": mixes[i % 3],
-            "c": rng.choice([1.0, 0.5, -1.0, 1.7, 0.0]),
-            "rank": rng.choice([None, 4, 2]),
-        }
-
-
 def test_48_requests_through_16_rows_are_each_as_alone(engine, serving):
-    hows = list(wanted(48))
+    hows = list(serving.wanted(48))
     told = [serving.ask(engine, **how) for how in hows]
     for one, how in zip(told, hows, strict=True):
         assert one.wait().reason == "length"
         assert len(one.tokens) == how["new"]
     for one, how in zip(told, hows, strict=True):
-        check_alone(engine, one, how)
+        serving.check_alone(engine, one, how)
     assert engine.load.running == engine.load.waiting == 0
     assert engine.tokens == sum(how["new"] for how in hows)
 
@@ -67,7 +31,7 @@ def test_the_comparison_would_notice_another_strength(engine, serving):
     how = {"prompt": list(b"one two three"), "mix": {"roman": 1.0}, "c": 1.0, "rank": None}
     told = serving.ask(engine, **how).wait()
     with pytest.raises(AssertionError):
-        check_alone(engine, told, {**how, "c": 0.99})
+        serving.check_alone(engine, told, {**how, "c": 0.99})
 
 
 def test_one_prompt_under_each_pair_of_adapters(engine, serving):
@@ -76,13 +40,15 @@ def test_one_prompt_under_each_pair_of_adapters(engine, serving):
     for first, second in itertools.permutations(NAMES, 2):
         for name in (first, second):
             how = {"prompt": prompt, "mix": {name: 1.0}, "c": 1.0, "rank": None}
-            check_alone(engine, serving.ask(engine, new=6, **how).wait(), how)
+            serving.check_alone(engine, serving.ask(engine, new=6, **how).wait(), how)
 
 
-def test_a_long_prompt_is_read_in_pieces_while_others_go_on(demo_model, demo_adapters, serving):
+def test_a_long_prompt_is_read_in_pieces_while_others_go_on(
+    demo_model, demo_adapters, serving, make
+):
     demo_model.config.max_position_embeddings = 2048  # positions are rotary
     limits = replace(serving.LIMITS, length=1500, rows=4)
-    engine = serving.started(demo_model, demo_adapters, limits)
+    engine = serving.started(demo_model, demo_adapters, limits, make)
     rng = random.Random(3)
     hows = []
     for i, length in enumerate([30, 1300, 40, 700, 25]):
@@ -92,7 +58,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(demo_model, demo_ada
     for one in told:
         one.wait()
     for one, how in zip(told, hows, strict=True):
-        check_alone(engine, one, how)
+        serving.check_alone(engine, one, how)
     engine.stop(60)
 
 
@@ -113,9 +79,9 @@ def test_seeds_do_not_ask_who_runs_beside(engine, serving):
             one.wait()
 
 
-def test_rows_are_freed_and_the_queue_is_bounded(demo_model, demo_adapters, serving):
+def test_rows_are_freed_and_the_queue_is_bounded(demo_model, demo_adapters, serving, make):
     limits = replace(serving.LIMITS, rows=2, waiting=3)
-    engine = serving.started(demo_model, {}, limits)
+    engine = serving.started(demo_model, {}, limits, make)
     held, at = threading.Event(), threading.Event()
     blocked = engine.call(lambda: (at.set(), held.wait(60)))
     at.wait(60)
@@ -148,16 +114,16 @@ def test_stop_tokens_end_an_answer_once_enough_is_said(engine, serving):
 
 
 def test_a_step_that_raises_ends_everybody_and_the_engine_begins_again(engine, serving):
-    hows = list(wanted(20))
-    steps, decode = [], engine._decode
+    hows = list(serving.wanted(20))
+    steps, use = [], engine._use
 
-    def failing():
+    def failing(rows):
         steps.append(None)
         if len(steps) == 3:
             raise RuntimeError("a kernel has failed")
-        decode()
+        use(rows)
 
-    engine._decode = failing
+    engine._use = failing
     told = [serving.ask(engine, **how) for how in hows]
     for one in told:
         assert one.wait().reason == "error"
@@ -167,15 +133,15 @@ def test_a_step_that_raises_ends_everybody_and_the_engine_begins_again(engine, s
         serving.ask(engine, b"abc")
     with pytest.raises(DownError, match="has failed"):
         engine.call(lambda: None)
-    engine._decode = decode
+    engine._use = use
     engine.start()
     assert engine.error is None
     told = serving.ask(engine, **hows[1]).wait()
-    check_alone(engine, told, hows[1])
+    serving.check_alone(engine, told, hows[1])
 
 
-def test_stopping_tells_those_that_are_there(demo_model, serving):
-    engine = serving.started(demo_model, {})
+def test_stopping_tells_those_that_are_there(demo_model, serving, make):
+    engine = serving.started(demo_model, {}, make=make)
     told = [serving.ask(engine, b"abc", 200) for _ in range(30)]
     engine.stop(60)
     assert all(one.wait().reason in ("error", "length") for one in told)
