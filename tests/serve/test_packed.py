@@ -20,6 +20,9 @@ transformers = pytest.importorskip("transformers")
 PROMPT = list(b"0123456789abcdef" * 4)  # four pages
 
 
+pytestmark = pytest.mark.usefixtures("packed")
+
+
 @pytest.fixture
 def begun(demo_model, demo_adapters, serving):
     """`begun(...)`: an engine that runs, with the demo's adapters."""

@@ -131,7 +131,7 @@ def read_base(
 def _check_kind(config: Any, encoder: bool, packed: bool) -> None:
     if encoder and packed:
         raise MismatchError(
-            f"engine='packed' runs language models, and {config.model_type!r} is an encoder: leave "
+            f"the packed engine runs language models, and {config.model_type!r} is an encoder: leave "
             "engine= out"
         )
     if packed:

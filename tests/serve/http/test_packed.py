@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("packed")
 ASKED = [
     {"model": "demo"},
     {"model": "roman", "c": 0.5},

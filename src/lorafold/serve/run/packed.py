@@ -33,7 +33,7 @@ _SMALL, _LARGE = 16, 256  # tokens of a page; kernels that read pages themselves
 
 
 @dataclass(eq=False)
-class Packed:
+class Run:
     """A request that runs.
 
     Args:
@@ -90,10 +90,10 @@ class PackedEngine(Looping):
         tokens = max(tokens, limits.rows)
         pages = self._pages + 1  # one that nobody is given
         self._paged = Paged(model, pages, self._size, tokens, limits.rows, self._choose)
-        self._inside: dict[str, Packed] = {}
-        self._outside: deque[Packed] = deque()  # those that begin, or begin again
+        self._inside: dict[str, Run] = {}
+        self._outside: deque[Run] = deque()  # those that begin, or begin again
         self._keys = itertools.count()
-        self._chosen: list[tuple[Packed, Choice | None]] = []
+        self._chosen: list[tuple[Run, Choice | None]] = []
         self._shown: Any = None
 
     # What the loop asks for
@@ -168,7 +168,7 @@ class PackedEngine(Looping):
             if free < 0 or len(names) > self.limits.adapters:
                 return
             if self.take(request):
-                self._outside.append(Packed(request))
+                self._outside.append(Run(request))
                 count += 1
 
     def _enter(self) -> None:
@@ -187,7 +187,7 @@ class PackedEngine(Looping):
             if run.alone:
                 return
 
-    def _release(self, run: Packed) -> None:
+    def _release(self, run: Run) -> None:
         """A request has no more pages, and no place among those that wait for some."""
         if run.key is not None:
             self._paged.drop(run.key)
@@ -198,7 +198,7 @@ class PackedEngine(Looping):
 
     # A step
 
-    def _use(self, batch: list[tuple[Packed, int]]) -> None:
+    def _use(self, batch: list[tuple[Run, int]]) -> None:
         """Have each sequence's adapters run."""
         if self._shown == batch:
             return
@@ -219,7 +219,7 @@ class PackedEngine(Looping):
         self._chosen = list(zip(runs, choices, strict=True))
         return [0 if choice is None else choice.token for choice in choices]
 
-    def _deliver(self, batch: list[Packed]) -> None:
+    def _deliver(self, batch: list[Run]) -> None:
         """Tell each request of its token, and let go of those that end."""
         sound = [run for run, choice in self._chosen if choice is not None]
         for run, choice in self._chosen:
@@ -238,13 +238,13 @@ class PackedEngine(Looping):
         if len(sound) < len(self._chosen):
             self._begin_again(batch, sound)
 
-    def _begin_again(self, batch: list[Packed], sound: list[Packed]) -> None:
+    def _begin_again(self, batch: list[Run], sound: list[Run]) -> None:
         """Leave nothing of a step of which not all numbers were finite.
 
         Args:
             sound: those of the batch that have a token of it.
         """
-        suspects: list[Packed] = []
+        suspects: list[Run] = []
         if self._paged.masked and len(batch) > 1:
             # Prompts that were cut too: nobody has seen their numbers.
             suspects = [run for run in batch if run not in sound]

@@ -32,6 +32,7 @@ OPTIONS = {
 }
 _ROOM = ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch")
 _PACKAGE = "transformers.generation.continuous_batching"
+_CONFIG = "transformers.generation.configuration_utils"
 # Module, class → what is called there, and with what.
 _KNOWN: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("continuous_api", "ContinuousBatchingManager"): {
@@ -46,6 +47,7 @@ _KNOWN: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "reset": (),
     },
     ("model_runner", "ModelRunner"): {"_sample": ("scores", "output_ids")},
+    ("requests", "FutureRequestState"): {"__init__": ("state", "has_new_token", "query_length")},
     ("scheduler", "Scheduler"): {"set_request_cancellation": ("request_id",)},
 }
 Choose = Callable[[list[str], Tensor], Sequence[int]]
@@ -75,24 +77,23 @@ class Paged:
         self, model: Any, pages: int, size: int, tokens: int, sequences: int, choose: Choose
     ) -> None:
         check_known()
-        config = importlib.import_module("transformers.generation.configuration_utils")
+        api = importlib.import_module(f"{_PACKAGE}.continuous_api")
+        config = importlib.import_module(_CONFIG)
         room = dict(zip(_ROOM, (size, pages, tokens, sequences), strict=True))
         self._model, self._choose = model, choose
-        self._batch: list[Any] = []
         try:
-            self._manager = importlib.import_module(f"{_PACKAGE}.continuous_api")
-            self._manager = self._manager.ContinuousBatchingManager(
+            self._manager = api.ContinuousBatchingManager(
                 model,
                 config.GenerationConfig(do_sample=False, eos_token_id=-1),
                 config.ContinuousBatchingConfig(**room, **OPTIONS),
             )
-            self._manager.batch_processor = self._manager._create_batch_processor()
-            self._processor = self._manager.batch_processor
+            self._processor = self._manager._create_batch_processor()
             self._io = self._processor.inputs_and_outputs
             self._io.compute_stream = None  # what is asked for is written on the current one
             self._processor.model_runner._sample = self._sample
             self.masked = self._io.attention_mask is not None
-            self._clear_outputs()
+            self._batch = list(self._io.requests_in_batch)
+            self.clear()
         except AttributeError as e:
             raise _unknown(str(e)) from e
 
@@ -110,8 +111,8 @@ class Paged:
 
     def clear(self) -> None:
         """Let go of all of them, and leave nothing in the pages."""
-        while not self._manager.input_queue.empty():  # added, and never prepared
-            self._manager.input_queue.get_nowait()
+        self._empty(self._manager.input_queue)  # added, and never prepared
+        self._empty(self._manager.output_router.output_queue)
         self._processor.reset()
         self._processor.cache.cache_tensor.zero_()
         self._batch = []
@@ -129,7 +130,8 @@ class Paged:
         """Run the model for what was prepared, and choose."""
         self._processor._generation_step(self._model)
         self._processor.update_batch()
-        self._clear_outputs()
+        # What has come out was told when it was chosen; nobody asks for it again.
+        self._empty(self._manager.output_router.output_queue)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         keys = [f.state.request_id for f in self._batch if f.has_new_token]
@@ -137,11 +139,9 @@ class Paged:
             tokens = self._choose(keys, scores[0, : len(keys)])
             output_ids[0, : len(keys)] = torch.tensor(tokens, device=output_ids.device)
 
-    def _clear_outputs(self) -> None:
-        """What has come out is told as it is chosen; nobody asks for it again."""
-        outputs = self._manager.output_router.output_queue
-        while not outputs.empty():
-            outputs.get_nowait()
+    def _empty(self, queue: Any) -> None:
+        while not queue.empty():
+            queue.get_nowait()
 
 
 def check_known() -> None:
@@ -154,7 +154,7 @@ def check_known() -> None:
                 for argument in wanted:
                     if argument not in have:
                         raise _unknown(f"{kind}.{name} has no {argument}")
-        config = importlib.import_module("transformers.generation.configuration_utils")
+        config = importlib.import_module(_CONFIG)
         fields = {f.name for f in dataclasses.fields(config.ContinuousBatchingConfig)}
     except (ImportError, AttributeError) as e:
         raise _unknown(str(e)) from e
