@@ -131,8 +131,8 @@ def read_base(
 def _check_kind(config: Any, encoder: bool, packed: bool) -> None:
     if encoder and packed:
         raise MismatchError(
-            f"the packed engine runs language models, and {config.model_type!r} is an encoder: leave "
-            "engine= out"
+            f"the packed engine runs language models, and {config.model_type!r} is an encoder: "
+            "leave engine= out"
         )
     if packed:
         check_packed(config)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import RefusedError
+from ...errors import MismatchError, RefusedError
 
 # Keys and values of a prefix depend on the adapters, and pages are told apart by tokens alone: so
 # none is shared. What is asked for is written before a step, which a recorded graph would not see,
@@ -71,6 +71,7 @@ class Paged:
 
     Raises:
         RefusedError: continuous batching is not as it is known.
+        MismatchError: the cache is larger than memory.
     """
 
     def __init__(
@@ -96,6 +97,11 @@ class Paged:
             self.clear()
         except AttributeError as e:
             raise _unknown(str(e)) from e
+        except MemoryError as e:
+            raise MismatchError(
+                f"{pages * size:,} tokens of cache are more than memory holds: give a lower "
+                "max_rows= or max_len="
+            ) from e
 
     def add(self, key: str, tokens: Sequence[int], new: int) -> None:
         """One more sequence, of which so many tokens are to be chosen.
