@@ -9,7 +9,8 @@ private; that they are as known is checked before anything is made.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import MismatchError, RefusedError
+from ...errors import MismatchError, MissingExtraError, RefusedError
 
 # Keys and values of a prefix depend on the adapters, and pages are told apart by tokens alone: so
 # none is shared. What is asked for is written before a step, which a recorded graph would not see,
@@ -71,13 +72,17 @@ class Paged:
 
     Raises:
         RefusedError: continuous batching is not as it is known.
-        MismatchError: the cache is larger than memory.
+        MismatchError: the cache is larger than memory. MissingExtraError: no psutil.
     """
 
     def __init__(
         self, model: Any, pages: int, size: int, tokens: int, sequences: int, choose: Choose
     ) -> None:
         check_known()
+        if torch.device(model.device).type == "cpu" and importlib.util.find_spec("psutil") is None:
+            raise MissingExtraError(
+                "the packed engine takes psutil, which is not there: pip install 'lorafold[serve]'"
+            )
         api = importlib.import_module(f"{_PACKAGE}.continuous_api")
         config = importlib.import_module(_CONFIG)
         room = dict(zip(_ROOM, (size, pages, tokens, sequences), strict=True))
@@ -170,9 +175,7 @@ def check_known() -> None:
 
 
 def _unknown(what: str) -> RefusedError:
-    import transformers
-
     return RefusedError(
-        f"the packed engine runs on continuous batching as transformers 5.23 has it, which "
-        f"{transformers.__version__} has not ({what}): give engine='rows'"
+        "the packed engine runs on continuous batching as transformers 5.23 has it, which "
+        f"{importlib.metadata.version('transformers')} has not ({what}): give engine='rows'"
     )
