@@ -48,9 +48,15 @@ CONFIGS = {
 }
 
 
+UNGROUPED = ("gpt2", "gpt_neox", "opt")  # as many keys as queries, and no word on it
+
+
 def tiny(kind, **more):
     name, own = CONFIGS[kind]
-    config = getattr(transformers, name)(**{**SMALL, **own, **more})
+    given = {**SMALL, **own, **more}
+    if kind in UNGROUPED:
+        del given["num_key_value_heads"]
+    config = getattr(transformers, name)(**given)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if kind == "gemma2" else "sdpa"
