@@ -120,6 +120,20 @@ def test_what_has_ended_leaves_nothing(begun, serving):
     assert engine._paged._manager.output_router.output_queue.empty()
 
 
+def test_a_prompt_that_is_cut_and_overflows_ends_alone(begun, serving, demo_adapters):
+    """In some of its steps others are spoiled, and nobody sees its own numbers."""
+    engine = begun(tokens=32)
+    serving.add(engine, 1e30 * demo_adapters["roman"], "loud")
+    hows = list(serving.wanted(8, seed=3))
+    told = [serving.ask(engine, **how) for how in hows[:4]]
+    loud = [serving.ask(engine, b"x" * 150, 20, mix={"loud": 1000.0}) for _ in range(3)]
+    told += [serving.ask(engine, **how) for how in hows[4:]]
+    assert [one.wait().reason for one in loud] == ["error"] * 3
+    assert [one.wait().reason for one in told] == ["length"] * 8
+    for one, how in zip(told, hows, strict=True):
+        serving.check_alone(engine, one, how)
+
+
 def test_another_transformers_is_refused_by_name(demo_model, serving, monkeypatch):
     from transformers.generation.continuous_batching import model_runner
 

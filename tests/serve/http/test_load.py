@@ -27,10 +27,11 @@ def bodies(count):
         yield {"model": model, "prompt": prompt, "max_tokens": rng.randrange(5, 25)}
 
 
-def test_nothing_is_lost_mixed_up_or_left(make_client, packaged):
+def test_nothing_is_lost_mixed_up_or_left(make_client, packaged, make):
     room = Room(rows=16, waiting=200)
     named = {n: packaged / n for n in PACKAGED}
-    with make_client.make(adapters=named, room=room, root=packaged, cache="4MiB") as client:
+    how = {"room": room, "root": packaged, "cache": "4MiB", "engine": make.name}
+    with make_client.make(adapters=named, **how) as client:
 
         def ask(i, body):
             """The text of a stream, or None where its client leaves in the midst of it."""
