@@ -225,7 +225,7 @@ def _left_over(keys: Mapping[str, str], again: str, *, is_flux: bool) -> Iterato
             "refuses" if is_flux else "ignores",
             f"no module is known to be called {told(strange)}",
             modules=tuple(strange),
-            remedy=convert(look.path, "diffusers", "--base", "PIPELINE"),
+            remedy=" ".join([again, "--base", "PIPELINE"]),
         )
 
 
