@@ -14,19 +14,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
 from ..errors import FileError, LorafoldError, MismatchError, UnknownNameError
 from ..files import load
+from ..files.config import LIBRARY_NAME
+from ..files.remote.place import UrlPath, is_url, place_of
 from ..fold import Library
 from ..prefixes import Prefixes
 from ..words import did_you_mean
 from .adapters import Pool, check_finite
 
-_MANIFEST = "library.json"
 _LOOK = 0.5  # seconds between two looks at the manifest
+_LOOK_AFAR = 10.0  # of a library on a store, which has to be asked
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,10 @@ class Catalog(Mapping[str, Entry]):
     def look(self) -> None:
         """Open the library anew where somebody has changed it."""
         with self._lock:
-            if self._library is None or time.monotonic() - self._looked < _LOOK:
+            if self._library is None or self._library.path is None:
+                return
+            pause = _LOOK_AFAR if is_url(self._library.path) else _LOOK
+            if time.monotonic() - self._looked < pause:
                 return
             self._looked = time.monotonic()
             seen = self._manifest()
@@ -183,11 +187,14 @@ class Catalog(Mapping[str, Entry]):
 
     def _manifest(self) -> Any:
         path = None if self._library is None else self._library.path
-        if path is None or "://" in path:
+        if path is None:
             return None
+        place = place_of(path) / LIBRARY_NAME
         try:
-            found = (Path(path) / _MANIFEST).stat()
-        except OSError:
+            if isinstance(place, UrlPath):
+                return place.state()
+            found = place.stat()
+        except (OSError, FileError):
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size
 

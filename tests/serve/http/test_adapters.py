@@ -224,11 +224,15 @@ def test_a_name_that_changes_its_meaning(make_client, packaged, tmp_path):
         pool.shutdown()
 
 
-def test_a_library_that_others_change(make_client, packaged, tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_a_store", [False, True])
+def test_a_library_that_others_change(
+    make_client, packaged, tmp_path, monkeypatch, memory, on_a_store
+):
     from lorafold.serve import catalog
 
     monkeypatch.setattr(catalog, "_LOOK", 0.0)
-    path = tmp_path / "lib"
+    monkeypatch.setattr(catalog, "_LOOK_AFAR", 0.0)
+    path = f"{memory.url}/lib" if on_a_store else tmp_path / "lib"
     with lf.fold({"x": packaged / "roman"}, path, tolerance=0.05):
         pass
     with make_client.make(library=path) as client:
