@@ -32,6 +32,7 @@ def masked(scores, kept):
         ({}, SCORES.softmax(0)),
         ({"temperature": 0.5}, (SCORES / 0.5).softmax(0)),
         ({"temperature": 2.0}, (SCORES / 2).softmax(0)),
+        ({"temperature": 1e-50}, masked(SCORES, [0])),
         ({"top_k": 2}, masked(SCORES, [0, 1])),
         ({"top_k": 1}, masked(SCORES, [0])),
         ({"top_p": 0.0}, masked(SCORES, [0])),
@@ -123,3 +124,8 @@ def test_without_a_seed_draws_differ():
     flat = torch.zeros(1, 10_000)
     found = {sampled(flat, [Draws(Sampling())])[0].token for _ in range(20)}
     assert len(found) > 10
+
+
+def test_log_probabilities_are_numbers_of_json():
+    (choice,) = sampled(SCORES[None], [Draws(Sampling(temperature=0, top=6))])
+    assert choice.top[-1] == (5, -9999.0)

@@ -23,8 +23,9 @@ from ..files.config import LIBRARY_NAME
 from ..files.remote.place import UrlPath, is_url, place_of
 from ..fold import Library
 from ..prefixes import Prefixes
-from ..words import did_you_mean
+from ..words import did_you_mean, one_line
 from .adapters import Pool, check_finite
+from .naming import LONGEST
 
 _LOOK = 0.5  # seconds between two looks at the manifest
 _LOOK_AFAR = 10.0  # of a library on a store, which has to be asked
@@ -95,7 +96,8 @@ class Catalog(Mapping[str, Entry]):
     def unknown(self, name: str) -> UnknownNameError:
         """The error for a name that isn't there."""
         return UnknownNameError(
-            f"the model {name!r} does not exist; {did_you_mean(name, [self.base, *self])}"
+            f"the model {one_line(name)} does not exist; "
+            f"{did_you_mean(name[:LONGEST], [self.base, *self])}"
         )
 
     # What they mean
@@ -206,12 +208,16 @@ class Catalog(Mapping[str, Entry]):
         """
         if not name:
             raise MismatchError("a name must not be empty")
-        if name == self.base or name in self:
-            raise MismatchError(f"the name {name!r} is taken")
+        self._check_free(name)
         load(path)  # what can't be read is said now
         with self._lock:
+            self._check_free(name)  # somebody may have been faster
             self._paths[name] = os.fspath(path)
             self._times[name] = self._times.get(name, 0) + 1
+
+    def _check_free(self, name: str) -> None:
+        if name == self.base or name in self:
+            raise MismatchError(f"the name {one_line(name)} is taken")
 
     def drop(self, name: str) -> None:
         """One less; requests that run it go on.

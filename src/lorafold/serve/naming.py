@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import MismatchError, UnknownNameError
 from ..words import one_line
@@ -35,11 +35,13 @@ class Named:
     Args:
         mix: (name, weight) of each. c: multiplies all of it.
         rank: cuts each to what is best at it, as `Adapter.resize(rank=)` does; None for all of it.
+        said: which of "c" and "rank" the name itself says.
     """
 
     mix: tuple[tuple[str, float], ...]
     c: float = 1.0
     rank: int | None = None
+    said: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def plain(self) -> bool:
@@ -117,13 +119,14 @@ def _weighted(mix: list[tuple[str, str]]) -> tuple[tuple[str, float], ...]:
     return tuple((name, _strength(f"the weight of {one_line(name)}", w)) for name, w in mix)
 
 
-def _options(found: Mapping[str, str]) -> tuple[float, int | None]:
-    """c and the rank."""
+def _options(found: Mapping[str, str]) -> tuple[float, int | None, tuple[str, ...]]:
+    """c, the rank, and which of them was said."""
     for key in found:
         if key not in ("c", "r"):
             raise MismatchError(f"{one_line(f'@{key}=')} is no option of a name; @c= and @r= are")
     c = _strength("c", found["c"]) if "c" in found else 1.0
-    return c, _rank(found["r"]) if "r" in found else None
+    said = tuple(name for key, name in (("c", "c"), ("r", "rank")) if key in found)
+    return c, _rank(found["r"]) if "r" in found else None, said
 
 
 def _strength(what: str, text: str) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 import lorafold as lf
@@ -297,3 +299,58 @@ def test_more_adapters_than_run_at_once_wait(make_client, packaged):
         found = client.post("/v1/completions", **ASK, lora=three)
         assert "3 adapters in one request, and 2 run at once" in found.json()["error"]["message"]
         many.shutdown()
+
+
+def test_paths_that_are_none(client, root):
+    (root / "circle").symlink_to(root / "circle")
+    for path in ("circle", "a\0b", "a" * 5000, "a/" * 3000):
+        found = client.post("/v1/load_lora_adapter", lora_name="odd", lora_path=path)
+        assert found.status_code in (400, 404), (path[:20], found.text)
+        assert found.json()["error"]["param"] == "lora_path"
+    (root / "circle").unlink()
+
+
+def test_a_refusal_does_not_say_where_the_root_is(client, root):
+    broken = root / "broken"
+    shutil.copytree(root / "caesar", broken)
+    weights = next(broken.glob("*.safetensors"))
+    nan = {k: t * float("nan") for k, t in safetensors.load_file(weights).items()}
+    safetensors.save_file(nan, weights)
+    for path in ("broken", "."):
+        found = client.post("/v1/load_lora_adapter", lora_name="odd", lora_path=path)
+        assert found.status_code == 400
+        assert str(root) not in found.text
+    shutil.rmtree(broken)
+
+
+def test_a_name_is_taken_by_one_of_those_who_load_it(client, root, monkeypatch):
+    from lorafold.serve import catalog
+
+    both, load = threading.Barrier(2), catalog.load
+
+    def together(path):
+        both.wait(30)
+        return load(path)
+
+    monkeypatch.setattr(catalog, "load", together)
+    catalog = client.service.catalog
+    with ThreadPoolExecutor(2) as two:
+        done = [two.submit(catalog.add, "once", root / n) for n in ("caesar", "dates")]
+        errors = [f.exception(30) for f in done]
+    catalog.drop("once")
+    assert sorted(map(type, errors), key=str) == sorted([type(None), lf.MismatchError], key=str)
+
+
+def test_an_adapter_that_is_called_as_the_base_with_options(make_client, packaged):
+    with make_client.make(adapters={"demo@c=3": packaged / "roman"}) as client:
+        roman = client.text(**ASK, model="demo@c=3")
+        assert client.text(**ASK, model="demo@c=3@c=1") == roman
+        assert client.text(**ASK, model="demo@c=3@r=8") == roman
+        assert client.text(**ASK, model="demo@c=2") == client.text(**ASK, model="demo") != roman
+
+
+def test_the_answers_name_can_be_asked_for_again(client):
+    for scale in (1e-5, 1 / 3, -0.3, 1000):
+        found = client.complete(**ASK, lora=[{"name": "roman", "scale": scale}])
+        again = client.complete(**{**ASK, "model": found["model"]})
+        assert again["choices"][0]["text"] == found["choices"][0]["text"]

@@ -51,6 +51,8 @@ def said(found, status, code=None):
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"300": 1}}, "token 300 is not one of the 256"),
         ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for a stream"),
         ({"prompt": ""}, "the prompt is empty"),
@@ -74,6 +76,8 @@ def said(found, status, code=None):
         ({"model": "roman@c=x"}, "c must be a decimal number"),
         ({"model": "roman@c=0.5", "c": 1.0}, "c is in the model's name, and beside it"),
         ({"model": "roman@r=2", "rank": 2}, "rank is in the model's name"),
+        ({"model": "roman@c=1", "c": 0.5}, "c is in the model's name, and beside it"),
+        ({"model": "roman@x=1"}, "'@x=' is no option"),
         ({"lora": []}, "lora must be a list"),
         ({"lora": [{"scale": 1}]}, "lora must be a list"),
         ({"lora": [{"name": "roman", "scale": "x"}]}, "lora must be scales"),
@@ -96,6 +100,10 @@ def test_what_is_wrong_is_400_and_named(client, more, text):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "of other kinds than text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+            "messages[0]: 'tool_calls' is not done here",
         ),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -128,6 +136,7 @@ def test_unknown_models_and_routes(client):
             client.post("/v1/completions", **{**ASK, "model": model}), 404, "model_not_found"
         )
         assert "does not exist" in message
+        assert len(message) < 300
     assert "did you mean 'roman'" in said(
         client.post("/v1/completions", **{**ASK, "model": "romann"}), 404, "model_not_found"
     )
@@ -137,6 +146,21 @@ def test_unknown_models_and_routes(client):
     said(client.http.get("/v1/completions"), 405)
     with pytest.raises(openai.NotFoundError):
         client.openai.completions.create(**{**ASK, "model": "nope"})
+
+
+def test_half_a_surrogate_is_no_letter_anywhere(client):
+    def post(path, **body):  # as escapes, which are plain JSON
+        return client.http.post(f"/v1/{path}", content=json.dumps(body))
+
+    found = post("completions", **{**ASK, "prompt": "a\ud800b", "echo": True})
+    assert found.json()["choices"][0]["text"].startswith("a?b")
+    for more in ({"model": "\ud800"}, {"lora": [{"name": "\ud800"}]}, {"\ud800": 1}):
+        assert post("completions", **{**ASK, **more}).status_code in (400, 404)
+    for path in ("\ud800", "caesar"):
+        post("load_lora_adapter", lora_name="\ud800", lora_path=path)
+    names = [card["id"] for card in client.http.get("/v1/models").json()["data"]]
+    assert "?" in names
+    assert post("unload_lora_adapter", lora_name="\ud800").status_code == 200
 
 
 def test_texts_are_not_asked_for_vectors(client):

@@ -7,6 +7,7 @@ by name; what the protocol has and changes no answer is passed over (`_IDLE`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from .errors import ApiError
 MOST_CHOICES = 16  # of one request, over all its prompts
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 _MOST_INPUTS = 2048
+_TOKEN = re.compile("[0-9]{1,9}")
+# Of a message, beside its role and content, and without a say in what is answered here.
+_BESIDE = ("name", "tool_call_id", "refusal", "annotations")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Of the protocol, and without a say in what is answered here.
 _IDLE = (
@@ -52,7 +56,7 @@ class Fields:
 
     def __init__(self, body: bytes) -> None:
         try:
-            found = json.loads(body, parse_constant=_no_number)
+            found = _with_whole_letters(json.loads(body, parse_constant=_no_number))
         except (ValueError, RecursionError) as e:
             raise ApiError(f"the body is no JSON: {e}") from None
         if not isinstance(found, dict):
@@ -216,7 +220,7 @@ def _bias(given: Any) -> dict[int, float]:
     found: dict[int, float] = {}
     for token, value in given.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not token.isascii() or not token.isdigit() or not number or not abs(value) <= 100:
+        if _TOKEN.fullmatch(token) is None or not number or not abs(value) <= 100:
             raise _wrong("logit_bias", "{token: a number from -100 to 100}", {token: value})
         found[int(token)] = float(value)
     return found
@@ -237,9 +241,10 @@ def _usage(given: Any, stream: bool) -> bool:
     if not stream:
         raise ApiError("stream_options is for a stream alone", 400, "stream_options")
     known = {"include_usage", "include_obfuscation", "continuous_usage_stats"}
-    if not isinstance(given, dict) or set(given) - known:
+    fine = isinstance(given, dict) and not set(given) - known
+    if not fine or not all(v is None or isinstance(v, bool) for v in given.values()):
         raise _wrong("stream_options", '{"include_usage": true or false}', given)
-    return given.get("include_usage") is True
+    return bool(given.get("include_usage"))
 
 
 @dataclass(frozen=True)
@@ -327,12 +332,17 @@ def _message(i: int, given: Any) -> dict[str, str]:
     name = f"messages[{i}]"
     if not isinstance(given, dict) or given.get("role") not in _ROLES:
         raise _wrong(name, f"an object with a role: {', '.join(_ROLES)}", given)
+    for key, value in given.items():
+        if value and key not in ("role", "content", *_BESIDE):
+            raise ApiError(f"{name}: {one_line(key)} is not done here", 400, "messages")
     content = given.get("content")
     if isinstance(content, list):
         parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
         texts = [p.get("text") for p in parts]
         if len(parts) < len(content) or not all(isinstance(t, str) for t in texts):
-            raise ApiError(f"{name}: content of other kinds than text is not read here", 400, name)
+            raise ApiError(
+                f"{name}: content of other kinds than text is not read here", 400, "messages"
+            )
         content = "".join(str(t) for t in texts)
     if not isinstance(content, str):
         raise _wrong(f"{name}.content", "a text", content)
@@ -402,6 +412,13 @@ def _wrong(name: str, expected: str, found: Any) -> ApiError:
 def _kind(value: Any) -> str:
     kinds: Sequence[tuple[type, str]] = ((list, "a list"), (str, "a text"), (bool, "a boolean"))
     return next((text for kind, text in kinds if isinstance(value, kind)), "a number or null")
+
+
+def _with_whole_letters(found: Any) -> Any:
+    """The same with '?' for half a surrogate, which no answer could name."""
+    text = json.dumps(found, ensure_ascii=False)
+    written = text.encode("utf-8", "replace")
+    return found if written.decode() == text else json.loads(written)
 
 
 def _no_number(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from ...adapter import Adapter
 from ...attach.selection import TokenMix
 from ...collection.limits import memory_bytes
-from ...errors import FileError, MismatchError, UnknownNameError
+from ...errors import FileError, LorafoldError, MismatchError, UnknownNameError
 from ...words import one_line
 from ..adapters import Pool
 from ..base import Base
@@ -22,7 +23,7 @@ from ..engine import Piece, Request, Sampling
 from ..naming import Named, parsed
 from .answering import Answer, Answers
 from .bodies import Asked, Generation
-from .errors import ApiError
+from .errors import ApiError, api_error
 from .metrics import Metrics
 
 T = TypeVar("T")
@@ -108,10 +109,14 @@ class Service:
         """
         assert self.settings.root is not None
         root = Path(self.settings.root).resolve()
-        there = Path(os.path.join(root, path)).resolve()
+        try:
+            there = Path(os.path.join(root, path)).resolve()
+            exists = there.exists()
+        except (OSError, RuntimeError, ValueError):  # too long, in a circle, or with a zero in it
+            raise ApiError(f"lora_path: {one_line(path)} is no path", 400, "lora_path") from None
         if not there.is_relative_to(root):
             raise ApiError("lora_path leads out of the folder for adapters", 400, "lora_path")
-        if not there.exists():
+        if not exists:
             raise ApiError(f"lora_path: there is no {one_line(path)}", 404, "lora_path")
         try:
             self.catalog.add(name, there)
@@ -120,8 +125,11 @@ class Service:
             except BaseException:
                 self.catalog.drop(name)
                 raise
-        except FileError as e:  # where the root lies is nobody's business
-            raise ApiError(str(e).replace(f"{root}{os.sep}", ""), 400, "lora_path") from e
+        except LorafoldError as e:  # where the root lies is nobody's business
+            found = api_error(e)
+            said = str(found).replace(f"{root}{os.sep}", "").replace(str(root), ".")
+            param = "lora_path" if isinstance(e, FileError) else found.param
+            raise ApiError(said, found.status, param, found.code) from e
 
     # Who answers
 
@@ -138,8 +146,8 @@ class Service:
         model = asked.model or self.base.name
         named = self._named(model) if asked.lora is None else self._listed(asked, model)
         if model != self.base.name and model not in self.catalog:
-            for field, own, default in (("c", named.c, 1.0), ("rank", named.rank, None)):
-                if own != default and getattr(asked, field) is not None:
+            for field in named.said:
+                if getattr(asked, field) is not None:
                     raise ApiError(f"{field} is in the model's name, and beside it", 400, field)
         c = named.c if asked.c is None else asked.c
         rank = named.rank if asked.rank is None else asked.rank
@@ -168,16 +176,17 @@ class Service:
         if model in self.catalog:
             return Named(((model, 1.0),))
         own = (self.base.name, *((AUTO,) if self.router is not None else ()))
+        known: Any = self.catalog
         try:
-            found = parsed(model, own)
-            if len(found.mix) == 1 and found.mix[0][1] == 1:
-                return replace(found, mix=()) if found.mix[0][0] == own[0] else found
-        except UnknownNameError:
-            pass
-        try:
-            return parsed(model, self.catalog)
+            found = parsed(model, ChainMap(dict.fromkeys(own), known))
         except UnknownNameError:
             raise self.catalog.unknown(model) from None
+        except MismatchError as e:
+            raise ApiError(str(e), 400, "model") from None
+        mine = [name for name, _ in found.mix if name in own and name not in self.catalog]
+        if mine and (len(found.mix) > 1 or found.mix[0][1] != 1):
+            raise self.catalog.unknown(model)
+        return replace(found, mix=()) if mine == [self.base.name] else found
 
     def _routed(self, texts: Sequence[str | list[int]]) -> dict[str, float]:
         if len(texts) != 1:
@@ -277,7 +286,12 @@ def spelled(mix: Mapping[str, float], base: str) -> str:
         return base
     if len(mix) == 1 and next(iter(mix.values())) == 1:
         return next(iter(mix))
-    return "+".join(f"{name}:{weight:.4g}" for name, weight in mix.items())
+    return "+".join(f"{name}:{_decimal(weight)}" for name, weight in mix.items())
+
+
+def _decimal(weight: float) -> str:
+    """A weight as names spell it, without an exponent."""
+    return f"{weight:.9f}".rstrip("0").rstrip(".")
 
 
 def _sampling(how: Generation | None, stop: frozenset[int], k: int) -> Sampling:

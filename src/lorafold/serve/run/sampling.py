@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import LorafoldError
 from ..engine import Sampling
 
+_LEAST = -9999.0  # the log-probability of what can't be, as the protocol has it
 _FEW = 256  # likeliest tokens that are looked at first
 _UNSCORED = "the model's scores for this request are no finite numbers: a smaller c may do"
 
@@ -133,6 +134,7 @@ def _changed(scores: Tensor, draws: Sequence[Draws]) -> Tensor:
 def _drawn(scores: Tensor, rules: Sequence[Sampling], u: list[float]) -> Tensor:
     """A token of each row: where the share u of its probability is reached."""
     heat = torch.tensor([r.temperature for r in rules], device=scores.device)
+    heat = heat.clamp(min=torch.finfo(heat.dtype).tiny)  # as a float it may be 0
     # From the largest down, so that nothing overflows however cold it is.
     scores = (scores - scores.amax(1, keepdim=True)) / heat[:, None]
     cut = [i for i, r in enumerate(rules) if r.top_p < 1 or 0 < r.top_k < scores.shape[1]]
@@ -185,7 +187,7 @@ def _logprobs(
     if not wanted:
         return {}
     at = torch.tensor(wanted, device=scores.device)
-    logs = scores[at].float().log_softmax(1)
+    logs = scores[at].float().log_softmax(1).clamp(min=_LEAST)
     own = logs.gather(1, torch.tensor([[chosen[i]] for i in wanted], device=logs.device))
     best, tokens = logs.topk(max(draws[i].rules.top or 0 for i in wanted), dim=1)
     lists = zip(wanted, own[:, 0].tolist(), tokens.tolist(), best.tolist(), strict=True)
