@@ -64,7 +64,8 @@ def fit(sources: dict[str, lf.Adapter]) -> None:
 
         ranks = np.full(COUNT, RANK)
         stack = Stack(path, (D, D), np.arange(COUNT), ranks, read, block_bytes("1GiB"), stays=True)
-        flat_spectra(stack, K)
+        for spectrum in flat_spectra(stack, K).values():
+            spectrum.directions(np.arange(K))
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def test_small_stacks_are_read_once_until_forgotten(make_update):
     updates = [make_update(8, 8, 2, seed=i) for i in range(3)]
     stack, reads = stack_of(updates)
     list(stack.factors())
-    list(stack.pairs())
+    list(stack.factors())
     assert len(reads) == 3
     stack.forget()
     list(stack.factors())
@@ -135,18 +135,28 @@ def test_small_stacks_are_read_once_until_forgotten(make_update):
     assert len(reads) == 6
 
 
+def test_parts_of_a_large_stack_keep_nothing(make_update):
+    updates = [make_update(8, 8, 2, seed=i) for i in range(3)]
+    for block_bytes, again in ((1, 3), (1 << 20, 0)):
+        stack, reads = stack_of(updates, block_bytes=block_bytes)
+        for _ in range(2):
+            before = len(reads)
+            members = [stack.part(k).block.members for k in range(len(stack.blocks))]
+        assert np.concatenate(members).tolist() == [0, 1, 2]
+        assert len(reads) - before == again
+
+
 def test_what_is_kept_is_given_until_forgotten(make_update):
     stack, reads = stack_of([make_update(12, 10, 2)])
     (f,) = stack.factors()
-    assert [known for _, known in stack.pairs()] == [None]
+    assert stack.decomposed is None
     stack.forget()
     block = f.decomposed()
     stack.hold(f, block)
-    assert list(stack.pairs()) == [(f, block)]
+    assert (stack.block, stack.decomposed) == (f, block)
     assert len(reads) == 1
     stack.forget()
-    assert [known for _, known in stack.pairs()] == [None]
-    assert len(reads) == 2
+    assert stack.decomposed is None
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -823,6 +823,50 @@ def test_auto_is_never_larger_than_a_single_form(make_adapter, kind, natural, to
         assert sizes[natural] < 0.9 * sizes["svd"]
 
 
+def one_start(count, shapes, ranks):
+    """Adapters near one another; ranks: path → ranks by turns, 4 where not given."""
+    g = torch.Generator().manual_seed(0)
+    first = {
+        p: lf.LowRank(torch.randn(4, n, generator=g), torch.randn(m, 4, generator=g))
+        for p, (m, n) in shapes.items()
+    }
+    adapters = {}
+    for i in range(count):
+        modules = {}
+        for p, u in first.items():
+            A, B = (t + 0.05 * torch.randn(t.shape, generator=g) for t in (u.A, u.B))
+            own = ranks.get(p, [4])
+            r = own[i % len(own)]
+            modules[p] = lf.LowRank(A[:r], B[:, :r])
+        adapters[f"a{i}"] = lf.Adapter(modules)
+    return adapters
+
+
+def test_a_module_of_several_ranks_among_flat_ones(monkeypatch):
+    """It is not among those on which all forms are tried, where `flat` won."""
+    from lorafold.fold.passes import survey
+
+    monkeypatch.setattr(survey, "_LITTLE", 0)
+    shapes = {f"layers.{m}.q": (64, 64) for m in range(6)}
+    sources = one_start(12, shapes, {"layers.1.q": [2, 4, 3]})
+    lib = lf.fold(sources, tolerance=0.1)
+    forms = [module.form for module in lib.contents.modules]
+    assert forms == ["flat", forms[1], "flat", "flat", "flat", "flat"] != ["flat"] * 6
+    assert all(dense_error(a, lib[name]) <= 0.1 for name, a in sources.items())
+
+
+def test_flat_parts_are_written_as_they_were_measured(monkeypatch):
+    from lorafold.fold.passes import coder
+
+    sources = one_start(12, SHAPES, {})
+    expected = lf.fold(sources, tolerance=0.1, form="flat")
+    monkeypatch.setattr(coder, "flat_parts", None)  # nothing is coded again
+    lib = lf.fold(sources, tolerance=0.1, form="flat")
+    assert [lib.error(n) for n in lib.names] == [expected.error(n) for n in lib.names]
+    for name, a in sources.items():
+        assert dense_error(a, lib[name]) == pytest.approx(lib.error(name), rel=1e-4)
+
+
 def test_warnings_are_not_part_of_folding(regular):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -40,8 +40,11 @@ class Stack:
             those of several positions.
         block_bytes: float32 bytes of factors that one block may hold.
         device: where the blocks live.
-        stays: what is read does, as the whole collection fits under the memory limit.
+        stays: what is read does for good, as the whole collection fits under the memory limit.
         blocks: rows of each block, in order; by `block_bytes` alone when None.
+
+    Attributes:
+        stays: whether what is read stays in memory until `forget`, as that of a few blocks does.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Stack:
         self.block_bytes = block_bytes
         self.blocks = list(self._split()) if blocks is None else list(blocks)
         self._all_stays = stays
+        self.stays = stays or self.nbytes <= _KEPT_BLOCKS * block_bytes
         # By the position of a block's first adapter: parts keep what they read for one another.
         self._known: dict[int, Factors] = {}
         self._decomposed: dict[int, Block] = {}
@@ -110,9 +114,10 @@ class Stack:
             self.read,
             self.block_bytes,
             self.device,
-            self.stays,
+            self._all_stays,
             [np.arange(len(rows))],
         )
+        part.stays = self.stays
         part._known, part._decomposed = self._known, self._decomposed
         return part
 
@@ -160,11 +165,6 @@ class Stack:
         found: list[LowRank] = several(members)
         return found
 
-    def pairs(self) -> Iterator[tuple[Factors, Block | None]]:
-        """The blocks as read, in order, each with its decomposition where that was kept."""
-        for f in self.factors():
-            yield f, self._decomposed.get(int(f.members[0]))
-
     def update(self, row: int) -> LowRank:
         """One update as it came."""
         return self.read(int(self.members[row]))
@@ -173,11 +173,6 @@ class Stack:
         """Take in what was read and decomposed elsewhere, all of the stack, until `forget`."""
         first = int(self.members[0])
         self._known[first], self._decomposed[first] = factors, block
-
-    @property
-    def stays(self) -> bool:
-        """Whether what is read stays in memory, until `forget`."""
-        return self._all_stays or self.nbytes <= _KEPT_BLOCKS * self.block_bytes
 
     def forget(self) -> None:
         """Drop what is kept in memory, unless all of the collection may be."""
@@ -190,6 +185,11 @@ class Stack:
         """What is read of a stack of one block."""
         (found,) = self.factors()
         return found
+
+    @property
+    def decomposed(self) -> Block | None:
+        """The decomposition of a stack of one block, where that was kept."""
+        return self._decomposed.get(self._position(self.blocks[0]))
 
     def _split(self) -> Iterator[np.ndarray]:
         width = 4 * sum(self.shape)

@@ -326,7 +326,7 @@ class Adding:
                 coded = self._within(part, ledger)
                 for k, path in enumerate(part.paths if coded else ()):
                     assert coded is not None
-                    found[path] = coded.row(k)
+                    found[path] = coded.take(np.array([k]))
         return found
 
     def _within(self, batch: Batch, ledger: Ledger) -> Coded | None:

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Factors, power_of_two, sizes
+from ...collection.batch import Factors, held_by_float32, power_of_two, sizes
 from ...errors import FileError
 from .rows import (
     code_rows,
     joined,
     read_rows,
     rounded_coefficients,
-    turned_rows,
     without_values,
     write_rows,
 )
@@ -88,19 +87,21 @@ class FlatSide:
         if not self.count:
             return X.new_zeros(len(X), 0)
         unit, inverse = self._unit_and_inverse()
-        D = self.rows[1:] / unit.to(X.dtype)
+        D = self.rows[1:] if unit == 1 else self.rows[1:] / unit.to(X.dtype)
         found: Tensor = ((X - self.rows[0]) @ D.T).double() @ (inverse / unit)
         return found.to(X.dtype)
 
     def _unit_and_inverse(self) -> tuple[Tensor, Tensor]:
-        """A power of two near the directions' largest number, and the inverse (k, k) of the Gram of
-        the directions divided by it, whose products lose nothing.
+        """1, or where float32 has no squares of the directions a power of two near their largest
+        number, and the inverse (k, k) of the Gram of the directions divided by it.
         """
         found = self._inverse
         if found is None:
             D = self.rows[1:]
-            unit = power_of_two(D.abs().max().double())
-            D = D / unit.to(D.dtype)
+            unit = torch.ones((), dtype=torch.float64, device=D.device)
+            if not bool(held_by_float32(self.lengths.double() ** 2).all()):
+                unit = power_of_two(D.abs().max().double())
+                D = D / unit.to(D.dtype)
             wide = D.double() @ D.double().T if D.shape[1] < 4096 else (D @ D.T).double()
             # Rows of factors near the end of float32's range may vanish or be alike: no `solve`.
             found = self._inverse = unit, torch.linalg.pinv(wide, hermitian=True)
@@ -118,21 +119,19 @@ class FlatSide:
 
 
 def code_flat_rows(rows: Tensor, levels: np.ndarray, side: str) -> FlatSide:
-    """Code row 0 (the mean) and directions, each at the norm it has."""
-    levels = np.maximum(levels, 1)
+    """Code row 0 (the mean) and directions, each at the norm it has; they become what is read."""
     coded, lengths = [], []
     for at in range(0, len(rows), _ROWS):  # a few at a time: coding takes several times their size
-        some = rows[at : at + _ROWS]
-        bits = levels[at : at + _ROWS]
-        if bits.max() <= 8:  # of the same lengths, rotated or not
-            _, part = turned_rows(some, bits, _SEEDS[side])
-        else:
-            part = code_rows(some, bits, _SEEDS[side])
-        lengths.append(some.double().norm(dim=1) / part.hat.double().norm(dim=1).clamp_min(1e-300))
+        some, bits = rows[at : at + _ROWS], levels[at : at + _ROWS]
+        part = code_rows(some, bits, _SEEDS[side])
+        norms = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (some, part.hat))
+        lengths.append(next(norms) / next(norms).clamp_min(1e-300))
+        some.copy_(part.hat)
         coded.append(without_values(part))
     c = rounded_coefficients(torch.cat(lengths).cpu().numpy(), levels)
     record = write_rows([joined(coded)], np.arange(len(rows)), c)
-    return read_side(record, rows.shape[1], side, rows.device)
+    rows *= torch.as_tensor(c, dtype=rows.dtype, device=rows.device)[:, None]
+    return FlatSide(rows, record, side=side)
 
 
 def read_side(
@@ -174,12 +173,6 @@ class FlatParts:
     B: Tensor
     A: Tensor
 
-    def forget(self, rows: np.ndarray) -> None:
-        """Nothing for these rows; in place."""
-        for k in rows.tolist():
-            self.records[k] = b""
-            self.B[k] = self.A[k] = 0
-
 
 def code_parts(
     f: Factors, A: FlatSide, B: FlatSide, number: int, wide: bool, rows: np.ndarray | None = None
@@ -210,8 +203,21 @@ def code_parts(
         for i in range(len(f.members))
     ]
     parts = FlatParts(records, rebuilt[1].reshape(f.B.shape), rebuilt[0].reshape(f.A.shape))
-    parts.forget(np.flatnonzero(zero.cpu().numpy()))
+    for k in np.flatnonzero(zero.cpu().numpy()).tolist():
+        records[k] = b""
+        parts.B[k] = parts.A[k] = 0
     return parts
+
+
+def read_parts(records: list[bytes], f: Factors, A: FlatSide, B: FlatSide) -> tuple[Tensor, Tensor]:
+    """B (n, out, r) and A (n, r, in) that the flat parts of f decode to; 0 where there is none."""
+    left, right = torch.zeros_like(f.B), torch.zeros_like(f.A)
+    sides, shape = {"A": A, "B": B}, (f.B.shape[1], f.A.shape[2])
+    for k, record in enumerate(records):
+        if record:
+            found = decode_part(record, 0, shape, lambda side, *_: sides[side].rows, left.device)
+            left[k], right[k], _ = found
+    return left, right
 
 
 def part_nbytes(A: FlatSide, B: FlatSide, wide: bool) -> int:

@@ -98,13 +98,19 @@ class Coded:
         """Zero updates."""
         return cls([b""] * count, np.zeros(count), np.zeros(count))
 
-    def row(self, k: int) -> Coded:
-        """One of them alone."""
-        return self.rows(slice(k, k + 1))
+    @classmethod
+    def joined(cls, parts: Sequence[Coded]) -> Coded:
+        """All of some blocks."""
+        return cls(
+            [record for part in parts for record in part.records],
+            np.concatenate([part.squared_error for part in parts]),
+            np.concatenate([part.payload for part in parts]),
+        )
 
-    def rows(self, rows: slice) -> Coded:
+    def take(self, rows: np.ndarray) -> Coded:
         """Some of them."""
-        return Coded(self.records[rows], self.squared_error[rows], self.payload[rows])
+        records = [self.records[k] for k in rows.tolist()]
+        return Coded(records, self.squared_error[rows], self.payload[rows])
 
     def replaced(self, rows: np.ndarray, by: Coded) -> Coded:
         """These with some rows replaced, in order, by those of another."""

@@ -64,6 +64,9 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
         X: (m, d) float32. bits: (m,) of `LEVELS`. seed: of the rotation.
     """
     m, d = X.shape
+    if ((bits > 0) & (bits <= 8)).all():  # none is moved from where it is
+        turned = turned_rows(X, bits, seed)[1]
+        return replace(turned, hat=unrotate(turned.hat, seed))
     codes = np.zeros((m, d), np.uint8)
     floats: np.ndarray | None = None
     hat = torch.zeros_like(X)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Block, Factors, side_by_side, squared_residuals
+from ...collection.batch import Block, Factors, side_by_side
 from ...collection.stack import Stack, alike
 from ...words import note
-from ..coding.flat_part import code_parts
+from ..coding.flat_part import read_parts
 from ..coding.record import Coded, Target, code, decode, exact_record
 from ..planning.budget import Ledger
-from ..planning.costs import Costs
+from ..planning.costs import Costs, flat_parts
 from ..planning.plan import FlatBases, ModulePlan, basis_at, side_pairs
 
 _ATTEMPTS = 5  # more, to get a module within its bound, before it is stored exactly
 _FINE = 1e-4  # a bound below which float32 itself counts: what is read back is what is measured
 _ROUNDING = 5e-8  # of Σ ‖b_k‖ ‖a_k‖: what another order of the decoder's sums may change
-_WORSE = 4.0  # times ‖ΔW‖²: a flat part that misses more is left out
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,16 @@ class Coder:
             for rows, coded in zip(stack.blocks, known, strict=True):
                 yield stack.members[rows], coded
             return
-        start = first
-        for f, decomposed in stack.pairs():
-            rows = np.arange(start, start + len(f.members))
-            start += len(f.members)
-            target = ledger.target(stack.path, rows, f.members)
-            block = decomposed
-            if self.costs.cuts and plan.flat is None:
-                block = self.costs.cut(decomposed or f.decomposed())
-            coded = code_as_planned(f, rows, plan, target, block)
-            one = _Block(f, rows, rows - first, stack, plan)
-            yield f.members, self._booked(one, target, coded, ledger)
+        for number, here in enumerate(stack.blocks):
+            one = _Block(first + here, here - here[0], stack.part(number), plan)
+            target = ledger.target(stack.path, one.rows, one.members)
+            made = None if plan.parts is None else plan.parts.take(one.rows)
+            if made is None or (made.squared_error > target.amount).any():
+                block = one.stack.decomposed
+                if self.costs.cuts and plan.flat is None:
+                    block = self.costs.cut(block or one.factors.decomposed())
+                made = code_as_planned(one.factors, one.rows, plan, target, block)
+            yield one.members, self._booked(one, target, made, ledger)
 
     def batched(self, plan: ModulePlan) -> bool:
         """Whether a module may be coded together with others."""
@@ -92,16 +91,16 @@ class Coder:
         for some in alike(parts.values()):
             blocks, targets = [], []
             for stack in some:
-                f = stack.block
-                rows = np.arange(first[stack.path], first[stack.path] + len(f.members))
-                blocks.append(_Block(f, rows, rows - rows[0], stack, plans[stack.path]))
-                targets.append(ledger.target(stack.path, rows, f.members, 1 / len(some)))
+                here = np.arange(len(stack))
+                one = _Block(first[stack.path] + here, here, stack, plans[stack.path])
+                blocks.append(one)
+                targets.append(ledger.target(stack.path, one.rows, one.members, 1 / len(some)))
             amounts = np.concatenate([target.amount for target in targets])
             coded = code(side_by_side([b.factors for b in blocks]), Target("error", amounts))
             start = 0
             for one, target in zip(blocks, targets, strict=True):
                 end = start + len(one.rows)
-                own = coded.rows(slice(start, end))
+                own = coded.take(np.arange(start, end))
                 found[one.stack.path] = self._booked(one, target, own, ledger)
                 start = end
         return found
@@ -113,13 +112,13 @@ class Coder:
         if self.fine:
             coded = _as_read(one, coded)
         coded = _not_bulky(one, self._enforced(one, target, coded, ledger))
-        ledger.book(one.stack.path, one.rows, one.factors.members, coded.squared_error)
+        ledger.book(one.stack.path, one.rows, one.members, coded.squared_error)
         return coded
 
     def _enforced(self, block: _Block, target: Target, coded: Coded, ledger: Ledger) -> Coded:
         """Code again what overshot; at last store it exactly."""
-        f, rows = block.factors, block.rows
-        factor, limit = np.ones(len(rows)), ledger.limit(block.stack.path, rows, f.members)
+        rows = block.rows
+        factor, limit = np.ones(len(rows)), ledger.limit(block.stack.path, rows, block.members)
         for _ in range(_ATTEMPTS):
             over = np.flatnonzero(coded.squared_error > limit)
             if not len(over):
@@ -138,17 +137,25 @@ class Coder:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some updates at a module: as read, and their rows in the plan and in the stack."""
+    """Some updates at a module: their rows in the plan, and in a stack of one block."""
 
-    factors: Factors
     rows: np.ndarray
     in_stack: np.ndarray
     stack: Stack
     plan: ModulePlan
 
+    @property
+    def members(self) -> np.ndarray:
+        members: np.ndarray = self.stack.members[self.in_stack]
+        return members
+
+    @cached_property
+    def factors(self) -> Factors:
+        """As read; only where they are needed."""
+        return self.stack.block.take(self.in_stack)
+
     def take(self, some: np.ndarray) -> _Block:
-        factors = self.factors.take(some)
-        return _Block(factors, self.rows[some], self.in_stack[some], self.stack, self.plan)
+        return _Block(self.rows[some], self.in_stack[some], self.stack, self.plan)
 
 
 def _as_read(block: _Block, coded: Coded) -> Coded:
@@ -230,21 +237,18 @@ def _code_flat(
     f: Factors, rows: np.ndarray, plan: ModulePlan, flat: FlatBases, target: Target
 ) -> Coded:
     """Flat parts, and where these miss the target a residual of the adapter's own."""
-    parts = code_parts(f, flat.A, flat.B, 0, flat.wide, rows)
-    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
-    # What is tiny beside the mean comes out far worse than as nothing.
-    assert plan.squares is not None
-    nothing = plan.squares[rows]
-    worse = ~(error <= _WORSE * nothing)
-    parts.forget(np.flatnonzero(worse))
-    error = np.where(worse, nothing, error)
-    payload = np.array([plan.fixed if record else 0.0 for record in parts.records])
-    coded = Coded(parts.records, error, payload)
-    over = np.flatnonzero(error > target.amount) if target.kind == "error" else np.zeros(0, int)
-    if len(over):
-        B, A = torch.cat([f.B[over], -parts.B[over]], 2), torch.cat([f.A[over], parts.A[over]], 1)
-        rest = code(Factors(f.members[over], B, A), target.take(over))
-        records = [coded.records[k] + r for k, r in zip(over.tolist(), rest.records, strict=True)]
-        more = Coded(records, rest.squared_error, rest.payload + payload[over])
+    if plan.parts is not None:
+        coded = plan.parts.take(rows)
+    else:
+        assert plan.squares is not None
+        coded = flat_parts(f, flat, plan.squares[rows], rows)
+    over = np.flatnonzero(coded.squared_error > target.amount)
+    if target.kind == "error" and len(over):
+        f, held = f.take(over), coded.take(over)
+        B, A = read_parts(held.records, f, flat.A, flat.B)
+        B, A = torch.cat([f.B, -B], 2), torch.cat([f.A, A], 1)
+        rest = code(Factors(f.members, B, A), target.take(over))
+        records = [a + b for a, b in zip(held.records, rest.records, strict=True)]
+        more = Coded(records, rest.squared_error, rest.payload + held.payload)
         coded = coded.replaced(over, more)
     return coded

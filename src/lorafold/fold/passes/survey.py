@@ -7,6 +7,7 @@ All forms are tried on a few modules; the others follow those that won there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -126,22 +127,28 @@ class Survey:
         paths = list(self.stacks)
         won: dict[str, float] = {}
         totals: dict[str, float] = {}
-        tried = [paths[j] for j in probes(len(paths), _PROBES)]
-        for plans in self._candidates(tried, forms):
+        probed = [paths[j] for j in probes(len(paths), _PROBES)]
+        tried = dict(zip(probed, self._candidates(probed, forms), strict=True))
+        for plans in tried.values():
             for plan in plans:
                 totals[plan.form] = totals.get(plan.form, 0.0) + plan.nbytes
             won[plans[0].form] = won.get(plans[0].form, 0.0) + plans[0].nbytes
         near = _NEAR if self.collection.num_parameters <= _LITTLE else 1.0
         smallest = min(totals.values())
-        worth = [f for f in forms if f in won or totals.get(f, np.inf) < near * smallest]
+        # Nothing is cheaper to plan than "svd", and it is there at every module.
+        near_it = [f for f in forms[1:] if f in won or totals.get(f, np.inf) < near * smallest]
+        worth = ["svd", *near_it]
         mix: dict[str, ModulePlan] = {}
         sizes: dict[str, float] = dict.fromkeys(worth, 0.0)
-        for path, plans in zip(paths, self._candidates(paths, worth), strict=True):
+        known = {path: [p for p in plans if p.form in worth] for path, plans in tried.items()}
+        others = [path for path in paths if path not in known]
+        found = zip(others, self._candidates(others, worth), strict=True)
+        for path, plans in chain(known.items(), found):
             mix[path] = plans[0]
             by_form = {plan.form: plan.nbytes for plan in plans}
             for form in worth:
                 sizes[form] += by_form.get(form, by_form.get("svd", plans[0].nbytes))
-        yield mix
+        yield {path: mix[path] for path in paths}
         cost = sum(plan.nbytes for plan in mix.values())
         for form in worth:
             differs = any(plan.form != form for plan in mix.values())

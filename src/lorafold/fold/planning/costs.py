@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...collection.batch import Block, squared_residuals
+from ...collection.batch import Block, Factors, squared_residuals
 from ...collection.stack import Stack
 from ..coding.flat_part import code_parts, part_nbytes
-from ..coding.record import predicted_nbytes
+from ..coding.record import Coded, predicted_nbytes
 from ..options import Options
 from .plan import FlatBases, ModulePlan, Shared
+
+_WORSE = 4.0  # times ‖ΔW‖²: a flat part that misses more is left out
 
 
 @dataclass(frozen=True)
@@ -139,28 +141,32 @@ class Costs:
 
     def on_flat_sides(self, stack: Stack, S: np.ndarray, bases: FlatBases) -> ModulePlan:
         """Loadings, and where the flat sides miss an update residuals."""
-        fixed = part_nbytes(bases.A, bases.B, bases.wide)
-        nbytes = len(bases.A.record) + len(bases.B.record) + float(fixed * len(stack))
+        nbytes = len(bases.A.record) + len(bases.B.record)
+        nbytes += len(stack) * part_nbytes(bases.A, bases.B, bases.wide)
         squares = (S**2).sum(1)
         widths = np.full(S.shape[1], float(sum(stack.shape)))
         if self.options.tolerance is None:
             nothing = np.zeros_like(S)
-            return ModulePlan(
-                "flat", nothing, widths, nbytes, flat=bases, fixed=fixed, squares=squares
-            )
-        tails = []
-        for f in stack.factors():
-            parts = code_parts(f, bases.A, bases.B, 0, bases.wide)
-            tails.append(squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy())
-        missed = np.concatenate(tails)
-        missed = np.where(missed <= squares, missed, squares)  # at worst a part is left out
-        energy = _spread(missed, S.shape[1])
-        nbytes += self.of_residuals(stack, S, missed)
-        return ModulePlan("flat", energy, widths, nbytes, flat=bases, fixed=fixed, squares=squares)
+            return ModulePlan("flat", nothing, widths, nbytes, flat=bases, squares=squares)
+        coded = []
+        for f, rows in zip(stack.factors(), stack.blocks, strict=True):
+            coded.append(flat_parts(f, bases, squares[rows], rows))
+        parts = Coded.joined(coded)
+        missed = np.minimum(parts.squared_error, squares)
+        return ModulePlan(
+            "flat",
+            _spread(missed, S.shape[1]),
+            widths,
+            nbytes + self.of_residuals(stack, S, missed),
+            flat=bases,
+            squares=squares,
+            parts=parts if stack.stays else None,  # of many adapters they would be large
+        )
 
     def of_residuals(self, stack: Stack, S: np.ndarray, missed: np.ndarray) -> float:
         """Bytes of residuals where flat sides miss (N,) squared norms."""
         allowed = self.allowed(stack, S)
+        missed = np.minimum(missed, (S**2).sum(1))  # at worst a part is left out
         over = missed > allowed
         if not over.any():
             return 0.0
@@ -168,6 +174,22 @@ class Costs:
         return float(
             predicted_nbytes(_spread(missed[over], S.shape[1]), widths, allowed[over]).sum()
         )
+
+
+def flat_parts(f: Factors, bases: FlatBases, squares: np.ndarray, rows: np.ndarray) -> Coded:
+    """Flat parts of a block, measured; what is tiny beside the mean comes out far worse than as
+    nothing, and is nothing.
+
+    Args:
+        squares: (n,) squared norms. rows: (n,) which rows of the stack they are.
+    """
+    parts = code_parts(f, bases.A, bases.B, 0, bases.wide, rows)
+    error = squared_residuals(f.B, f.A, parts.B, parts.A).cpu().numpy()
+    held = error <= _WORSE * squares
+    records = [record if good else b"" for record, good in zip(parts.records, held, strict=True)]
+    size = part_nbytes(bases.A, bases.B, bases.wide)
+    payload = np.array([float(size if record else 0) for record in records])
+    return Coded(records, np.where(held, error, squares), payload)
 
 
 def _spread(missed: np.ndarray, count: int) -> np.ndarray:

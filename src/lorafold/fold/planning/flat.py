@@ -16,8 +16,9 @@ large ones: the squares that the directions keep are those of factors, not of Δ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ from torch import Tensor
 from ...collection.batch import Factors, held_by_float32, power_of_two
 from ...collection.stack import Stack
 from ..coding.bits import bits_for_error
+from ..coding.codebook import DISTORTION
 from ..coding.flat_part import FlatSide, code_flat_rows, flattened
+from .plan import FlatBases
 
 _PIECE = 1 << 20  # numbers in a piece of the columns
 _BLOCKS = 16  # rows of a side that take no more bytes than so many blocks are held at once
@@ -34,6 +37,7 @@ _FEW = 64  # and so many in any case
 _GRAM = 1024  # rows that have a Gram
 _WIDEST = 512  # a sketch, of directions that nobody has counted
 _MARGIN = 16  # directions of a sketch beyond those that are wanted
+_LEFT = np.array([DISTORTION.get(bits, np.nan) for bits in range(max(DISTORTION) + 1)])
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,49 @@ class FlatSpectrum:
     """One side's directions.
 
     Args:
-        mean: (D,). directions: (K, D) orthonormal rows. energies: (K,) squared singular values.
-        total: Σ‖x_i‖² over the stack, mean included. count: N.
+        mean: (D,). energies: (K,) squared singular values.
+        directions: which of the K → so many orthonormal rows of length D, in a fresh tensor.
+        squares: (N,) ‖x_i‖², mean included; their mean where the directions were sketched.
         loadings: (N, K) of every adapter; None where the directions were sketched.
-        missed: share of the total that a sketch misses.
+        missed: share of Σ‖x_i‖² that a sketch misses.
         unit: a power of two; all the others are of the x_i divided by it.
     """
 
     mean: Tensor
-    directions: Tensor
     energies: np.ndarray
-    total: float
-    count: int
+    directions: Callable[[np.ndarray], Tensor]
+    squares: np.ndarray
     loadings: np.ndarray | None = None
     missed: float = 0.0
     unit: float = 1.0
+
+    @property
+    def total(self) -> float:
+        """Σ‖x_i‖²; never 0."""
+        return max(float(self.squares.sum()), 1e-300)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(1 + K,) of Σ‖x_i‖²: the mean's, and the directions'."""
+        mean = len(self.squares) * float(self.mean.double().square().sum())
+        found: np.ndarray = np.concatenate([[mean], self.energies]) / self.total
+        return found
+
+    @property
+    def norms(self) -> np.ndarray:
+        """(N,) squared norms of the factors themselves."""
+        return self.squares * self.unit**2
+
+    def lost(self, levels: np.ndarray) -> np.ndarray:
+        """(2, N) what coding at these levels is expected to miss of those: noise, which is alike
+        everywhere, and what is missed of the directions themselves.
+        """
+        n = len(self.squares)
+        own = self.energies[None] / n if self.loadings is None else self.loadings**2
+        left = _LEFT[levels]
+        noise = self.total / n * self.shares[0] * left[0] + own @ (left * (1 - left))[1:]
+        rest = self.total / n * self.missed + own @ left[1:] ** 2
+        return np.stack([np.broadcast_to(x, n) for x in (noise, rest)]) * self.unit**2
 
 
 def flat_spectra(
@@ -123,33 +155,26 @@ class _Rows:
 def _whole(rows: _Rows, most: int) -> FlatSpectrum:
     """Directions and loadings from the Gram of rows that are held at once."""
     parts = list(rows)
-    gram, center = _gram_by_columns(parts)
-    total = _total(gram, center)
-    if not bool(held_by_float32(total)):
+    gram, center, squares = _gram_by_columns(parts)
+    if not bool(held_by_float32(squares.sum())):
         rows.fit(max(float(X.abs().max()) for X in parts))
         parts = [X / rows.unit for X in parts]
-        gram, center = _gram_by_columns(parts)
-        total = _total(gram, center)
+        gram, center, squares = _gram_by_columns(parts)
     values, vectors = (t.numpy()[..., ::-1] for t in torch.linalg.eigh(gram.cpu()))
     values, vectors = values[:most], vectors[:, :most]
     alive = _alive(values)
     values, vectors = values[alive], vectors[:, alive]
     mix = torch.as_tensor((vectors / np.sqrt(values)).T, dtype=torch.float32).to(center)
-    directions = center.new_zeros(len(values), len(center))
-    at, work = 0, None
-    for X in parts:
-        if work is None or work.shape != X.shape:
-            work = torch.empty_like(X)  # a fresh one for each block costs more than the product
-        directions.addmm_(mix[:, at : at + len(X)], torch.sub(X, center, out=work))
-        at += len(X)
+
+    def directions(kept: np.ndarray) -> Tensor:
+        found, some = center.new_empty(len(kept), len(center)), mix[torch.as_tensor(kept)]
+        for here, X in _columns(parts):
+            found[:, here] = some @ X.sub_(center[here])
+        return found
+
+    own = vectors * np.sqrt(values)
     return FlatSpectrum(
-        center,
-        directions,
-        values.copy(),
-        float(total),
-        len(rows),
-        vectors * np.sqrt(values),
-        unit=rows.unit,
+        center, values.copy(), directions, squares.cpu().numpy(), own, unit=rows.unit
     )
 
 
@@ -157,10 +182,6 @@ def _alive(values: np.ndarray) -> np.ndarray:
     """Float32 products leave noise of about 1e-7 of the largest; nothing below is a direction."""
     alive: np.ndarray = values > 1e-7 * max(float(values.max(initial=0.0)), 1e-300)
     return alive
-
-
-def _total(gram: Tensor, center: Tensor) -> Tensor:
-    return gram.trace() + len(gram) * center.double().square().sum()
 
 
 class _Sketch:
@@ -229,86 +250,117 @@ class _Sketch:
         energies = values.flip(0).numpy()[: self._most]
         # Beside the mean, what is below float32's digits is no direction either.
         energies = energies[_alive(energies) & (energies > 1e-13 * self._total)]
-        kept = vectors.flip(1)[:, : len(energies)].to(self._span)
+        span = (self._span @ vectors.flip(1)[:, : len(energies)].to(self._span)).T
         count, size = len(self.rows), self._total
         missed = size - count * float(self._center.double().square().sum()) - energies.sum()
         return FlatSpectrum(
             self._center,
-            (self._span @ kept).T.contiguous(),
             energies,
-            size,
-            count,
+            lambda kept: span[torch.as_tensor(kept, device=span.device)],
+            np.full(count, size / count),
             missed=max(0.0, float(missed)) / max(size, 1e-300),
             unit=self.rows.unit,
         )
 
 
-def _gram_by_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of factors in memory, a few thousand columns of all of them at a time.
-
-    A piece holds every adapter, so its own mean is the mean; and it stays in the cache, where a
-    centred copy of everything would pass through memory once more.
+def _columns(parts: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Some columns of all rows at a time, copied to where the last ones were: they stay in the
+    cache, where a centred copy of everything would pass through memory once more.
     """
+    n, D = sum(len(X) for X in parts), parts[0].shape[1]
+    width = min(D, max(256, _PIECE // n))
+    piece = parts[0].new_empty(n, width)
+    for a in range(0, D, width):
+        here = slice(a, min(a + width, D))
+        X = piece if a + width <= D else piece.new_empty(n, D - a)
+        yield here, torch.cat([part[:, here] for part in parts], out=X)
+
+
+def _gram_by_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gram (N, N) of centred rows, their mean (D,), and (N,) ‖x_i‖² with it in float64."""
     n, D = sum(len(X) for X in parts), parts[0].shape[1]
     center = parts[0].new_empty(D)
     gram = torch.zeros(n, n, dtype=torch.float64, device=center.device)
-    width = max(256, _PIECE // n)
-    piece = center.new_empty(n, min(width, D))
+    squares = gram.new_zeros(n)
     half = -(-n // 2)
-    for a in range(0, D, width):
-        X = piece if a + width <= D else center.new_empty(n, D - a)
-        torch.cat([part[:, a : a + width] for part in parts], out=X)
-        torch.mean(X, 0, out=center[a : a + width])
-        X -= center[a : a + width]
+    for here, X in _columns(parts):
+        torch.mean(X, 0, out=center[here])  # of every row: it is the mean
+        X.sub_(center[here])
+        squares += X @ center[here]
         gram[:half] += X[:half] @ X.T
         gram[half:, half:] += X[half:] @ X[half:].T  # the fourth quarter follows by symmetry
     gram[half:, :half] = gram[:half, half:].T
-    return gram, center
+    squares = 2 * squares + gram.diagonal() + center.double().square().sum()
+    return gram, center, squares.clamp_min(0)
 
 
-def coded_side(
-    s: FlatSpectrum,
-    side: str,
-    *,
-    count: int | None = None,
-    bits: int | None = None,
-    budget: float | None = None,
-) -> FlatSide:
-    """A side coded at `count` directions and `bits` each, or within `budget`.
+def levels_at(s: FlatSpectrum, count: int | None, bits: int) -> np.ndarray:
+    """So many bits of the mean and of each direction, 0 of those beyond a count."""
+    place = np.arange(len(s.energies) + 1)
+    return np.where(place <= (len(place) if count is None else count), bits, 0)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Bits of both sides, and what is expected of them.
 
     Args:
-        budget: allowed share of Σ‖x_i‖², for dropping and rounding together.
+        levels: side → bits of the mean and of each direction.
+        nbytes: of the sides and all loadings.
+        missed: (2, N) squared norms, of noise and of the rest.
     """
-    if budget is not None:
-        levels = _levels(s, budget)
-    else:
-        assert bits is not None
-        keep = len(s.energies) if count is None else min(count, len(s.energies))
-        levels = np.where(np.arange(len(s.energies) + 1) <= keep, bits, 0)
-    kept = np.flatnonzero(levels[1:] > 0) + 1
+
+    levels: dict[str, np.ndarray]
+    nbytes: float
+    missed: np.ndarray
+
+
+def ways_within(
+    spectra: Mapping[str, FlatSpectrum], squares: np.ndarray, rank: int, budgets: Sequence[float]
+) -> list[Way]:
+    """For each share of Σ‖ΔW_i‖² the fewest bits that are expected to miss no more of it; if
+    sketches miss more, that is left to residuals.
+
+    What rounding misses of B is the same in all its columns, and A makes ‖A‖² / r of it; so it does
+    of the rest, it is assumed.
+
+    Args:
+        squares: (N,) ‖ΔW_i‖², not all 0. rank: of the factors.
+    """
+    A, B = spectra["A"], spectra["B"]
+    # ‖ΔW‖ is at most ‖B‖ ‖A‖: what was lost to rounding must not say otherwise.
+    even = max(1.0, float((A.norms * B.norms).sum() / squares.sum())) / rank
+    shares = np.asarray(budgets) / even
+    energy = np.concatenate([s.shares for s in (A, B)])
+    cost = np.concatenate([np.full(len(s.shares), len(s.mean) / 8) for s in (A, B)])
+    left = np.maximum(shares - A.missed - B.missed, shares / 2)
+    bits = bits_for_error(np.tile(energy, (len(left), 1)), cost, False, left)
+    bits[:, [0, len(A.shares)]] = np.maximum(bits[:, [0, len(A.shares)]], 1)
+    found = []
+    for one in bits:
+        of_A, of_B = np.split(one, [len(A.shares)])
+        missed = (A.norms * B.lost(of_B) + B.norms * A.lost(of_A)) / rank
+        nbytes = cost @ one + 2 * len(squares) * np.count_nonzero(one)
+        found.append(Way({"A": of_A, "B": of_B}, float(nbytes), missed))
+    return found
+
+
+def coded_sides(
+    spectra: Mapping[str, FlatSpectrum], levels: Mapping[str, np.ndarray], wide: bool = False
+) -> FlatBases:
+    """Both sides coded; `wide`: loadings will be kept in float32."""
+    A, B = (coded_side(spectra[side], side, levels[side]) for side in "AB")
+    return FlatBases(A, B, wide)
+
+
+def coded_side(s: FlatSpectrum, side: str, levels: np.ndarray) -> FlatSide:
+    """A side coded at these bits of the mean and of each direction, 0 of those left out."""
+    kept = np.flatnonzero(levels[1:] > 0)
     # A direction is as long as a typical x_i: a power of two, so that 32 bits lose nothing.
-    length = 2.0 ** math.frexp(math.sqrt(s.total / s.count))[1] if s.total > 0 else 1.0
-    directions = s.directions[torch.as_tensor(kept - 1, device=s.mean.device)]
-    rows = torch.cat([s.mean[None] * s.unit, directions * (length * s.unit)])
-    coded = code_flat_rows(rows, np.concatenate([levels[:1], levels[kept]]), side)
-    if s.loadings is None or (levels[kept] < 32).any():
+    length = 2.0 ** math.frexp(math.sqrt(s.total / len(s.squares)))[1]
+    rows = torch.cat([s.mean[None] * s.unit, s.directions(kept).mul_(length * s.unit)])
+    coded = code_flat_rows(rows, levels[np.r_[0, kept + 1]], side)
+    if s.loadings is None or (levels[kept + 1] < 32).any():
         return coded
-    loadings = s.loadings[:, kept - 1] / length
-    known = torch.as_tensor(loadings, dtype=torch.float32, device=s.mean.device)
-    return FlatSide(coded.rows, coded.record, known, side)
-
-
-def _levels(s: FlatSpectrum, budget: float) -> np.ndarray:
-    """Bits of the mean and of each direction within a share of Σ‖x_i‖²; if a sketch misses more,
-    that is left to residuals.
-    """
-    budget = max(budget - s.missed, budget / 2)
-    mean = s.count * float((s.mean.double() ** 2).sum())
-    energies = np.concatenate([[mean], s.energies]) / max(s.total, 1e-300)
-    cost = np.full(len(energies), s.directions.shape[1] / 8)
-    return bits_for_error(energies, cost, np.zeros(len(energies), bool), budget)
-
-
-def predicted_nbytes(s: FlatSpectrum, budget: float) -> float:
-    """Bytes of a side within a budget, as `coded_side` will find, without coding it."""
-    return float(_levels(s, budget).sum()) * s.directions.shape[1] / 8
+    known = torch.as_tensor(s.loadings[:, kept] / length, dtype=torch.float32)
+    return FlatSide(coded.rows, coded.record, known.to(s.mean.device), side)

@@ -11,12 +11,16 @@ import torch
 from ...collection.stack import Stack
 from ...words import note
 from .costs import Costs, reaching
-from .flat import coded_side, flat_spectra, predicted_nbytes
-from .plan import FlatBases, ModulePlan
+from .flat import coded_sides, flat_spectra, levels_at, ways_within
+from .plan import ModulePlan
 from .sharing import SIDES, Sharing
 
 _HOPELESS = 1.03  # times the size without sharing: predictions are a little above what comes out
-_FLAT_THETAS = (0.9, 0.5, 0.25)
+# What flat sides may miss of the squared tolerance. Of those predicted to be near the smallest the
+# coarsest is coded, as what is over at one module may be left at others; and what it then misses
+# may make others look smaller, which are coded too.
+_THETAS = tuple((0.97 * 0.9 ** np.arange(21)).tolist())
+_NEAR, _TRIES, _SMALLER = 1.01, 3, 0.98
 
 
 @dataclass(frozen=True)
@@ -77,26 +81,29 @@ class Planner:
         spectra = flat_spectra(stack, o.rank, every=o.tolerance is None and o.rank is None)
         if o.tolerance is None:
             bits = 32 if o.bits is None else int(np.ceil(o.bits))
-            counts = {
-                side: o.rank if o.energy is None else reaching(s.energies, o.energy)
+            levels = {
+                side: levels_at(s, reaching(s.energies, o.energy) if o.energy else o.rank, bits)
                 for side, s in spectra.items()
             }
-            sides = {
-                side: coded_side(s, side, count=counts[side], bits=bits)
-                for side, s in spectra.items()
-            }
-            return [self.costs.on_flat_sides(stack, S, FlatBases(sides["A"], sides["B"], bits > 8))]
-        plans: list[ModulePlan] = []
-        missed = sum(s.missed for s in spectra.values())
-        rest = self.costs.of_residuals(stack, S, np.minimum(missed, 1.0) * (S**2).sum(1))
-        for theta in _FLAT_THETAS:
-            budget = theta * o.tolerance**2 / 2
-            size = sum(predicted_nbytes(s, budget) for s in spectra.values()) + rest
-            # The sides, and what they can't hold, must be worth it before any loadings.
-            if size > min([limit / _HOPELESS, *(plan.nbytes for plan in plans)]):
-                continue
-            sides = {side: coded_side(s, side, budget=budget) for side, s in spectra.items()}
-            bases = FlatBases(sides["A"], sides["B"], False)
-            plans.append(self.costs.on_flat_sides(stack, S, bases))
-            plans[-1].release()
-        return sorted(plans, key=lambda plan: plan.nbytes)[:1]
+            return [self.costs.on_flat_sides(stack, S, coded_sides(spectra, levels, bits > 8))]
+        budgets = [theta * o.tolerance**2 for theta in _THETAS]
+        ways = ways_within(spectra, (S**2).sum(1), int(stack.ranks.max()), budgets)
+        best: ModulePlan | None = None
+        times: np.ndarray | float = 1.0
+        for _ in range(_TRIES):
+            missed = [noise + times * rest for noise, rest in (way.missed for way in ways)]
+            rests = [self.costs.of_residuals(stack, S, m) for m in missed]
+            sizes = [way.nbytes + rest for way, rest in zip(ways, rests, strict=True)]
+            least = min(sizes)
+            # Better by little isn't worth it, of what is without sharing either.
+            if least > _SMALLER * (limit / _HOPELESS if best is None else best.nbytes):
+                break
+            way = ways.pop(next(k for k, size in enumerate(sizes) if size <= _NEAR * least))
+            plan = self.costs.on_flat_sides(stack, S, coded_sides(spectra, way.levels))
+            plan.release()
+            if best is None or plan.nbytes < best.nbytes:
+                best = plan
+            noise, rest = way.missed
+            little = 0.05 * noise + 1e-300  # of a rest smaller than this it is not told
+            times = np.maximum((plan.energy.sum(1) - noise + little) / (rest + little), 0.1)
+        return [] if best is None else [best]

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..coding.bases import Basis
 from ..coding.flat_part import FlatSide
+from ..coding.record import Coded
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class ModulePlan:
         energy: (N, K) squared norms of the components that may be coded; widths: (K,) numbers each.
         nbytes: predicted, bases and records.
         certificate: bounds of the squared error of the shared sides.
-        fixed: bytes an adapter pays whatever its bits. squares: (N,) squared norms, for flat.
+        squares: (N,) squared norms, for flat. parts: of all N the flat parts, measured; None where
+            these are made when they are written.
         rate: average bits of a number in the components, where bases take a part of the average.
     """
 
@@ -55,8 +57,8 @@ class ModulePlan:
     V: Shared | None = None
     flat: FlatBases | None = None
     certificate: dict[str, Any] | None = None
-    fixed: float = 0.0
     squares: np.ndarray | None = None
+    parts: Coded | None = None
     rate: float | None = None
 
     def bare(self) -> ModulePlan:
