@@ -182,6 +182,20 @@ def test_what_many_readers_keep_is_what_they_read(library, adapters):
         assert reader.names == names
 
 
+def test_what_a_writer_has_read_keeps_nothing_that_it_replaces(library, adapters):
+    lib = lf.Library.open(library)
+    for k in range(5):
+        assert lib[f"a{k + 5}"].norm() > 0  # from a list that stays
+        lib.add(adapters["a11"], f"n{k}")
+        lib.remove(f"n{k}")
+    gc.collect()
+    with lib.contents.store.transaction():
+        pass
+    assert lib.contents.state.lease is not None
+    there = {*lib.contents.state.files, "library.json", ".library.json.gz", ".lock"}
+    assert set(os.listdir(library)) == there
+
+
 def test_a_kill_at_every_call_reaches_no_reader(adapters, tmp_path, kill_points):
     torch.set_num_threads(1)
     library = tmp_path / "lib"

@@ -5,6 +5,7 @@ docs/formats.md describes the fields. Every one is checked as it is read; record
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from .fields import (
     Wrong,
     an_object,
     count,
+    encoded,
     flag,
     mapped,
     matching,
@@ -151,7 +153,7 @@ _MODULE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
     """Whose records a shard holds.
 
@@ -174,10 +176,11 @@ class Rows:
         """After some have left."""
         return replace(self, gone=tuple(sorted({*self.gone, *ids})))
 
-    def to_json(self) -> dict[str, Any]:
-        """As the manifest has it, beside the file's checksums."""
-        found: dict[str, Any] = {"ids": [self.first, self.last], "rows": self.count}
-        return {**found, "gone": list(self.gone)} if self.gone else found
+    @functools.cached_property
+    def line(self) -> bytes:
+        """As the manifest has it, behind the file's checksums."""
+        gone = {"gone": self.gone} if self.gone else {}
+        return encoded({"ids": [self.first, self.last], "rows": self.count, **gone})[1:-1]
 
 
 @dataclass(frozen=True, slots=True)

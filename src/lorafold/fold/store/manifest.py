@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from ...errors import FileError, MismatchError, UnknownNameError
@@ -121,7 +122,7 @@ class Manifest:
         for name in {*fresh, *leaving} if self.parts else ():
             part = self.adapters.part_of(name)
             if part is not None:
-                left.add(part.entries.id_of(name))
+                left.add(part.entries[name].id)
         highest = max((max(e.id, e.order) for e in fresh.values()), default=-1)
         holds, left_of = dict(self.holds), dict[str, list[int]]()
         for number in left - {entry.id for entry in fresh.values()}:
@@ -134,7 +135,7 @@ class Manifest:
                 del holds[name]
         return replace(
             self,
-            parts=changed_parts(self.parts, fresh, leaving),
+            parts=changed_parts(self.parts, self.adapters, fresh, leaving),
             holds=holds,
             next_id=max(self.next_id, highest + 1),
         )
@@ -171,7 +172,7 @@ class Manifest:
         Raises:
             FileError: it has no form in JSON.
         """
-        whole = {
+        head = {
             "format": FORMAT,
             "version": VERSION,
             "base_model": self.base_model,
@@ -180,19 +181,22 @@ class Manifest:
             "config": self.config,
             "next_id": self.next_id,
             "modules": [m.to_json() for m in self.modules],
-            "adapters": [part.to_json() for part in self.parts],
-            "shards": {
-                name: {
-                    "bytes": info.nbytes,
-                    "header_sha256": info.header_sha256,
-                    "data_sha256": info.data_sha256,
-                    **(self.holds[name].to_json() if name in self.holds else {}),
-                }
-                for name, info in shards.items()
-            },
         }
-        raw = encoded(whole)
+        lists = b",".join(map(attrgetter("line"), self.parts))
+        files = b",".join(_line(name, info, self.holds.get(name)) for name, info in shards.items())
+        raw = b'%s,"adapters":[%s],"shards":{%s}}' % (encoded(head)[:-1], lists, files)
         return _HEAD + hashlib.sha256(raw).hexdigest().encode() + _NEXT + raw[1:]
+
+
+def _line(name: str, info: ShardInfo, holds: Rows | None) -> bytes:
+    """What a manifest says of a shard."""
+    line = b'"%s":{"bytes":%d,"header_sha256":"%s","data_sha256":"%s"' % (
+        name.encode(),
+        info.nbytes,
+        info.header_sha256.encode(),
+        info.data_sha256.encode(),
+    )
+    return line + (b"}" if holds is None else b",%s}" % holds.line)
 
 
 _HEAD, _NEXT = b'{"sha256":"', b'",'  # how every library.json begins, the digest between them
@@ -337,9 +341,9 @@ class Said:
     plain_svd_bytes: int
 
     @property
-    def files(self) -> set[str]:
+    def files(self) -> frozenset[str]:
         """Names of the files that it names."""
-        return {*self.shards, *(p.file for p in self.adapters)}
+        return frozenset((*self.shards, *(p.file for p in self.adapters)))
 
 
 def read_manifest(path: Place) -> bytes:
@@ -397,7 +401,9 @@ def manifest_of(
     for name, info in shards.items():
         if info.name != name:
             raise FileError(f"{where}: {name} is {info.name} by its checksums")
-    have = {p.file: p for p in known if p.file is not None and not p.lost and p.entries.loaded}
+    have = {
+        p.file: p for p in known if p.file is not None and not p.lost and p.entries.file is None
+    }
     parts = [_part(p, have, load, where) for p in whole.adapters]
     holds = {name: s.holds for name, s in whole.shards.items()}
     manifest = Manifest(
@@ -415,7 +421,7 @@ def manifest_of(
     return manifest, shards
 
 
-def named_files(raw: bytes, where: str) -> set[str]:
+def named_files(raw: bytes, where: str) -> frozenset[str]:
     """The files that a manifest names.
 
     Raises:
@@ -482,10 +488,10 @@ def _part(
         return before
     reading = load(info)
     if reading is None:
-        return Part(p.prefix, Entries.of(()), p.listed, gone, info, lost=True)
+        return Part(p.prefix, Entries.of(p.prefix, ()), p.listed, gone, info, lost=True)
     name = f"{where.removesuffix(MANIFEST)}{p.file}"
-    entries = Entries.read(reading, name, p.prefix, p.listed)
-    return Part(p.prefix, entries.without(gone) if gone else entries, p.listed, gone, info)
+    entries = Entries(reading, name, p.prefix, p.listed, reading, gone)
+    return Part(p.prefix, entries, p.listed, gone, info)
 
 
 # A second copy, for when the manifest is damaged: all else is read by it. It is written after each
@@ -494,10 +500,33 @@ def _part(
 # last state or of the one before. Nobody reads it but a repair.
 
 
+#
+# It is compressed in pieces, one after the other, so that those that stay need not be again.
+
+_CUTS = b'{"file":"adapters-0', b']},"shard-'  # one list in 16, and a shard after one with gaps
+_PIECE = 1 << 16  # bytes of a piece that is remembered
+
+
 @functools.lru_cache(2)
 def compressed(raw: bytes) -> bytes:
     """The copy of a manifest, as a file has it."""
-    return gzip.compress(raw, mtime=0)
+    pieces = [raw]
+    for cut in _CUTS:
+        pieces = [piece for longer in pieces for piece in _pieces(longer, cut)]
+    return b"".join(_packed_again(p) if len(p) <= _PIECE else _packed(p) for p in pieces)
+
+
+def _pieces(raw: bytes, cut: bytes) -> list[bytes]:
+    """What it is made of, cut before each `cut`."""
+    first, *rest = raw.split(cut)
+    return [first, *(cut + piece for piece in rest)]
+
+
+def _packed(piece: bytes) -> bytes:
+    return gzip.compress(piece, 6, mtime=0)
+
+
+_packed_again = functools.lru_cache(1 << 8)(_packed)
 
 
 def write_copy(folder: Place, raw: bytes) -> None:

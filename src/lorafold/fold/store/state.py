@@ -12,10 +12,12 @@ what is named no more stays for a day.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,9 +39,9 @@ _RETRIES = 10  # manifests replaced while a reader was opening shards; each need
 _OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTSUP}
 
 
-def many(files: Collection[str]) -> bool:
+def many(files: int) -> bool:
     """Whether a library has so many files that a reader does not open all of them at once."""
-    return len(files) > _HELD
+    return files > _HELD
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ class Shards(Mapping[str, Shard]):
         opened = {name: shard.twin() for name, shard in self.opened.items()}
         return Shards(self.infos, self._folder, opened, self._lease)
 
+    def leased(self, lease: Descriptor) -> Shards:
+        """The same, kept from being removed by another lease."""
+        return Shards(self.infos, self._folder, self._opened, lease)
+
     def moved_to(self, folder: Path) -> Shards:
         """Those of a folder that has another name by now, all of which are open."""
         for shard in self._opened.values():
@@ -163,11 +169,11 @@ class State:
     damage: Mapping[str, Damage] = field(default_factory=dict)
     lease: Descriptor | None = None
 
-    @property
-    def files(self) -> set[str]:
+    @functools.cached_property
+    def files(self) -> frozenset[str]:
         """Names of the files that the manifest names, lost or not."""
-        parts = {part.file.name for part in self.manifest.parts if part.file is not None}
-        return {*self.shards, *self.missing, *parts}
+        parts = (part.file.name for part in self.manifest.parts if part.file is not None)
+        return frozenset((*self.shards, *self.missing, *parts))
 
     def shard(self, name: str, folder: Place | None) -> Shard:
         """The shard of that name.
@@ -286,7 +292,7 @@ def state_of(folder: Place, raw: bytes, before: State) -> State:
     """
     where = str(folder / MANIFEST)
     whole = said(raw, where)
-    lazy, lease = many(whole.files), None
+    lazy, lease = many(len(whole.files)), None
     if lazy and not isinstance(folder, UrlPath):
         lease = _lease(folder, raw)
         lazy = lease is not None
@@ -313,6 +319,21 @@ def state_of(folder: Place, raw: bytes, before: State) -> State:
     missing = {name: info for name, info in infos.items() if name in damage}
     kept = {name: info for name, info in infos.items() if name not in missing}
     return State(raw, manifest, Shards(kept, folder, opened, lease), missing, damage, lease)
+
+
+def leased(folder: Path, state: State) -> State:
+    """A state that was just written, as a reader of many files has it: with a lease on its own."""
+    lease = None
+    if not state.damage:
+        with contextlib.suppress(_OutrunError):
+            lease = _lease(folder, state.raw)
+    if lease is None:
+        return read_state(folder, replace(state, raw=b""))
+    # The manifest names them as the one before did: whoever holds that finds them as well.
+    for part in state.manifest.parts:
+        if isinstance(part.entries.file, _ListFile):
+            part.entries.file.lease = lease
+    return replace(state, shards=state.shards.leased(lease), lease=lease)
 
 
 def _lease(folder: Path, raw: bytes) -> Descriptor | None:
@@ -352,12 +373,12 @@ def _told(path: Place, error: FileError) -> FileError:
     return gone(str(path)) if missing and isinstance(path, UrlPath) else error
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ListFile:
     """A list of adapters that is read when it is needed.
 
     Args:
-        lease: keeps it there until then. raw: its bytes, once read.
+        lease: keeps it there until then; of any manifest that names it. raw: its bytes, once read.
     """
 
     folder: Place

@@ -51,10 +51,10 @@ from .manifest import (
     read_manifest,
     write_copy,
 )
-from .part import PART_NAME
+from .part import PART_NAME, Part
 from .shard import Shard
 from .shard_writer import SHARD_NAME, ShardInfo, ShardWriter
-from .state import Shards, State, many, read_state
+from .state import Shards, State, leased, many, read_state
 from .turns import LOCK, TICKET, TIMEOUT, turn
 
 _REPLACED = re.compile(r"\.library\.[0-9a-f]{16}\.json")
@@ -92,6 +92,8 @@ class Store:
         timeout: seconds that a change waits for its turn.
         state: what it holds. Replaced at once, and never changed, by a transaction: what was taken
             from it before stays readable.
+        replaced: manifests that were replaced, and that a reader has → the files they name.
+        tidied: when the folder had last changed when it was last tidied; None before.
 
     Examples:
         >>> import numpy as np
@@ -111,6 +113,8 @@ class Store:
         self.timeout = timeout
         self.state = State()
         self._alone = threading.Lock()  # what the lock file is to a store on disk
+        self.replaced: dict[str, frozenset[str]] = {}
+        self.tidied: int | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -252,7 +256,7 @@ class Store:
     def _become(self, state: State) -> None:
         self.state = state
 
-    def named_by(self, raw: bytes) -> set[str]:
+    def named_by(self, raw: bytes) -> frozenset[str]:
         """The files that a manifest of this folder names.
 
         Raises:
@@ -414,12 +418,14 @@ class Transaction:
         shards, missing = self._shards_of(manifest)
         manifest = _written(manifest, self._folder)
         raw = manifest.to_bytes({**missing, **shards.infos})
-        lists = {part.file.name for part in manifest.parts if part.file is not None}
-        damage = {n: d for n, d in self.state.damage.items() if n in lists or n in missing}
+        damage = self.state.damage
+        if damage:
+            lists = {part.file.name for part in manifest.parts if part.file is not None}
+            damage = {n: d for n, d in damage.items() if n in lists or n in missing}
         state = State(raw, manifest, shards, missing, damage)
         if self._folder is not None:
             self._check_undisturbed()
-            _replace_manifest(self._folder, raw, self._before, self._in_place)
+            _replace_manifest(self._store, self._folder, raw, self._before, self._in_place)
             if not self._in_place:  # else before anything goes that the old one needs
                 write_copy(self._folder, raw)
         if self._in_place or self._folder is None:
@@ -435,9 +441,10 @@ class Transaction:
     def _leased(self, state: State) -> State:
         """The state as a reader has it, if it has many files."""
         path = self._store.path
-        if path is None or isinstance(path, UrlPath) or not many(state.files):
+        files = len(state.shards) + len(state.missing) + len(state.manifest.parts)
+        if path is None or isinstance(path, UrlPath) or not many(files):
             return state
-        return read_state(path, replace(state, raw=b""))
+        return leased(path, state)
 
     def _shards_of(self, manifest: Manifest) -> tuple[Shards, dict[str, ShardInfo]]:
         """What a manifest uses, the old ones first; new ones get their names, others go.
@@ -461,7 +468,7 @@ class Transaction:
             raise FileError(f"there is no shard {unknown[0]}; there are {len(there)}")
         # One that was there already and is written again takes the other's place: it is whole.
         infos = {n: info for n, info in there.infos.items() if n in used and n not in fresh}
-        files = [*infos, *fresh, *missing, *(part.prefix for part in manifest.parts)]
+        files = len(infos) + len(fresh) + len(missing) + len(manifest.parts)
         opened = there.opened if many(files) else {n: there[n] for n in infos}
         opened = {n: shard for n, shard in opened.items() if n in infos}
         for name, writer in fresh.items():
@@ -495,16 +502,15 @@ class Transaction:
 
 def _written(manifest: Manifest, folder: Place | None) -> Manifest:
     """The manifest with all of its lists of adapters written."""
-    parts = []
-    for part in manifest.parts:
-        if part.file is not None:
-            parts.append(part)
-            continue
+
+    def written(part: Part) -> Part:
         raw = part.entries.to_bytes()
-        name, written = part.written(raw)
+        name, found = part.written(raw)
         if folder is not None:
             replace_file(folder / name, raw)
-        parts.append(written)
+        return found
+
+    parts = (written(part) if part.file is None else part for part in manifest.parts)
     return replace(manifest, parts=tuple(parts))
 
 
@@ -520,14 +526,16 @@ def _placed(writer: ShardWriter, folder: Place | None) -> Shard:
     return Shard.of(writer)
 
 
-def _replace_manifest(folder: Place, raw: bytes, before: bytes | None, in_place: bool) -> None:
+def _replace_manifest(
+    store: Store, folder: Place, raw: bytes, before: bytes | None, in_place: bool
+) -> None:
     """What makes a change: the manifest is another one; at a URL only if it was `before`."""
     if isinstance(folder, UrlPath):
         replace_if(folder / MANIFEST, raw, before)
         return
     sync_directory(folder)  # the files' names are safe before the manifest has them
     if in_place:
-        _keep_for_readers(folder)
+        _keep_for_readers(store, folder)
     replace_file(folder / MANIFEST, raw)
 
 
@@ -588,7 +596,9 @@ def _held(lock: threading.Lock, timeout: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_leftovers(store: Store) -> Iterator[None]:
     """Remove what no manifest names, of killed writers before the block and of this one after."""
-    _remove_leftovers(store)
+    assert isinstance(store.path, Path)
+    if store.tidied is None or store.tidied != _changed_at(store.path):
+        _remove_leftovers(store)
     try:
         yield
     finally:
@@ -604,36 +614,47 @@ def _remove_leftovers(store: Store, before: bytes | None = None) -> None:
         raw = read_manifest(folder)
         named = store.named_by(raw)
         write_copy(folder, raw)  # before what it names goes
-        names = _names(folder)
+        unneeded = set(filter(_LEFT_BY_WRITERS.fullmatch, set(_names(folder)) - named))
         if not isinstance(folder, UrlPath):
-            named |= _still_read(folder, filter(_REPLACED.fullmatch, names))
+            read = _still_read(store, folder, filter(_REPLACED.fullmatch, unneeded))
+            unneeded.difference_update(read, *read.values())
     except (FileError, OSError):
         return
-    unneeded = [name for name in names if _LEFT_BY_WRITERS.fullmatch(name) and name not in named]
     # The change is made; what can't be removed the next writer tries again.
     if isinstance(folder, UrlPath):
         with contextlib.suppress(OSError, FileError):
             needed = named_files(before, str(folder / MANIFEST)) if before else set()
-            retire(folder, unneeded, COPY, needed)
+            retire(folder, sorted(unneeded), COPY, needed)
         return
-    for name in unneeded:
+    for name in sorted(unneeded):
         with contextlib.suppress(OSError):
             os.unlink(folder / name)
+    store.tidied = _changed_at(folder)
 
 
-def _keep_for_readers(folder: Path) -> None:
+def _changed_at(folder: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(folder).st_mtime_ns
+    return None
+
+
+def _keep_for_readers(store: Store, folder: Path) -> None:
     """Give a manifest that is to be replaced a second name, where readers may have a lock on it."""
     try:
-        files = named_files(read_manifest(folder), str(folder / MANIFEST))
+        files = store.named_by(read_manifest(folder))
     except FileError:
         return
-    if many(files):
-        os.link(folder / MANIFEST, folder / f".library.{secrets.token_hex(8)}.json")
+    if many(len(files)):
+        name = f".library.{secrets.token_hex(8)}.json"
+        os.link(folder / MANIFEST, folder / name)
+        store.replaced[name] = files
 
 
-def _still_read(folder: Path, replaced: Iterable[str]) -> set[str]:
+def _still_read(
+    store: Store, folder: Path, replaced: Iterable[str]
+) -> Mapping[str, frozenset[str]]:
     """Manifests that were replaced, but that a reader has a lock on; and the files they name."""
-    kept: set[str] = set()
+    known, store.replaced = store.replaced, {}
     for name in replaced:
         path = folder / name
         try:
@@ -645,7 +666,8 @@ def _still_read(folder: Path, replaced: Iterable[str]) -> set[str]:
         try:
             if not try_lock(descriptor):
                 # By the name that it had: its bytes have been read as that.
-                kept |= {name, *named_files(read_regular(path), str(folder / MANIFEST))}
+                where = str(folder / MANIFEST)
+                store.replaced[name] = known.get(name) or named_files(read_regular(path), where)
         finally:
             os.close(descriptor)
-    return kept
+    return store.replaced

@@ -154,10 +154,10 @@ class _Ticket:
 
 def _numbers(folder: Path) -> list[int]:
     try:
-        found = map(TICKET.fullmatch, os.listdir(folder))
+        names = [name for name in os.listdir(folder) if name.startswith(LOCK)]
     except OSError:  # gone, or one may not look around: the lock will say
         return []
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(int(match[1]) for match in map(TICKET.fullmatch, names) if match)
 
 
 def _path(folder: Path, number: int) -> Path:
