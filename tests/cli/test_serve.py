@@ -155,3 +155,12 @@ def test_what_is_wrong_is_one_line(line, text, here, cli):
     assert ran.code == 2
     assert text in ran.err
     assert len(ran.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--drain"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_seconds_that_are_none(cli, option, value):
+    found = cli("serve", "demo", option, value)
+    assert found.code == 2
+    assert f"'{option}'" in found.err
+    assert "not in the range x>0" in found.err

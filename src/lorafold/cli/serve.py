@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ def _named(ctx: click.Context, param: click.Parameter, given: Any) -> dict[str, 
             raise click.BadParameter(f"{text!r} is not NAME=PATH", ctx, param)
         found[name] = path
     return found
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, given: float) -> float:
+    if not 0 < given < math.inf:
+        raise click.BadParameter(f"{given} is not in the range x>0", ctx, param)
+    return given
 
 
 def _option(name: str, text: str, **how: Any) -> Callable[[Any], Any]:
@@ -66,8 +73,8 @@ _OPTIONS = [
     _option("max-adapters", "Different ones that run at once (64).", type=_SOME),
     _option("max-queue", "Requests that may wait (256).", type=_SOME, default=256),
     _option("cache", "Bytes of adapters that stay attached.", default="1GiB", metavar="SIZE"),
-    _option("timeout", "Seconds for one request (600).", type=float, default=600.0),
-    _option("drain", "Seconds for what runs, on SIGTERM (30).", type=float, default=30.0),
+    _option("timeout", "Seconds for one request (600).", default=600.0, callback=_seconds),
+    _option("drain", "Seconds for what runs, on SIGTERM (30).", default=30.0, callback=_seconds),
     _option(
         "dtype",
         "Of the base: as it is stored, if not said.",

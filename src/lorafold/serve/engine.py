@@ -198,8 +198,12 @@ class Engine(ABC):
     tokens: int = 0
 
     @abstractmethod
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, follows: bool = False) -> None:
         """Take a request into the queue.
+
+        Args:
+            follows: whether it belongs to one that was taken, and waits with it also where the
+                queue is full: what is asked for together is taken together.
 
         Raises:
             BusyError: the queue is full. DownError: it failed, or takes no more.

@@ -354,3 +354,12 @@ def test_the_answers_name_can_be_asked_for_again(client):
         found = client.complete(**ASK, lora=[{"name": "roman", "scale": scale}])
         again = client.complete(**{**ASK, "model": found["model"]})
         assert again["choices"][0]["text"] == found["choices"][0]["text"]
+
+
+def test_files_that_are_gone_are_not_the_requests_fault(make_client, packaged, tmp_path):
+    shutil.copytree(packaged / "roman", tmp_path / "x")
+    with make_client.make(adapters={"x": tmp_path / "x"}) as client:
+        shutil.rmtree(tmp_path / "x")
+        found = client.post("/v1/completions", **ASK, model="x")
+        assert found.status_code == 503
+        assert "retry-after" in found.headers

@@ -112,3 +112,23 @@ def test_what_is_refused(encoder):
         assert text in found.json()["error"]["message"]
     found = encoder.post("/v1/completions", model="bert", prompt="a")
     assert "the base is an encoder" in found.json()["error"]["message"]
+
+
+def test_vectors_that_are_no_numbers_are_an_error_for_their_sender(folder, make_client, tmp_path):
+    path = "encoder.layer.1.output.dense"
+    u = lf.LowRank(torch.full((1, 48), 1e20), torch.full((32, 1), 1e20))
+    lf.save(lf.Adapter({path: u}), tmp_path / "x")
+    made = app(read_base(folder, "bert", room=Room(rows=8)), adapters={"x": tmp_path / "x"})
+    with make_client.served(made) as url:
+        client = make_client.Client(url, made.state.service)
+        for how in ("float", "base64"):
+            found = client.post("/v1/embeddings", model="x", c=1000, input="a", encoding_format=how)
+            assert found.status_code == 400
+            assert "no finite numbers" in found.json()["error"]["message"]
+        assert client.post("/v1/embeddings", model="bert", input="a").status_code == 200
+        client.close()
+
+
+def test_as_many_inputs_as_the_protocol_has(encoder):
+    found = encoder.post("/v1/embeddings", model="bert", input=["a"] * 600)
+    assert len(found.json()["data"]) == 600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from lorafold.serve import Room
+import lorafold as lf
+from lorafold.serve import Room, Settings
 
 openai = pytest.importorskip("openai")
 
@@ -143,7 +145,9 @@ def test_unknown_models_and_routes(client):
     mix = [{"name": "nope"}]
     said(client.post("/v1/completions", **{**ASK, "lora": mix}), 404, "model_not_found")
     assert "there is no '/v1/nope'" in said(client.http.get("/v1/nope"), 404)
-    said(client.http.get("/v1/completions"), 405)
+    wrong = client.http.get("/v1/completions")
+    said(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
     with pytest.raises(openai.NotFoundError):
         client.openai.completions.create(**{**ASK, "model": "nope"})
 
@@ -202,6 +206,35 @@ def test_bodies_that_are_too_large(make_client):
                 yield b" " * 100
 
         said(client.http.post("/v1/completions", content=pieces()), 413)
+
+
+def test_who_is_still_sending_sees_the_refusal(make_client):
+    with make_client.make(body=1000, keys=("k",)) as client:
+        port = int(client.url.rpartition(":")[2])
+        body = b"x" * (8 << 20)  # more than what lies between two sockets
+        for key, status in ((b"wrong", b"401"), (b"k", b"413")):
+            with socket.create_connection(("127.0.0.1", port)) as own:
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n"
+                own.sendall(head % key + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                assert own.recv(100).startswith(b"HTTP/1.1 " + status)
+        counted = client.http.get("/metrics").text
+        for status in ("401", "413"):
+            assert f'lorafold:requests_refused_total{{status="{status}"}} 1.0' in counted
+
+
+def test_keys_that_no_request_can_bring():
+    for key in ("", " ", "a "):
+        with pytest.raises(lf.MismatchError, match="a key must not be empty"):
+            Settings(keys=("good", key))
+
+
+def test_what_is_asked_for_together_is_taken_together(make_client):
+    with make_client.make(room=Room(rows=2, waiting=3)) as client:
+        free = held(client)
+        with ThreadPoolExecutor(1) as one:
+            found = one.submit(client.complete, **ASK, n=16)
+            free.set()
+            assert len(found.result(60)["choices"]) == 16
 
 
 def held(client):

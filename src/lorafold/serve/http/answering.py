@@ -96,7 +96,7 @@ class Answers:
 
     def __init__(
         self,
-        submit: Callable[[Request], None],
+        submit: Callable[[Request, bool], None],
         cancel: Callable[[Request], None],
         answers: Sequence[Answer],
         seconds: float,
@@ -128,7 +128,7 @@ class Answers:
         """
         try:
             for request in requests:
-                self._submit(request)
+                self._submit(request, bool(self._requests))
                 self._requests.append(request)
         except BaseException:
             self.leave()

@@ -78,7 +78,8 @@ def app(
     for method, path, handler in routes.all_of_them():
         made.add_route(path, _endpoint(handler, service), methods=[method])
     made.add_exception_handler(web().HTTPException, _no_route)
-    made.add_middleware(Guard, keys=settings.keys, most=settings.body)
+    refused = service.metrics.refused
+    made.add_middleware(Guard, keys=settings.keys, most=settings.body, refused=refused)
     return made
 
 
@@ -104,7 +105,8 @@ async def _no_route(request: Any, error: Any) -> Any:
         405: f"{request.method} is not what {request.url.path!r} takes",
     }
     found = ApiError(said.get(error.status_code, str(error.detail)), error.status_code)
-    return web().JSONResponse(found.body, found.status)
+    request.app.state.service.metrics.refused(found.status)
+    return web().JSONResponse(found.body, found.status, headers=error.headers)
 
 
 def _lifespan(service: Service) -> Callable[[Any], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import LorafoldError, UnknownNameError
+from ...errors import FileError, LorafoldError, UnknownNameError
 from ..engine import BusyError, DownError, TooLongError
 
 _TYPES = {
@@ -69,7 +69,7 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, BusyError):
         return ApiError(str(error), 429)
-    if isinstance(error, DownError):
+    if isinstance(error, DownError | FileError):  # its own files: the request may be fine
         return ApiError(str(error), 503)
     if isinstance(error, TooLongError):
         return ApiError(str(error), 400, code="context_length_exceeded")

@@ -19,6 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 _CLOSED = "/v1"  # what keys are for
+_IN_VAIN = 1 << 26  # bytes of what is refused
 
 
 class Guard:
@@ -26,11 +27,14 @@ class Guard:
 
     Args:
         app: it. keys: that may ask; anybody where there are none. most: bytes of a body.
+        refused: called with the status of what is refused.
     """
 
-    def __init__(self, app: App, keys: Sequence[str] = (), most: int = 1 << 22) -> None:
-        self._app, self._most = app, most
-        self._keys = [_digest(key.encode()) for key in keys]
+    def __init__(
+        self, app: App, keys: Sequence[str], most: int, refused: Callable[[int], None]
+    ) -> None:
+        self._app, self._most, self._refused = app, most, refused
+        self._keys = [_digest(key.encode("utf-8", "surrogateescape")) for key in keys]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,15 +44,13 @@ class Guard:
         path, method = scope["path"], scope["method"]
         closed = path == _CLOSED or path.startswith(f"{_CLOSED}/")
         if closed and method != "OPTIONS" and not self._may(headers.get(b"authorization", b"")):
-            await refuse(send, ApiError("the API key is missing, or none of ours", 401))
+            await self._body(receive, 0)
+            await self._refuse(send, ApiError("the API key is missing, or none of ours", 401))
             return
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._most:
-            await refuse(send, self._too_much())
-            return
-        body = await self._body(receive)
+        body = await self._body(receive, self._most)
         if body is None:
-            await refuse(send, self._too_much())
+            text = f"the body is larger than the {self._most:,} bytes that are taken"
+            await self._refuse(send, ApiError(text, 413))
             return
         await self._app(scope, _Given(body, receive), send)
 
@@ -60,21 +62,26 @@ class Guard:
         fits = [hmac.compare_digest(digest, own) for own in self._keys]
         return any(fits) and kind.lower() == b"bearer"
 
-    def _too_much(self) -> ApiError:
-        return ApiError(f"the body is larger than the {self._most:,} bytes that are taken", 413)
+    async def _refuse(self, send: Send, error: ApiError) -> None:
+        self._refused(error.status)
+        await refuse(send, error)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """All of it; None where it is too much, or its sender has left."""
-        found = bytearray()
-        while True:
+    async def _body(self, receive: Receive, most: int) -> bytes | None:
+        """All of it; None where it is more than `most`.
+
+        That is read as well, to no use, up to a limit: who is still sending sees no answer.
+        """
+        found, count, more = bytearray(), 0, True
+        while more and count <= most + _IN_VAIN:
             message = await receive()
             if message["type"] != "http.request":
                 return b""
-            found += message.get("body", b"")
-            if len(found) > self._most:
-                return None
-            if not message.get("more_body", False):
-                return bytes(found)
+            piece = message.get("body", b"")
+            count += len(piece)
+            if count <= most:
+                found += piece
+            more = message.get("more_body", False)
+        return bytes(found) if count <= most else None
 
 
 class _Given:

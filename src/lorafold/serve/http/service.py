@@ -39,6 +39,9 @@ class Settings:
         root: a folder below which adapters may be loaded by their paths; None for nowhere.
         cache: bytes that attached adapters may take, as "1GiB".
         seconds: for one request. body: bytes of one.
+
+    Raises:
+        MismatchError: a key that no request can bring.
     """
 
     keys: tuple[str, ...] = ()
@@ -46,6 +49,10 @@ class Settings:
     cache: str | int = "1GiB"
     seconds: float = 600.0
     body: int = 1 << 22
+
+    def __post_init__(self) -> None:
+        if any(not key or key != key.strip() for key in self.keys):
+            raise MismatchError("a key must not be empty, nor begin or end with a space")
 
 
 @dataclass(frozen=True)
@@ -126,10 +133,10 @@ class Service:
                 self.catalog.drop(name)
                 raise
         except LorafoldError as e:  # where the root lies is nobody's business
-            found = api_error(e)
+            theirs = isinstance(e, FileError)
+            found = ApiError(str(e), 400, "lora_path") if theirs else api_error(e)
             said = str(found).replace(f"{root}{os.sep}", "").replace(str(root), ".")
-            param = "lora_path" if isinstance(e, FileError) else found.param
-            raise ApiError(said, found.status, param, found.code) from e
+            raise ApiError(said, found.status, found.param, found.code) from e
 
     # Who answers
 
@@ -263,10 +270,10 @@ class Service:
         left = self.engine.limits.length - len(prompt)
         return max(1, left) if how.max_new is None else how.max_new
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, request: Request, follows: bool) -> None:
         self.pool.hold_again(request.mix)
         try:
-            self.engine.submit(request)
+            self.engine.submit(request, follows)
         except BaseException:
             self.pool.release(request.mix)
             raise

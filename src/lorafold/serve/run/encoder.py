@@ -18,6 +18,7 @@ from ..adapters import Attachments
 from ..engine import Limits, Piece, Request
 from .families import ENCODERS
 from .loop import Looping
+from .sampling import UnscoredError
 
 POOLINGS = ("mean", "cls", "max")
 _TOKENS = 8192  # of a step, padding included
@@ -85,8 +86,10 @@ class EncoderEngine(Looping):
         vectors = self._pooled(*self._hidden([list(r.prompt) for r in group]))
         self.tokens += sum(len(r.prompt) for r in group)
         self._running = []
-        for request, vector in zip(group, vectors.tolist(), strict=True):
-            request.told(Piece(reason="stop", vector=vector))
+        finite = vectors.isfinite().all(1).tolist()
+        for request, vector, fine in zip(group, vectors.tolist(), finite, strict=True):
+            end = Piece(reason="stop", vector=vector)
+            request.told(end if fine else Piece(reason="error", error=UnscoredError()))
 
     def _next(self) -> list[Request]:
         group, names, longest = self._running, set[str](), 0

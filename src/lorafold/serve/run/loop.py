@@ -78,11 +78,11 @@ class Looping(Engine):
 
     # The seam
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, follows: bool = False) -> None:
         self.limits.check(request)
         with self._changed:
             self._check_up()
-            if len(self._waiting) >= self.limits.waiting:
+            if len(self._waiting) >= self.limits.waiting and not follows:
                 raise BusyError(
                     f"{len(self._waiting)} requests are waiting, which is all that may: try later"
                 )

@@ -128,10 +128,10 @@ class PackedEngine(Looping):
     def used(self) -> float:
         return self._reserved / self._pages
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, follows: bool = False) -> None:
         if request.max_new < 1:
             raise MismatchError("max_tokens must be at least 1 here")
-        super().submit(request)
+        super().submit(request, follows)
 
     def check(self, request: Request) -> None:
         super().check(request)

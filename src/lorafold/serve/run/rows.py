@@ -108,10 +108,10 @@ class RowsEngine(Looping):
         taken = sum(row.length for row in list(self._rows))
         return taken / (self.limits.rows * self.limits.length)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, follows: bool = False) -> None:
         if request.max_new < 1:
             raise MismatchError("max_tokens must be at least 1 here")
-        super().submit(request)
+        super().submit(request, follows)
 
     def check(self, request: Request) -> None:
         super().check(request)
