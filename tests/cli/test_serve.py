@@ -97,17 +97,25 @@ def test_it_serves_until_it_is_told_to_end_and_what_runs_ends_first(served, tmp_
                     choice = json.loads(line[6:])["choices"][0]
                     text += choice["text"]
                     reasons.append(choice["finish_reason"])
+                    if len(text) > 120:
+                        half.set()
             return text, reasons[-1]
 
     from threading import Event
 
     whole = one.http.post("/v1/completions", json=ask, headers=headers).json()["choices"][0]["text"]
-    begun = [Event() for _ in range(3)]
+    begun, half = [Event() for _ in range(3)], Event()
     with ThreadPoolExecutor(3) as many:
         streams = [many.submit(stream, e) for e in begun]
         for e in begun:
             assert e.wait(60)
-        status, err = one.end(signal.SIGTERM)
+        one.process.send_signal(signal.SIGTERM)
+        assert half.wait(60)
+        health = httpx.get(f"{one.told['url']}/health")  # by a connection of its own
+        assert health.status_code == 503
+        assert health.json()["status"] == "draining"
+        assert one.http.post("/v1/completions", json=ask, headers=headers).status_code == 503
+        status, err = one.end(0)
         assert [s.result(60) for s in streams] == [(whole, "length")] * 3
     assert status == -signal.SIGTERM
     assert err == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from typing import Any
 
 from ...errors import MissingExtraError
@@ -45,17 +46,29 @@ def run(made: Any, at: socket.socket, drain: float = 30.0) -> None:
     except ImportError as e:
         raise MissingExtraError("serving takes uvicorn: pip install 'lorafold[serve]'") from e
 
+    engine = made.state.service.engine
+
     class Server(uvicorn.Server):
+        until: float | None = None  # listens, for whoever asks how it is, while requests run
+
         def handle_exit(self, sig: int, frame: Any) -> None:
-            made.state.service.engine.drain()
+            engine.drain()
             super().handle_exit(sig, frame)
+
+        async def on_tick(self, counter: int) -> bool:
+            if not await super().on_tick(counter):
+                return False
+            self.until = self.until or time.monotonic() + drain
+            left = self.until - time.monotonic()
+            self.config.timeout_graceful_shutdown = max(1, round(left))
+            busy = engine.load.running or engine.load.waiting
+            return not busy or left <= 0 or self.force_exit
 
     config = uvicorn.Config(
         made,
         log_config=None,  # what is asked for, and by whom, is in no log
         access_log=False,
         ws="none",
-        timeout_graceful_shutdown=max(1, round(drain)),
     )
     with contextlib.suppress(KeyboardInterrupt):
         Server(config).run(sockets=[at])
