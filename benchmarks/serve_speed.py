@@ -7,7 +7,10 @@ without, in turn. The claim:
 - With adapters it keeps at least 85 % of its tokens a second.
 
 64 requests are shown beside, and PEFT: `generate` with `adapter_names` on the same requests, all of
-one length so that it need not pad. Both greedy; the texts must agree but for ties.
+one length so that it need not pad. Both greedy; the texts must agree but for ties. On the demo's
+base, with its 31 adapters and 64 requests of unlike lengths, a second claim:
+
+- On a processor the rows engine makes at least twice the packed engine's tokens a second.
 """
 
 from __future__ import annotations
@@ -25,14 +28,17 @@ import torch
 from _common import arguments, llama, report
 
 import lorafold as lf
-from lorafold.serve import Limits, Piece, Request, Sampling
+from lorafold.demo.model import base_dir, data_dir
+from lorafold.serve import Limits, Piece, Request, Room, Sampling, read_base
 from lorafold.serve.adapters import Attachments
+from lorafold.serve.run.loop import Looping
 from lorafold.serve.run.rows import RowsEngine
 
 QUESTION = "tokens a second of the rows engine, 32 adapters against none, and PEFT's adapter_names"
 WIDTH, LAYERS, RANK, ADAPTERS, PROMPT, NEW, VOCABULARY = 768, 8, 8, 32, 64, 64, 1024
 TARGETS = ("q_proj", "v_proj", "down_proj")
-KEPT = 0.85
+MANY, SHORTEST = 64, 10  # requests on the demo's base, and the tokens of the shortest prompt
+KEPT, ROWS_TO_PACKED = 0.85, 2.0
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +68,8 @@ def adapters_of(model: torch.nn.Module) -> dict[str, lf.Adapter]:
 class Run:
     """Requests through an engine, all at once."""
 
-    def __init__(self, engine: RowsEngine, prompts: torch.Tensor, named: bool) -> None:
-        self.engine, self.named = engine, named
-        self.prompts = prompts.tolist()
+    def __init__(self, engine: Looping, prompts: list[list[int]], names: list[str]) -> None:
+        self.engine, self.names, self.prompts = engine, names, prompts
         self.left = threading.Semaphore(0)
 
     def once(self) -> tuple[float, list[list[int]]]:
@@ -72,7 +77,7 @@ class Run:
         tokens: list[list[int]] = [[] for _ in self.prompts]
         begun = time.perf_counter()
         for i, prompt in enumerate(self.prompts):
-            mix = {f"a{i % ADAPTERS}": 1.0} if self.named else {}
+            mix = {self.names[i % len(self.names)]: 1.0} if self.names else {}
             rules = Sampling(temperature=0)
             self.engine.submit(Request(prompt, NEW, self.told(tokens[i]), mix, sampling=rules))
         for _ in self.prompts:
@@ -127,56 +132,91 @@ def same(ours: list[list[int]], peers: list[list[int]]) -> float:
     return sum(a == b for a, b in zip(ours, peers, strict=True)) / len(ours)
 
 
-def main() -> None:
-    chosen = arguments(QUESTION, options)
-    model = llama(WIDTH, 2 * WIDTH, 12, chosen.layers, VOCABULARY)
-    adapters = adapters_of(model)
-    limits = Limits(PROMPT + NEW, VOCABULARY, 64, 64, 256)
-    engine = RowsEngine(model, Attachments(model, 64, torch.float32), limits)
+def attach(engine: Any, adapters: dict[str, lf.Adapter]) -> None:
+    """Start an engine, with adapters."""
     engine.start()
     add = engine.attachments.add
     for name, adapter in adapters.items():
         engine.call(lambda n=name, a=adapter: add(a, n, engine.trial)).result()
+
+
+def in_turn(ways: dict[str, Any], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median tokens a second of each, and its texts; the first run warms up."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    texts: dict[str, Any] = {}
+    for repeat in range(repeats + 1):
+        for way, once in ways.items():
+            took, texts[way] = once()
+            if repeat:
+                times[way].append(took)
+    speed = {way: len(texts[way]) * NEW / statistics.median(t) for way, t in times.items()}
+    return speed, texts
+
+
+def on_the_demo(repeats: int) -> dict[str, float]:
+    """Tokens a second of rows and packed, 64 requests through 64 rows, 31 adapters."""
+    adapters = {p.name: lf.load(p) for p in sorted((data_dir() / "adapters").iterdir())}
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.randint(SHORTEST, PROMPT, (MANY,), generator=g).tolist()
+    prompts = [torch.randint(32, 127, (n,), generator=g).tolist() for n in lengths]
+    room = Room(rows=MANY, length=PROMPT + NEW, adapters=len(adapters))
+    engines = {}
+    for kind in ("rows", "packed"):
+        engines[kind] = read_base(base_dir(), "demo", engine=kind, room=room, device="cpu").engine
+        attach(engines[kind], adapters)
+    ways = {kind: Run(engine, prompts, list(adapters)).once for kind, engine in engines.items()}
+    speed, texts = in_turn(ways, repeats)
+    for engine in engines.values():
+        engine.stop(10)
+    agree = same(texts["rows"], texts["packed"])
+    return {**speed, "rows_to_packed": speed["rows"] / speed["packed"], "same_texts": agree}
+
+
+def main() -> None:
+    chosen = arguments(QUESTION, options)
+    demo = on_the_demo(chosen.repeats)
+    model = llama(WIDTH, 2 * WIDTH, 12, chosen.layers, VOCABULARY)
+    adapters = adapters_of(model)
+    limits = Limits(PROMPT + NEW, VOCABULARY, 64, 64, 256)
+    engine = RowsEngine(model, Attachments(model, 64, torch.float32), limits)
+    attach(engine, adapters)
     g = torch.Generator().manual_seed(2)
-    rows, result = [], {}
+    rows, result = [], {"demo": demo}
     for count in (16, 64):
         prompts = torch.randint(VOCABULARY, (count, PROMPT), generator=g)
         ways = {
-            "no adapter": Run(engine, prompts, False).once,
-            f"{ADAPTERS} adapters": Run(engine, prompts, True).once,
+            "none": Run(engine, prompts.tolist(), []).once,
+            "own": Run(engine, prompts.tolist(), list(adapters)).once,
             "peft": peft_runner(adapters, prompts, chosen.layers),
         }
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        texts = {}
-        for repeat in range(chosen.repeats + 1):
-            for way, once in ways.items():
-                took, texts[way] = once()
-                if repeat:  # the first warms up
-                    times[way].append(took)
-        speed = {way: count * NEW / statistics.median(t) for way, t in times.items()}
-        plain, own, peft = speed.values()
-        agree = same(texts[f"{ADAPTERS} adapters"], texts["peft"])
+        speed, texts = in_turn(ways, chosen.repeats)
+        kept, agree = speed["own"] / speed["none"], same(texts["own"], texts["peft"])
         rows.append(
             {
                 "requests": count,
-                "no adapter, tokens/s": plain,
-                f"{ADAPTERS} adapters": own,
-                "kept": own / plain,
-                "PEFT generate": peft,
+                "no adapter, tokens/s": speed["none"],
+                f"{ADAPTERS} adapters": speed["own"],
+                "kept": kept,
+                "PEFT generate": speed["peft"],
                 "same texts": agree,
             }
         )
         result[f"requests_{count}"] = {
-            "no_adapter": plain,
-            "adapters": own,
-            "kept": own / plain,
-            "peft_generate": peft,
+            "no_adapter": speed["none"],
+            "adapters": speed["own"],
+            "kept": kept,
+            "peft_generate": speed["peft"],
             "same_texts": agree,
         }
     engine.stop(10)
+    print(
+        f"Demo's base, {MANY} requests: rows {demo['rows']:.0f} tokens/s, "
+        f"packed {demo['packed']:.0f} ({demo['rows_to_packed']:.1f}×)"
+    )
     report(QUESTION, rows, result, chosen.save)
-    assert result["requests_16"]["same_texts"] >= 0.9
+    assert min(demo["same_texts"], result["requests_16"]["same_texts"]) >= 0.9
     assert result["requests_16"]["kept"] >= KEPT, "adapters cost more than the claim"
+    assert demo["rows_to_packed"] >= ROWS_TO_PACKED, "rows are nearer to packed than the claim"
 
 
 if __name__ == "__main__":

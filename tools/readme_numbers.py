@@ -152,8 +152,8 @@ def _fold_scale(r: Result) -> list[Cells]:
         ),
         (
             f"{what}, two workers",
-            f"{size / two:.0f} MiB/s, {ratios['two workers']:.2f}× one",
-            "",
+            f"{size / two:.0f} MiB/s, {ratios['two workers']:.2f}× one worker",
+            f"{ratios['two workers / none']:.2f}× this process without workers",
             ratios["two workers"],
         ),
         (
@@ -553,6 +553,32 @@ def _vllm_serve(r: Result) -> list[Cells]:
     return [(what, f"{r['likeliest']} of {r['tokens']} tokens as by `attach`", "–", share)]
 
 
+def _serve_speed(r: Result) -> list[Cells]:
+    rows: list[Cells] = []
+    for key, count in (("requests_16", 16), ("requests_64", 64)):
+        found = r[key]
+        peer = found["peft_generate"] / found["adapters"]
+        rows.append(
+            (
+                f"{count} requests on a base of 8 layers, 768 wide, one of 32 adapters each: "
+                "tokens a second by those without",
+                f"{found['kept']:.0%}",
+                f"PEFT's `generate(adapter_names=…)`: {peer:.2f}× ours",
+                found["kept"],
+            )
+        )
+    times = r["demo"]["rows_to_packed"]
+    what = "64 requests on the demo's base and a processor, its 31 adapters: the `rows` engine"
+    return [*rows, (what, f"{times:.1f}× the tokens a second of", "the `packed` engine", times)]
+
+
+def _serve_load(r: Result) -> list[Cells]:
+    what = f"{r['seconds'] / 60:.0f} min of {r['clients']} clients, 64 adapters that come and go"
+    lost = f"{r['lost']} of {r['whole']:,} answers lost, {r['wrong']} of {r['sampled']} wrong"
+    grown = f"memory {r['second_half_growth']:+.1%} in the second half"
+    return [(what, f"{lost}; {grown}", "", -r["lost"] - r["wrong"] - r["second_half_growth"])]
+
+
 def _loadings(r: Result) -> list[Cells]:
     """A row for each library that knows tasks; LoRA and random sides beside."""
     found = {row["way"]: row for row in r["rows"]}
@@ -624,6 +650,8 @@ ROWS: dict[str, Callable[[Result], list[Cells]]] = {
     "nested": _nested,
     "controller": _controller,
     "loadings": _loadings,
+    "serve_speed": _serve_speed,
+    "serve_load": _serve_load,
     "vllm_serve": _vllm_serve,
     "attacks": _attacks,
 }

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...thin import threads
+
 Entry = tuple[int, int]  # slot, row · K + position in the row's mix
 _WASTE = 2  # places in the batched products for each entry, at most
+_THIN = 1 << 19  # multiplications of a product that a second thread makes no faster
 
 
 class Grouping:
@@ -85,6 +88,11 @@ class Grouping:
         """
         if not self.segments:
             return y
+        thin = x.device.type == "cpu" and self.places * x[0].numel() * A.shape[1] <= _THIN
+        with threads(1 if thin else None):
+            return self._added(y, x, A, Bt, w)
+
+    def _added(self, y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, w: Tensor) -> Tensor:
         xs = x if self.in_order else x.index_select(0, self.source)
         if not self.dense:
             return self._onto(y, self._one_by_one(xs, A, Bt, w))
