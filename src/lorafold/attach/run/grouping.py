@@ -97,8 +97,9 @@ class Grouping:
         if not self.dense:
             return self._onto(y, self._one_by_one(xs, A, Bt, w))
         slots = slice(self.first, self.first + self.span)
-        h = torch.bmm(xs.reshape(self.span, -1, x.shape[2]), A[slots].mT)
-        h = (h.view(self.places, x.shape[1], -1) * w[:, None]).to(h.dtype).view(h.shape)
+        # This way round many tokens take a processor half the time.
+        h = torch.bmm(A[slots], xs.reshape(self.span, -1, x.shape[2]).mT).mT
+        h = (h.reshape(self.places, x.shape[1], -1) * w[:, None]).to(h.dtype).reshape(h.shape)
         if self.in_order and y.dtype == h.dtype:
             return torch.baddbmm(y.reshape(self.span, -1, y.shape[2]), h, Bt[slots]).view(y.shape)
         return self._onto(y, torch.bmm(h, Bt[slots]).view(self.places, x.shape[1], -1))
