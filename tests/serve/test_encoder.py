@@ -88,7 +88,7 @@ def test_vectors_are_as_alone(kind, how, serving):
     engine.stop(60)
     for prompt, how_much, told in asked:
         found = torch.tensor(told.pieces[-1].vector)
-        assert torch.allclose(found, alone(engine, prompt, *how_much, how), atol=1e-5)
+        assert torch.allclose(found, alone(engine, prompt, *how_much, how), atol=1e-4)
 
 
 def test_others_are_refused(serving):

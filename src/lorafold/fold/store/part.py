@@ -85,6 +85,7 @@ _BEGINS = re.compile(
     rb'\{"name":"([^"\\\x00-\x1f]*)","order":(0|[1-9][0-9]{0,17}),"id":(0|[1-9][0-9]{0,17}),"digest":'
 )
 _BETWEEN, _BEFORE_ORDER = b'},{"name":"', b'","order":'
+_NEXT_OBJECT = b"},{"  # what is read without being parsed has no more of them than lines
 _ESCAPED = re.compile(r'["\\\x00-\x1f]')
 
 
@@ -142,7 +143,8 @@ class Entries(Mapping[str, AdapterEntry]):
         """Whether a name can be looked up in the bytes: no escapes, no config like a line."""
         raw, size = self._raw, self.size
         begins = raw.startswith(b"[" + _BETWEEN[2:]) and raw.endswith(b"}]")
-        counts = raw.count(_BETWEEN) == size - 1 and raw.count(_BEFORE_ORDER) == size
+        counts = raw.count(_BETWEEN) == raw.count(_NEXT_OBJECT) == size - 1
+        counts = counts and raw.count(_BEFORE_ORDER) == size
         return begins and counts and b"\\" not in raw and not self._gone
 
     def find(self, name: str) -> Line | None:
@@ -231,6 +233,8 @@ def _cut(raw: bytes, size: int) -> list[Line]:
     it, neither is an object of JSON, which is found when that is parsed.
     """
     if not raw.startswith(b"[" + _BETWEEN[2:]) or not raw.endswith(b"}]"):
+        return []
+    if raw.count(_NEXT_OBJECT) != size - 1:
         return []
     pieces = raw[len(_BETWEEN) - 1 : -2].split(_BETWEEN)
     lines = [Line.cut(b'{"name":"%s}' % piece) for piece in pieces]
