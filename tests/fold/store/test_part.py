@@ -11,7 +11,7 @@ from lorafold.errors import FileError
 from lorafold.fold.store.entries import AdapterEntry, Rows
 from lorafold.fold.store.fields import encoded
 from lorafold.fold.store.manifest import Manifest, compressed
-from lorafold.fold.store.part import Entries, bits_of
+from lorafold.fold.store.part import Entries, Line, bits_of
 from lorafold.fold.store.shard_writer import ShardInfo
 
 PLAIN = [*(f"a{k}" for k in range(20)), "é", "a b/c", "", "名"]
@@ -117,3 +117,11 @@ def test_the_copy_in_pieces_unpacks_to_the_manifest(monkeypatch):
         kept[raw] = compressed(raw)
         assert kept[raw].count(gzip.compress(b"", 6, mtime=0)[:9]) > 4
     assert all(gzip.decompress(data) == raw for raw, data in kept.items())
+
+
+@pytest.mark.parametrize("junk", [b",{}", b",[1],{}", b",5,{}", b"}", b',"x":{}', b" {}"])
+def test_what_is_beside_the_objects_of_a_list_is_found_when_all_are_asked_for(junk):
+    (line,) = Entries.of("", [Line.of(entry("a", 0))]).lines.values()
+    raw = b"[" + line.json + junk + b"]"
+    with pytest.raises(FileError):
+        list(Entries(lambda: raw, "a list", "", 1))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import FileError
@@ -85,7 +86,7 @@ _BEGINS = re.compile(
     rb'\{"name":"([^"\\\x00-\x1f]*)","order":(0|[1-9][0-9]{0,17}),"id":(0|[1-9][0-9]{0,17}),"digest":'
 )
 _BETWEEN, _BEFORE_ORDER = b'},{"name":"', b'","order":'
-_NEXT_OBJECT = b"},{"  # what is read without being parsed has no more of them than lines
+_FIRST = len(b'[{"name":"')  # where a list's first name begins
 _ESCAPED = re.compile(r'["\\\x00-\x1f]')
 
 
@@ -97,7 +98,7 @@ class Entries(Mapping[str, AdapterEntry]):
     Args:
         load: gives the list's bytes. where: the file, for messages. prefix: of the names' bits.
         size: how many there must be. file: what is still to be read for that.
-        gone: names that are left out.
+        gone: names that are left out. known: lines that need not be looked up.
 
     Attributes:
         size: how many the bytes have. file: None once it was read.
@@ -111,10 +112,11 @@ class Entries(Mapping[str, AdapterEntry]):
         size: int,
         file: Callable[[], bytes] | None = None,
         gone: Collection[str] = (),
+        known: Mapping[str, Line] = MappingProxyType({}),
     ) -> None:
         self._load, self._gone = load, gone
         self._where, self._prefix, self.size = where, prefix, size
-        self._known: dict[str, Line] = {}
+        self._known = dict(known)
         self.file = file
 
     @classmethod
@@ -122,9 +124,7 @@ class Entries(Mapping[str, AdapterEntry]):
         """Those of lines that are there; by their order."""
         by_name = {line.name: line for line in sorted(lines, key=attrgetter("order"))}
         raw = _joined_lines(by_name.values())
-        found = cls(lambda: raw, "a list of adapters", prefix, len(by_name))
-        found._known.update(by_name)
-        return found
+        return cls(lambda: raw, "a list of adapters", prefix, len(by_name), known=by_name)
 
     @cached_property
     def _raw(self) -> bytes:
@@ -143,8 +143,7 @@ class Entries(Mapping[str, AdapterEntry]):
         """Whether a name can be looked up in the bytes: no escapes, no config like a line."""
         raw, size = self._raw, self.size
         begins = raw.startswith(b"[" + _BETWEEN[2:]) and raw.endswith(b"}]")
-        counts = raw.count(_BETWEEN) == raw.count(_NEXT_OBJECT) == size - 1
-        counts = counts and raw.count(_BEFORE_ORDER) == size
+        counts = raw.count(_BETWEEN) == size - 1 and raw.count(_BEFORE_ORDER) == size
         return begins and counts and b"\\" not in raw and not self._gone
 
     def find(self, name: str) -> Line | None:
@@ -213,7 +212,7 @@ def _joined_lines(lines: Iterable[Line]) -> bytes:
 
 def _by_name(raw: bytes, where: str, prefix: str, size: int) -> dict[str, Line]:
     """A file's lines by name; what sorts them and says where they are is checked."""
-    lines = _cut(raw, size) or _parsed(raw, where)
+    lines = _lines(raw, where)
     by_name = {line.name: line for line in lines}
     if len(by_name) < len(lines):
         raise FileError(f"{where} has two adapters of one name")
@@ -226,23 +225,8 @@ def _by_name(raw: bytes, where: str, prefix: str, size: int) -> dict[str, Line]:
     return by_name
 
 
-def _cut(raw: bytes, size: int) -> list[Line]:
-    """The lines of a file as lorafold writes it, which is not parsed; none of any other.
-
-    A config may hold what looks like the next line: then there are too many. Where one lacks for
-    it, neither is an object of JSON, which is found when that is parsed.
-    """
-    if not raw.startswith(b"[" + _BETWEEN[2:]) or not raw.endswith(b"}]"):
-        return []
-    if raw.count(_NEXT_OBJECT) != size - 1:
-        return []
-    pieces = raw[len(_BETWEEN) - 1 : -2].split(_BETWEEN)
-    lines = [Line.cut(b'{"name":"%s}' % piece) for piece in pieces]
-    found = [line for line in lines if line is not None]
-    return found if len(found) == len(lines) == size else []
-
-
-def _parsed(raw: bytes, where: str) -> list[Line]:
+def _lines(raw: bytes, where: str) -> list[Line]:
+    """A file's lines, with their bytes as they are where lorafold wrote them."""
     value = parsed(raw, where)
     if type(value) is not list:
         raise FileError(f"{where} must be a list of adapters")
@@ -253,7 +237,12 @@ def _parsed(raw: bytes, where: str) -> list[Line]:
                 check(found[key])
         except (Wrong, TypeError, KeyError, IndexError) as e:
             raise FileError(f"{where}: {_why_not(value) or e}") from None
-    return [Line(x["name"], x["order"], x["id"], encoded(x)) for x in value]
+    keys = [(x["name"], x["order"], x["id"]) for x in value]
+    cut = map(Line.cut, (b'{"name":"%s}' % piece for piece in raw[_FIRST:-2].split(_BETWEEN)))
+    lines = [line for line in cut if line is not None]
+    if [(line.name, line.order, line.id) for line in lines] == keys:
+        return lines
+    return [Line(*key, encoded(x)) for key, x in zip(keys, value, strict=True)]
 
 
 def _why_not(value: list[Any]) -> FileError | None:

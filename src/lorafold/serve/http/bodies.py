@@ -56,7 +56,9 @@ class Fields:
 
     def __init__(self, body: bytes) -> None:
         try:
-            found = _with_whole_letters(json.loads(body, parse_constant=_no_number))
+            found = json.loads(body, parse_constant=_no_number)
+            if b"\\" in body or not body.isascii():
+                found = _with_whole_letters(found)
         except (ValueError, RecursionError) as e:
             raise ApiError(f"the body is no JSON: {e}") from None
         if not isinstance(found, dict):
