@@ -65,8 +65,13 @@ for name in lib.names:
     lib[name]
 print("reading", time.perf_counter() - start)
 """
-# What a worker does before its first task.
-_START = "import torch, lorafold.scale.worker, lorafold.fold.passes.tasks"
+# What a worker does before its first task; it does not end, it is ended.
+_START = """
+import gc, os
+gc.disable()
+import lorafold.scale.worker, lorafold.fold.passes.tasks
+os._exit(0)
+"""
 # What a part is called, and the functions that it is.
 PARTS = {
     "reading the files": [("adapter_file.py", "read")],
@@ -108,6 +113,7 @@ def run(
 ) -> dict[str, float]:
     """The numbers that a fresh process prints, by name."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # a package that is installed is compiled once
     if code is not None:
         env["PYTHONPATH"] = str(code)
     command = [sys.executable, "-c", _FOLD, str(folder / source), str(folder / "lib"), options]

@@ -13,7 +13,7 @@ from lorafold.collection.batch import (
     squared_differences,
     squared_norms,
 )
-from lorafold.collection.stack import Stack
+from lorafold.collection.stack import Stack, joint
 
 SHAPES = [(48, 32, 4), (32, 48, 1), (20, 20, 20), (8, 40, 12), (40, 8, 12), (5, 6, 9)]
 
@@ -225,3 +225,35 @@ def test_small_differences_are_exact_in_a_bad_gauge():
     G_B, G_A = gram(torch.cat([B, -B_hat], 2)), gram(torch.cat([A, A_hat], 1).mT)
     through_grams = (G_B * G_A).sum()
     assert abs(through_grams / true - 1) > 1e-2
+
+
+def test_stacks_are_read_together_once_and_kept_as_views(make_update):
+    several = [
+        stack_of([make_update(12, 10, 2, seed=10 * k + i) for i in range(n)])
+        for k, n in enumerate((2, 1, 3))
+    ]
+    stacks = [stack for stack, _ in several]
+    found, parts = joint(stacks)
+    assert found.members.tolist() == [0, 1, 0, 0, 1, 2]
+    assert parts[2].B.untyped_storage().data_ptr() == found.B.untyped_storage().data_ptr()
+    for stack, part in zip(stacks, parts, strict=True):
+        assert stack.block is part
+        alone, _ = stack_of(stack.several(stack.members.tolist()))
+        assert torch.equal(alone.block.B, part.B)
+        assert torch.equal(alone.block.A, part.A)
+    before = [len(reads) for _, reads in several]
+    again, _ = joint(stacks)
+    assert torch.equal(again.A, found.A)
+    assert [len(reads) for _, reads in several] == before
+    stacks[1].forget()
+    again, _ = joint(stacks)  # some are known
+    assert torch.equal(again.B, found.B)
+
+
+def test_large_factors_are_joined_as_small_ones_are(make_update):
+    for dtype in (torch.bfloat16, torch.float64):
+        updates = [make_update(90, 300, 64, seed=i, dtype=dtype) for i in range(2)]
+        stack, _ = stack_of(updates)
+        for k, u in enumerate(updates):
+            assert torch.equal(stack.block.A[k], u.A.float())
+            assert torch.equal(stack.block.B[k], (u.B.float() * u.scale))

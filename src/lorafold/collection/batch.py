@@ -15,6 +15,7 @@ _QUICK = 1e3  # ‖A Aᵀ‖ ‖(A Aᵀ)⁻¹‖ up to which float32 Grams give 
 _CANCELS = 1e-12  # ‖B A‖² below this share of (Σ ‖b_k‖ ‖a_k‖)²: float64 Grams hold but rounding
 _LEAST, _MOST = 2.0**-112, 2.0**120  # largest numbers of a factor between keep their digits
 _LOW, _HIGH = 2.0**-60, 2.0**100  # squared norms between have good float32 Grams
+_LARGE = 1 << 14  # numbers of a factor that are worth a call of their own
 _NOISE = 1e-7  # relative singular value below which a float32 product holds nothing but rounding
 
 
@@ -70,6 +71,12 @@ class Factors:
         index = torch.as_tensor(rows, device=self.B.device)
         return Factors(self.members[rows], self.B[index], self.A[index])
 
+    def split(self, counts: Sequence[int]) -> list[Factors]:
+        """The first so many of them, the next so many, and so on: views."""
+        ends = np.cumsum(counts).tolist()
+        spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        return [Factors(self.members[s], self.B[s], self.A[s]) for s in spans]
+
     def factors(self) -> Factors:
         """These, as `Block.factors` gives them."""
         return self
@@ -118,12 +125,14 @@ def joined_factors(
     lefts = _stacked([_padded(b, 1, r) for b in B], device)
     rights = _stacked([_padded(a, 0, r) for a in A], device)
     if any(scale != 1 for scale in scales):
-        lefts *= torch.tensor(scales, device=lefts.device)[:, None, None]
-    top = torch.stack([X.abs().amax((1, 2)) for X in (lefts, rights)])
-    for k in torch.nonzero(~((top > _LEAST) & (top < _MOST)).all(0))[:, 0].tolist():
-        if scales[k] and B[k].any() and A[k].any():  # not just zero
-            u = LowRank(A[k], B[k], scales[k]).unscaled(torch.float32)
-            lefts[k], rights[k] = _padded(u.B, 1, r), _padded(u.A, 0, r)
+        lefts *= torch.tensor(scales, dtype=lefts.dtype, device=lefts.device)[:, None, None]
+    norms = torch.stack([torch.linalg.vector_norm(X, dim=(1, 2)) for X in (lefts, rights)])
+    if not bool(held_by_float32(norms.double() ** 2).all()):
+        top = torch.stack([X.abs().amax((1, 2)) for X in (lefts, rights)])
+        for k in torch.nonzero(~((top > _LEAST) & (top < _MOST)).all(0))[:, 0].tolist():
+            if scales[k] and B[k].any() and A[k].any():  # not just zero
+                u = LowRank(A[k], B[k], scales[k]).unscaled(torch.float32)
+                lefts[k], rights[k] = _padded(u.B, 1, r), _padded(u.A, 0, r)
     return Factors(members, lefts, rights)
 
 
@@ -135,7 +144,13 @@ def _padded(t: Tensor, axis: int, r: int) -> Tensor:
 
 
 def _stacked(parts: Sequence[Tensor], device: torch.device | str | None) -> Tensor:
-    """One fresh float32 tensor of them all; few large operations, whatever their number."""
+    """One fresh float32 tensor of them all; of small ones few operations, whatever their number."""
+    if parts[0].numel() >= _LARGE:
+        shape = len(parts), *parts[0].shape
+        found = torch.empty(shape, dtype=torch.float32, device=device or parts[0].device)
+        for one, t in zip(found, parts, strict=True):
+            one.copy_(t.detach())
+        return found
     if len({(t.dtype, t.device) for t in parts}) > 1:
         parts = [t.to(device, torch.float32) for t in parts]
     return torch.stack(list(parts)).to(device, torch.float32)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..lowrank import LowRank
-from .batch import Block, Factors, joined_factors
+from .batch import Block, Factors, joined_factors, side_by_side
 
 _KEPT_BLOCKS = 3  # a stack of no more blocks is kept between passes
 _TOGETHER = 1 << 22  # bytes of modules that are worked on together
@@ -147,15 +148,22 @@ class Stack:
     def factors(self) -> Iterator[Factors]:
         """The blocks as read, in order; a stack of a few blocks stays in memory until `forget`."""
         for rows in self.blocks:
-            first = self._position(rows)
-            found = self._known.get(first)
+            found = self._known.get(self._position(rows))
             if found is None:
                 members = self.members[rows]
-                parts = [(u.B, u.A, u.scale) for u in self.several(members.tolist())]
-                found = joined_factors(members, parts, self.device)
-                if self.stays:
-                    self._known[first] = found
+                found = joined_factors(members, self.read_all(members), self.device)
+                self.keep(found)
             yield found
+
+    def keep(self, block: Factors) -> None:
+        """Take in a block as read, for as long as the stack stays in memory."""
+        if self.stays:
+            self._known[int(block.members[0])] = block
+
+    def read_all(self, members: np.ndarray | None = None) -> list[tuple[Tensor, Tensor, float]]:
+        """B, A and scale of the updates of some positions, or of all."""
+        members = self.members if members is None else members
+        return [(u.B, u.A, u.scale) for u in self.several(members.tolist())]
 
     def several(self, members: Sequence[int]) -> list[LowRank]:
         """The updates of some positions, as they came."""
@@ -181,6 +189,11 @@ class Stack:
             self._known.clear()
 
     @property
+    def known(self) -> bool:
+        """Whether a stack of one block was read, and stays."""
+        return self._position(self.blocks[0]) in self._known
+
+    @property
     def block(self) -> Factors:
         """What is read of a stack of one block."""
         (found,) = self.factors()
@@ -200,6 +213,24 @@ class Stack:
                 yield np.arange(start, row)
                 start, top = row, rank
         yield np.arange(start, len(self))
+
+
+def joint(parts: Sequence[Stack]) -> tuple[Factors, list[Factors]]:
+    """The blocks of stacks that are `alike`, as one, and each: views of it, if none was known.
+
+    Args:
+        parts: stacks of one block.
+    """
+    if len(parts) == 1 or any(part.known for part in parts):
+        several = [part.block for part in parts]
+        return side_by_side(several), several
+    read = [update for part in parts for update in part.read_all()]
+    members = np.concatenate([part.members for part in parts])
+    found = joined_factors(members, read, parts[0].device)
+    several = found.split([len(part) for part in parts])
+    for part, block in zip(parts, several, strict=True):
+        part.keep(block)
+    return found, several
 
 
 def batches(stacks: Iterable[Stack]) -> list[list[Stack]]:

@@ -188,6 +188,6 @@ class Sketch:
 def _projection(d: int, generator: torch.Generator) -> Tensor:
     """(d, 2w): two projections side by side; where d is no more than w they lose nothing."""
     if d <= WIDTH:
-        return torch.eye(d).repeat(1, 2)
-    drawn: Tensor = torch.randn(d, 2 * WIDTH, generator=generator) / WIDTH**0.5
+        return torch.eye(d, dtype=torch.float32).repeat(1, 2)
+    drawn: Tensor = torch.randn(d, 2 * WIDTH, generator=generator, dtype=torch.float32) / WIDTH**0.5
     return drawn

@@ -171,7 +171,7 @@ def _factor_rows(pairs: Pairs, path: str, seed: int) -> Iterator[SharedSide]:
     f = pairs.factors(path)
     for side, X in (("B", f.B), ("A", f.A)):
         flat = X.flatten(1).double()
-        random = torch.randn(flat.shape, generator=generator).to(flat)
+        random = torch.randn(flat.shape, generator=generator, dtype=torch.float32).to(flat)
         random *= flat.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
         spectra = [_variances(t) for t in (flat, random)]
         energy, control = (
@@ -245,7 +245,7 @@ def _leading(G: Tensor, generator: torch.Generator) -> Tensor:
 
 def _orthonormal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random orthonormal columns, batched, of the same shape (n, d, k)."""
-    Z = torch.randn(like.shape, generator=generator).to(like)
+    Z = torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
     R = torch.linalg.cholesky(gram(Z), upper=True)
     eye = torch.eye(Z.shape[2], dtype=R.dtype, device=R.device)
     inverse: Tensor = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)

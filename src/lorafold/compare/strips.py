@@ -81,11 +81,11 @@ def exact(strip: Strip, wanted: Held | Shared | None) -> np.ndarray:
 def sketched(strip: Strip, seed: int) -> Sketched:
     """The same from sketches."""
     count, places = len(strip.order), strip.places()
-    grams = torch.zeros(2, strip.rows, count)
+    grams = torch.zeros(2, strip.rows, count, dtype=torch.float32)
     units, squares, fourths = (np.zeros(count) for _ in range(3))
     for stack in strip.stacks:
         sketch = Sketch(stack.shape, stack.path, seed)
-        sketches = torch.zeros(2, count, sketch.size)
+        sketches = torch.zeros(2, count, sketch.size, dtype=torch.float32)
         for block in blocks(stack, strip.order, strip.room):
             for x in read(stack, block):
                 at = places[x.members]

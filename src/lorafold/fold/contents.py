@@ -244,8 +244,9 @@ class Contents(Catalog):
             if name[0] in found:
                 key = tuple((piece.shard, piece.tensor) for piece in pieces)
                 if not key:  # emptied by a repair; it keeps its number, which records name
-                    none = torch.empty(self.modules[j].shape["UV".index(name[0])], 0)
-                    found[name[0]].append(Basis(none.to(self.device), b"", 0))
+                    rows = self.modules[j].shape["UV".index(name[0])]
+                    none = torch.empty(rows, 0, dtype=torch.float32, device=self.device)
+                    found[name[0]].append(Basis(none, b"", 0))
                     continue
                 if key not in self._known_sides:
                     self._known_sides[key] = Basis(self.basis(j, name[0], int(name[1:])), b"", 0)

@@ -5,6 +5,7 @@ As a process (`main`) it takes tasks from its standard input, a line each, until
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -60,6 +61,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
     with threads(1):
+        gc.freeze()
+        gc.enable()
         answers.write("\n")
     for line in sys.stdin:
         task: list[Any] = json.loads(line)

@@ -19,6 +19,7 @@ from lorafold.fold.coding.codebook import (
     codebook,
     dequantise,
     quantise,
+    round_into,
     thresholds,
 )
 
@@ -278,3 +279,31 @@ def test_it_refuses():
         quantise(torch.ones(3), 2)
     with pytest.raises(IndexError):
         dequantise(torch.tensor([4], dtype=torch.uint8), 2)
+
+
+@pytest.mark.parametrize("d", [1, 31, 64, 9000])
+def test_rows_of_several_numbers_of_bits_are_each_as_alone(d):
+    bits = np.array([5, 5, 4, 0, 8, 5, 1, 1, 7, 0, 4, 4])
+    x = normal(len(bits), d, seed=d)
+    x[3] = torch.nan_to_num(x[3]) * 1e3
+    x[7] = 0.0
+    codes = torch.full(x.shape, 255, dtype=torch.uint8)
+    levels = torch.full(x.shape, torch.nan)
+    scales = round_into(x, bits, codes, levels)
+    for k, level in enumerate(bits.tolist()):
+        if level:
+            own, scale = quantise(x[k : k + 1], level)
+            assert torch.equal(codes[k : k + 1], own)
+            assert torch.equal(levels[k : k + 1], dequantise(own, level))
+            torch.testing.assert_close(scales[k], scale[0], rtol=1e-6, atol=0)
+        else:
+            assert not torch.cat([codes[k], levels[k], scales[k : k + 1]]).any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_any_layout_are_looked_up(bits):
+    codes = torch.randint(1 << bits, (6, 35), dtype=torch.uint8)
+    table = codebook(bits)
+    for view in (codes[:, 3], codes.T, codes[:1, :1].expand(4, 4), codes[1:, 1:], codes[0, :0]):
+        assert torch.equal(dequantise(view, bits), table[view.long()])
+        assert torch.equal(dequantise(view.long(), bits), table[view.long()])

@@ -162,7 +162,7 @@ def _at(spec: Loadings, name: str, place: Place, generator: torch.Generator) -> 
     out, inner = place.dims
     U, V = (torch.cat(c, 1).to(device) if (c := columns[s]) else None for s in ("U", "V"))
     if U is None and V is None:  # no side to load: what it began with, and directions of its own
-        V = torch.zeros(inner, 0, device=device)
+        V = torch.zeros(inner, 0, dtype=torch.float32, device=device)
     core = torch.zeros(
         out if U is None else U.shape[1], inner if V is None else V.shape[1], dtype=spec.dtype
     )
@@ -178,11 +178,12 @@ def _at(spec: Loadings, name: str, place: Place, generator: torch.Generator) -> 
             rest.append(_multiplied(part, columns))
     if not (min(core.shape) or spec.extra or rest):
         return None
-    A = torch.randn(spec.extra, inner, generator=generator) * (spec.init_scale / math.sqrt(inner))
-    own = A, torch.zeros(out, spec.extra)
+    wide = torch.float32
+    A = torch.randn(spec.extra, inner, generator=generator, dtype=wide)
+    own = A * (spec.init_scale / math.sqrt(inner)), torch.zeros(out, spec.extra, dtype=wide)
     left_over = (
-        torch.cat([torch.zeros(0, inner), *(a.cpu().float() for a, _ in rest)]),
-        torch.cat([torch.zeros(out, 0), *(b.cpu().float() for _, b in rest)], 1),
+        torch.cat([torch.zeros(0, inner, dtype=wide), *(a.cpu().float() for a, _ in rest)]),
+        torch.cat([torch.zeros(out, 0, dtype=wide), *(b.cpu().float() for _, b in rest)], 1),
     )
     (A, B), (rest_A, rest_B) = (
         (a.to(device, spec.dtype), b.to(device, spec.dtype)) for a, b in (own, left_over)

@@ -51,7 +51,7 @@ def fresh_factors(
         A, B = (t.to(device, spec.dtype).contiguous() for t in (A, B))
         start = (A.clone(), B.clone())
     else:
-        A = torch.empty(r, inner)
+        A = torch.empty(r, inner, dtype=torch.float32)
         if spec.init == "orthogonal":
             nn.init.orthogonal_(A, generator=generator)
         else:
@@ -76,7 +76,7 @@ def leading_directions(
     # Eight more than asked for make the first r good; QR keeps them apart between the products.
     # They are kept as rows: products with thin matrices are much faster in that layout.
     rows = min(r + 8, *W.shape)
-    sketch = torch.randn(rows, W.shape[0], generator=generator).to(W)
+    sketch = torch.randn(rows, W.shape[0], generator=generator, dtype=torch.float32).to(W)
     Q = _orthonormal_rows(sketch @ W)
     for _ in range(niter):
         Q = _orthonormal_rows(_orthonormal_rows(F.linear(Q, W)) @ W)

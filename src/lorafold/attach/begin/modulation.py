@@ -55,7 +55,9 @@ def fresh_modulation(
     if r < 1:
         raise MismatchError(f"kept rounds have taken every direction of module {path!r}")
     index = torch.argsort(score, descending=True, stable=True)[:r]
-    noise = torch.randn(r, generator=generator) if spec.std else torch.zeros(r)
+    noise = torch.zeros(r, dtype=torch.float32)
+    if spec.std:
+        noise.normal_(generator=generator)
     device = device_of(layer)
     delta = (spec.mean + spec.std * noise).to(device)
     U, S, Vh = (t.to(device, spec.dtype).contiguous() for t in (U[:, index], S[index], Vh[index]))

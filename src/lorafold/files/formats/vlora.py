@@ -157,7 +157,7 @@ class Subspace:
         what = f"{self._where}: the packed components of {layer!r}"
         if packed.dtype != torch.uint8 or not scales.is_floating_point():
             raise MismatchError(f"{what} are {packed.dtype}, and their scales {scales.dtype}")
-        levels = torch.tensor(_NF4)
+        levels = torch.tensor(_NF4, dtype=torch.float32)
         try:
             values = levels[torch.stack([packed >> 4, packed & 15], 1).long()]
             blocks = values.reshape(len(scales), self.block) * scales[:, None]

@@ -13,10 +13,12 @@ The levels are part of a file format: they are written out here, and a test work
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,13 +89,15 @@ _POSITIVE: tuple[tuple[float, ...], ...] = (
 _CELLS_PER_UNIT = 64
 _CELLS = 1024
 
-# Up to so many bits all thresholds are gone through, which is faster yet.
-_COMPARED = 4
+# Up to so many bits all positive thresholds are gone through, which is faster yet.
+_COMPARED = 5
 
-# On the CPU rows pass in blocks that stay in the cache and that torch does not split over threads,
-# whose meeting costs more than the work on shared cores.
-_CPU_BLOCK = 1 << 16
+# On the CPU rows pass in blocks that stay in the cache.
+_CPU_BLOCK = 1 << 17
 _DEVICE_BLOCK = 1 << 24
+_RUN = 1 << 13  # numbers that are worth calls of their own
+
+Ints = npt.NDArray[np.int64]
 
 
 def codebook(bits: int, device: torch.device | str | None = None) -> Tensor:
@@ -165,44 +169,79 @@ def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `quantise`; beside codes and scales, float32 levels `(n, d)` as of `dequantise`."""
     if x.ndim != 2:
         raise ValueError(f"rows to quantise have the shape (n, d), not {tuple(x.shape)}")
+    _levels(bits, x.device, torch.float32)  # other numbers of bits are refused
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    levels = torch.empty(x.shape, device=x.device)
-    return codes, round_into(x, bits, codes, levels), levels
+    levels = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    return codes, round_into(x, np.full(len(x), bits), codes, levels), levels
 
 
-def round_into(x: Tensor, bits: int, codes: Tensor, levels: Tensor) -> Tensor:
-    """As `rounded`, codes and levels into tensors that are there; the scales."""
-    count, d = x.shape
-    table = _levels(bits, x.device, torch.float32)
-    scales = torch.empty(count, device=x.device)
-    room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
-    rows = max(1, room // max(1, d))
-    for start in range(0, count, rows):
+def round_into(x: Tensor, bits: Ints, codes: Tensor, levels: Tensor) -> Tensor:
+    """As `rounded`, each row at its own number of bits, codes and levels into tensors that are
+    there; the scales.
+
+    Args:
+        bits: (n,) of 0 … 8; at 0 a row's codes, levels and scale are 0.
+    """
+    width = max(1, x.shape[1])
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    room, run = (_CPU_BLOCK, _RUN) if x.device.type == "cpu" else (_DEVICE_BLOCK, _DEVICE_BLOCK)
+    rows = max(1, room // width)
+    for start in range(0, len(x), rows):
         here = slice(start, start + rows)
         part, near = x[here].detach(), levels[here]
-        rms = _root_mean_squares(part)
-        _check_finite(rms, start)
+        rms = _root_mean_squares(part, start)
         size = rms.to(torch.promote_types(part.dtype, torch.float32))
         # Rows of zeros stay as they are, and so do those whose size is below the smallest float.
         size = torch.where(size > 0, size, 1.0)
         unit = (part / size[:, None]).float()
-        code = codes[here] = _codes(unit, bits)
-        torch.index_select(table, 0, code.reshape(-1).int(), out=near.view(-1))
+        for level, some in _alike(bits[here], run // width):
+            _nearest_levels(unit, level, some, codes[here], near)
         fit = unit.mul_(near).sum(1) / torch.linalg.vecdot(near, near)
-        scales[here] = torch.where(rms > 0, fit * size, 0.0)
+        there = (rms > 0) & torch.from_numpy(bits[here] > 0).to(x.device)
+        scales[here] = torch.where(there, fit * size, 0.0)
     return scales
 
 
-def _root_mean_squares(x: Tensor) -> Tensor:
-    """Of rows, (n,) float64."""
+def _alike(bits: Ints, run: int) -> Iterator[tuple[int, Any]]:
+    """Rows of one number of bits, with it: runs of them, unless these are shorter than `run`."""
+    edges = (np.flatnonzero(np.diff(bits)) + 1).tolist()
+    if len(edges) * run <= len(bits):
+        for start, stop in zip([0, *edges], [*edges, len(bits)], strict=True):
+            yield int(bits[start]), slice(start, stop)
+        return
+    for level in np.unique(bits).tolist():
+        yield level, np.flatnonzero(bits == level)
+
+
+def _nearest_levels(unit: Tensor, bits: int, rows: Any, codes: Tensor, levels: Tensor) -> None:
+    """Write codes and levels of some rows of units."""
+    if bits == 0:
+        codes[rows], levels[rows] = 0, 0.0
+        return
+    code = codes[rows] = _codes(unit[rows], bits)
+    if isinstance(rows, slice):
+        _decode(code, bits, levels[rows])
+    else:
+        levels[rows] = _look_up(_levels(bits, code.device, torch.float32), code)
+
+
+def _root_mean_squares(x: Tensor, first: int) -> Tensor:
+    """Of rows, (n,) float64; the first of them is number `first` to whom is told of a bad one."""
     if x.dtype == torch.float32:
         squares = torch.linalg.vecdot(x, x).double()
         if bool(held_by_float32(squares).all()):
             near: Tensor = (squares / x.shape[1]).sqrt()
             return near
     # In float64 the squares of float32 numbers neither vanish nor overflow.
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return norms / math.sqrt(max(1, x.shape[1]))
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    finite = torch.isfinite(norms)
+    if not bool(finite.all()):
+        raise MismatchError(
+            f"row {first + int(torch.nonzero(~finite)[0])} holds NaN or infinity, which no "
+            "codebook has a level for: mend the tensor it came from"
+        )
+    rms: Tensor = norms / max(1, x.shape[1]) ** 0.5
+    return rms
 
 
 def dequantise(codes: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -224,7 +263,38 @@ def dequantise(codes: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> 
         >>> dequantise(torch.tensor([0, 3], dtype=torch.uint8), bits=2)
         tensor([-1.5104,  1.5104])
     """
-    return _look_up(_levels(bits, codes.device, dtype), codes)
+    table = _levels(bits, codes.device, dtype)
+    if dtype != torch.float32 or codes.device.type != "cpu":
+        return _look_up(table, codes)
+    if codes.numel() and int(codes.max()) >> bits:
+        raise IndexError(f"code {int(codes.max())} does not fit in {bits} bits")
+    levels = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+    _decode(codes.to(torch.uint8), bits, levels)
+    return levels
+
+
+def _decode(codes: Tensor, bits: int, levels: Tensor) -> None:
+    """Write the levels of uint8 codes of some bits into a contiguous tensor; on the CPU, where each
+    look-up takes its time, two at a time.
+    """
+    if codes.device.type != "cpu":
+        levels.copy_(_look_up(_levels(bits, codes.device, torch.float32), codes))
+        return
+    flat, found = codes.contiguous().view(-1).numpy(), levels.view(-1).numpy()
+    if len(flat) % 2:
+        np.take(_levels(bits, codes.device, torch.float32).numpy(), flat, out=found, mode="clip")
+    else:
+        flat, found = flat.view(np.uint16), found.view(np.float64)
+        np.take(_pairs(bits), flat, out=found, mode="clip")
+
+
+@lru_cache(maxsize=8)
+def _pairs(bits: int) -> npt.NDArray[np.float64]:
+    """Every two levels as one number of twice the size, by their codes read as one number."""
+    levels = np.zeros(256, np.float32)
+    levels[: 1 << bits] = _levels(bits, torch.device("cpu"), torch.float32).numpy()
+    codes = np.arange(256 << bits).astype(np.uint16).view(np.uint8)
+    return levels[codes].view(np.float64)
 
 
 @lru_cache(maxsize=64)
@@ -234,7 +304,7 @@ def _levels(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"a codebook has 1 to 8 bits, not {bits}")
     positive = _POSITIVE[bits - 1]
     both = [-level for level in reversed(positive)] + list(positive)
-    return torch.tensor(both, dtype=torch.float32).to(device, dtype)
+    return torch.tensor(both, dtype=torch.float32, device="cpu").to(device, dtype)
 
 
 @lru_cache(maxsize=64)
@@ -242,8 +312,9 @@ def _cells(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell, how many thresholds lie in lower cells, and the one inside, or infinity."""
     border = thresholds(bits)
     place = _cell(border).long()
-    inside = torch.full((_CELLS,), torch.inf).index_copy(0, place, border)
-    below = torch.searchsorted(place, torch.arange(_CELLS)).to(torch.uint8)
+    inside = torch.full((_CELLS,), torch.inf, dtype=torch.float32, device="cpu")
+    inside = inside.index_copy(0, place, border)
+    below = torch.searchsorted(place, torch.arange(_CELLS, device="cpu")).to(torch.uint8)
     return below.to(device), inside.to(device)
 
 
@@ -253,13 +324,16 @@ def _cell(x: Tensor) -> Tensor:
 
 
 def _codes(x: Tensor, bits: int) -> Tensor:
-    """How many thresholds each number exceeds."""
+    """How many thresholds each number exceeds; one that is equal may count or not."""
     if bits > _COMPARED or x.device.type != "cpu":
         return _nearest(x, *_cells(bits, x.device))
-    numbers, beyond = x.numpy(), np.empty(x.shape, bool)
+    # By its size a number is so many levels above the middle, or below it.
+    half, numbers = 1 << (bits - 1), x.numpy()
+    size, beyond = np.abs(numbers), np.empty(x.shape, bool)
     codes = np.zeros(x.shape, np.uint8)
-    for border in _borders(bits):
-        codes += np.greater(numbers, border, out=beyond).view(np.uint8)
+    for border in _borders(bits)[half:]:
+        codes += np.greater(size, border, out=beyond).view(np.uint8)
+    codes ^= np.greater(numbers, 0, out=beyond).view(np.uint8) + np.uint8(half - 1)
     return torch.from_numpy(codes)
 
 
@@ -281,13 +355,3 @@ def _nearest(x: Tensor, below: Tensor, inside: Tensor) -> Tensor:
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]`, several times as fast for a small table."""
     return table.index_select(0, index.reshape(-1).int()).view(index.shape)
-
-
-def _check_finite(rms: Tensor, start: int) -> None:
-    finite = torch.isfinite(rms)
-    if not bool(finite.all()):
-        bad = torch.nonzero(~finite)
-        raise MismatchError(
-            f"row {start + int(bad[0])} holds NaN or infinity, which no codebook has a level for: "
-            "mend the tensor it came from"
-        )

@@ -10,6 +10,8 @@ every 16 bits are pushed together, then those of every 32 bits, then those of al
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -71,8 +73,11 @@ def pack(codes: Bytes, bits: int) -> Bytes:
         words = np.ascontiguousarray(part).view("<u8")
         for step in range(3):
             lower, gap = _lower(8 << step, step), np.uint64((8 - bits) << step)
-            words = (words & lower) | ((words & ~lower) >> gap)
-        out[start : start + _BLOCK] = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :bits]
+            higher = words & ~lower
+            higher >>= gap
+            words = words & lower
+            words |= higher
+        _lowest(out[start : start + _BLOCK], bits)[:] = _lowest(words.astype("<u8"), bits)
     return out.reshape(-1)[:size]
 
 
@@ -108,14 +113,21 @@ def unpack(data: Bytes | bytes | bytearray | memoryview, bits: int, count: int) 
         part = stream[bits * start : min(bits * (start + _BLOCK), size)]
         if len(part) % bits:
             part = np.pad(part, (0, -len(part) % bits))
-        wide = np.zeros((len(part) // bits, 8), np.uint8)
-        wide[:, :bits] = part.reshape(-1, bits)
-        words = wide.reshape(-1).view("<u8")
+        words = np.zeros(len(part) // bits, "<u8")
+        _lowest(words, bits)[:] = part.view(f"V{bits}")
         for step in (2, 1, 0):
             lower, gap = _lower(bits << step, step), np.uint64((8 - bits) << step)
-            words = (words & lower) | ((words & ~lower) << gap)
-        out[8 * start : 8 * (start + _BLOCK)] = words.astype("<u8").view(np.uint8)
+            higher = words & ~lower
+            higher <<= gap
+            words &= lower
+            words |= higher
+        out[8 * start : 8 * (start + _BLOCK)] = words.view(np.uint8)
     return out[:count]
+
+
+def _lowest(words: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    """The first bytes of each word, or of each row of bytes, as one item each."""
+    return np.ndarray(len(words), f"V{count}", words, strides=words.strides[:1])
 
 
 def _lower(used: int, step: int) -> np.uint64:

@@ -38,7 +38,7 @@ PAIRS = 1
 PAIRS_HEAD = struct.Struct("<BB")
 SIDE_HEAD = struct.Struct("<HH")  # basis, how many of its columns
 MEASURABLE = 8  # bits: what loses less than these do is measured with more care
-_CACHED = 1 << 16  # numbers
+_CACHED = 1 << 18  # numbers
 _SEEDS = (LEFT_SEED, RIGHT_SEED)
 
 Numbers = tuple[int | None, int | None]  # of the shared bases U and V; None for an own side
@@ -127,30 +127,33 @@ def _measured_side(
     rows, G = X.mT, []
     coded: list[CodedRows] = []
     some = max(1, _CACHED // (d * k)) if basis is None and X.device.type == "cpu" else n
+    room = X.new_empty(2, some * k, d) if basis is None else None
     for start in range(0, n, some):
         here = slice(start, start + some)
         part, levels = rows[here].flatten(0, 1), bits[here].reshape(-1)
-        if basis is None:
-            part, one = turned_rows(part, levels, seed)
-        else:
+        if room is None:
             one = code_rows(part, levels, seed)
+        else:
+            part, one = turned_rows(part, levels, seed, room[:, : len(part)])
         G.append(_products(part, one, k, basis))
         coded.append(without_values(one))
-    XE = torch.cat(G)
-    return joined(coded), XE[:, :k, :k], XE[:, k:, :k], XE[:, k:, k:]
+    XX, EX, EE = (torch.cat(each).double() for each in zip(*G, strict=True))
+    return joined(coded), XX, EX, EE
 
 
-def _products(X: Tensor, coded: CodedRows, k: int, basis: Side) -> Tensor:
-    """(n, 2k, 2k) float64 inner products of k rows X each and of what their coding misses, into
-    whose place in `coded` that is written.
+def _products(X: Tensor, coded: CodedRows, k: int, basis: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, k, k) inner products of k rows X each and of what their coding misses, E: X with X, E
+    with X, E with E. E is written where the values in `coded` are.
     """
     factor = coded.scale.to(X.dtype)[:, None]
     E = torch.addcmul(X, coded.hat, factor, value=-1, out=coded.hat)
-    both = torch.cat([Y.view(-1, k, X.shape[1]) for Y in (X, E)], 1)
+    X, E = X.view(-1, k, X.shape[1]), E.view(-1, k, X.shape[1])
     if basis is None:
-        return (both @ both.mT).double()
-    wide = both.double()
-    return wide @ basis.gram() @ wide.mT
+        left, right = X, E
+    else:
+        X, E = X.double(), E.double()
+        left, right = X @ basis.gram(), E @ basis.gram()
+    return X @ left.mT, E @ left.mT, E @ right.mT
 
 
 def _stretched(XX: Tensor, EX: Tensor, EE: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:

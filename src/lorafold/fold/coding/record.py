@@ -377,7 +377,8 @@ def _decoded(
         rights.append(right)
     if not lefts:
         out, inner = shape
-        return LowRank(torch.zeros(1, inner, device=device), torch.zeros(out, 1, device=device))
+        A = torch.zeros(1, inner, dtype=torch.float32, device=device)
+        return LowRank(A, torch.zeros(out, 1, dtype=torch.float32, device=device))
     return LowRank(torch.cat(rights), torch.cat(lefts, 1))
 
 

@@ -46,7 +46,9 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _CPU_BLOCK = 1 << 16
 _DEVICE_BLOCK = 1 << 24
 _ROWS = 16
-# Of products: below this length additions are as fast; the sizes of factors of H that are.
+# Of products: how many elements a block has; below this length additions are as fast; the sizes of
+# factors of H that are.
+_CPU_PRODUCTS = 1 << 17
 _SHORT = 64
 _LAST, _OTHERS = 32, 16
 
@@ -95,11 +97,11 @@ def unrotate(y: Tensor, seed: int) -> Tensor:
     return _apply(y, seed, inverse=True)
 
 
-def quick_rotate(x: Tensor, seed: int) -> Tensor:
+def quick_rotate(x: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
     """`rotate` by matrix products, up to rounding; what is read back must not depend on it.
 
     Args:
-        x, seed: as for `rotate`.
+        x, seed: as for `rotate`. out: a contiguous tensor for the result; a new one if not given.
 
     Returns:
         As `rotate`.
@@ -109,12 +111,17 @@ def quick_rotate(x: Tensor, seed: int) -> Tensor:
     """
     # In a lower precision the products would not be up to rounding.
     if torch.get_float32_matmul_precision() != "highest" or x.shape[-1:].numel() < _SHORT:
-        return rotate(x, seed)
-    return _apply(x, seed, inverse=False, stage_of=_stage_of_products)
+        return _apply(x, seed, inverse=False, out=out)
+    return _apply(x, seed, inverse=False, stage_of=_stage_of_products, out=out)
 
 
 def _apply(
-    x: Tensor, seed: int, *, inverse: bool, stage_of: Callable[..., None] | None = None
+    x: Tensor,
+    seed: int,
+    *,
+    inverse: bool,
+    stage_of: Callable[..., None] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     stage_of = stage_of or functools.partial(_stage, inverse=inverse)
     if x.dtype not in (torch.float32, torch.float64):
@@ -128,16 +135,19 @@ def _apply(
     d = x.shape[-1]
     size = 1 << (d.bit_length() - 1)
     with torch.no_grad():
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
         rows_in, rows_out = x.reshape(-1, d), y.view(-1, d)
         if size == d:
             stage_of(rows_in, rows_out, _signs(size, seed, 0, x.dtype, x.device))
             return y
-        # What the first of the two stages leaves alone is copied with everything else.
-        rows_out.copy_(rows_in)
+        parts = slice(0, size), slice(d - size, d)
+        alone = slice(0, d - size) if inverse else slice(size, d)  # by the first of the two stages
+        rows_out[:, alone] = rows_in[:, alone]
+        source = rows_in
         for stage in (1, 0) if inverse else (0, 1):
-            part = rows_out[:, d - size :] if stage else rows_out[:, :size]
-            stage_of(part, part, _signs(size, seed, stage, x.dtype, x.device))
+            here, signs = parts[stage], _signs(size, seed, stage, x.dtype, x.device)
+            stage_of(source[:, here], rows_out[:, here], signs)
+            source = rows_out
     return y
 
 
@@ -221,7 +231,7 @@ def _kept_steps(
 def _stage_of_products(x: Tensor, y: Tensor, signs: Tensor) -> None:
     """`_stage` forwards: H is a Kronecker product of small ones, each an axis of its own."""
     count, size = x.shape
-    room = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
+    room = _CPU_PRODUCTS if x.device.type == "cpu" else _DEVICE_BLOCK
     rows = min(count, max(1, room // size))
     buffers = x.new_empty(2, size * rows)
     last = min(size, _LAST)
@@ -243,7 +253,7 @@ def _stage_of_products(x: Tensor, y: Tensor, signs: Tensor) -> None:
 @lru_cache(maxsize=32)
 def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """H of this size, shared by all calls, never written to."""
-    H = torch.ones(1, 1)
+    H = torch.ones(1, 1, dtype=dtype, device=device)
     while len(H) < size:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H.to(device, dtype)
+    return H

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...collection.batch import power_of_two
 from ...errors import FileError
 from .bits import LEVELS
-from .codebook import dequantise, round_into, rounded
+from .codebook import dequantise, round_into
 from .packing import pack, unpack
 from .rotation import quick_rotate, unrotate
 
@@ -95,32 +95,19 @@ def code_rows(X: Tensor, bits: np.ndarray, seed: int) -> CodedRows:
     return CodedRows(bits, codes, floats, hat, scale)
 
 
-def turned_rows(X: Tensor, bits: np.ndarray, seed: int) -> tuple[Tensor, CodedRows]:
+def turned_rows(
+    X: Tensor, bits: np.ndarray, seed: int, room: Tensor | None = None
+) -> tuple[Tensor, CodedRows]:
     """Rows of at most 8 bits rotated, and coded as by `code_rows` but not rotated back.
 
     Args:
-        X, bits, seed: as for `code_rows`.
+        X, bits, seed: as for `code_rows`. room: (2, m, d), where both are put if it is given.
     """
-    turned = quick_rotate(X, seed)
-    codes = torch.zeros(X.shape, dtype=torch.uint8, device=X.device)
-    hat = torch.empty_like(turned)
-    scale = torch.zeros(len(X), dtype=torch.float64, device=X.device)
-    for level in np.unique(bits).tolist():
-        rows = _span(np.flatnonzero(bits == level))
-        if not level:
-            hat[rows] = 0.0
-        elif isinstance(rows, slice):
-            scale[rows] = round_into(turned[rows], level, codes[rows], hat[rows]).double()
-        else:
-            codes[rows], some, hat[rows] = rounded(turned[rows], level)
-            scale[rows] = some.double()
+    turned, hat = X.new_empty(2, *X.shape) if room is None else room
+    quick_rotate(X, seed, turned)
+    codes = torch.empty(X.shape, dtype=torch.uint8, device=X.device)
+    scale = round_into(turned, bits, codes, hat).double()
     return turned, CodedRows(bits, codes.cpu().numpy(), None, hat, scale)
-
-
-def _span(rows: np.ndarray) -> Any:
-    """Ascending rows as a slice, which copies nothing, where they are one."""
-    first, end = int(rows[0]), int(rows[-1]) + 1
-    return slice(first, end) if end - first == len(rows) else rows
 
 
 def without_values(coded: CodedRows) -> CodedRows:

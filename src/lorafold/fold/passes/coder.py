@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...collection.batch import Block, Factors, side_by_side
-from ...collection.stack import Stack, alike
+from ...collection.batch import Block, Factors
+from ...collection.stack import Stack, alike, joint
 from ...words import note
 from ..coding.flat_part import read_parts
 from ..coding.record import Coded, Target, code, decode, exact_record
@@ -90,18 +90,19 @@ class Coder:
         found: dict[str, Coded] = {}
         for some in alike(parts.values()):
             blocks, targets = [], []
-            for stack in some:
+            f, several = joint(some)
+            for stack, own in zip(some, several, strict=True):
                 here = np.arange(len(stack))
-                one = _Block(first[stack.path] + here, here, stack, plans[stack.path])
+                one = _Block(first[stack.path] + here, here, stack, plans[stack.path], own)
                 blocks.append(one)
                 targets.append(ledger.target(stack.path, one.rows, one.members, 1 / len(some)))
             amounts = np.concatenate([target.amount for target in targets])
-            coded = code(side_by_side([b.factors for b in blocks]), Target("error", amounts))
+            coded = code(f, Target("error", amounts))
             start = 0
             for one, target in zip(blocks, targets, strict=True):
                 end = start + len(one.rows)
-                own = coded.take(np.arange(start, end))
-                found[one.stack.path] = self._booked(one, target, own, ledger)
+                part = coded.take(np.arange(start, end))
+                found[one.stack.path] = self._booked(one, target, part, ledger)
                 start = end
         return found
 
@@ -143,6 +144,7 @@ class _Block:
     in_stack: np.ndarray
     stack: Stack
     plan: ModulePlan
+    read: Factors | None = None
 
     @property
     def members(self) -> np.ndarray:
@@ -152,10 +154,10 @@ class _Block:
     @cached_property
     def factors(self) -> Factors:
         """As read; only where they are needed."""
-        return self.stack.block.take(self.in_stack)
+        return (self.read or self.stack.block).take(self.in_stack)
 
     def take(self, some: np.ndarray) -> _Block:
-        return _Block(self.rows[some], self.in_stack[some], self.stack, self.plan)
+        return _Block(self.rows[some], self.in_stack[some], self.stack, self.plan, self.read)
 
 
 def _as_read(block: _Block, coded: Coded) -> Coded:

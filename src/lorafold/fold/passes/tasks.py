@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...collection.batch import norms, side_by_side, singular_values
+from ...collection.batch import norms, singular_values
 from ...collection.elsewhere import Elsewhere
-from ...collection.stack import Stack, alike, parts_of
+from ...collection.stack import Stack, alike, joint, parts_of
 from ...scale.engine import Held
 from ...scale.work import Pieces, Shared
 from ..coding.record import NOTHING, Coded
@@ -45,7 +45,7 @@ def measured(
         values: dict[str, list[np.ndarray]] = {s.path: [] for s in stacks}
         for *_, parts in parts_of(stacks, blocks):
             for some in alike(parts.values()):
-                f = side_by_side([part.block for part in some])
+                f, _ = joint(some)
                 S = (norms(f) if norms_only else singular_values(f, exact)).cpu().numpy()
                 ends = np.cumsum([len(part) for part in some])
                 for part, own in zip(some, np.split(S, ends[:-1]), strict=True):

@@ -309,8 +309,11 @@ class Builder:
 
 def _by_shard(part: CodedPart, records: bytes) -> Iterator[tuple[int, bytes]]:
     """A part's records, split among the shards that its adapters are in."""
-    ends = np.concatenate([[0], np.cumsum(part.sizes)])
     shards = part.members // _ROWS
+    if shards[0] == shards[-1]:
+        yield int(shards[0]), records
+        return
+    ends = np.concatenate([[0], np.cumsum(part.sizes)])
     for k in np.unique(shards).tolist():
         first, last = np.searchsorted(shards, [k, k + 1]).tolist()
         yield k, records[int(ends[first]) : int(ends[last])]

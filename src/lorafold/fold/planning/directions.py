@@ -336,7 +336,9 @@ class _Search:
             self._Q = self._random(self._widths.pop(0))
 
     def _random(self, width: int) -> Tensor:
-        return torch.randn(self._d, width, generator=self._generator).to(self._device)
+        return torch.randn(self._d, width, generator=self._generator, dtype=torch.float32).to(
+            self._device
+        )
 
     def _take_whole(self) -> None:
         """The next pass has all coordinates, or looks at all columns to find them."""

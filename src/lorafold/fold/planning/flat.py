@@ -207,7 +207,7 @@ class _Sketch:
     def _mix(self, X: Tensor, start: int) -> None:
         # Drawn by where the block begins: the same, whoever takes it.
         generator = torch.Generator().manual_seed(start)
-        drawn = torch.randn(len(X), self._width, generator=generator).to(X)
+        drawn = torch.randn(len(X), self._width, generator=generator, dtype=torch.float32).to(X)
         if not start:
             self._sum = X.new_zeros(X.shape[1], self._width)
             self._center, self._weights = X.new_zeros(X.shape[1]), X.new_zeros(self._width)
@@ -229,7 +229,7 @@ class _Sketch:
     def advance(self) -> None:
         """Take the sums of a pass."""
         if self._step == _Sketch._mix:
-            total = torch.tensor(self._total)
+            total = torch.tensor(self._total, dtype=torch.float64)
             if self.rows.unit == 1 and self._top > 0 and not bool(held_by_float32(total)):
                 self.rows.fit(self._top)
                 return  # the same pass in other units

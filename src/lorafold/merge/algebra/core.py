@@ -73,7 +73,7 @@ class Members:
         words = f"{self.seed}\0{self.names[i]}\0{self.path}\0{side}"
         digest = hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(*shape, generator=generator, dtype=torch.float32)
 
     @cached_property
     def joint(self) -> Joint:
@@ -181,7 +181,7 @@ def _gram(X: Tensor) -> tuple[Tensor, Tensor]:
 
 def _is_identity(M: Tensor) -> bool:
     """Whether M is; UᵀU is not where a bad gauge made the Grams lose their small parts."""
-    return bool((M - torch.eye(len(M)).to(M)).abs().max() < 1e-8)
+    return bool((M - torch.eye(len(M), dtype=M.dtype, device=M.device)).abs().max() < 1e-8)
 
 
 def _by_decomposition(B: Tensor, A: Tensor, spans: tuple[slice | None, ...]) -> Joint:

@@ -106,7 +106,7 @@ def cut(M: Tensor, rank: int) -> Cut:
 def _randomised_svd(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading part of an SVD by subspace iteration (Halko, Martinsson & Tropp 2011)."""
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(M.shape[1], rank, generator=generator).to(M)
+    X = torch.randn(M.shape[1], rank, generator=generator, dtype=torch.float32).to(M)
     for _ in range(_PASSES):
         X = torch.linalg.qr(M.T @ torch.linalg.qr(M @ X)[0])[0]
     U, S, Wh = torch.linalg.svd(M @ X, full_matrices=False)

@@ -135,8 +135,8 @@ def _start(judge: Judge, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     found = {}
     for path, rank in ranks.items():
         out, inner = shape_of(model, path)
-        A = 2 * torch.rand(rank, inner, generator=generator) - 1
-        B = torch.zeros(out, rank, device=device)
+        A = 2 * torch.rand(rank, inner, generator=generator, dtype=torch.float32) - 1
+        B = torch.zeros(out, rank, dtype=torch.float32, device=device)
         factors = A.to(device).requires_grad_(), B.requires_grad_()
         found[path] = LowRank(*factors, scale=inner**-0.5)
     return found

@@ -60,7 +60,7 @@ def kohya_form(
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= _factors(name, module, ("lora_down", "lora_up"))
-        tensors[f"{name}.alpha"] = torch.tensor(float(module.update.rank))
+        tensors[f"{name}.alpha"] = torch.tensor(float(module.update.rank), dtype=torch.float32)
     return Written({**tensors, **images.carried}, _said(ranks, base_model or adapter.base_model))
 
 
