@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from lorafold import FileError, MismatchError
@@ -260,3 +262,102 @@ def test_keep_going_with_nothing_left_is_an_error(broken):
         pytest.raises(MismatchError, match="none can be"),
     ):
         lf.fold([broken / "cut", broken / "odd"], keep_going=True)
+
+
+def test_what_was_damaged_on_the_disk_is_made_anew(many, serial, tmp_path):
+    lf.fold(many, tmp_path / "lib", work=tmp_path / "w", **OPTIONS["auto"]).close()
+    for k, path in enumerate(sorted((tmp_path / "w").glob("*.done"))):
+        path.write_bytes(b"" if k % 2 else path.read_bytes()[:-1] + b"?")
+    lf.fold(many, tmp_path / "again", work=tmp_path / "w", **OPTIONS["auto"]).close()
+    assert contents(tmp_path / "again") == serial["auto"]
+
+
+# Where the work is done, and how it ends
+
+
+def test_relative_paths_are_read_by_workers_elsewhere(many, serial, tmp_path, monkeypatch):
+    monkeypatch.chdir(many.parent)
+    with ProcessPoolExecutor(2, get_context("spawn"), os.chdir, (os.fspath(tmp_path),)) as pool:
+        lf.fold(f"{many.name}/*", tmp_path / "lib", executor=pool, **OPTIONS["auto"]).close()
+        again = lf.fold(many.name, tmp_path / "in", tolerance=0.1)
+        monkeypatch.chdir(tmp_path)
+        assert lf.Library.open("in").verify(many, executor=pool) == again.verify(many)
+    assert contents(tmp_path / "lib") == serial["auto"]
+
+
+@pytest.mark.parametrize("work", ["memory://w", "s3://b/w", "", b"w", 5])
+def test_a_work_directory_that_is_no_folder_is_refused(many, work):
+    with pytest.raises(MismatchError, match="work must be a folder that all workers see"):
+        lf.fold(many, work=work)
+
+
+@pytest.mark.parametrize("inside", ["lib", "lib/w"])
+def test_a_work_directory_in_the_library_is_refused(many, tmp_path, inside):
+    with pytest.raises(FileError, match="lies in, the library that is to be written"):
+        lf.fold(many, tmp_path / "lib", work=tmp_path / inside)
+    assert not (tmp_path / "lib").exists()
+
+
+def test_an_error_ends_a_process_as_errors_do(many, tmp_path):
+    """Not within torch, by a signal, as the thread that works here may still be under way."""
+    for i in range(12):
+        shutil.copytree(many / f"a{i:02d}", tmp_path / f"in/a{i:02d}")
+    broken = load_file(tmp_path / "in/a03/adapter_model.safetensors")
+    next(iter(broken.values()))[0, 0] = torch.nan
+    save_file(broken, tmp_path / "in/a03/adapter_model.safetensors")
+    command = [sys.executable, "-m", "lorafold", "fold", str(tmp_path / "in"), "-q"]
+    for k in range(3):
+        more = ["-o", str(tmp_path / f"lib{k}"), "--memory", "1MiB", "--workers", "2"]
+        found = subprocess.run([*command, *more], check=False, capture_output=True, text=True)
+        assert found.returncode == 2
+        assert "a03" in found.stderr
+        assert len(found.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_says_so_in_a_line(many, tmp_path):
+    command = [sys.executable, "-m", "lorafold", "fold", str(many), "-q", "--memory", "1MiB"]
+    more = ["-o", str(tmp_path / "lib"), "--workers", "3", "--work", str(tmp_path / "w")]
+    process = subprocess.Popen(
+        [*command, *more], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not list((tmp_path / "w").glob("*.task")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 2
+    assert stderr.split("\n")[-2:] == ["error: interrupted", ""]
+    assert "Traceback" not in stderr
+
+
+class Odd(Executor):
+    """Takes tasks in a way of its own."""
+
+    def __init__(self, submitted):
+        self._submitted = submitted
+
+    def submit(self, fn, /, *args, **kwargs):
+        return self._submitted()
+
+
+def raising():
+    raise ValueError("boo")
+
+
+def done(result):
+    future = Future()
+    future.set_result(result)
+    return lambda: future
+
+
+@pytest.mark.parametrize(
+    ("submitted", "message"),
+    [
+        (raising, "the executor takes no tasks: boo"),
+        (lambda: None, "submit gives no Future, but None"),
+        (done(b"junk"), "gives back what no task gave: b'junk'"),
+        (done(5), "gives back what no task gave: 5"),
+    ],
+)
+def test_odd_executors_are_told(many, submitted, message):
+    with pytest.raises(FileError, match=message):
+        lf.fold(many, executor=Odd(submitted))

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..adapter import Adapter, Layout, with_card
 from ..errors import FileError, UnknownNameError
 from ..files import open_adapter
+from ..files.remote.place import everywhere
 from ..lowrank import LowRank
 from ..thin import thin
 from ..words import did_you_mean
@@ -313,7 +313,7 @@ class InLibrary:
         c = self._contents
         if c.store.path is None:
             return None
-        return StoredElsewhere(os.fspath(c.store.path), c.version, self._name, c.device)
+        return StoredElsewhere(everywhere(c.store.path), c.version, self._name, c.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         found = self.elsewhere()

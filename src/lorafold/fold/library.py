@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import MismatchError
+from ..files.remote.place import everywhere
 from ..lowrank import LowRank
 from ..words import Keyed, Table
 from .addition import projection
@@ -340,9 +341,7 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
         return self.to()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.path is None:
-            raise MismatchError("a library in memory can't be pickled: save it to a folder first")
-        return _opened, (self.path, self.contents.device, self._dtype, self.contents.store.timeout)
+        return _opened, _where(self, self._dtype)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -353,6 +352,14 @@ class Library(Keyed, Table, Mapping[str, Adapter]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _where(library: Library, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """What `_opened` takes, whatever directory is the current one there."""
+    if library.path is None:
+        raise MismatchError("a library in memory can't be pickled: save it to a folder first")
+    c = library.contents
+    return everywhere(library.path), c.device, dtype, c.store.timeout
 
 
 def _opened(path: str, device: Any, dtype: torch.dtype | None, timeout: float) -> Library:

@@ -132,11 +132,22 @@ class Spread(Engine):
                 if not ahead:
                     return
                 self._finish(function, ahead[0])
-                yield self._work.result(ahead.popleft().key)
+                yield self._result(function, ahead.popleft())
         finally:
             for one in ahead:
                 if one.future is not None:
                     one.future.cancel()
+
+    def _result(self, function: Callable[..., Any], one: _Sent) -> Any:
+        """What a task left; one that was damaged on the disk since is run once more."""
+        try:
+            return self._work.result(one.key)
+        except FileError:
+            if self._work.is_done(one.key):  # it is there, and can't be read
+                raise
+        one.done = False
+        self._finish(function, one)
+        return self._work.result(one.key)
 
     def share(self, value: Any) -> Shared:
         return self._work.share(key_of(value), value)
@@ -153,8 +164,10 @@ class Spread(Engine):
             self._work.put_task(one.key, function, one.task.inputs)
             try:
                 one.future = self._executor.submit(perform, os.fspath(self._work.path), one.key)
-            except RuntimeError as e:  # it was shut down, or its workers can't be started
-                raise FileError(f"the executor takes no tasks: {e}") from e
+            except Exception as e:  # it was shut down, or its workers can't be started
+                raise FileError(f"the executor takes no tasks: {e or type(e).__name__}") from e
+            if not hasattr(one.future, "add_done_callback"):
+                raise FileError(f"the executor's submit gives no Future, but {one.future!r:.80}")
             self._under_way.add(one.future)
             one.future.add_done_callback(self._under_way.discard)
 
@@ -182,7 +195,7 @@ class Spread(Engine):
                 time.sleep(_PAUSE * 2**attempt)
                 continue
             if raised is not None:
-                raise pickle.loads(raised)
+                raise _raised(raised)
             one.done = True
         one.future = None
         self._await_file(one)
@@ -197,6 +210,15 @@ class Spread(Engine):
                     "work= on storage that all machines have at the same path"
                 )
             time.sleep(0.05)
+
+
+def _raised(found: Any) -> BaseException:
+    """What a task raised, as `perform` gives it."""
+    with contextlib.suppress(Exception):
+        error = pickle.loads(found)
+        if isinstance(error, BaseException):
+            return error
+    return FileError(f"the executor gives back what no task gave: {found!r:.80}")
 
 
 @dataclass
@@ -245,6 +267,14 @@ class Crew:
             raise MismatchError(f"workers must be a whole number of at least 1, found {workers!r}")
         if workers is not None and e is not None:
             raise MismatchError("give executor= or workers=, not both")
+        work = self.work
+        if work is None:
+            return
+        text = os.fspath(work) if isinstance(work, str | os.PathLike) else ""
+        if not isinstance(text, str) or not text or "://" in text:
+            raise MismatchError(
+                f"work must be a folder that all workers see at one path, found {work!r:.80}"
+            )
 
     @contextlib.contextmanager
     def engine(

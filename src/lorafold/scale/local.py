@@ -24,7 +24,8 @@ _LEAVING = 10.0  # seconds for a task of this process to end
 _START_WITHIN = 300.0  # seconds for a process to import what it needs
 # Of what is imported nothing is garbage, and to look for some takes a tenth of the time.
 _START = (
-    "import gc, sys; gc.disable(); sys.path[:] = {path!r}; "
+    "import gc, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "gc.disable(); sys.path[:] = {path!r}; "
     "from lorafold.scale.worker import main; main()"
 )
 
@@ -50,31 +51,37 @@ class LocalWorkers(Executor):
         self._all: set[_Process | _ThisProcess] = set()
         self._lock = threading.Lock()
         self._closed = False
-        if here and count > 1:
-            this = _ThisProcess()
-            self._all.add(this)
-            self._idle.put(this)
-        while len(self._all) < count:
-            self._start()
+        self._asked = 0  # tasks that are not done
+        self._this = _ThisProcess() if here and count > 1 else None
+        if self._this is not None:
+            self._all.add(self._this)
+            self._idle.put(self._this)
+        self._grow(min(count, os.cpu_count() or 1))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         if fn is not perform or kwargs:
             raise TypeError("these workers run tasks of a work directory alone")
+        self._asked += 1
+        self._grow(min(self.count, self._asked))
         return self._threads.submit(self._run, args)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the processes, at once."""
         with self._lock:
             self._closed = True
-            for process in self._all:
-                process.kill()
+            everyone = list(self._all)
+        if self._this is not None:
+            everyone.append(self._this)  # also where it was given up: a process does not end well
+        for process in everyone:  # while a thread of its is within torch
+            process.kill()
         self._threads.shutdown(wait, cancel_futures=True)
-        for process in self._all:
+        for process in everyone:
             process.close()
 
-    def _start(self) -> None:
+    def _grow(self, wanted: int) -> None:
+        """Start what lacks of so many: one for each core at once, more where there are tasks."""
         with self._lock:
-            if not self._closed:
+            while len(self._all) < wanted and not self._closed:
                 process = _Process()
                 self._all.add(process)
                 # Nobody waits for it while others are idle.
@@ -92,8 +99,10 @@ class LocalWorkers(Executor):
             with self._lock:
                 self._all.discard(process)
             process.give_up()
-            self._start()
+            self._grow(min(self.count, len(self._all) + 1))
             raise
+        finally:
+            self._asked -= 1
         self._idle.put(process)
         return found
 

@@ -5,6 +5,7 @@ As a process (`main`) it takes tasks from its standard input, a line each, until
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -58,13 +59,19 @@ def main() -> None:
     """Serve tasks from standard input: [folder, key] as JSON; the answer is hexadecimal. An empty
     one comes first, when what takes long to import is there.
     """
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.dup(1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
     with threads(1):
         gc.freeze()
         gc.enable()
-        answers.write("\n")
-    for line in sys.stdin:
-        task: list[Any] = json.loads(line)
-        found = perform(*task)
-        answers.write((found or b"").hex() + "\n")
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+        _answer(answers, b"")
+        for line in sys.stdin:
+            task: list[Any] = json.loads(line)
+            _answer(answers, perform(*task) or b"")
+
+
+def _answer(number: int, found: bytes) -> None:
+    line = memoryview(found.hex().encode() + b"\n")
+    while line:
+        line = line[os.write(number, line) :]

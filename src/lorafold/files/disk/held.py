@@ -104,6 +104,7 @@ class Held:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self._place = os.path.abspath(self.path)  # also where this directory is not the current one
         opened = Descriptor(open_regular(path))
         self._status: tuple[int, ...] = _status(os.fstat(opened.number))
         self.size = self._status[-2]
@@ -112,7 +113,7 @@ class Held:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Devices and inodes have other numbers on another machine.
-        return _elsewhere, (self.path, self._status[2:])
+        return _elsewhere, (self.path, self._place, self._status[2:])
 
     def file(self) -> Descriptor:
         """The open file, as it was.
@@ -125,7 +126,7 @@ class Held:
         again = opened is None
         if opened is None:
             try:
-                opened = Descriptor(open_regular(self.path))
+                opened = Descriptor(open_regular(self._place))
             except OSError as e:
                 raise ChangedError(f"{self.path} can't be opened again: {e.strerror or e}") from e
         if _status(os.fstat(opened.number))[-len(self._status) :] != self._status:
@@ -180,10 +181,11 @@ class Held:
         self._opened = None
 
 
-def _elsewhere(path: str, status: tuple[int, ...]) -> Held:
+def _elsewhere(path: str, place: str, status: tuple[int, ...]) -> Held:
     """A file that another process has opened, of this size and time of change."""
     held = Held.__new__(Held)
-    held.path, held._status, held.size, held._opened = path, status, status[0], None
+    held.path, held._place, held._status, held._opened = path, place, status, None
+    held.size = status[0]
     return held
 
 

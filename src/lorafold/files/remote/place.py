@@ -32,6 +32,11 @@ _STATES = (
 )
 
 
+def everywhere(path: Place | str) -> str:
+    """The path as it is read from whatever directory is the current one."""
+    return os.fspath(path) if is_url(path) else os.path.abspath(path)
+
+
 def is_url(path: object) -> bool:
     """Whether it is a URL, and no path of this machine's."""
     return isinstance(path, UrlPath) or (
