@@ -334,6 +334,11 @@ def test_a_ray_that_does_not_answer_is_named():
         pass
     with pytest.raises(FileError, match="is no address of a Ray cluster"), Crew("ray://").engine():
         pass
+    with (
+        pytest.raises(FileError, match="no Ray answers at ray://127.0.0.1:9 within"),
+        Crew("ray://somebody:secret@127.0.0.1:9").engine(),
+    ):
+        pass
 
 
 def test_after_an_error_nothing_that_was_sent_goes_on(tmp_path, monkeypatch):

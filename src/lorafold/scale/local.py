@@ -61,7 +61,8 @@ class LocalWorkers(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         if fn is not perform or kwargs:
             raise TypeError("these workers run tasks of a work directory alone")
-        self._asked += 1
+        with self._lock:
+            self._asked += 1
         self._grow(min(self.count, self._asked))
         return self._threads.submit(self._run, args)
 
@@ -102,7 +103,8 @@ class LocalWorkers(Executor):
             self._grow(min(self.count, len(self._all) + 1))
             raise
         finally:
-            self._asked -= 1
+            with self._lock:
+                self._asked -= 1
         self._idle.put(process)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -48,7 +49,7 @@ class RayExecutor(Executor):
         elif remote:
             raise FileError(
                 f"this process is connected to a Ray already: give executor='ray' for that one, or "
-                f"disconnect it to go to {address}"
+                f"disconnect it to go to {_shown(address)}"
             )
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -68,8 +69,9 @@ def _unconnected(address: str, remote: bool, e: Exception) -> str:
     if not remote:
         return f"Ray can't be started on this machine: {e}"
     return (
-        f"the Ray at {address} does not take the connection: {e}; a cluster that asks for a token "
-        "takes the one in `~/.ray/auth_token` where RAY_AUTH_MODE=token is set in the environment"
+        f"the Ray at {_shown(address)} does not take the connection: {e}; a cluster that asks for "
+        "a token takes the one in `~/.ray/auth_token` where RAY_AUTH_MODE=token is set in the "
+        "environment"
     )
 
 
@@ -80,10 +82,17 @@ def _check_answers(address: str) -> None:
     except ValueError:
         host, port = None, 0
     if not host:
-        raise FileError(f"{address!r} is no address of a Ray cluster: give 'ray://host:port'")
+        raise FileError(
+            f"{_shown(address)!r} is no address of a Ray cluster: give 'ray://host:port'"
+        )
     try:
         socket.create_connection((host, port), _TIMEOUT).close()
     except OSError as e:
         raise FileError(
-            f"no Ray answers at {address} within {_TIMEOUT:g} s: {e.strerror or e}"
+            f"no Ray answers at {_shown(address)} within {_TIMEOUT:g} s: {e.strerror or e}"
         ) from e
+
+
+def _shown(address: str) -> str:
+    """The address without what may be a password."""
+    return re.sub(r"//[^/]*@", "//", address)
