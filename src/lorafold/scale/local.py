@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import IO, Any
@@ -24,8 +25,7 @@ _LEAVING = 10.0  # seconds for a task of this process to end
 _START_WITHIN = 300.0  # seconds for a process to import what it needs
 # Of what is imported nothing is garbage, and to look for some takes a tenth of the time.
 _START = (
-    "import gc, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "gc.disable(); sys.path[:] = {path!r}; "
+    "import gc, sys; gc.disable(); sys.path[:] = {path!r}; "
     "from lorafold.scale.worker import main; main()"
 )
 
@@ -143,19 +143,33 @@ class _ThisProcess:
             self._thread.join(_LEAVING)
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """What is started in the block never gets Ctrl-C, which is for who started it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process:
     """One process, asked one thing at a time."""
 
     def __init__(self) -> None:
         # Thin algebra in each, and its threads would only wait for one another.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", _START.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
+        with _no_interrupt():
+            self._popen = subprocess.Popen(
+                [sys.executable, "-c", _START.format(path=sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
         self._failed: WorkerDiedError | None = None
 
     def begin(self) -> None:
