@@ -296,6 +296,11 @@ def test_a_work_directory_in_the_library_is_refused(many, tmp_path, inside):
     with pytest.raises(FileError, match="lies in, the library that is to be written"):
         lf.fold(many, tmp_path / "lib", work=tmp_path / inside)
     assert not (tmp_path / "lib").exists()
+    lib = lf.fold(many, tmp_path / "lib")
+    before = contents(tmp_path / "lib")
+    with pytest.raises(FileError, match="lies in, the library that is to be written"):
+        lib.refold(tolerance=0.2, work=tmp_path / inside)
+    assert contents(tmp_path / "lib") == before
 
 
 def test_an_error_ends_a_process_as_errors_do(many, tmp_path):
@@ -353,7 +358,10 @@ def done(result):
     ("submitted", "message"),
     [
         (raising, "the executor takes no tasks: boo"),
+        (lambda: 1 / 0, "the executor takes no tasks: division by zero"),
+        (lambda: next(iter(())), "the executor takes no tasks: StopIteration"),
         (lambda: None, "submit gives no Future, but None"),
+        (lambda: "x", "submit gives no Future, but 'x'"),
         (done(b"junk"), "gives back what no task gave: b'junk'"),
         (done(5), "gives back what no task gave: 5"),
     ],

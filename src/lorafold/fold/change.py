@@ -10,7 +10,7 @@ from ..errors import FileError, MismatchError
 from ..files.remote.exchange import again
 from .addition import one_handle, write_added
 from .contents import Contents, Stored
-from .one_pass import folded
+from .one_pass import check_work, folded
 from .options import RECORDED, Kept, Options
 from .store.compaction import commit
 
@@ -79,6 +79,8 @@ def refold_all(
     settings = Options.of(**given)
     if settings.retention is not None:
         raise MismatchError("refold takes no retention=: fold the sources with it instead")
+    if c.store.path is not None:
+        check_work(c.store.path, settings.crew.work)
     with c.changing() as (t, now):
         if t.state.damage:
             raise FileError(f"a damaged library is not refolded: {t.state.problems()}")

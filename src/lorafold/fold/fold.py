@@ -6,12 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..collection.sources import Broken, named_handles
-from ..errors import FileError, LorafoldError
-from ..files.remote.place import is_url
+from ..errors import LorafoldError
 from ..files.replacing import check_apart
 from ..words import warn
 from .library import Library
-from .one_pass import folded, readable
+from .one_pass import check_work, folded, readable
 from .options import Folding, Options, with_options
 from .retention import fold_by_retention
 from .store.store import Store
@@ -95,24 +94,12 @@ def fold(
         handles = readable(handles, settings, broken)
     if path is not None:
         check_apart(path, (handle.path for handle in handles.values()))
-        _check_work(path, settings.crew.work)
+        check_work(path, settings.crew.work)
     if settings.retention is not None:
         return Library(fold_by_retention(handles, settings, path, overwrite, timeout))
     with Store.create(path, overwrite=overwrite, timeout=timeout) as t:
         store = t.commit(folded(handles, settings, t))
     return Library(store)
-
-
-def _check_work(path: str | os.PathLike[str], work: str | os.PathLike[str] | None) -> None:
-    """Refuse a work directory that is, or lies in, the library that is to be written."""
-    if work is None or is_url(path):
-        return
-    library, folder = os.path.realpath(path), os.path.realpath(work)
-    if os.path.commonpath([library, folder]) == library:
-        raise FileError(
-            f"the work directory {os.fspath(work)} is, or lies in, the library that is to be "
-            f"written, {os.fspath(path)}: give another folder"
-        )
 
 
 def _told(name: str, why: LorafoldError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from ..collection.collection import Collection
 from ..collection.elsewhere import Said, travelling, unreadable
 from ..collection.limits import block_bytes
 from ..collection.sources import Broken, Handle
-from ..errors import MismatchError, ToleranceError
+from ..errors import FileError, MismatchError, ToleranceError
+from ..files.remote.place import is_url
 from ..prefixes import Prefixes
 from ..scale.engine import Task
 from .options import Options
@@ -195,6 +197,18 @@ def readable(handles: Mapping[str, Handle], options: Options, broken: Broken) ->
     if not found:
         raise MismatchError("there are no adapters: none can be read")
     return found
+
+
+def check_work(path: str | os.PathLike[str], work: str | os.PathLike[str] | None) -> None:
+    """Refuse a work directory that is, or lies in, the library that is to be written."""
+    if work is None or is_url(path):
+        return
+    library, folder = os.path.realpath(path), os.path.realpath(work)
+    if os.path.commonpath([library, folder]) == library:
+        raise FileError(
+            f"the work directory {os.fspath(work)} is, or lies in, the library that is to be "
+            f"written, {os.fspath(path)}: give another folder"
+        )
 
 
 def _what_is_left(name: str, tolerance: float, error: float) -> float:

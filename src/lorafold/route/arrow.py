@@ -149,7 +149,7 @@ class ArrowRouter(TokenMix):
                 )
             V[i] = v
         top_k = torch.tensor(min(self.top_k, width))
-        return V, V.any(1), top_k, torch.tensor(self.temperature)
+        return V, V.any(1), top_k, torch.tensor(self.temperature, dtype=torch.float32)
 
     @staticmethod
     def weights(x: Tensor, *numbers: Tensor) -> Tensor:

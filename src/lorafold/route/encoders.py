@@ -54,7 +54,7 @@ def ngrams(texts: Sequence[str]) -> Tensor:
     ends = itertools.accumulate(len(text) + _EACH for text in texts)
     blocks = itertools.groupby(zip(ends, texts, strict=True), lambda pair: pair[0] // _AT_ONCE)
     parts = [_counted([text for _, text in block]) for _, block in blocks]
-    counts = torch.cat(parts) if parts else torch.zeros(0, _WIDTH)
+    counts = torch.cat(parts) if parts else torch.zeros(0, _WIDTH, dtype=torch.float32)
     return torch.nn.functional.normalize(counts.sqrt(), dim=1)
 
 

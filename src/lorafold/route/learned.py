@@ -111,8 +111,8 @@ class LearnedRouter(Router, nn.Module):
         self.calibration: Calibration | None = None
         self.training_run: Training | None = None
         self.encode_with(encoder)
-        self.register_buffer("shift", torch.zeros(self.width))
-        self.register_buffer("spread", torch.ones(()))
+        self.register_buffer("shift", torch.zeros(self.width, dtype=torch.float32))
+        self.register_buffer("spread", torch.ones((), dtype=torch.float32))
         seed = checked_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # that of the other devices stays

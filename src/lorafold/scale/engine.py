@@ -163,11 +163,13 @@ class Spread(Engine):
         if not one.done:
             self._work.put_task(one.key, function, one.task.inputs)
             try:
-                one.future = self._executor.submit(perform, os.fspath(self._work.path), one.key)
+                future = self._executor.submit(perform, os.fspath(self._work.path), one.key)
             except Exception as e:  # it was shut down, or its workers can't be started
-                raise FileError(f"the executor takes no tasks: {e or type(e).__name__}") from e
-            if not hasattr(one.future, "add_done_callback"):
-                raise FileError(f"the executor's submit gives no Future, but {one.future!r:.80}")
+                why = str(e) or type(e).__name__
+                raise FileError(f"the executor takes no tasks: {why}") from e
+            if not hasattr(future, "add_done_callback"):
+                raise FileError(f"the executor's submit gives no Future, but {future!r:.80}")
+            one.future = future
             self._under_way.add(one.future)
             one.future.add_done_callback(self._under_way.discard)
 

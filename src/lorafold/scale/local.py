@@ -51,7 +51,7 @@ class LocalWorkers(Executor):
         self._all: set[_Process | _ThisProcess] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._asked = 0  # tasks that are not done
+        self._asked = 0  # tasks that are neither done nor taken back
         self._this = _ThisProcess() if here and count > 1 else None
         if self._this is not None:
             self._all.add(self._this)
@@ -64,16 +64,23 @@ class LocalWorkers(Executor):
         with self._lock:
             self._asked += 1
         self._grow(min(self.count, self._asked))
-        return self._threads.submit(self._run, args)
+        future = self._threads.submit(self._run, args)
+        future.add_done_callback(self._answered)
+        return future
+
+    def _answered(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._asked -= 1
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the processes, at once."""
         with self._lock:
             self._closed = True
-            everyone = list(self._all)
+            everyone = set(self._all)
         if self._this is not None:
-            everyone.append(self._this)  # also where it was given up: a process does not end well
-        for process in everyone:  # while a thread of its is within torch
+            # Given up or not: a process can't end while a thread of its own is within torch.
+            everyone.add(self._this)
+        for process in everyone:
             process.kill()
         self._threads.shutdown(wait, cancel_futures=True)
         for process in everyone:
@@ -102,9 +109,6 @@ class LocalWorkers(Executor):
             process.give_up()
             self._grow(min(self.count, len(self._all) + 1))
             raise
-        finally:
-            with self._lock:
-                self._asked -= 1
         self._idle.put(process)
         return found
 

@@ -61,7 +61,7 @@ def main() -> None:
     """
     answers = os.dup(1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
-    with threads(1):
+    with threads(1):  # which imports torch
         gc.freeze()
         gc.enable()
     with contextlib.suppress(BrokenPipeError):  # who asked is gone

@@ -78,8 +78,9 @@ class AdapterTraining:
         own.data_collator = RowCollator(own.data_collator, self._names)
         self._measured = Measured(self.live)
         self._guard: Any = None
-        self._counts = torch.ones(len(self._names))  # tokens of each in this step of the optimiser
-        self._tally = torch.zeros(2, len(self._names), device=own.args.device)  # of an evaluation
+        count, wide = len(self._names), torch.float32
+        self._counts = torch.ones(count, dtype=wide)  # tokens of each in this step of the optimiser
+        self._tally = torch.zeros(2, count, dtype=wide, device=own.args.device)  # of an evaluation
 
     # Rows
 

@@ -161,23 +161,17 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         >>> scales[:, None] * dequantise(codes, bits=1)
         tensor([[ 2., -2.,  2.]])
     """
-    codes, scales, _ = rounded(x, bits)
-    return codes, scales
-
-
-def rounded(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `quantise`; beside codes and scales, float32 levels `(n, d)` as of `dequantise`."""
     if x.ndim != 2:
         raise ValueError(f"rows to quantise have the shape (n, d), not {tuple(x.shape)}")
     _levels(bits, x.device, torch.float32)  # other numbers of bits are refused
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     levels = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    return codes, round_into(x, np.full(len(x), bits), codes, levels), levels
+    return codes, round_into(x, np.full(len(x), bits), codes, levels)
 
 
 def round_into(x: Tensor, bits: Ints, codes: Tensor, levels: Tensor) -> Tensor:
-    """As `rounded`, each row at its own number of bits, codes and levels into tensors that are
-    there; the scales.
+    """As `quantise`, each row at its own number of bits: the scales; codes, and float32 levels as
+    of `dequantise`, are written to tensors that are there.
 
     Args:
         bits: (n,) of 0 … 8; at 0 a row's codes, levels and scale are 0.

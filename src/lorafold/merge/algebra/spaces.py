@@ -86,7 +86,7 @@ def in_delta(rule: Rule, members: Members, rank: int | None) -> Cut:
     entries = (None if u is None or w == 0 else u.dense() for u, w in pairs)  # one at a time
     M = combined(rule, entries, members.weights, members.densities, members.uniforms)
     if M is None:
-        M = torch.zeros(members.shape)
+        M = torch.zeros(members.shape, dtype=torch.float32)
     most = min(members.shape)
     return cut(M, min(most, rank or sum(members.ranks)))
 

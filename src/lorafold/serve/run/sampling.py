@@ -133,7 +133,8 @@ def _changed(scores: Tensor, draws: Sequence[Draws]) -> Tensor:
 
 def _drawn(scores: Tensor, rules: Sequence[Sampling], u: list[float]) -> Tensor:
     """A token of each row: where the share u of its probability is reached."""
-    heat = torch.tensor([r.temperature for r in rules], device=scores.device)
+    said = [r.temperature for r in rules]
+    heat = torch.tensor(said, dtype=torch.float32, device=scores.device)
     heat = heat.clamp(min=torch.finfo(heat.dtype).tiny)  # as a float it may be 0
     # From the largest down, so that nothing overflows however cold it is.
     scores = (scores - scores.amax(1, keepdim=True)) / heat[:, None]

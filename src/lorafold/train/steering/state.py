@@ -100,7 +100,8 @@ def _go_on(run: Run, told: Any, tensors: dict[str, Tensor]) -> None:
             p.copy_(tensors[f"now.{i}"])
             if step:
                 moments = {m: tensors[f"adam.{i}.{m}"].to(p.device) for m in _MOMENTS}
-                now.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+                count = torch.tensor(float(step), dtype=torch.float32)
+                now.optimizer.state[p] = {"step": count, **moments}
     best = [tensors[f"best.{i}"].to(p.device) for i, p in enumerate(parameters) if judged]
     now.go_on(step, best, [_judged(j) for j in judged])
 
